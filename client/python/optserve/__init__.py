@@ -1,0 +1,64 @@
+"""optserve: an optimizer as a service. Gradients go to a server, updates come back.
+
+    with optserve.connect("127.0.0.1:50051") as client:
+        opt = client.create_optimizer("mlp", optserve.Adadelta(rho=0.95, eps=1e-6), params)
+        for name, update in opt.step(grads).items():
+            params[name] += update
+"""
+
+from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
+from optserve.client import Client, Optimizer, TensorSpec, connect
+from optserve.config import ClientConfig
+from optserve.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    ClientUseError,
+    DeadlineExceededError,
+    EtagMismatchError,
+    FailedPreconditionError,
+    FeatureUnavailableError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OptserveError,
+    ResourceExhaustedError,
+    StateLostError,
+    StepInDoubtError,
+    StepInProgressError,
+    UnavailableError,
+    WrongStepError,
+)
+from optserve.local import LocalServer, local_server
+
+__all__ = [
+    "AbortedError",
+    "Adadelta",
+    "Adagrad",
+    "Algorithm",
+    "AlreadyExistsError",
+    "Client",
+    "ClientConfig",
+    "ClientUseError",
+    "DeadlineExceededError",
+    "EtagMismatchError",
+    "FailedPreconditionError",
+    "FeatureUnavailableError",
+    "InternalError",
+    "InvalidArgumentError",
+    "LocalServer",
+    "Momentum",
+    "NotFoundError",
+    "Optimizer",
+    "OptserveError",
+    "ResourceExhaustedError",
+    "Sgd",
+    "StateLostError",
+    "StepInDoubtError",
+    "StepInProgressError",
+    "TensorSpec",
+    "UnavailableError",
+    "WindowedRms",
+    "WrongStepError",
+    "connect",
+    "local_server",
+]

@@ -1,0 +1,172 @@
+"""One StreamSteps call from the client's side: sends the frames of a step, puts the reply into arrays."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Sequence
+
+import grpc
+import numpy as np
+
+from optserve import wire
+from optserve._transport import Transport
+from optserve.errors import DeadlineExceededError, InternalError, UnavailableError, from_status
+from optserve.v1 import steps_pb2
+
+
+class Gradients:
+    """The gradients of one step as it travels.
+
+    Args:
+        indices: The parameters that take part, ascending.
+        arrays: Their gradients, C-contiguous, little-endian.
+        whole: Whether these are all parameters of the optimizer.
+    """
+
+    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], *, whole: bool) -> None:
+        self.indices = indices
+        self.arrays = arrays
+        self.whole = whole
+
+    def frames(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[wire.RequestFrame]:
+        """Begin, chunks and commit; a step that fits into one chunk is one frame."""
+        request = steps_pb2.StreamStepsRequest(begin=begin)
+        if not self.whole:
+            request.begin.tensors.extend(self.indices)
+        pending: wire.RequestFrame | None = None
+        for tensor, offset, parts in self._chunks(max_chunk_bytes):
+            if pending is not None:
+                yield pending
+                request = steps_pb2.StreamStepsRequest()
+            request.chunk.tensor, request.chunk.offset = tensor, offset
+            request.chunk.SetInParent()
+            pending = wire.Frame(request, parts[0] if len(parts) == 1 else b"".join(parts))
+        request.commit.SetInParent()
+        yield pending or wire.Frame(request)
+
+    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
+        """(tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk."""
+        parts: list[memoryview] = []
+        tensor = offset = size = 0
+        for index, array in zip(self.indices, self.arrays, strict=True):
+            view = memoryview(array.reshape(-1).view(np.uint8))
+            begin = 0
+            while begin < len(view):
+                # Chunks end between elements.
+                room = (max_chunk_bytes - size) // array.itemsize * array.itemsize
+                if room == 0:
+                    yield tensor, offset, parts
+                    parts, size = [], 0
+                    continue
+                if not parts:
+                    tensor, offset = index, begin
+                part = view[begin : begin + room]
+                parts.append(part)
+                begin, size = begin + len(part), size + len(part)
+        if parts:
+            yield tensor, offset, parts
+
+
+class Updates:
+    """The arrays that take the reply of one step, in the order of the step's tensors."""
+
+    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
+        self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
+        self._views = [array.reshape(-1).view(np.uint8) for array in arrays]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what has arrived, before the reply is received once more."""
+        self._missing = sum(view.size for view in self._views)
+
+    def put(self, chunk: steps_pb2.Chunk, data: wire.Buffer) -> None:
+        """Copy a chunk to where it belongs; what is beyond the end of its tensor belongs to the next."""
+        source = np.frombuffer(data, np.uint8)
+        ordinal, offset = self._ordinals.get(chunk.tensor, len(self._views)), chunk.offset
+        self._missing -= source.size
+        while source.size:
+            if ordinal >= len(self._views) or self._missing < 0:
+                raise InternalError("The server's reply has more bytes than the step's tensors.")
+            part = source[: max(self._views[ordinal].size - offset, 0)]
+            self._views[ordinal][offset : offset + part.size] = part
+            source, ordinal, offset = source[part.size :], ordinal + 1, 0
+
+    def check_complete(self) -> None:
+        """Raise InternalError if bytes are missing."""
+        if self._missing:
+            raise InternalError(f"The server's reply lacks {self._missing} bytes.")
+
+
+class StepStream:
+    """An open stream of steps on one optimizer.
+
+    Attributes:
+        opened: The server's answer to `open`.
+    """
+
+    def __init__(self, transport: Transport, request: steps_pb2.Open, deadline: float) -> None:
+        self._transport = transport
+        self._steps: queue.SimpleQueue[Iterator[wire.RequestFrame] | None] = queue.SimpleQueue()
+        self._fault: BaseException | None = None
+        self._stop_sending = False
+        self._steps.put(iter([wire.Frame(steps_pb2.StreamStepsRequest(open=request))]))
+        self._call = transport.stream_steps(self._outgoing())
+        self.opened: steps_pb2.Opened = self._next(deadline).header.opened
+
+    def step(self, frames: Iterator[wire.RequestFrame], updates: Updates, deadline: float) -> steps_pb2.Result:
+        """Send one step and receive its reply.
+
+        Raises:
+            OptserveError: The step's own error, after which the stream can be used again.
+            UnavailableError: The connection was lost; whether the step was applied is open.
+            DeadlineExceededError: `deadline` (time.monotonic) passed; likewise.
+        """
+        self._stop_sending = False
+        self._steps.put(frames)
+        while True:
+            frame = self._next(deadline)
+            if frame.header.HasField("error"):
+                # What has not been sent of this step need not be.
+                self._stop_sending = True
+                raise from_status(frame.header.error.status)
+            if frame.data is not None:
+                updates.put(frame.header.chunk, frame.data)
+            if frame.header.HasField("result"):
+                updates.check_complete()
+                return frame.header.result
+
+    def cancel(self) -> None:
+        """End the stream at once. Safe from any thread."""
+        self._steps.put(None)
+        self._call.cancel()
+
+    def _outgoing(self) -> Iterator[wire.RequestFrame]:
+        """What gRPC's sending thread iterates: step after step, each frame made when the wire is ready for it."""
+        while (frames := self._steps.get()) is not None:
+            try:
+                for frame in frames:
+                    yield frame
+                    if self._stop_sending:
+                        yield wire.Frame(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
+                        break
+            # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
+            except Exception as error:  # noqa: BLE001
+                self._fault = error
+                self._call.cancel()
+                return
+
+    def _next(self, deadline: float) -> wire.ResponseFrame:
+        with self._transport.watchdog.watch(deadline, self._call.cancel):
+            try:
+                return next(self._call)
+            except StopIteration:
+                raise UnavailableError(f"{self._transport.target} closed the stream.") from None
+            except grpc.RpcError as error:
+                if self._fault is not None:
+                    raise InternalError(f"A frame could not be made: {self._fault!r}") from self._fault
+                if time.monotonic() >= deadline:
+                    raise DeadlineExceededError(
+                        f"{self._transport.target} did not answer in time; the step may or may not have been applied."
+                    ) from error
+                raise self._transport.translate(error, 0.0) from error

@@ -1,0 +1,163 @@
+"""The client for asyncio: the same calls, awaited.
+
+    async with optserve.aio.connect(target) as client:
+        opt = await client.create_optimizer("mlp", optserve.Adadelta(), params)
+        updates = await opt.step(grads)
+
+Each call runs the synchronous client in a thread. That is about 1.7 times as fast as grpc.aio for tensors, works
+from any number of event loops, and leaves one implementation of retries and resumption (docs/adr/0003).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+import numpy as np
+
+from optserve import algorithms
+from optserve import client as sync
+from optserve.config import ClientConfig
+from optserve.errors import ClientUseError
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2
+
+MAX_CONCURRENT_CALLS = 32
+"""Calls of one client under way at a time; more wait for their turn."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _Threads:
+    """Runs synchronous calls for event loops."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(MAX_CONCURRENT_CALLS, thread_name_prefix="optserve-aio")
+
+    async def run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None) -> AsyncClient:
+    """A client that connects when its async-with-block is entered. See `optserve.connect`."""
+    return AsyncClient(target, config or ClientConfig())
+
+
+class AsyncClient:
+    """See `optserve.Client`; every method is awaited."""
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self._target = target
+        self._config = config
+        self._threads = _Threads()
+        self._client: sync.Client | None = None
+
+    async def __aenter__(self) -> Self:
+        self._client = await self._threads.run(sync.Client, self._target, self._config)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._threads.run(self._client.close)
+        self._threads.close()
+
+    @property
+    def _connected(self) -> sync.Client:
+        if self._client is None:
+            raise ClientUseError("Use this client inside `async with`.")
+        return self._client
+
+    async def server_info(self) -> service_pb2.GetServerInfoResponse:
+        """See `optserve.Client.server_info`."""
+        return await self._threads.run(self._connected.server_info)
+
+    async def create_optimizer(
+        self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, sync.ArrayLike | sync.TensorSpec]
+    ) -> AsyncOptimizer:
+        """See `optserve.Client.create_optimizer`."""
+        made = await self._threads.run(self._connected.create_optimizer, name, algorithm, params)
+        return AsyncOptimizer(made, self._threads)
+
+    async def optimizer(
+        self, name: str, *, transport: sync.TransportName = "auto", wire_dtype: sync.WireDtype = "native"
+    ) -> AsyncOptimizer:
+        """See `optserve.Client.optimizer`."""
+        found = await self._threads.run(
+            self._connected.optimizer, name, transport=transport, wire_dtype=wire_dtype
+        )
+        return AsyncOptimizer(found, self._threads)
+
+    async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
+        """See `optserve.Client.list_optimizers`."""
+        return await self._threads.run(lambda: list(self._connected.list_optimizers()))
+
+    async def delete_optimizer(self, name: str, *, missing_ok: bool = False) -> None:
+        """See `optserve.Client.delete_optimizer`."""
+        await self._threads.run(self._connected.delete_optimizer, name, missing_ok=missing_ok)
+
+
+class AsyncOptimizer:
+    """See `optserve.Optimizer`; every method is awaited. Cancelling an awaited step interrupts it."""
+
+    def __init__(self, optimizer: sync.Optimizer, threads: _Threads) -> None:
+        self._optimizer = optimizer
+        self._threads = threads
+
+    @property
+    def name(self) -> str:
+        """As given to `create_optimizer`."""
+        return self._optimizer.name
+
+    @property
+    def current_step(self) -> int:
+        """Steps that the server has applied, as far as this object knows."""
+        return self._optimizer.current_step
+
+    async def step(
+        self,
+        grads: Mapping[str, np.ndarray],
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        partial: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See `optserve.Optimizer.step`."""
+        try:
+            return await self._threads.run(
+                self._optimizer.step, grads, out=out, partial=partial, timeout_s=timeout_s
+            )
+        except asyncio.CancelledError:
+            self._optimizer.cancel()
+            raise
+
+    async def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+        """See `optserve.Optimizer.replay`."""
+        return await self._threads.run(self._optimizer.replay, timeout_s=timeout_s)
+
+    async def refresh(self) -> None:
+        """See `optserve.Optimizer.refresh`."""
+        await self._threads.run(self._optimizer.refresh)
+
+    async def update(self, algorithm: algorithms.Algorithm) -> None:
+        """See `optserve.Optimizer.update`."""
+        await self._threads.run(self._optimizer.update, algorithm)
+
+    async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> checkpoints_pb2.Checkpoint:
+        """See `optserve.Optimizer.save_checkpoint`."""
+        return await self._threads.run(self._optimizer.save_checkpoint, tag, overwrite=overwrite)
+
+    async def restore_checkpoint(self, tag: str) -> None:
+        """See `optserve.Optimizer.restore_checkpoint`."""
+        await self._threads.run(self._optimizer.restore_checkpoint, tag)
+
+    async def close(self) -> None:
+        """See `optserve.Optimizer.close`."""
+        await self._threads.run(self._optimizer.close)

@@ -1,0 +1,37 @@
+"""The client's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """How a client talks to its server. All times are finite, so nothing hangs for ever."""
+
+    connect_timeout_s: float = 10.0
+    """How long `connect` waits for the server's first answer."""
+    timeout_s: float = 30.0
+    """How long a call other than a step may take, retries included."""
+    step_timeout_s: float = 300.0
+    """How long a step may take, reconnections included."""
+    initial_backoff_s: float = 0.05
+    """Pause before the first retry; it doubles with each."""
+    max_backoff_s: float = 2.0
+    """Longest pause between retries."""
+    max_chunk_bytes: int = 0
+    """Largest payload of one message; 0 for the server's preference."""
+    max_receive_bytes: int = 64 << 20
+    """Largest message that is accepted from the server."""
+    keepalive_s: float = 60.0
+    """A silent connection with a call on it is probed after so long. Servers cut off those who probe too often."""
+
+    def __post_init__(self) -> None:
+        """Check every value, or raise ValueError."""
+        for name in ("connect_timeout_s", "timeout_s", "step_timeout_s", "initial_backoff_s", "max_backoff_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)!r}.")
+        if self.keepalive_s < 60:
+            raise ValueError(f"keepalive_s must be at least 60, not {self.keepalive_s!r}: servers refuse more.")
+        if self.max_chunk_bytes and not 1024 <= self.max_chunk_bytes <= self.max_receive_bytes:
+            raise ValueError(f"max_chunk_bytes must be 0 or 1024 to {self.max_receive_bytes}.")

@@ -1,0 +1,186 @@
+"""Everything the client raises, and the one place where a google.rpc.Status becomes an exception.
+
+    OptserveError
+    ├── UnavailableError            no server answers, or it is about to stop
+    ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
+    ├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
+    ├── NotFoundError               no such optimizer or checkpoint (also a KeyError)
+    ├── AlreadyExistsError          the name is taken
+    ├── AbortedError
+    │   ├── WrongStepError          the server is at another step than the client
+    │   ├── EtagMismatchError       the optimizer was changed meanwhile
+    │   └── StepInProgressError     another client is in the middle of a step
+    ├── FailedPreconditionError
+    │   └── StepInDoubtError        an earlier, interrupted step had been applied; `replay` gets its updates
+    ├── ResourceExhaustedError      too large, too many, or no room
+    ├── FeatureUnavailableError     this server lacks that part of the contract
+    ├── StateLostError              the server's device failed; the optimizer's state is gone
+    ├── InternalError               a fault of the server
+    └── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class OptserveError(Exception):
+    """The root of this package's exceptions.
+
+    Attributes:
+        message: What is wrong and what to do about it.
+        reason: The server's `ErrorReason` without its prefix; empty where the error arose elsewhere.
+        metadata: Particulars of the reason, such as `parameter`, `index` or `current_step`.
+        field: Path of the offending field of the request; empty if there is none.
+        retry_after_s: Seconds after which the same call is worth another try; None if it is not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.reason}]" if self.reason else self.message
+
+
+class UnavailableError(OptserveError):
+    """No server answers, or it is about to stop."""
+
+
+class DeadlineExceededError(OptserveError):
+    """No answer came in time. A step may or may not have been applied; the next one finds out."""
+
+
+class InvalidArgumentError(OptserveError, ValueError):
+    """A value, name, shape or dtype that cannot be used. Nothing was changed."""
+
+
+class NotFoundError(OptserveError, KeyError):
+    """There is no such optimizer or checkpoint."""
+
+
+class AlreadyExistsError(OptserveError):
+    """The name is taken."""
+
+
+class AbortedError(OptserveError):
+    """The call does not fit the present state of the optimizer. Nothing was changed."""
+
+
+class WrongStepError(AbortedError):
+    """The server is at another step than the client; `current_step` says at which."""
+
+    @property
+    def current_step(self) -> int:
+        """Steps that the server has applied."""
+        return int(self.metadata["current_step"])
+
+
+class EtagMismatchError(AbortedError):
+    """The optimizer was changed since this client last read it."""
+
+
+class StepInProgressError(AbortedError):
+    """Another client is in the middle of a step on this optimizer."""
+
+
+class FailedPreconditionError(OptserveError):
+    """The call came at the wrong time."""
+
+
+class StepInDoubtError(FailedPreconditionError):
+    """An earlier step, whose call was interrupted, had been applied. `Optimizer.replay` gets its updates."""
+
+
+class ResourceExhaustedError(OptserveError):
+    """Too large, too many, or no room left on the server."""
+
+
+class FeatureUnavailableError(OptserveError, NotImplementedError):
+    """This server lacks that part of the contract."""
+
+
+class StateLostError(OptserveError):
+    """The server's device failed in the middle of a step; the optimizer's state is not to be trusted."""
+
+
+class InternalError(OptserveError):
+    """A fault of the server. Its log has the particulars under `metadata["incident"]`."""
+
+
+class ClientUseError(OptserveError, RuntimeError):
+    """This object cannot be used here: it is closed, or belongs to the process that this one was forked from."""
+
+
+_BY_CODE: dict[int, type[OptserveError]] = {
+    code_pb2.CANCELLED: UnavailableError,
+    code_pb2.INVALID_ARGUMENT: InvalidArgumentError,
+    code_pb2.DEADLINE_EXCEEDED: DeadlineExceededError,
+    code_pb2.NOT_FOUND: NotFoundError,
+    code_pb2.ALREADY_EXISTS: AlreadyExistsError,
+    code_pb2.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    code_pb2.FAILED_PRECONDITION: FailedPreconditionError,
+    code_pb2.ABORTED: AbortedError,
+    code_pb2.UNIMPLEMENTED: FeatureUnavailableError,
+    code_pb2.INTERNAL: InternalError,
+    code_pb2.UNAVAILABLE: UnavailableError,
+    code_pb2.DATA_LOSS: StateLostError,
+}
+_BY_REASON: dict[str, type[OptserveError]] = {
+    "WRONG_STEP": WrongStepError,
+    "ETAG_MISMATCH": EtagMismatchError,
+    "STEP_IN_PROGRESS": StepInProgressError,
+}
+
+
+def from_status(status: status_pb2.Status) -> OptserveError:
+    """The exception for a status, with what its details say."""
+    info, bad_request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), None
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            detail.Unpack(bad_request)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+    kind = _BY_REASON.get(info.reason) or _BY_CODE.get(status.code, OptserveError)
+    return kind(
+        status.message,
+        reason=info.reason,
+        metadata=info.metadata,
+        field=bad_request.field_violations[0].field if bad_request.field_violations else "",
+        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry else None,
+    )
+
+
+def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
+    """The exception for a failed call to `target`."""
+    if not isinstance(error, grpc.Call):
+        return InternalError(f"The call to {target} failed: {error}")
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            return from_status(status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode()))
+    code = code_pb2.Code.Value(error.code().name)
+    if code == code_pb2.UNAVAILABLE:
+        message = f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
+    else:
+        message = f"{error.details()} ({error.code().name}, from {target})"
+    return from_status(status_pb2.Status(code=code, message=message))

@@ -1,0 +1,133 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Algorithm(_message.Message):
+    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd")
+    ADADELTA_FIELD_NUMBER: _ClassVar[int]
+    SGD_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    ADAGRAD_FIELD_NUMBER: _ClassVar[int]
+    WINDOWED_RMS_FIELD_NUMBER: _ClassVar[int]
+    DIAGONAL_HESSIAN_FIELD_NUMBER: _ClassVar[int]
+    VSGD_FIELD_NUMBER: _ClassVar[int]
+    adadelta: Adadelta
+    sgd: Sgd
+    momentum: Momentum
+    adagrad: Adagrad
+    windowed_rms: WindowedRms
+    diagonal_hessian: DiagonalHessian
+    vsgd: Vsgd
+    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ...) -> None: ...
+
+class Adadelta(_message.Message):
+    __slots__ = ("rho", "eps", "learning_rate")
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    rho: float
+    eps: float
+    learning_rate: float
+    def __init__(self, rho: _Optional[float] = ..., eps: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class Sgd(_message.Message):
+    __slots__ = ("learning_rate",)
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    def __init__(self, learning_rate: _Optional[float] = ...) -> None: ...
+
+class Momentum(_message.Message):
+    __slots__ = ("learning_rate", "rho")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    rho: float
+    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ...) -> None: ...
+
+class Adagrad(_message.Message):
+    __slots__ = ("learning_rate", "eps")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    eps: float
+    def __init__(self, learning_rate: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
+
+class WindowedRms(_message.Message):
+    __slots__ = ("learning_rate", "rho", "eps")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    rho: float
+    eps: float
+    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
+
+class DiagonalHessian(_message.Message):
+    __slots__ = ("mu", "learning_rate")
+    MU_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    mu: float
+    learning_rate: float
+    def __init__(self, mu: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class Vsgd(_message.Message):
+    __slots__ = ("eps", "initial_overestimate")
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_OVERESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    eps: float
+    initial_overestimate: float
+    def __init__(self, eps: _Optional[float] = ..., initial_overestimate: _Optional[float] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("constant", "inverse_time", "exponential", "step", "cosine", "warmup_steps")
+    CONSTANT_FIELD_NUMBER: _ClassVar[int]
+    INVERSE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTIAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    constant: ConstantSchedule
+    inverse_time: InverseTimeSchedule
+    exponential: ExponentialSchedule
+    step: StepSchedule
+    cosine: CosineSchedule
+    warmup_steps: int
+    def __init__(self, constant: _Optional[_Union[ConstantSchedule, _Mapping]] = ..., inverse_time: _Optional[_Union[InverseTimeSchedule, _Mapping]] = ..., exponential: _Optional[_Union[ExponentialSchedule, _Mapping]] = ..., step: _Optional[_Union[StepSchedule, _Mapping]] = ..., cosine: _Optional[_Union[CosineSchedule, _Mapping]] = ..., warmup_steps: _Optional[int] = ...) -> None: ...
+
+class ConstantSchedule(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InverseTimeSchedule(_message.Message):
+    __slots__ = ("decay",)
+    DECAY_FIELD_NUMBER: _ClassVar[int]
+    decay: float
+    def __init__(self, decay: _Optional[float] = ...) -> None: ...
+
+class ExponentialSchedule(_message.Message):
+    __slots__ = ("rate", "period_steps")
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_STEPS_FIELD_NUMBER: _ClassVar[int]
+    rate: float
+    period_steps: int
+    def __init__(self, rate: _Optional[float] = ..., period_steps: _Optional[int] = ...) -> None: ...
+
+class StepSchedule(_message.Message):
+    __slots__ = ("rate", "milestones")
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    MILESTONES_FIELD_NUMBER: _ClassVar[int]
+    rate: float
+    milestones: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, rate: _Optional[float] = ..., milestones: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CosineSchedule(_message.Message):
+    __slots__ = ("period_steps", "floor")
+    PERIOD_STEPS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    period_steps: int
+    floor: float
+    def __init__(self, period_steps: _Optional[int] = ..., floor: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The optserve server: keeps optimizer state and applies steps to it. Start it with `optserve serve`."""

@@ -1,0 +1,127 @@
+"""Puts the server together, runs it, and takes it down in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from optserve_server import backends
+from optserve_server.admission import Admission
+from optserve_server.config import ConfigError, ServerConfig
+from optserve_server.durability import InMemory
+from optserve_server.interceptors import ErrorInterceptor, StreamLimiter
+from optserve_server.optimizers import Optimizers
+from optserve_server.servicer import SERVICE, Servicer, handlers
+
+logger = logging.getLogger(__name__)
+
+QUEUED_CALLS_PER_THREAD = 8
+"""Unary calls that may wait for each unary thread; more are refused by gRPC."""
+
+
+class App:
+    """A server that is listening from `start` to `stop`.
+
+    Attributes:
+        target: What a client connects to.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._admission = Admission()
+        choice = backends.choose(config.backend, config.threads)
+        optimizers = Optimizers(choice.backend, InMemory(), config)
+        threads = config.max_streams + config.unary_threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
+        self._server = grpc.server(
+            self._pool,
+            interceptors=(ErrorInterceptor(), StreamLimiter(config.max_streams)),
+            options=_options(config),
+            maximum_concurrent_rpcs=config.max_streams + QUEUED_CALLS_PER_THREAD * config.unary_threads,
+        )
+        self._server.add_generic_rpc_handlers((handlers(Servicer(optimizers, self._admission, choice, config)),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.target = self._listen()
+
+    def _listen(self) -> str:
+        config = self._config
+        address = f"unix:{config.uds}" if config.uds else f"{config.host}:{config.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"Cannot listen on {address}: is it in use, or not this machine's?") from error
+        return address if config.uds else f"{config.host}:{port}"
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._server.start()
+        for name in ("", SERVICE.full_name):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("serving on %s, durability %s", self.target, self._config.durability)
+        if self._config.data_dir:
+            logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
+
+    def stop(self) -> None:
+        """Let steps under way end, refuse new ones, then close every connection."""
+        self._health.enter_graceful_shutdown()
+        if not self._admission.drain(self._config.drain_s):
+            logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
+        self._server.stop(grace=1.0).wait()
+        self._pool.shutdown()
+        logger.info("stopped")
+
+
+def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        config: The settings.
+        announce: Print `ready TARGET` on standard output once the server answers.
+        exit_on_eof: Stop as well when standard input ends, that is, when the parent process is gone.
+    """
+    stopping = threading.Event()
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        logger.info("%s: draining", signal.Signals(number).name)
+        stopping.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    app = App(config)
+    app.start()
+    if announce:
+        print(f"ready {app.target}", flush=True)
+    if exit_on_eof:
+        threading.Thread(target=_wait_for_eof, args=(stopping,), daemon=True).start()
+    stopping.wait()
+    app.stop()
+
+
+def _wait_for_eof(stopping: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    stopping.set()
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_frame_bytes),
+        ("grpc.max_send_message_length", config.max_frame_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 1000 * config.keepalive_s),
+        # Clients that probe more often than this are cut off by gRPC ("too_many_pings"), so allow for twice ours.
+        ("grpc.http2.min_ping_interval_without_data_ms", 500 * config.keepalive_s),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

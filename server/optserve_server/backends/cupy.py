@@ -1,0 +1,87 @@
+"""CuPy: state on the GPU, the rule's formula as one kernel.
+
+The staging buffer is pinned host memory; a step moves through the device in blocks, so the device holds the slots
+and two blocks, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+
+from optserve_server.backends import cuda_source
+from optserve_server.backends.base import Backend, Kernel
+from optserve_server.rules import Rule
+
+BLOCK = 1 << 22
+"""Elements per transfer; two are under way at a time."""
+
+
+class CupyBackend(Backend):
+    """The GPU backend, on the current CUDA device."""
+
+    name = "cupy"
+
+    def __init__(self, threads: int = 0) -> None:  # noqa: ARG002 - for CPU kernels
+        super().__init__()
+        self._device = cupy.cuda.Device()
+        properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
+        self._description = f"GPU {self._device.id}, {properties['name'].decode()}"
+        self._probe()
+
+    @property
+    def device(self) -> str:
+        """What it computes on, in words."""
+        return self._description
+
+    def _probe(self) -> None:
+        """Use the device once: a driver can list a device and still not run anything on it."""
+        if float(cupy.ones(8, np.float32).sum()) != 8.0:
+            raise RuntimeError(f"{self._description} gives wrong sums")
+
+    def staging(self, size_bytes: int) -> np.ndarray:
+        """A pinned buffer, from and to which the device copies by itself."""
+        if size_bytes == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(cupy.cuda.alloc_pinned_memory(size_bytes), np.uint8, size_bytes)
+
+    def zeros(self, size: int, dtype: np.dtype) -> Any:
+        """A slot in device memory."""
+        with self._device:
+            return cupy.zeros(size, dtype)
+
+    def to_host(self, slot: Any) -> np.ndarray:
+        """A copy of the slot."""
+        with self._device:
+            return slot.get()
+
+    def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
+        """One element-wise kernel; multiply-adds are not contracted, so that it agrees with the CPU's bits."""
+        arrays, constants = cuda_source.operands(rule)
+        element = {"float32": "float", "float64": "double"}[dtype.name]
+        fused = cupy.ElementwiseKernel(
+            ", ".join(f"T {name}" for name in constants),
+            ", ".join(f"T {name}" for name in arrays),
+            cuda_source.source(rule),
+            f"optserve_{rule.name}_{element}",
+            options=("--fmad=false",),
+        )
+
+        def kernel(staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic]) -> None:
+            with self._device:
+                streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+                buffers = [cupy.empty(min(BLOCK, staged.size), dtype) for _ in streams]
+                for turn, low in enumerate(range(0, staged.size, BLOCK)):
+                    host = staged[low : low + BLOCK]
+                    stream, block = streams[turn % 2], buffers[turn % 2][: host.size]
+                    with stream:
+                        block.set(host, stream=stream)
+                        fused(*scalars, block, *(slot[low : low + BLOCK] for slot in slots))
+                        block.get(out=host, stream=stream, blocking=False)
+                for stream in streams:
+                    stream.synchronize()
+
+        return kernel

@@ -1,0 +1,50 @@
+"""Numba: the rule's formula compiled into one fused loop, so that each operand is read and written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+
+from optserve_server.backends.base import Kernel
+from optserve_server.backends.numpy import NumpyBackend
+from optserve_server.rules import Rule
+
+# A loop over a tuple of slots is about 40 % slower than one that names them, so the loop is written out for the
+# rule's own slots.
+_LOOP = """
+def loop({operands}{scalars}):
+    for i in range(staged.size):
+        {elements} = update(sqrt, {elements}{scalars})
+"""
+
+
+class NumbaBackend(NumpyBackend):
+    """The fast CPU backend. Its arrays are NumPy's."""
+
+    name = "numba"
+
+    def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
+        """Compile the fused loop, in about half a second."""
+        names = ["staged", *(f"slot{i}" for i in range(len(rule.slots)))]
+        constants = [f"scalar{i}" for i in range(len(rule().scalars()))]
+        source = _LOOP.format(
+            operands=", ".join(names),
+            scalars="".join(f", {constant}" for constant in constants),
+            elements=", ".join(f"{name}[i]" for name in names),
+        )
+        # Without the numpy error model a division is guarded by a branch, and the loop is not vectorised.
+        namespace = {"update": numba.njit(error_model="numpy")(rule.update), "sqrt": np.sqrt}
+        exec(source, namespace)  # noqa: S102 - the text is the template above, filled from a rule's own counts
+        element = numba.from_dtype(dtype)
+        signature = numba.void(*(element[::1] for _ in names), *(element for _ in constants))
+        loop = numba.njit(signature, nogil=True, error_model="numpy")(namespace["loop"])
+
+        def kernel(staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic]) -> None:
+            def work(start: int, stop: int) -> None:
+                loop(staged[start:stop], *(slot[start:stop] for slot in slots), *scalars)
+
+            self._slices.run(staged.size, work)
+
+        return kernel

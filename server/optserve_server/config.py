@@ -1,0 +1,113 @@
+"""The server's settings: one frozen dataclass, filled from a TOML file and the command line, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that can be set. The keys of a configuration file are these names."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or [::] for all. Ignored if `uds` is set."""
+    port: int = 50051
+    """TCP port; 0 takes a free one."""
+    uds: str = ""
+    """Path of a Unix socket to listen on instead of TCP."""
+    data_dir: str = ""
+    """Folder for what must outlive the process."""
+    durability: str = "memory"
+    """`memory`: state ends with the process."""
+    backend: str = "auto"
+    """`auto`, `cupy`, `numba` or `numpy`."""
+    threads: int = 0
+    """Threads that a CPU kernel uses; 0 for one per core."""
+    max_streams: int = 256
+    """Streams open at the same time; each occupies a thread."""
+    unary_threads: int = 16
+    """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
+    max_chunk_bytes: int = 4 * MIB
+    """Largest payload of one chunk."""
+    preferred_chunk_bytes: int = MIB
+    """Size of the chunks that the server sends, and advises clients to send."""
+    max_message_bytes: int = 4 * MIB
+    """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""
+    max_parameter_bytes: int = 64 * GIB
+    """Largest total of one optimizer's parameters."""
+    max_parameters: int = 20_000
+    """Largest number of parameters of one optimizer."""
+    max_optimizers: int = 1000
+    """Optimizers kept at the same time."""
+    max_state_bytes: int = 1024 * GIB
+    """Total of all optimizers' state and staging buffers."""
+    keepalive_s: int = 60
+    """A connection that is silent for so long is probed; clients may probe twice as often."""
+    drain_s: float = 20.0
+    """How long steps under way may take to end after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: The first that cannot be used.
+        """
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "float" and isinstance(value, int):
+                object.__setattr__(self, item.name, float(value))
+            elif type(value).__name__ != item.type:
+                raise ConfigError(f"{item.name} must be of type {item.type}, not {value!r}.")
+        for name in ("max_streams", "unary_threads", "max_parameters", "max_optimizers", "keepalive_s"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("max_chunk_bytes", "max_message_bytes"):
+            self._require(name, 1024 <= getattr(self, name) <= 64 * MIB, "must be 1024 bytes to 64 MiB")
+        self._require(
+            "preferred_chunk_bytes",
+            1024 <= self.preferred_chunk_bytes <= self.max_chunk_bytes,
+            "must be 1024 to max_chunk_bytes",
+        )
+        self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
+        self._require("threads", self.threads >= 0, "must not be negative")
+        self._require("drain_s", self.drain_s >= 0, "must not be negative")
+        self._require("durability", self.durability == "memory", "must be 'memory'; this version has no other")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} {what}; it is {getattr(self, name)!r}.")
+
+    @property
+    def max_frame_bytes(self) -> int:
+        """What gRPC lets through: well above our own limits, so that it is we who explain a refusal."""
+        return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
+    """Read a TOML file, if there is one, and let `overrides` win over it; entries that are None do not count.
+
+    Raises:
+        ConfigError: The file cannot be read, has an unknown key, or a value cannot be used.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
+    known = {item.name for item in dataclasses.fields(ServerConfig)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path} sets {name!r}, which is no setting; there are {', '.join(sorted(known))}.")
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return ServerConfig(**values)

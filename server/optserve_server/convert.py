@@ -1,0 +1,204 @@
+"""Protobuf messages to the domain's objects and back, with the checks that belong to the message itself."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from optserve import wire
+from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve_server import features
+from optserve_server.config import ServerConfig
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Layout, Parameter
+from optserve_server.optimizers import Optimizer
+from optserve_server.rules import RULES, Rule
+
+_PREFIX = "optimizers/"
+
+
+def optimizer_id(name: str, field: str = "name") -> str:
+    """The id in a resource name, or raise INVALID_FIELD."""
+    identifier = name.removeprefix(_PREFIX)
+    if identifier == name or not identifier or "/" in identifier:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{field} must be of the form optimizers/ID, not {name[:100]!r}.", field=field
+        )
+    return identifier
+
+
+def layout(message: optimizer_pb2.Optimizer) -> Layout:
+    """The parameters of an optimizer, or raise INVALID_FIELD, DUPLICATE_PARAMETER or WRONG_DATA_TYPE."""
+    if not message.parameters:
+        raise OptserveError(
+            Reason.INVALID_FIELD, "An optimizer needs at least one parameter.", field="optimizer.parameters"
+        )
+    parameters: list[Parameter] = []
+    seen: set[str] = set()
+    for index, item in enumerate(message.parameters):
+        path = f"optimizer.parameters[{index}]"
+        if not (1 <= len(item.name) <= 256 and item.name.isprintable()):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"A parameter's name must be 1 to 256 printable characters, not {item.name[:100]!r}.",
+                field=f"{path}.name",
+            )
+        if item.name in seen:
+            raise OptserveError(
+                Reason.DUPLICATE_PARAMETER,
+                f"There are two parameters named {item.name!r}.",
+                field=f"{path}.name",
+                parameter=item.name,
+            )
+        seen.add(item.name)
+        dtype = wire.DTYPES.get(item.data_type or optimizer_pb2.DATA_TYPE_FLOAT32)
+        if dtype is None:
+            raise OptserveError(
+                Reason.WRONG_DATA_TYPE,
+                f"The state of {item.name!r} must be DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64.",
+                field=f"{path}.data_type",
+                parameter=item.name,
+            )
+        parameters.append(Parameter(item.name, tuple(item.shape), dtype))
+    return Layout(tuple(parameters))
+
+
+def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:
+    """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD or FEATURE_UNAVAILABLE.
+
+    Ranges are checked where the dtype is known, by `Rule.check`.
+    """
+    name = message.WhichOneof("method")
+    if name is None:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path
+        )
+    if name not in RULES:
+        raise features.unavailable(service_pb2.FEATURE_CURVATURE, f"{path}.{name}")
+    settings = getattr(message, name)
+    values = {item.name: getattr(settings, item.name) for item in fields(RULES[name]) if settings.HasField(item.name)}
+    return RULES[name](**values)
+
+
+def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
+    """Raise FEATURE_UNAVAILABLE for the first setting that this server does not have."""
+    for is_set, feature, field in (
+        (bool(message.groups), service_pb2.FEATURE_PARAMETER_GROUPS, "groups"),
+        (message.HasField("schedule"), service_pb2.FEATURE_SCHEDULES, "schedule"),
+        (message.HasField("clipping"), service_pb2.FEATURE_CLIPPING, "clipping"),
+        (message.weight_decay != 0, service_pb2.FEATURE_HOSTED_MODE, "weight_decay"),
+        (message.mode == optimizer_pb2.MODE_HOSTED, service_pb2.FEATURE_HOSTED_MODE, "mode"),
+        (message.HasField("consistency"), service_pb2.FEATURE_WORKERS, "consistency"),
+    ):
+        if is_set:
+            raise features.unavailable(feature, f"optimizer.{field}")
+
+
+def updated_rule(before: Rule, message: optimizer_pb2.Optimizer, paths: list[str]) -> Rule:
+    """`before` with the fields named by an update mask taken from `message`, or raise INVALID_FIELD."""
+    after = rule(message.algorithm)
+    names = [item.name for item in fields(before)]
+    prefix = f"algorithm.{before.name}"
+    if not paths:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"Name the fields to change, such as {prefix}.{names[0]}.", field="update_mask"
+        )
+    if type(after) is not type(before):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"The method is fixed at creation; it is {before.name}, not {after.name}.",
+            field="optimizer.algorithm",
+        )
+    changed: set[str] = set()
+    for path in paths:
+        name = path.removeprefix(f"{prefix}.")
+        if path in ("algorithm", prefix):
+            changed.update(names)
+        elif name in names:
+            changed.add(name)
+        else:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{path!r} cannot be updated; these can: {', '.join(f'{prefix}.{name}' for name in names)}.",
+                field="update_mask",
+            )
+    return replace(before, **{name: getattr(after, name) for name in changed})
+
+
+def wire_dtype(data_type: int, field: str) -> np.dtype | None:
+    """The dtype on the wire, None for each parameter's own; or raise FEATURE_UNAVAILABLE or WRONG_DATA_TYPE."""
+    if data_type == optimizer_pb2.DATA_TYPE_UNSPECIFIED:
+        return None
+    if data_type in (optimizer_pb2.DATA_TYPE_FLOAT16, optimizer_pb2.DATA_TYPE_BFLOAT16):
+        raise features.unavailable(service_pb2.FEATURE_HALF_PRECISION_WIRE, field)
+    dtype = wire.DTYPES.get(data_type)
+    if dtype is None:
+        raise OptserveError(Reason.WRONG_DATA_TYPE, f"{data_type} is no data type.", field=field)
+    return dtype
+
+
+def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
+    """An optimizer as the contract shows it."""
+    method = item.rule.name
+    message = optimizer_pb2.Optimizer(
+        name=_PREFIX + item.id,
+        mode=optimizer_pb2.MODE_DELTA,
+        step=item.steps.step,
+        etag=item.etag,
+        create_time=_timestamp(item.create_time.timestamp()),
+        update_time=_timestamp(item.update_time.timestamp()),
+        backend=item.state.backend_name,
+        memory_bytes=item.state.memory_bytes,
+        slots=item.rule.slots,
+    )
+    settings = getattr(message.algorithm, method)
+    settings.SetInParent()
+    for name, value in asdict(item.rule).items():
+        setattr(settings, name, value)
+    if with_parameters:
+        for parameter in item.layout.parameters:
+            message.parameters.add(
+                name=parameter.name,
+                shape=parameter.shape,
+                data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
+            )
+    return message
+
+
+def limits(config: ServerConfig) -> steps_pb2.ServerLimits:
+    """What the server accepts."""
+    return steps_pb2.ServerLimits(
+        max_chunk_bytes=config.max_chunk_bytes,
+        max_message_bytes=config.max_message_bytes,
+        preferred_chunk_bytes=config.preferred_chunk_bytes,
+        max_parameter_bytes=config.max_parameter_bytes,
+        max_parameters=config.max_parameters,
+        max_streams=config.max_streams,
+        max_optimizers=config.max_optimizers,
+        max_state_bytes=config.max_state_bytes,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp
+
+
+def page_token(last_id: str) -> str:
+    """The token of the page after `last_id`."""
+    return base64.urlsafe_b64encode(last_id.encode()).decode()
+
+
+def last_id(token: str) -> str:
+    """The id in a page token, empty for the first page; or raise INVALID_PAGE_TOKEN."""
+    try:
+        return base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, UnicodeError) as error:
+        raise OptserveError(
+            Reason.INVALID_PAGE_TOKEN, "page_token must come from the previous page's reply.", field="page_token"
+        ) from error

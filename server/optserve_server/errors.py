@@ -1,0 +1,134 @@
+"""The server's error catalogue: one exception and one table of reasons. Nothing here knows gRPC.
+
+The reasons are the names of `optserve.v1.ErrorReason` without their prefix; the interceptor turns an
+`OptserveError` into a google.rpc.Status.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+
+class Code(Enum):
+    """The google.rpc.Code values that the server uses, by their names."""
+
+    INVALID_ARGUMENT = auto()
+    NOT_FOUND = auto()
+    ALREADY_EXISTS = auto()
+    ABORTED = auto()
+    FAILED_PRECONDITION = auto()
+    RESOURCE_EXHAUSTED = auto()
+    UNIMPLEMENTED = auto()
+    UNAVAILABLE = auto()
+    DATA_LOSS = auto()
+    INTERNAL = auto()
+
+
+class Reason(Enum):
+    """Why a call failed."""
+
+    INVALID_FIELD = auto()
+    HYPERPARAMETER_OUT_OF_RANGE = auto()
+    UNKNOWN_PARAMETER = auto()
+    DUPLICATE_PARAMETER = auto()
+    WRONG_SHAPE = auto()
+    WRONG_DATA_TYPE = auto()
+    WRONG_BYTE_COUNT = auto()
+    OVERLAPPING_CHUNK = auto()
+    MISSING_CHUNK = auto()
+    CHUNK_OUT_OF_BOUNDS = auto()
+    NON_FINITE_VALUE = auto()
+    GRADIENT_OVERFLOW = auto()
+    INVALID_PAGE_TOKEN = auto()
+    OPTIMIZER_NOT_FOUND = auto()
+    OPTIMIZER_EXISTS = auto()
+    WRONG_STEP = auto()
+    ETAG_MISMATCH = auto()
+    STEP_IN_PROGRESS = auto()
+    STEP_TAKEN_OVER = auto()
+    REPLY_GONE = auto()
+    NOT_OPEN = auto()
+    ALREADY_OPEN = auto()
+    NO_STEP = auto()
+    STEP_NOT_ENDED = auto()
+    MESSAGE_TOO_LARGE = auto()
+    MODEL_TOO_LARGE = auto()
+    SERVER_FULL = auto()
+    TOO_MANY_STREAMS = auto()
+    TOO_MANY_FRAGMENTS = auto()
+    FEATURE_UNAVAILABLE = auto()
+    DRAINING = auto()
+    STATE_LOST = auto()
+    INTERNAL = auto()
+
+
+CODES: dict[Reason, Code] = {
+    Reason.INVALID_FIELD: Code.INVALID_ARGUMENT,
+    Reason.HYPERPARAMETER_OUT_OF_RANGE: Code.INVALID_ARGUMENT,
+    Reason.UNKNOWN_PARAMETER: Code.INVALID_ARGUMENT,
+    Reason.DUPLICATE_PARAMETER: Code.INVALID_ARGUMENT,
+    Reason.WRONG_SHAPE: Code.INVALID_ARGUMENT,
+    Reason.WRONG_DATA_TYPE: Code.INVALID_ARGUMENT,
+    Reason.WRONG_BYTE_COUNT: Code.INVALID_ARGUMENT,
+    Reason.OVERLAPPING_CHUNK: Code.INVALID_ARGUMENT,
+    Reason.MISSING_CHUNK: Code.INVALID_ARGUMENT,
+    Reason.CHUNK_OUT_OF_BOUNDS: Code.INVALID_ARGUMENT,
+    Reason.NON_FINITE_VALUE: Code.INVALID_ARGUMENT,
+    Reason.GRADIENT_OVERFLOW: Code.INVALID_ARGUMENT,
+    Reason.INVALID_PAGE_TOKEN: Code.INVALID_ARGUMENT,
+    Reason.OPTIMIZER_NOT_FOUND: Code.NOT_FOUND,
+    Reason.OPTIMIZER_EXISTS: Code.ALREADY_EXISTS,
+    Reason.WRONG_STEP: Code.ABORTED,
+    Reason.ETAG_MISMATCH: Code.ABORTED,
+    Reason.STEP_IN_PROGRESS: Code.ABORTED,
+    Reason.STEP_TAKEN_OVER: Code.ABORTED,
+    Reason.REPLY_GONE: Code.FAILED_PRECONDITION,
+    Reason.NOT_OPEN: Code.FAILED_PRECONDITION,
+    Reason.ALREADY_OPEN: Code.FAILED_PRECONDITION,
+    Reason.NO_STEP: Code.FAILED_PRECONDITION,
+    Reason.STEP_NOT_ENDED: Code.FAILED_PRECONDITION,
+    Reason.MESSAGE_TOO_LARGE: Code.RESOURCE_EXHAUSTED,
+    Reason.MODEL_TOO_LARGE: Code.RESOURCE_EXHAUSTED,
+    Reason.SERVER_FULL: Code.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_STREAMS: Code.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_FRAGMENTS: Code.RESOURCE_EXHAUSTED,
+    Reason.FEATURE_UNAVAILABLE: Code.UNIMPLEMENTED,
+    Reason.DRAINING: Code.UNAVAILABLE,
+    Reason.STATE_LOST: Code.DATA_LOSS,
+    Reason.INTERNAL: Code.INTERNAL,
+}
+
+RETRY_AFTER_S: dict[Reason, float] = {
+    Reason.STEP_IN_PROGRESS: 0.05,
+    Reason.TOO_MANY_STREAMS: 1.0,
+    Reason.DRAINING: 1.0,
+}
+"""Seconds to wait before the same call is worth another try. Other reasons are final."""
+
+
+class OptserveError(Exception):
+    """A call that fails for a reason that its caller can understand.
+
+    Args:
+        reason: Why.
+        message: What is wrong and what to do about it, in one sentence or two.
+        field: Path of the offending request field, if there is one.
+        metadata: Machine-readable particulars, see `ErrorReason` in the contract.
+    """
+
+    def __init__(self, reason: Reason, message: str, *, field: str = "", **metadata: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def code(self) -> Code:
+        """The status code that goes with the reason."""
+        return CODES[self.reason]
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds to wait before the same call is worth another try; None if it is not."""
+        return RETRY_AFTER_S.get(self.reason)

@@ -1,0 +1,48 @@
+"""Which parts of the contract this server has."""
+
+from __future__ import annotations
+
+from optserve.v1 import service_pb2 as pb
+from optserve_server.errors import OptserveError, Reason
+
+AVAILABLE = frozenset(
+    {
+        pb.FEATURE_UNARY_STEPS,
+        pb.FEATURE_STREAMED_STEPS,
+        pb.FEATURE_LIVE_UPDATES,
+    }
+)
+
+UNAVAILABLE_METHODS = {
+    "PullParameters": pb.FEATURE_HOSTED_MODE,
+    "PushParameters": pb.FEATURE_HOSTED_MODE,
+    "ReportWorker": pb.FEATURE_WORKERS,
+    "SaveCheckpoint": pb.FEATURE_CHECKPOINTS,
+    "ListCheckpoints": pb.FEATURE_CHECKPOINTS,
+    "RestoreCheckpoint": pb.FEATURE_CHECKPOINTS,
+    "DeleteCheckpoint": pb.FEATURE_CHECKPOINTS,
+    "ExportState": pb.FEATURE_STATE_TRANSFER,
+    "ImportState": pb.FEATURE_STATE_TRANSFER,
+    "GetStatistics": pb.FEATURE_STATISTICS,
+}
+"""Methods of the service that answer UNIMPLEMENTED, with the feature that they belong to."""
+
+
+def statuses() -> list[pb.FeatureStatus]:
+    """Every feature of the contract, available or not."""
+    return [
+        pb.FeatureStatus(feature=feature, available=feature in AVAILABLE)
+        for feature in pb.Feature.values()
+        if feature != pb.FEATURE_UNSPECIFIED
+    ]
+
+
+def unavailable(feature: pb.Feature.ValueType, field: str = "") -> OptserveError:
+    """The error for a call or field of a feature that this server lacks."""
+    name = pb.Feature.Name(feature).removeprefix("FEATURE_")
+    return OptserveError(
+        Reason.FEATURE_UNAVAILABLE,
+        f"This server does not have {name.lower().replace('_', ' ')}; GetServerInfo lists what it has.",
+        field=field,
+        feature=name,
+    )

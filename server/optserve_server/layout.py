@@ -1,0 +1,136 @@
+"""Where every tensor lies: in the arrays of the server, and in the bytes of a step.
+
+Parameters of one dtype lie side by side in one flat array (an arena), in the order of their creation, so that a
+whole model is one call of a kernel, and one chunk of bytes can cover many small tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+FLOAT32 = np.dtype("<f4")
+FLOAT64 = np.dtype("<f8")
+STATE_DTYPES = (FLOAT64, FLOAT32)
+"""Dtypes of state; the wider first, which keeps both arenas of a buffer aligned."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @cached_property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Layout:
+    """The arenas of a model.
+
+    Attributes:
+        parameters: In the order of creation, which is also that of the contract's indices.
+        indices: Index of each parameter by name.
+        starts: First element of each parameter in the arena of its dtype.
+        sizes: Elements of each arena.
+        size_bytes: Bytes of all parameters.
+    """
+
+    def __init__(self, parameters: tuple[Parameter, ...]) -> None:
+        self.parameters = parameters
+        self.indices = {parameter.name: index for index, parameter in enumerate(parameters)}
+        self.starts: list[int] = []
+        self.sizes = dict.fromkeys(STATE_DTYPES, 0)
+        for parameter in parameters:
+            self.starts.append(self.sizes[parameter.dtype])
+            self.sizes[parameter.dtype] += parameter.size
+        self.size_bytes = sum(dtype.itemsize * size for dtype, size in self.sizes.items())
+
+    def arenas(self, buffer: np.ndarray) -> dict[np.dtype, np.ndarray]:
+        """Views of the arenas in a buffer of `size_bytes` bytes."""
+        views, begin = {}, 0
+        for dtype in STATE_DTYPES:
+            end = begin + dtype.itemsize * self.sizes[dtype]
+            views[dtype] = buffer[begin:end].view(dtype)
+            begin = end
+        return views
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tensors of a step that are neighbours both on the wire and in their arena.
+
+    Attributes:
+        begin: First byte within the payload of the step.
+        end: Byte after the last.
+        dtype: Dtype of the state, and so the arena.
+        wire: Dtype on the wire.
+        start: First element within the arena.
+        stop: Element after the last.
+    """
+
+    begin: int
+    end: int
+    dtype: np.dtype
+    wire: np.dtype
+    start: int
+    stop: int
+
+
+class Payload:
+    """The bytes of one step, seen as one line: the tensors that take part, one after the other.
+
+    Args:
+        layout: The model.
+        tensors: Indices of the parameters that take part, without repetition.
+        wire: Dtype on the wire; None for each parameter's own.
+    """
+
+    def __init__(self, layout: Layout, tensors: tuple[int, ...], wire: np.dtype | None = None) -> None:
+        self.layout = layout
+        self.tensors = tensors
+        self.begins: list[int] = []
+        runs: list[Run] = []
+        position = 0
+        for index in tensors:
+            parameter, start = layout.parameters[index], layout.starts[index]
+            wire_dtype = wire or parameter.dtype
+            end = position + parameter.size * wire_dtype.itemsize
+            run = Run(position, end, parameter.dtype, wire_dtype, start, start + parameter.size)
+            if runs and runs[-1].dtype == run.dtype and runs[-1].stop == run.start:
+                run = Run(runs[-1].begin, end, run.dtype, wire_dtype, runs[-1].start, run.stop)
+                runs.pop()
+            runs.append(run)
+            self.begins.append(position)
+            position = end
+        self.size_bytes = position
+        self.runs = tuple(run for run in runs if run.stop > run.start)
+        self._ordinals = {index: ordinal for ordinal, index in enumerate(tensors)}
+
+    def __contains__(self, tensor: int) -> bool:
+        """Whether the parameter of that index takes part."""
+        return tensor in self._ordinals
+
+    def position(self, tensor: int, offset: int) -> int:
+        """Position in the payload of a byte of a tensor."""
+        return self.begins[self._ordinals[tensor]] + offset
+
+    def extent(self, tensor: int) -> int:
+        """Bytes of a tensor on the wire."""
+        ordinal = self._ordinals[tensor]
+        end = self.begins[ordinal + 1] if ordinal + 1 < len(self.begins) else self.size_bytes
+        return end - self.begins[ordinal]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(index of the tensor, byte within it) of a position in the payload."""
+        # Of the tensors that begin at one position all but the last are empty.
+        ordinal = bisect_right(self.begins, position) - 1
+        return self.tensors[ordinal], position - self.begins[ordinal]

@@ -1,0 +1,198 @@
+"""The optimizers of this server by name: made, found, listed, changed and deleted within the server's limits."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import re
+import threading
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from optserve_server.backends import Backend
+from optserve_server.config import ServerConfig
+from optserve_server.durability import Durability
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Layout
+from optserve_server.rules import Rule
+from optserve_server.state import State
+from optserve_server.steps import Steps
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def _etag() -> str:
+    return uuid.uuid4().hex[:16]
+
+
+@dataclass
+class Optimizer:
+    """One optimizer: its settings, its state and its steps."""
+
+    id: str
+    state: State
+    steps: Steps
+    creation_request_id: str
+    etag: str = field(default_factory=_etag)
+    create_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    update_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def rule(self) -> Rule:
+        """The method with its present hyper-parameters."""
+        return self.state.rule
+
+    @property
+    def layout(self) -> Layout:
+        """Its parameters."""
+        return self.state.layout
+
+    def check_etag(self, etag: str) -> None:
+        """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
+        if etag and etag != self.etag:
+            raise OptserveError(
+                Reason.ETAG_MISMATCH,
+                f"Optimizer {self.id!r} has changed since etag {etag!r} was read; read it again.",
+                field="etag",
+                etag=self.etag,
+            )
+
+
+class Optimizers:
+    """All optimizers of one server. Safe to use from several threads."""
+
+    def __init__(self, backend: Backend, durability: Durability, config: ServerConfig) -> None:
+        self.backend = backend
+        self._durability = durability
+        self._config = config
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Optimizer] = {}
+        self._reserved: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._by_id)
+
+    def create(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str = "") -> Optimizer:
+        """Make an optimizer with all state at 0.
+
+        Raises:
+            OptserveError: INVALID_FIELD, OPTIMIZER_EXISTS, MODEL_TOO_LARGE, SERVER_FULL or
+                HYPERPARAMETER_OUT_OF_RANGE.
+        """
+        if not _ID.fullmatch(optimizer_id):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{optimizer_id!r} is no optimizer id: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
+                "letter or digit.",
+                field="optimizer_id",
+            )
+        self._check_size(layout)
+        with self._lock:
+            existing = self._by_id.get(optimizer_id)
+            if existing and request_id and existing.creation_request_id == request_id:
+                return existing
+            if existing or optimizer_id in self._reserved:
+                raise OptserveError(
+                    Reason.OPTIMIZER_EXISTS,
+                    f"There is an optimizer {optimizer_id!r} already; delete it or choose another id.",
+                    field="optimizer_id",
+                    optimizer=optimizer_id,
+                )
+            self._reserve(optimizer_id, State.required_bytes(layout, rule))
+        # Compiling and allocating take their time, so not under the lock.
+        try:
+            state = State(layout, rule, self.backend)
+            self._durability.created(optimizer_id, layout, rule)
+            optimizer = Optimizer(optimizer_id, state, Steps(optimizer_id, state, self._durability), request_id)
+            with self._lock:
+                self._by_id[optimizer_id] = optimizer
+        except MemoryError as error:
+            raise OptserveError(
+                Reason.SERVER_FULL, f"There is no memory for the state of {optimizer_id!r}.", limit="memory"
+            ) from error
+        finally:
+            with self._lock:
+                del self._reserved[optimizer_id]
+        logger.info(
+            "created %s: %s, %d parameters, %d bytes", optimizer_id, rule, len(layout.parameters), layout.size_bytes
+        )
+        return optimizer
+
+    def get(self, optimizer_id: str) -> Optimizer:
+        """Find an optimizer, or raise OPTIMIZER_NOT_FOUND."""
+        optimizer = self._by_id.get(optimizer_id)
+        if optimizer is None:
+            raise _not_found(optimizer_id)
+        return optimizer
+
+    def page(self, size: int, after: str) -> tuple[list[Optimizer], bool]:
+        """Up to `size` optimizers in the order of their ids, from the one after `after` on; and whether more follow."""
+        with self._lock:
+            ids = sorted(self._by_id)
+            start = bisect.bisect_right(ids, after)
+            return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
+
+    def update(self, optimizer_id: str, rule: Rule, etag: str = "") -> Optimizer:
+        """Change hyper-parameters, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or HYPERPARAMETER_OUT_OF_RANGE."""
+        optimizer = self.get(optimizer_id)
+        with self._lock:
+            optimizer.check_etag(etag)
+            optimizer.steps.set_rule(rule)
+            optimizer.etag, optimizer.update_time = _etag(), datetime.now(UTC)
+        logger.info("updated %s: %s", optimizer_id, rule)
+        return optimizer
+
+    def delete(self, optimizer_id: str, etag: str = "") -> None:
+        """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
+        with self._lock:
+            optimizer = self.get(optimizer_id)
+            optimizer.check_etag(etag)
+            optimizer.steps.retire(_not_found(optimizer_id))
+            self._durability.deleted(optimizer_id)
+            del self._by_id[optimizer_id]
+        logger.info("deleted %s", optimizer_id)
+
+    def _check_size(self, layout: Layout) -> None:
+        for what, actual, limit in (
+            ("parameters", len(layout.parameters), self._config.max_parameters),
+            ("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes),
+        ):
+            if actual > limit:
+                raise OptserveError(
+                    Reason.MODEL_TOO_LARGE,
+                    f"The model has {actual} {what}; this server accepts {limit}.",
+                    field="optimizer.parameters",
+                    limit=limit,
+                    actual=actual,
+                )
+
+    def _reserve(self, optimizer_id: str, required_bytes: int) -> None:
+        """Count the memory of an optimizer that is about to be made; called under the lock."""
+        used = sum(optimizer.state.memory_bytes for optimizer in self._by_id.values()) + sum(self._reserved.values())
+        if used + required_bytes > self._config.max_state_bytes:
+            raise OptserveError(
+                Reason.SERVER_FULL,
+                f"{optimizer_id!r} needs {required_bytes} bytes; {self._config.max_state_bytes - used} of this "
+                f"server's {self._config.max_state_bytes} are free.",
+                limit=self._config.max_state_bytes,
+            )
+        if len(self._by_id) + len(self._reserved) >= self._config.max_optimizers:
+            raise OptserveError(
+                Reason.SERVER_FULL,
+                f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
+                limit=self._config.max_optimizers,
+            )
+        self._reserved[optimizer_id] = required_bytes
+
+
+def _not_found(optimizer_id: str) -> OptserveError:
+    return OptserveError(
+        Reason.OPTIMIZER_NOT_FOUND,
+        f"There is no optimizer {optimizer_id!r}.",
+        field="name",
+        optimizer=optimizer_id,
+    )

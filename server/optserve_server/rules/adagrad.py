@@ -1,0 +1,34 @@
+"""ADAGRAD: equation 5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from optserve_server.rules.base import Rule, hyperparameter
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Δx = −η g / (√(Σ g²) + ε).
+
+    Equation 5 has no ε and is 0 / 0 where every gradient so far was 0. ε stands outside the root, as in
+    torch.optim.Adagrad.
+    """
+
+    name = "adagrad"
+    slots = ("sum",)
+    squares_gradient = True
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    eps: float = hyperparameter(1e-10, "(0, inf)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """−η, ε."""
+        return -self.learning_rate, self.eps
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, total: Any, minus_learning_rate: Any, eps: Any) -> Any:
+        """Equation 5."""
+        total = total + g * g
+        return minus_learning_rate * g / (sqrt(total) + eps), total

@@ -1,0 +1,89 @@
+"""What a rule is: the formula of one method, per dimension, and nothing about arrays, devices or wires."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from optserve_server.errors import OptserveError, Reason
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of float64 in the usual notation: `[0, 1)`, `(0, inf)`."""
+
+    text: str
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies in the interval; NaN lies in none."""
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        above = value >= low if self.text[0] == "[" else value > low
+        below = value <= high if self.text[-1] == "]" else value < high
+        return above and below
+
+
+def hyperparameter(default: float, interval: str) -> Any:
+    """A dataclass field with a default and the interval in which its values must lie."""
+    return field(default=default, metadata={"range": Range(interval)})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One method with its hyper-parameters. Subclasses are frozen dataclasses, one per file.
+
+    Attributes:
+        name: The method's field in `optserve.v1.Algorithm`.
+        slots: Names of the state tensors, all starting at 0.
+        squares_gradient: Whether g^2 enters the state, so that a gradient whose square overflows would poison it.
+    """
+
+    name: ClassVar[str]
+    slots: ClassVar[tuple[str, ...]]
+    squares_gradient: ClassVar[bool]
+
+    def scalars(self) -> tuple[float, ...]:
+        """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(sqrt: Callable[[Any], Any], g: Any, *operands: Any) -> Any:
+        """The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots.
+
+        Plain arithmetic on whatever the backend passes: scalars in a compiled loop, arrays otherwise.
+        """
+        raise NotImplementedError
+
+    def check(self, dtype: np.dtype) -> None:
+        """Refuse hyper-parameters that are out of range, or become so when rounded to `dtype`.
+
+        Raises:
+            OptserveError: HYPERPARAMETER_OUT_OF_RANGE, with the field's path.
+        """
+        for item in fields(self):
+            value, interval = getattr(self, item.name), item.metadata["range"]
+            path = f"optimizer.algorithm.{self.name}.{item.name}"
+            if value not in interval or not math.isfinite(value):
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"{self.name}.{item.name} is {value!r}, but must lie in {interval.text}.",
+                    field=path,
+                )
+            with np.errstate(over="ignore", under="ignore"):
+                rounded = float(dtype.type(value))
+            if rounded not in interval or not math.isfinite(rounded):
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"{self.name}.{item.name} is {value!r}, which is {rounded!r} in {dtype.name} and so no longer in "
+                    f"{interval.text}.",
+                    field=path,
+                )
+
+    def gradient_limit(self, dtype: np.dtype) -> float:
+        """The largest magnitude of a gradient element that keeps the state finite."""
+        largest = float(np.finfo(dtype).max)
+        # Rounded towards 0 in the dtype itself, so that limit * limit does not overflow there.
+        return float(np.nextafter(dtype.type(math.sqrt(largest)), dtype.type(0))) if self.squares_gradient else largest

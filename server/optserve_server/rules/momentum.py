@@ -1,0 +1,34 @@
+"""Gradient descent with momentum: equation 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from optserve_server.rules.base import Rule, hyperparameter
+
+
+@dataclass(frozen=True)
+class Momentum(Rule):
+    """Δx_t = ρ Δx_{t−1} − η g_t.
+
+    torch.optim.SGD keeps Δx / −η instead. The two agree while the learning rate is constant; when it changes, here
+    the past updates keep their size, as in the paper.
+    """
+
+    name = "momentum"
+    slots = ("momentum",)
+    squares_gradient = False
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    rho: float = hyperparameter(0.9, "[0, 1)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """ρ, η."""
+        return self.rho, self.learning_rate
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, momentum: Any, rho: Any, learning_rate: Any) -> Any:  # noqa: ARG004
+        """Equation 4."""
+        momentum = rho * momentum - learning_rate * g
+        return momentum, momentum

@@ -1,0 +1,235 @@
+"""The methods of OptimizerService: protobuf to domain and back. It decides nothing."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from optserve import wire
+from optserve.v1 import service_pb2 as pb
+from optserve.v1 import steps_pb2
+from optserve_server import convert, features
+from optserve_server.admission import Admission
+from optserve_server.backends import Choice
+from optserve_server.config import ServerConfig
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.rules import RULES
+from optserve_server.status import to_status
+from optserve_server.steps import Step
+from optserve_server.stream import StepStream, result
+
+SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
+
+
+class Servicer:
+    """One method per call of the contract; `handlers` registers them."""
+
+    def __init__(self, optimizers: Optimizers, admission: Admission, choice: Choice, config: ServerConfig) -> None:
+        self._optimizers = optimizers
+        self._admission = admission
+        self._choice = choice
+        self._config = config
+        self._instance_id = uuid.uuid4().hex
+        self._start_time = datetime.now(UTC)
+
+    def get_server_info(self, _request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+        """What this server is, can do and accepts."""
+        response = pb.GetServerInfoResponse(
+            version=version("optserve"),
+            instance_id=self._instance_id,
+            backend=self._choice.backend.name,
+            backend_reason=self._choice.reason,
+            device=self._choice.backend.device,
+            durability=self._config.durability,
+            limits=convert.limits(self._config),
+            features=features.statuses(),
+            methods=list(RULES),
+            optimizer_count=len(self._optimizers),
+        )
+        response.start_time.FromDatetime(self._start_time)
+        return response
+
+    def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
+        """Make an optimizer."""
+        convert.reject_unavailable(request.optimizer)
+        rule, layout = convert.rule(request.optimizer.algorithm), convert.layout(request.optimizer)
+        item = self._optimizers.create(request.optimizer_id, layout, rule, request.request_id)
+        return pb.CreateOptimizerResponse(optimizer=convert.optimizer(item))
+
+    def get_optimizer(self, request: pb.GetOptimizerRequest) -> pb.GetOptimizerResponse:
+        """Read an optimizer."""
+        return pb.GetOptimizerResponse(optimizer=convert.optimizer(self._find(request.name)))
+
+    def list_optimizers(self, request: pb.ListOptimizersRequest) -> pb.ListOptimizersResponse:
+        """Read a page of optimizers."""
+        if request.page_size > 1000:
+            raise OptserveError(Reason.INVALID_FIELD, "page_size must be at most 1000.", field="page_size")
+        items, more = self._optimizers.page(request.page_size or 100, convert.last_id(request.page_token))
+        return pb.ListOptimizersResponse(
+            optimizers=[convert.optimizer(item, with_parameters=False) for item in items],
+            next_page_token=convert.page_token(items[-1].id) if more else "",
+        )
+
+    def update_optimizer(self, request: pb.UpdateOptimizerRequest) -> pb.UpdateOptimizerResponse:
+        """Change hyper-parameters."""
+        item = self._find(request.optimizer.name, "optimizer.name")
+        rule = convert.updated_rule(item.rule, request.optimizer, list(request.update_mask.paths))
+        item = self._optimizers.update(item.id, rule, request.optimizer.etag)
+        return pb.UpdateOptimizerResponse(optimizer=convert.optimizer(item))
+
+    def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:
+        """Delete an optimizer."""
+        try:
+            self._optimizers.delete(convert.optimizer_id(request.name), request.etag)
+        except OptserveError as error:
+            if not (request.allow_missing and error.reason is Reason.OPTIMIZER_NOT_FOUND):
+                raise
+        return pb.DeleteOptimizerResponse()
+
+    def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
+        """One step in one message."""
+        if request.worker:
+            raise features.unavailable(pb.FEATURE_WORKERS, "worker")
+        size, limit = request.ByteSize(), self._config.max_message_bytes
+        if size > limit:
+            raise OptserveError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"The request has {size} bytes; this server accepts {limit}. Use StreamSteps for larger models.",
+                limit_bytes=limit,
+                actual_bytes=size,
+            )
+        item = self._find(request.name)
+        tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
+        if not tensors:
+            raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
+        expected = request.expected_step if request.HasField("expected_step") else None
+        with self._admission.step():
+            step = item.steps.begin(request.request_id, expected, tensors)
+            try:
+                for position, gradient in enumerate(request.gradients):
+                    _stage(step, item, tensors[position], gradient, f"gradients[{position}]")
+                outcome = step.commit()
+                updates = [_update(step, item, index) for index in step.payload.tensors]
+            finally:
+                step.close()
+        return steps_pb2.ApplyGradientsResponse(result=result(outcome), updates=updates)
+
+    def stream_steps(self, requests: Iterator[bytes]) -> Iterator[wire.ResponseFrame]:
+        """Any number of steps of any size."""
+        stream = StepStream(self._optimizers, self._admission, self._config, to_status)
+        try:
+            # A half-close ends the loop and commits nothing.
+            for raw in requests:
+                yield from stream.handle(_decode(raw))
+        finally:
+            stream.close()
+
+    def _find(self, name: str, field: str = "name") -> Optimizer:
+        return self._optimizers.get(convert.optimizer_id(name, field))
+
+
+def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """The servicer's methods as gRPC wants them. StreamSteps passes raw bytes in and frames out."""
+
+    def unary(method: str) -> grpc.RpcMethodHandler:
+        descriptor = SERVICE.methods_by_name[method]
+        answer: Callable[[Any], Message] = getattr(servicer, _snake(method))
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, _context: answer(request),
+            GetMessageClass(descriptor.input_type).FromString,
+            GetMessageClass(descriptor.output_type).SerializeToString,
+        )
+
+    def missing(method: str) -> grpc.RpcMethodHandler:
+        def refuse(_request: object, _context: grpc.ServicerContext) -> Message:
+            raise features.unavailable(features.UNAVAILABLE_METHODS[method])
+
+        descriptor = SERVICE.methods_by_name[method]
+        takes = "stream" if descriptor.client_streaming else "unary"
+        gives = "stream" if descriptor.server_streaming else "unary"
+        return getattr(grpc, f"{takes}_{gives}_rpc_method_handler")(refuse)
+
+    methods = {
+        "StreamSteps": grpc.stream_stream_rpc_method_handler(
+            lambda requests, _context: servicer.stream_steps(requests), None, wire.encode
+        )
+    }
+    for method in SERVICE.methods_by_name:
+        if method not in methods:
+            methods[method] = missing(method) if method in features.UNAVAILABLE_METHODS else unary(method)
+    return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
+
+
+def _snake(method: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
+
+
+def _decode(raw: bytes) -> wire.RequestFrame:
+    try:
+        return wire.decode_request(raw)
+    except DecodeError as error:
+        raise OptserveError(Reason.INVALID_FIELD, "The message is not a StreamStepsRequest.") from error
+
+
+def _tensor_index(item: Optimizer, name: str, position: int) -> int:
+    index = item.layout.indices.get(name)
+    if index is None:
+        raise OptserveError(
+            Reason.UNKNOWN_PARAMETER,
+            f"{item.id!r} has no parameter {name[:100]!r}.",
+            field=f"gradients[{position}].name",
+            parameter=name,
+        )
+    return index
+
+
+def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, path: str) -> None:
+    """Check one gradient of a unary step against its parameter and stage it."""
+    parameter = item.layout.parameters[index]
+    if gradient.curvature:
+        raise features.unavailable(pb.FEATURE_CURVATURE, f"{path}.curvature")
+    if gradient.shape and tuple(gradient.shape) != parameter.shape:
+        raise OptserveError(
+            Reason.WRONG_SHAPE,
+            f"{parameter.name!r} has shape {list(parameter.shape)}, not {list(gradient.shape)[:16]}.",
+            field=f"{path}.shape",
+            parameter=parameter.name,
+            expected=list(parameter.shape),
+            actual=list(gradient.shape)[:16],
+        )
+    if convert.wire_dtype(gradient.data_type, f"{path}.data_type") not in (None, parameter.dtype):
+        raise OptserveError(
+            Reason.WRONG_DATA_TYPE,
+            f"{parameter.name!r} is {parameter.dtype.name}; a unary step takes gradients in the same data type.",
+            field=f"{path}.data_type",
+            parameter=parameter.name,
+        )
+    expected = parameter.size * parameter.dtype.itemsize
+    if len(gradient.data) != expected:
+        raise OptserveError(
+            Reason.WRONG_BYTE_COUNT,
+            f"{parameter.name!r} needs {expected} bytes of {parameter.dtype.name}, not {len(gradient.data)}.",
+            field=f"{path}.data",
+            parameter=parameter.name,
+            expected=expected,
+            actual=len(gradient.data),
+        )
+    step.stage(index, 0, gradient.data)
+
+
+def _update(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:
+    parameter = item.layout.parameters[index]
+    return steps_pb2.Tensor(
+        name=parameter.name,
+        shape=parameter.shape,
+        data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
+        data=step.updates(index),
+    )

@@ -1,0 +1,95 @@
+"""The arrays of one optimizer: its slots and its staging buffer. Generic over rules and backends.
+
+It knows nothing of steps as transactions; `steps.py` decides what may happen to it and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from optserve_server.backends import Backend
+from optserve_server.layout import Layout, Run
+from optserve_server.rules import Rule
+
+
+class State:
+    """Slots, all 0 at first, and one staging buffer, which takes a gradient and is overwritten by the update.
+
+    Memory is (slots + 1) × the bytes of the parameters.
+
+    Raises:
+        OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
+    """
+
+    def __init__(self, layout: Layout, rule: Rule, backend: Backend) -> None:
+        self.layout = layout
+        self._backend = backend
+        self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
+        self.set_rule(rule)
+        for dtype in self._dtypes:
+            backend.kernel(type(rule), dtype)
+        self.slots: dict[np.dtype, list[Any]] = {
+            dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
+        }
+        self.staged = layout.arenas(backend.staging(layout.size_bytes))
+
+    def set_rule(self, rule: Rule) -> None:
+        """Change the hyper-parameters; refused as a whole where one is out of range."""
+        for dtype in self._dtypes or list(self.layout.sizes):
+            rule.check(dtype)
+        self.rule = rule
+        self._scalars = {dtype: [dtype.type(scalar) for scalar in rule.scalars()] for dtype in self._dtypes}
+        self._limits = {dtype: dtype.type(rule.gradient_limit(dtype)) for dtype in self._dtypes}
+
+    @staticmethod
+    def required_bytes(layout: Layout, rule: Rule) -> int:
+        """Bytes that a state of this layout and rule occupies."""
+        return (len(rule.slots) + 1) * layout.size_bytes
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend that computes it."""
+        return self._backend.name
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.required_bytes(self.layout, self.rule)
+
+    def stage(self, run: Run, start: int, data: np.ndarray) -> int | None:
+        """Copy wire elements into the staging buffer and check them.
+
+        Args:
+            run: Where the elements belong.
+            start: First element, within the arena.
+            data: Elements in the run's wire dtype.
+
+        Returns:
+            Index within `data` of the first element that is NaN, infinite or too large to be squared; None if
+            there is none.
+        """
+        target = self.staged[run.dtype][start : start + data.size]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(target, data, casting="same_kind")
+        limit = self._limits[run.dtype]
+        # NaN wins every max and min and loses every comparison.
+        if target.size == 0 or (target.max() <= limit and target.min() >= -limit):
+            return None
+        return int(np.flatnonzero(~(np.abs(target) <= limit))[0])
+
+    def apply(self, runs: Iterable[Run]) -> None:
+        """Turn the staged gradients of the runs into updates, in place, and advance the slots."""
+        for run in runs:
+            part = slice(run.start, run.stop)
+            kernel = self._backend.kernel(type(self.rule), run.dtype)
+            slots = [slot[part] for slot in self.slots[run.dtype]]
+            kernel(self.staged[run.dtype][part], slots, self._scalars[run.dtype])
+
+    def slot(self, tensor: int, slot: int) -> np.ndarray:
+        """One slot of one parameter, in its shape."""
+        parameter, start = self.layout.parameters[tensor], self.layout.starts[tensor]
+        arena = self.slots[parameter.dtype][slot] if parameter.size else np.empty(0, parameter.dtype)
+        return self._backend.to_host(arena[start : start + parameter.size]).reshape(parameter.shape)

@@ -1,0 +1,400 @@
+"""The transaction: begin, stage, commit, reply, replay. Knows nothing of protobuf or gRPC.
+
+One `Steps` guards one optimizer. At any time at most one `Step` holds its staging buffer: from `begin` until the
+reply has been read or the step is closed. The same request id on another connection takes the step over, because
+it means that the client has given the first connection up; any other is told to come back later.
+
+    begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
+                 └──close, error──> nothing changed
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from optserve_server.coverage import Coverage, Overlap, TooManyFragments
+from optserve_server.durability import Durability, StepRecord
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Payload, Run
+from optserve_server.rules import Rule
+from optserve_server.state import State
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Retained:
+    """The last applied step. `intact` ends when the staging buffer, which holds the reply, takes a new gradient."""
+
+    request_id: str
+    step: int
+    tensors: tuple[int, ...]
+    intact: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a commit did."""
+
+    request_id: str
+    step: int
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class ReplyChunk:
+    """A piece of the reply: bytes of the payload from one byte of one tensor on."""
+
+    tensor: int
+    offset: int
+    data: bytes
+
+
+class Steps:
+    """The steps of one optimizer, one after the other.
+
+    Args:
+        name: The optimizer's, for messages and records.
+        state: Its arrays.
+        durability: Told of every step before it is applied.
+    """
+
+    def __init__(self, name: str, state: State, durability: Durability) -> None:
+        self._name = name
+        self._state = state
+        self._durability = durability
+        self._lock = threading.Lock()
+        self._holder: Step | None = None
+        self._fatal: OptserveError | None = None
+        self._whole = tuple(range(len(state.layout.parameters)))
+        self._payloads: dict[np.dtype | None, Payload] = {}
+        self.retained: Retained | None = None
+        self.step = 0
+
+    @property
+    def last_request_id(self) -> str:
+        """Request id of the last applied step; empty if there is none."""
+        return self.retained.request_id if self.retained else ""
+
+    @property
+    def last_tensors(self) -> tuple[int, ...]:
+        """Parameters that took part in the last applied step; none for all."""
+        tensors = self.retained.tensors if self.retained else ()
+        return () if tensors == self._whole else tensors
+
+    def begin(
+        self,
+        request_id: str,
+        expected_step: int | None = None,
+        tensors: tuple[int, ...] = (),
+        wire: np.dtype | None = None,
+    ) -> Step:
+        """Start a step and hold the staging buffer for it.
+
+        Args:
+            request_id: Identifies the step for retries.
+            expected_step: The step that the client believes is next; None to leave it unchecked.
+            tensors: Parameters that take part; none for all.
+            wire: Dtype of the payload; None for each parameter's own.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER,
+                STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+        """
+        _check_request_id(request_id)
+        with self._lock:
+            if self._fatal:
+                raise self._fatal
+            retained = self.retained
+            replay = retained is not None and retained.request_id == request_id
+            if self._holder and self._holder.request_id != request_id:
+                raise OptserveError(
+                    Reason.STEP_IN_PROGRESS,
+                    f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
+                )
+            if replay and not retained.intact:
+                raise OptserveError(
+                    Reason.REPLY_GONE,
+                    f"Step {retained.step} of {self._name} was applied, but another step has been begun since, and "
+                    "its reply is no longer retained.",
+                    step=retained.step,
+                )
+            if not replay and expected_step is not None and expected_step != self.step:
+                raise OptserveError(
+                    Reason.WRONG_STEP,
+                    f"{self._name} is at step {self.step}, not {expected_step}.",
+                    current_step=self.step,
+                    expected_step=expected_step,
+                )
+            payload = self._payload(retained.tensors if replay else tensors, wire)
+            # Nothing can fail from here on, so the step that is taken over is lost only to its successor.
+            self._holder = Step(self, request_id, payload, replay=replay)
+            return self._holder
+
+    def set_rule(self, rule: Rule) -> None:
+        """Change the hyper-parameters from the next commit on."""
+        with self._lock:
+            if self._fatal:
+                raise self._fatal
+            rule_before = self._state.rule
+            self._state.set_rule(rule)
+            try:
+                self._durability.updated(self._name, rule)
+            except Exception:
+                self._state.set_rule(rule_before)
+                raise
+
+    def retire(self, reason: OptserveError) -> None:
+        """Refuse everything from now on with `reason`.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS.
+        """
+        with self._lock:
+            if self._holder:
+                raise OptserveError(
+                    Reason.STEP_IN_PROGRESS, f"A step on {self._name} is under way; try again when it has ended."
+                )
+            self._fatal = reason
+
+    def _payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
+        if not tensors or tensors == self._whole:
+            if wire not in self._payloads:
+                self._payloads[wire] = Payload(self._state.layout, self._whole, wire)
+            return self._payloads[wire]
+        seen: set[int] = set()
+        for index in tensors:
+            if index >= len(self._whole):
+                raise OptserveError(
+                    Reason.UNKNOWN_PARAMETER,
+                    f"There is no parameter {index}; {self._name} has {len(self._whole)}.",
+                    field="begin.tensors",
+                    parameter=index,
+                )
+            if index in seen:
+                name = self._state.layout.parameters[index].name
+                raise OptserveError(
+                    Reason.DUPLICATE_PARAMETER,
+                    f"Parameter {name!r} is listed twice in one step.",
+                    field="begin.tensors",
+                    parameter=name,
+                )
+            seen.add(index)
+        return Payload(self._state.layout, tensors, wire)
+
+    # The rest is called by the step that holds the staging buffer.
+
+    def _hold(self, step: Step) -> None:
+        """Check, under the lock, that the step still holds the staging buffer."""
+        if self._holder is not step:
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER,
+                f"Request {step.request_id} came again on another connection, which has taken this step over.",
+            )
+
+    def _stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+        with self._lock:
+            self._hold(step)
+            payload = step.payload
+            begin = payload.position(tensor, offset)
+            end = begin + len(data)
+            step.coverage.add(begin, end)
+            if self.retained:
+                self.retained.intact = False
+            for run in payload.runs:
+                low, high = max(begin, run.begin), min(end, run.end)
+                if low < high:
+                    self._stage_run(step, run, low, memoryview(data)[low - begin : high - begin])
+
+    def _stage_run(self, step: Step, run: Run, position: int, data: memoryview) -> None:
+        size = run.wire.itemsize
+        if (position - run.begin) % size or len(data) % size:
+            raise step.out_of_bounds(position, "does not begin and end on an element")
+        bad = self._state.stage(run, run.start + (position - run.begin) // size, np.frombuffer(data, run.wire))
+        if bad is None:
+            return
+        tensor, byte = step.payload.locate(position + bad * size)
+        name, value = self._state.layout.parameters[tensor].name, np.frombuffer(data, run.wire)[bad]
+        finite = bool(np.isfinite(value))
+        raise OptserveError(
+            Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
+            f"The gradient of {name!r} is {value} at flat index {byte // size}"
+            + (f", whose square overflows {run.dtype.name}." if finite else "."),
+            field="chunk.data",
+            parameter=name,
+            index=byte // size,
+        )
+
+    def _commit(self, step: Step) -> Outcome:
+        with self._lock:
+            self._hold(step)
+            if step.replay and self.retained:
+                return Outcome(step.request_id, self.retained.step, replayed=True)
+            gap = step.coverage.first_gap(step.payload.size_bytes)
+            if gap is not None:
+                tensor, offset = step.payload.locate(gap)
+                name = self._state.layout.parameters[tensor].name
+                raise OptserveError(
+                    Reason.MISSING_CHUNK,
+                    f"The gradient of {name!r} is incomplete: byte {offset} has not arrived.",
+                    field="chunk",
+                    parameter=name,
+                    offset=offset,
+                )
+            self._durability.stepping(self._record(step))
+            self._apply(step)
+            self.step += 1
+            self.retained = Retained(step.request_id, self.step, step.payload.tensors)
+            return Outcome(step.request_id, self.step, replayed=False)
+
+    def _record(self, step: Step) -> StepRecord:
+        gradients = [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
+        return StepRecord(self._name, self.step, step.request_id, step.payload.tensors, gradients)
+
+    def _apply(self, step: Step) -> None:
+        try:
+            self._state.apply(step.payload.runs)
+        except Exception as error:
+            # The slots may be half advanced, and there is no second copy of them in memory.
+            logger.exception("a kernel failed in step %d of %s", self.step, self._name)
+            self._fatal = OptserveError(
+                Reason.STATE_LOST,
+                f"The device failed in step {self.step} of {self._name}; its state is not to be trusted.",
+                optimizer=self._name,
+            )
+            raise self._fatal from error
+
+    def _read(self, step: Step, run: Run, begin: int, end: int) -> ReplyChunk:
+        with self._lock:
+            self._hold(step)
+            size = run.wire.itemsize
+            start, stop = (run.start + (edge - run.begin) // size for edge in (begin, end))
+            elements = self._state.staged[run.dtype][start:stop]
+            tensor, offset = step.payload.locate(begin)
+            return ReplyChunk(tensor, offset, elements.astype(run.wire, copy=False).tobytes())
+
+    def _updates(self, step: Step, tensor: int) -> bytes:
+        with self._lock:
+            self._hold(step)
+            parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
+            return self._state.staged[parameter.dtype][start : start + parameter.size].tobytes()
+
+    def _close(self, step: Step) -> None:
+        with self._lock:
+            if self._holder is step:
+                self._holder = None
+
+
+class Step:
+    """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
+
+    def __init__(self, steps: Steps, request_id: str, payload: Payload, *, replay: bool) -> None:
+        self._steps = steps
+        self.request_id = request_id
+        self.payload = payload
+        self.replay = replay
+        self.coverage = Coverage()
+
+    def stage(self, tensor: int, offset: int, data: memoryview | bytes) -> None:
+        """Take a chunk of the gradients. In a replay it is ignored.
+
+        Args:
+            tensor: Index of the parameter in which it begins.
+            offset: First byte within that parameter's wire bytes.
+            data: Elements; those beyond the end of the parameter belong to the next one of the step.
+
+        Raises:
+            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK, TOO_MANY_FRAGMENTS,
+                NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no further use.
+        """
+        if self.replay:
+            return
+        if tensor not in self.payload:
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"Parameter {tensor} takes no part in this step.",
+                field="chunk.tensor",
+                parameter=tensor,
+            )
+        if offset > self.payload.extent(tensor):
+            raise self._out_of_bounds(tensor, offset, "begins beyond the end of its tensor")
+        position = self.payload.position(tensor, offset)
+        if position + len(data) > self.payload.size_bytes:
+            raise self._out_of_bounds(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
+        try:
+            self._steps._stage(self, tensor, offset, data)
+        except Overlap as overlap:
+            tensor, offset = self.payload.locate(overlap.position)
+            name = self.payload.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.OVERLAPPING_CHUNK,
+                f"Byte {offset} of the gradient of {name!r} has arrived twice.",
+                field="chunk.offset",
+                parameter=name,
+                offset=offset,
+            ) from None
+        except TooManyFragments as error:
+            raise OptserveError(
+                Reason.TOO_MANY_FRAGMENTS,
+                f"The gradient arrives in {error}; send neighbouring chunks one after the other.",
+                field="chunk.offset",
+            ) from None
+
+    def commit(self) -> Outcome:
+        """Apply the step to all of its tensors, or change nothing.
+
+        Raises:
+            OptserveError: MISSING_CHUNK, STEP_TAKEN_OVER or STATE_LOST.
+        """
+        return self._steps._commit(self)
+
+    def reply(self, max_chunk_bytes: int) -> Iterator[ReplyChunk]:
+        """The updates of the committed step, in pieces of at most `max_chunk_bytes` bytes.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        for run in self.payload.runs:
+            stride = max_chunk_bytes // run.wire.itemsize * run.wire.itemsize
+            for begin in range(run.begin, run.end, stride):
+                yield self._steps._read(self, run, begin, min(begin + stride, run.end))
+
+    def updates(self, tensor: int) -> bytes:
+        """The update of one whole tensor of the committed step, in the parameter's own dtype.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        return self._steps._updates(self, tensor)
+
+    def close(self) -> None:
+        """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
+        self._steps._close(self)
+
+    def out_of_bounds(self, position: int, what: str) -> OptserveError:
+        """The error for a chunk that does not fit at a position of the payload."""
+        return self._out_of_bounds(*self.payload.locate(position), what)
+
+    def _out_of_bounds(self, tensor: int, offset: int, what: str) -> OptserveError:
+        name = self.payload.layout.parameters[tensor].name
+        return OptserveError(
+            Reason.CHUNK_OUT_OF_BOUNDS,
+            f"The chunk at byte {offset} of {name!r} {what}.",
+            field="chunk.offset",
+            parameter=name,
+            offset=offset,
+        )
+
+
+def _check_request_id(request_id: str) -> None:
+    if not (1 <= len(request_id) <= 64 and request_id.isascii() and request_id.isprintable()):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            "request_id must be 1 to 64 printable ASCII characters; a UUID is a good one.",
+            field="request_id",
+        )

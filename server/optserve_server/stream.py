@@ -1,0 +1,192 @@
+"""One StreamSteps call: turns frames into calls of the transaction, and its results into frames.
+
+    closed ──open──> idle ──begin──> staging ──commit──> idle
+                      ^                 │ error: answered once
+                      └─commit, abort── failed: the rest of that step is ignored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+
+import numpy as np
+from google.rpc import status_pb2
+
+from optserve.v1 import service_pb2, steps_pb2
+from optserve.wire import Frame, RequestFrame, ResponseFrame
+from optserve_server import convert, features
+from optserve_server.admission import Admission
+from optserve_server.config import ServerConfig
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.steps import Outcome, ReplyChunk, Step
+
+
+class _Phase(Enum):
+    CLOSED = auto()
+    IDLE = auto()
+    STAGING = auto()
+    FAILED = auto()
+
+
+class StepStream:
+    """The server's side of one stream.
+
+    Args:
+        optimizers: Where `open` looks its optimizer up.
+        admission: Asked before each step.
+        config: For the limits.
+        to_status: Turns any exception of a step into the status that the client gets.
+    """
+
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        admission: Admission,
+        config: ServerConfig,
+        to_status: Callable[[Exception], status_pb2.Status],
+    ) -> None:
+        self._optimizers = optimizers
+        self._admission = admission
+        self._config = config
+        self._to_status = to_status
+        self._phase = _Phase.CLOSED
+        self._optimizer: Optimizer
+        self._wire: np.dtype | None = None
+        self._reply_chunk_bytes = config.preferred_chunk_bytes
+        self._step: Step | None = None
+        self._request_id = ""
+
+    def handle(self, frame: RequestFrame) -> Iterator[ResponseFrame]:
+        """Carry out the parts of one message, in the order of their numbers.
+
+        Raises:
+            OptserveError: What ends the stream: a failed `open`, or none.
+        """
+        header = frame.header
+        if header.HasField("open"):
+            yield Frame(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
+        elif self._phase is _Phase.CLOSED:
+            raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
+        try:
+            if header.HasField("begin"):
+                self._begin(header.begin)
+            if header.HasField("chunk"):
+                self._chunk(header.chunk, frame.data or b"")
+            if header.HasField("commit"):
+                yield from self._commit()
+        # Every failure is answered in the stream, which lives on.
+        except Exception as error:  # noqa: BLE001
+            yield self._fail(error)
+            if header.HasField("commit"):
+                self._phase = _Phase.IDLE
+        if header.HasField("abort"):
+            self._end(_Phase.IDLE)
+
+    def close(self) -> None:
+        """Discard what is under way."""
+        self._end(_Phase.CLOSED)
+
+    def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
+        if self._phase is not _Phase.CLOSED:
+            raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
+        if request.worker:
+            raise features.unavailable(service_pb2.FEATURE_WORKERS, "open.worker")
+        if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY:
+            raise features.unavailable(service_pb2.FEATURE_SHARED_MEMORY, "open.transport")
+        limit = self._config.max_chunk_bytes
+        if request.max_chunk_bytes and not 1024 <= request.max_chunk_bytes <= limit:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"max_chunk_bytes must be 1024 to {limit}.", field="open.max_chunk_bytes"
+            )
+        optimizer = self._optimizers.get(convert.optimizer_id(request.name, "open.name"))
+        optimizer.check_etag(request.etag)
+        self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
+        self._reply_chunk_bytes = request.max_chunk_bytes or self._config.preferred_chunk_bytes
+        self._optimizer, self._phase = optimizer, _Phase.IDLE
+        return steps_pb2.Opened(
+            step=optimizer.steps.step,
+            last_request_id=optimizer.steps.last_request_id,
+            last_tensors=optimizer.steps.last_tensors,
+            limits=convert.limits(self._config),
+            etag=optimizer.etag,
+        )
+
+    def _begin(self, request: steps_pb2.Begin) -> None:
+        interrupted = self._phase is _Phase.STAGING
+        self._end(_Phase.IDLE)
+        self._request_id = request.request_id
+        if interrupted:
+            raise OptserveError(
+                Reason.STEP_NOT_ENDED, "A step was begun inside another; both are discarded.", field="begin"
+            )
+        if request.with_curvature:
+            raise features.unavailable(service_pb2.FEATURE_CURVATURE, "begin.with_curvature")
+        if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
+            raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "begin.reply")
+        expected = request.expected_step if request.HasField("expected_step") else None
+        self._admission.enter()
+        try:
+            self._step = self._optimizer.steps.begin(request.request_id, expected, tuple(request.tensors), self._wire)
+        finally:
+            if self._step is None:
+                self._admission.leave()
+        self._phase = _Phase.STAGING
+
+    def _chunk(self, chunk: steps_pb2.Chunk, data: bytes | memoryview) -> None:
+        if self._phase is _Phase.FAILED:
+            return
+        if self._step is None:
+            raise OptserveError(Reason.NO_STEP, "A chunk came outside a step; begin one first.", field="chunk")
+        if chunk.operand == steps_pb2.OPERAND_CURVATURE:
+            raise features.unavailable(service_pb2.FEATURE_CURVATURE, "chunk.operand")
+        if len(data) > self._config.max_chunk_bytes:
+            raise OptserveError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"The chunk has {len(data)} bytes; this server accepts {self._config.max_chunk_bytes}.",
+                field="data",
+                limit_bytes=self._config.max_chunk_bytes,
+                actual_bytes=len(data),
+            )
+        self._step.stage(chunk.tensor, chunk.offset, data)
+
+    def _commit(self) -> Iterator[ResponseFrame]:
+        if self._phase is _Phase.FAILED:
+            self._phase = _Phase.IDLE
+            return
+        if self._step is None:
+            raise OptserveError(Reason.NO_STEP, "A commit came outside a step; begin one first.", field="commit")
+        outcome = self._step.commit()
+        # The last chunk and the result share a message, so a small step is answered by one.
+        last = steps_pb2.StreamStepsResponse(result=result(outcome))
+        pending: ReplyChunk | None = None
+        for piece in self._step.reply(self._reply_chunk_bytes):
+            if pending is not None:
+                yield _frame(steps_pb2.StreamStepsResponse(), pending)
+            pending = piece
+        yield Frame(last) if pending is None else _frame(last, pending)
+        self._end(_Phase.IDLE)
+
+    def _fail(self, error: Exception) -> ResponseFrame:
+        failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
+        self._end(_Phase.FAILED)
+        return Frame(steps_pb2.StreamStepsResponse(error=failure))
+
+    def _end(self, phase: _Phase) -> None:
+        step, self._step, self._phase = self._step, None, phase
+        self._request_id = ""
+        if step is not None:
+            step.close()
+            self._admission.leave()
+
+
+def result(outcome: Outcome) -> steps_pb2.Result:
+    """A step's outcome as the contract shows it."""
+    return steps_pb2.Result(request_id=outcome.request_id, step=outcome.step, replayed=outcome.replayed)
+
+
+def _frame(header: steps_pb2.StreamStepsResponse, piece: ReplyChunk) -> ResponseFrame:
+    header.chunk.tensor, header.chunk.offset = piece.tensor, piece.offset
+    header.chunk.SetInParent()
+    return Frame(header, piece.data)
