@@ -20,14 +20,32 @@ DEFAULTS = settings.ServerConfig()
 
 @app.command(name="serve")
 def serve(
-    host: Annotated[Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)] = None,
-    port: Annotated[Optional[int], typer.Option(help="TCP port; 0 takes a free one.", show_default=str(DEFAULTS.port))] = None,
+    host: Annotated[
+        Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)
+    ] = None,
+    port: Annotated[
+        Optional[int], typer.Option(help="TCP port; 0 takes a free one.", show_default=str(DEFAULTS.port))
+    ] = None,
     uds: Annotated[Optional[str], typer.Option(help="Path of a Unix socket to listen on instead of TCP.")] = None,
-    data_dir: Annotated[Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)] = None,
-    durability: Annotated[Optional[str], typer.Option(help="memory: state ends with the process.", show_default=DEFAULTS.durability)] = None,
-    backend: Annotated[Optional[str], typer.Option(help="auto, cupy, numba or numpy. auto takes the fastest that works.", show_default=DEFAULTS.backend)] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads))] = None,
-    config: Annotated[Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)] = None,
+    data_dir: Annotated[
+        Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)
+    ] = None,
+    durability: Annotated[
+        Optional[str], typer.Option(help="memory: state ends with the process.", show_default=DEFAULTS.durability)
+    ] = None,
+    backend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="auto, cupy, numba or numpy. auto takes the fastest that works.", show_default=DEFAULTS.backend
+        ),
+    ] = None,
+    threads: Annotated[
+        Optional[int],
+        typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads)),
+    ] = None,
+    config: Annotated[
+        Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     announce: Annotated[bool, typer.Option("--announce", help="Print `ready TARGET` once the server answers.")] = False,
     exit_on_eof: Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")] = False,

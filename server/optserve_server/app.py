@@ -44,7 +44,7 @@ class App:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         self._server = grpc.server(
             self._pool,
-            interceptors=(ErrorInterceptor(), StreamLimiter(config.max_streams)),
+            interceptors=[ErrorInterceptor(), StreamLimiter(config.max_streams)],
             options=_options(config),
             maximum_concurrent_rpcs=config.max_streams + QUEUED_CALLS_PER_THREAD * config.unary_threads,
         )

@@ -74,9 +74,7 @@ def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -
     """
     name = message.WhichOneof("method")
     if name is None:
-        raise OptserveError(
-            Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path
-        )
+        raise OptserveError(Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path)
     if name not in RULES:
         raise features.unavailable(service_pb2.FEATURE_CURVATURE, f"{path}.{name}")
     settings = getattr(message, name)
@@ -164,7 +162,7 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
             message.parameters.add(
                 name=parameter.name,
                 shape=parameter.shape,
-                data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
+                data_type=wire.DATA_TYPES[parameter.dtype],
             )
     return message
 

@@ -31,7 +31,7 @@ UNAVAILABLE_METHODS = {
 def statuses() -> list[pb.FeatureStatus]:
     """Every feature of the contract, available or not."""
     return [
-        pb.FeatureStatus(feature=feature, available=feature in AVAILABLE)
+        pb.FeatureStatus(feature=pb.Feature.Name(feature), available=feature in AVAILABLE)
         for feature in pb.Feature.values()
         if feature != pb.FEATURE_UNSPECIFIED
     ]

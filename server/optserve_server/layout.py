@@ -102,7 +102,7 @@ class Payload:
         position = 0
         for index in tensors:
             parameter, start = layout.parameters[index], layout.starts[index]
-            wire_dtype = wire or parameter.dtype
+            wire_dtype = parameter.dtype if wire is None else wire
             end = position + parameter.size * wire_dtype.itemsize
             run = Run(position, end, parameter.dtype, wire_dtype, start, start + parameter.size)
             if runs and runs[-1].dtype == run.dtype and runs[-1].stop == run.start:

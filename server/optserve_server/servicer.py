@@ -205,7 +205,9 @@ def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, 
             expected=list(parameter.shape),
             actual=list(gradient.shape)[:16],
         )
-    if convert.wire_dtype(gradient.data_type, f"{path}.data_type") not in (None, parameter.dtype):
+    dtype = convert.wire_dtype(gradient.data_type, f"{path}.data_type")
+    # Not `dtype in (None, …)`: to NumPy, None is another name of float64.
+    if dtype is not None and dtype != parameter.dtype:
         raise OptserveError(
             Reason.WRONG_DATA_TYPE,
             f"{parameter.name!r} is {parameter.dtype.name}; a unary step takes gradients in the same data type.",

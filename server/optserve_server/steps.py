@@ -110,30 +110,30 @@ class Steps:
         with self._lock:
             if self._fatal:
                 raise self._fatal
-            retained = self.retained
-            replay = retained is not None and retained.request_id == request_id
+            # The last step, if this request is that one once more.
+            repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
                 raise OptserveError(
                     Reason.STEP_IN_PROGRESS,
                     f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
                 )
-            if replay and not retained.intact:
+            if repeated and not repeated.intact:
                 raise OptserveError(
                     Reason.REPLY_GONE,
-                    f"Step {retained.step} of {self._name} was applied, but another step has been begun since, and "
+                    f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and "
                     "its reply is no longer retained.",
-                    step=retained.step,
+                    step=repeated.step,
                 )
-            if not replay and expected_step is not None and expected_step != self.step:
+            if not repeated and expected_step is not None and expected_step != self.step:
                 raise OptserveError(
                     Reason.WRONG_STEP,
                     f"{self._name} is at step {self.step}, not {expected_step}.",
                     current_step=self.step,
                     expected_step=expected_step,
                 )
-            payload = self._payload(retained.tensors if replay else tensors, wire)
+            payload = self._payload(repeated.tensors if repeated else tensors, wire)
             # Nothing can fail from here on, so the step that is taken over is lost only to its successor.
-            self._holder = Step(self, request_id, payload, replay=replay)
+            self._holder = Step(self, request_id, payload, replay=repeated is not None)
             return self._holder
 
     def set_rule(self, rule: Rule) -> None:

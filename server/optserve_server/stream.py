@@ -1,8 +1,8 @@
 """One StreamSteps call: turns frames into calls of the transaction, and its results into frames.
 
-    closed ──open──> idle ──begin──> staging ──commit──> idle
-                      ^                 │ error: answered once
-                      └─commit, abort── failed: the rest of that step is ignored
+closed ──open──> idle ──begin──> staging ──commit──> idle
+                  ^                 │ error: answered once
+                  └─commit, abort── failed: the rest of that step is ignored
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """optserve: an optimizer as a service. Gradients go to a server, updates come back.
 
-    with optserve.connect("127.0.0.1:50051") as client:
-        opt = client.create_optimizer("mlp", optserve.Adadelta(rho=0.95, eps=1e-6), params)
-        for name, update in opt.step(grads).items():
-            params[name] += update
+with optserve.connect("127.0.0.1:50051") as client:
+    opt = client.create_optimizer("mlp", optserve.Adadelta(rho=0.95, eps=1e-6), params)
+    for name, update in opt.step(grads).items():
+        params[name] += update
 """
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms

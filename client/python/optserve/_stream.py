@@ -50,7 +50,7 @@ class Gradients:
         parts: list[memoryview] = []
         tensor = offset = size = 0
         for index, array in zip(self.indices, self.arrays, strict=True):
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            view = array.reshape(-1).view(np.uint8).data
             begin = 0
             while begin < len(view):
                 # Chunks end between elements.

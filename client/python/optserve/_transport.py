@@ -60,9 +60,7 @@ class Transport:
             ],
         )
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
-        self._stream_steps = self._channel.stream_stream(
-            f"/{_SERVICE}/StreamSteps", wire.encode, wire.decode_response
-        )
+        self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", wire.encode, wire.decode_response)
 
     def call(
         self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None, idempotent: bool = True

@@ -90,9 +90,7 @@ class AsyncClient:
         self, name: str, *, transport: sync.TransportName = "auto", wire_dtype: sync.WireDtype = "native"
     ) -> AsyncOptimizer:
         """See `optserve.Client.optimizer`."""
-        found = await self._threads.run(
-            self._connected.optimizer, name, transport=transport, wire_dtype=wire_dtype
-        )
+        found = await self._threads.run(self._connected.optimizer, name, transport=transport, wire_dtype=wire_dtype)
         return AsyncOptimizer(found, self._threads)
 
     async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
@@ -131,9 +129,7 @@ class AsyncOptimizer:
     ) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.step`."""
         try:
-            return await self._threads.run(
-                self._optimizer.step, grads, out=out, partial=partial, timeout_s=timeout_s
-            )
+            return await self._threads.run(self._optimizer.step, grads, out=out, partial=partial, timeout_s=timeout_s)
         except asyncio.CancelledError:
             self._optimizer.cancel()
             raise

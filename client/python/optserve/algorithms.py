@@ -6,7 +6,7 @@ are checked by the server, whose `InvalidArgumentError` names the field.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 from optserve.v1 import algorithms_pb2
@@ -120,4 +120,4 @@ def from_message(message: algorithms_pb2.Algorithm) -> Algorithm:
         raise ValueError(f"This client does not know the method {name!r}; a newer one may.")
     kind = ALGORITHMS[name]
     settings = getattr(message, name)
-    return kind(**{field: getattr(settings, field) for field in kind.__dataclass_fields__})
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

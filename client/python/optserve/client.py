@@ -23,7 +23,6 @@ from optserve.errors import (
     StepInDoubtError,
     StepInProgressError,
     UnavailableError,
-    WrongStepError,
 )
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve.wire import DATA_TYPES, DTYPES
@@ -113,10 +112,8 @@ class Client:
         """
         message = optimizer_pb2.Optimizer(algorithm=algorithm.to_message())
         for parameter, spec in params.items():
-            message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))  # pyright: ignore[reportArgumentType]
-        request = service_pb2.CreateOptimizerRequest(
-            optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4())
-        )
+            message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
+        request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))
         return Optimizer(self._transport, self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer)
 
     def optimizer(self, name: str, *, transport: TransportName = "auto", wire_dtype: WireDtype = "native") -> Optimizer:
@@ -361,9 +358,7 @@ class Optimizer:
                 # What has been applied is only asked for again; the gradients need not travel.
                 applied = stream.opened.last_request_id == request_id
                 send = Gradients([], [], whole=True) if applied else gradients
-                self.current_step = stream.step(
-                    send.frames(begin, self._chunk_bytes(stream)), updates, deadline
-                ).step
+                self.current_step = stream.step(send.frames(begin, self._chunk_bytes(stream)), updates, deadline).step
             except (UnavailableError, StepInProgressError) as error:
                 self._close_stream()
                 updates.reset()

@@ -1,22 +1,22 @@
 """Everything the client raises, and the one place where a google.rpc.Status becomes an exception.
 
-    OptserveError
-    ├── UnavailableError            no server answers, or it is about to stop
-    ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
-    ├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
-    ├── NotFoundError               no such optimizer or checkpoint (also a KeyError)
-    ├── AlreadyExistsError          the name is taken
-    ├── AbortedError
-    │   ├── WrongStepError          the server is at another step than the client
-    │   ├── EtagMismatchError       the optimizer was changed meanwhile
-    │   └── StepInProgressError     another client is in the middle of a step
-    ├── FailedPreconditionError
-    │   └── StepInDoubtError        an earlier, interrupted step had been applied; `replay` gets its updates
-    ├── ResourceExhaustedError      too large, too many, or no room
-    ├── FeatureUnavailableError     this server lacks that part of the contract
-    ├── StateLostError              the server's device failed; the optimizer's state is gone
-    ├── InternalError               a fault of the server
-    └── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
+OptserveError
+├── UnavailableError            no server answers, or it is about to stop
+├── DeadlineExceededError       no answer in time; the step may or may not have been applied
+├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
+├── NotFoundError               no such optimizer or checkpoint (also a KeyError)
+├── AlreadyExistsError          the name is taken
+├── AbortedError
+│   ├── WrongStepError          the server is at another step than the client
+│   ├── EtagMismatchError       the optimizer was changed meanwhile
+│   └── StepInProgressError     another client is in the middle of a step
+├── FailedPreconditionError
+│   └── StepInDoubtError        an earlier, interrupted step had been applied; `replay` gets its updates
+├── ResourceExhaustedError      too large, too many, or no room
+├── FeatureUnavailableError     this server lacks that part of the contract
+├── StateLostError              the server's device failed; the optimizer's state is gone
+├── InternalError               a fault of the server
+└── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
 """
 
 from __future__ import annotations
@@ -152,22 +152,24 @@ _BY_REASON: dict[str, type[OptserveError]] = {
 
 def from_status(status: status_pb2.Status) -> OptserveError:
     """The exception for a status, with what its details say."""
-    info, bad_request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), None
+    info, bad_request, retry = (
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.BadRequest(),
+        error_details_pb2.RetryInfo(),
+    )
+    retryable = False
     for detail in status.details:
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            detail.Unpack(info)
-        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-            detail.Unpack(bad_request)
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo()
-            detail.Unpack(retry)
+        # Unpack does nothing where the type is another.
+        detail.Unpack(info)
+        detail.Unpack(bad_request)
+        retryable |= detail.Unpack(retry)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(status.code, OptserveError)
     return kind(
         status.message,
         reason=info.reason,
         metadata=info.metadata,
         field=bad_request.field_violations[0].field if bad_request.field_violations else "",
-        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry else None,
+        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retryable else None,
     )
 
 
@@ -175,12 +177,14 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
     """The exception for a failed call to `target`."""
     if not isinstance(error, grpc.Call):
         return InternalError(f"The call to {target} failed: {error}")
-    for key, value in error.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
-            return from_status(status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode()))
+    for item in error.trailing_metadata() or ():
+        if item.key == _DETAILS_KEY and isinstance(item.value, bytes):
+            return from_status(status_pb2.Status.FromString(item.value))
     code = code_pb2.Code.Value(error.code().name)
     if code == code_pb2.UNAVAILABLE:
-        message = f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
+        message = (
+            f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
+        )
     else:
         message = f"{error.details()} ({error.code().name}, from {target})"
     return from_status(status_pb2.Status(code=code, message=message))

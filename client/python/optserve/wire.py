@@ -24,9 +24,9 @@ _LENGTH_DELIMITED = 2
 class _Message(Protocol):
     data: bytes
 
-    def SerializeToString(self) -> bytes: ...  # noqa: D102
-    def ClearField(self, field_name: str) -> None: ...  # noqa: D102
-    def HasField(self, field_name: str) -> bool: ...  # noqa: D102
+    def SerializeToString(self) -> bytes: ...  # noqa: N802
+    def ClearField(self, field_name: str) -> None: ...  # noqa: N802
+    def HasField(self, field_name: str) -> bool: ...  # noqa: N802
 
 
 def varint(value: int) -> bytes:

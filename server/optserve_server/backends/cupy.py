@@ -4,6 +4,8 @@ The staging buffer is pinned host memory; a step moves through the device in blo
 and two blocks, whatever the size of the model.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

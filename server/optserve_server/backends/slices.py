@@ -33,9 +33,7 @@ class Slices:
             return
         # Multiples of 16 elements keep neighbouring threads off each other's cache lines.
         share = (-(-size // self.threads) + 15) // 16 * 16
-        others = [
-            self._pool.submit(work, start, min(start + share, size)) for start in range(share, size, share)
-        ]
+        others = [self._pool.submit(work, start, min(start + share, size)) for start in range(share, size, share)]
         try:
             work(0, min(share, size))
         finally:

@@ -38,23 +38,18 @@ class Rule:
     Attributes:
         name: The method's field in `optserve.v1.Algorithm`.
         slots: Names of the state tensors, all starting at 0.
-        squares_gradient: Whether g^2 enters the state, so that a gradient whose square overflows would poison it.
+        squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
+        update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots.
+            Plain arithmetic on whatever the backend passes: numbers in a compiled loop, arrays otherwise.
     """
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]
     squares_gradient: ClassVar[bool]
+    update: ClassVar[Callable[..., Any]]
 
     def scalars(self) -> tuple[float, ...]:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
-        raise NotImplementedError
-
-    @staticmethod
-    def update(sqrt: Callable[[Any], Any], g: Any, *operands: Any) -> Any:
-        """The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots.
-
-        Plain arithmetic on whatever the backend passes: scalars in a compiled loop, arrays otherwise.
-        """
         raise NotImplementedError
 
     def check(self, dtype: np.dtype) -> None:

@@ -1,0 +1,208 @@
+"""optserve mnist: train the paper's network on MNIST through a server, and watch it learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from optserve import algorithms
+from optserve.cli.console import console, fail, failing_clearly
+
+if TYPE_CHECKING:
+    from optserve.client import Client
+    from optserve.examples.mnist.data import Dataset
+    from optserve.examples.mnist.train import Report
+
+MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms"]
+ActivationName = Literal["tanh", "relu"]
+
+
+def command(
+    target: Annotated[
+        Optional[str], typer.Option(help="Server, HOST:PORT. Without it a local server is started and stopped.")
+    ] = None,
+    algorithm: Annotated[MethodName, typer.Option(help="Method.")] = "adadelta",
+    rho: Annotated[Optional[float], typer.Option(help="Decay constant; the method's default.")] = None,
+    eps: Annotated[Optional[float], typer.Option(help="Conditioning constant; the method's default.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate; the method's default.")] = None,
+    activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
+    epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,
+    data_dir: Annotated[
+        Optional[Path], typer.Option(help="Folder with the four IDX files, plain or .gz. Default: fetched and cached.")
+    ] = None,
+    json: Annotated[Optional[Path], typer.Option("--json", help="Write a report to this file.", dir_okay=False)] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(help="Draw the test error per epoch to this .png or .svg.", dir_okay=False)
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend of the local server.")] = "auto",
+) -> None:
+    """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
+    from optserve import connect
+    from optserve.examples.mnist.data import DataError, load
+    from optserve.examples.mnist.train import Report
+
+    method = _method(algorithm, {"rho": rho, "eps": eps, "learning_rate": learning_rate})
+    _check_outputs(json, plot)
+    try:
+        dataset = load(data_dir, lambda line: console.print(line, style="dim"))
+    except DataError as error:
+        fail(str(error))
+    report = Report(
+        settings={
+            "algorithm": {"name": method.name, **asdict(method)},
+            "activation": activation,
+            "epochs": epochs,
+            "seed": seed,
+            "data": dataset.source,
+        }
+    )
+    with failing_clearly(), _server(target, backend) as address, connect(address) as client:
+        try:
+            _run(client, method, dataset, report)
+        except KeyboardInterrupt:
+            console.print(f"Stopped after {report.steps:,} steps.")
+    if json:
+        report.write(json)
+        console.print(f"Report: {json}")
+    if plot:
+        from optserve.examples.mnist.plot import draw
+
+        draw(report, plot)
+        console.print(f"Plot:   {plot}")
+    if len(report.epochs) < epochs:
+        raise typer.Exit(130)
+
+
+def _method(name: str, settings: dict[str, float | None]) -> algorithms.Algorithm:
+    kind = algorithms.ALGORITHMS[name]
+    given = {option: value for option, value in settings.items() if value is not None}
+    known = [field.name for field in fields(kind)]
+    for option in given:
+        if option not in known:
+            fail(f"{name} has no {option}; it has {', '.join(known)}.", 2)
+    return kind(**given)
+
+
+def _check_outputs(json: Path | None, plot: Path | None) -> None:
+    """Find out before the training, not after it, that its results cannot be written."""
+    for path in filter(None, (json, plot)):
+        if not path.parent.is_dir():
+            fail(f"There is no folder {path.parent} to write {path.name} to.", 2)
+    if plot:
+        if find_spec("matplotlib") is None:
+            fail("--plot needs matplotlib: pip install 'optserve[plots]'.", 2)
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            fail(f"--plot draws .png, .svg or .pdf, not {plot.suffix or plot.name!r}.", 2)
+
+
+@contextmanager
+def _server(target: str | None, backend: str) -> Iterator[str]:
+    if target is not None:
+        yield target
+        return
+    from optserve import local_server
+
+    with console.status("Starting a local server …"):
+        server = local_server(backend=backend)
+        started = server.__enter__()
+    try:
+        yield started.target
+    finally:
+        server.__exit__(None, None, None)
+
+
+def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report: Report) -> None:
+    import uuid
+
+    from optserve.examples.mnist.train import new_network, train
+
+    info = client.server_info()
+    report.server = {
+        "target": client.target,
+        "version": info.version,
+        "backend": info.backend,
+        "device": info.device,
+        "durability": info.durability,
+    }
+    settings = report.settings
+    network = new_network(dataset, settings["activation"], settings["seed"])
+    size = sum(param.size for param in network.params.values())
+    console.print(
+        f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images ({dataset.source})\n"
+        f"{size:,} weights, {settings['activation']}; {method}\n"
+        f"server {client.target}, optserve {info.version}: {info.backend} on {info.device}",
+        highlight=False,
+    )
+    # A name of its own, so that several trainers can share a server.
+    name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
+    optimizer = client.create_optimizer(name, method, network.params)
+    try:
+        with _display(settings["epochs"], report) as on_progress:
+            train(
+                network,
+                optimizer,
+                dataset,
+                report,
+                epochs=settings["epochs"],
+                seed=settings["seed"],
+                on_progress=on_progress,
+            )
+    finally:
+        optimizer.close()
+        client.delete_optimizer(name, missing_ok=True)
+    console.print(
+        f"[bold]Test error {100 * report.test_error:.2f} %[/bold] after {settings['epochs']} epochs: "
+        f"{report.steps:,} steps in {report.seconds:.1f} s, every update from the server.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _display(epochs: int, report: Report) -> Iterator[Any]:
+    """A live display on a terminal, and a line per epoch everywhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  test error {task.fields[error]}  {task.fields[rate]:.0f} steps/s"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as display:
+        task = display.add_task("", epoch=1, epochs=epochs, loss=0.0, error="-", rate=0.0, total=None)
+        shown = 0
+
+        def on_progress(progress: Any) -> None:
+            nonlocal shown
+            display.update(
+                task,
+                total=progress.steps,
+                completed=progress.step,
+                epoch=progress.epoch,
+                loss=progress.loss,
+                error=f"{100 * progress.test_error:.2f} %",
+                rate=progress.steps_per_s,
+            )
+            shown = _print_epochs(report, shown)
+
+        yield on_progress
+    _print_epochs(report, shown)
+
+
+def _print_epochs(report: Report, shown: int) -> int:
+    for epoch in report.epochs[shown:]:
+        console.print(
+            f"epoch {epoch.epoch:>3}   loss {epoch.loss:.4f}   test error {100 * epoch.test_error:5.2f} %   "
+            f"{epoch.seconds:6.1f} s",
+            highlight=False,
+        )
+    return len(report.epochs)

@@ -1,0 +1,1 @@
+"""Programs that use optserve, to run and to read."""

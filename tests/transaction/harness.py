@@ -1,0 +1,36 @@
+"""A transaction on its own: no server, no protobuf."""
+
+import numpy as np
+
+from optserve_server import backends
+from optserve_server.durability import InMemory
+from optserve_server.layout import Layout, Parameter
+from optserve_server.rules import Adadelta, Rule
+from optserve_server.state import State
+from optserve_server.steps import Steps
+
+F4, F8 = np.dtype("f4"), np.dtype("f8")
+
+
+def make_steps(*parameters: Parameter, rule: Rule | None = None, durability=None) -> Steps:
+    """A fresh optimizer of these parameters."""
+    state = State(Layout(parameters), rule or Adadelta(), backends.load("numpy", 1))
+    return Steps("test", state, durability or InMemory())
+
+
+def run_step(steps: Steps, request_id: str, chunks, **options) -> bytes:
+    """One whole step; returns the payload of its reply."""
+    step = steps.begin(request_id, **options)
+    try:
+        for tensor, offset, data in chunks:
+            step.stage(tensor, offset, data)
+        step.commit()
+        return b"".join(piece.data for piece in step.reply(1 << 20))
+    finally:
+        step.close()
+
+
+def fingerprint(steps: Steps) -> tuple:
+    """Everything that a step can change."""
+    slots = [slot.tobytes() for arena in steps._state.slots.values() for slot in arena]
+    return steps.step, steps.last_request_id, slots

@@ -1,0 +1,223 @@
+"""A step is applied once, whole, or not at all."""
+
+import numpy as np
+import pytest
+
+from optserve_server.durability import InMemory
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Parameter
+from transaction.harness import F4, F8, fingerprint, make_steps, run_step
+
+G = np.arange(1, 8, dtype=np.float32)
+
+
+def refuse(reason: Reason):
+    return pytest.raises(OptserveError, check=lambda error: error.reason is reason)
+
+
+def test_a_step_counts_and_answers_with_the_update(steps):
+    reply = np.frombuffer(run_step(steps, "a", [(0, 0, G.tobytes())]), np.float32)
+    # The first step of ADADELTA: -sqrt(eps) / sqrt((1 - rho) g^2 + eps) g.
+    np.testing.assert_allclose(reply, -np.sqrt(1e-6) / np.sqrt(0.05 * G**2 + 1e-6) * G, rtol=1e-5)
+    assert (steps.step, steps.last_request_id) == (1, "a")
+
+
+def test_nothing_changes_before_the_commit(steps):
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    before = fingerprint(steps)
+    step = steps.begin("b")
+    step.stage(0, 0, G.tobytes())
+    assert fingerprint(steps) == before
+    step.close()
+    assert fingerprint(steps) == before
+
+
+def test_the_same_request_id_gets_the_same_bytes_and_changes_nothing(steps):
+    first = run_step(steps, "a", [(0, 0, G.tobytes())])
+    before = fingerprint(steps)
+    step = steps.begin("a", expected_step=0)
+    step.stage(0, 0, (2 * G).tobytes())  # ignored: what was applied is what counts
+    outcome = step.commit()
+    again = b"".join(piece.data for piece in step.reply(8))
+    step.close()
+    assert (outcome.replayed, outcome.step) == (True, 1)
+    assert again == first
+    assert fingerprint(steps) == before
+
+
+def test_a_retry_of_a_step_that_was_not_committed_starts_afresh(steps):
+    abandoned = steps.begin("a")
+    abandoned.stage(0, 0, G[:3].tobytes())
+    taken_over = steps.begin("a")
+    with refuse(Reason.STEP_TAKEN_OVER):
+        abandoned.stage(0, 12, G[3:].tobytes())
+    with refuse(Reason.STEP_TAKEN_OVER):
+        abandoned.commit()
+    abandoned.close()
+    taken_over.stage(0, 0, G.tobytes())
+    assert taken_over.commit().step == 1
+
+
+def test_a_reply_that_is_overtaken_stops_instead_of_mixing_two_steps(steps):
+    slow = steps.begin("a")
+    slow.stage(0, 0, G.tobytes())
+    slow.commit()
+    pieces = slow.reply(8)
+    next(pieces)
+    run_step(steps, "a", [])
+    run_step(steps, "b", [(0, 0, G.tobytes())])
+    with refuse(Reason.STEP_TAKEN_OVER):
+        next(pieces)
+
+
+def test_another_request_waits_for_the_one_under_way(steps):
+    step = steps.begin("a")
+    with refuse(Reason.STEP_IN_PROGRESS) as caught:
+        steps.begin("b")
+    assert caught.value.retry_after_s
+    step.close()
+    steps.begin("b").close()
+
+
+def test_a_wrong_expected_step_is_refused_with_the_current_one(steps):
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    before = fingerprint(steps)
+    with refuse(Reason.WRONG_STEP) as caught:
+        steps.begin("b", expected_step=0)
+    assert caught.value.metadata == {"current_step": "1", "expected_step": "0"}
+    assert fingerprint(steps) == before
+
+
+def test_a_reply_that_a_later_gradient_has_overwritten_is_gone_and_says_so(steps):
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    step = steps.begin("b")
+    step.stage(0, 0, G[:1].tobytes())
+    step.close()
+    with refuse(Reason.REPLY_GONE):
+        steps.begin("a")
+
+
+def test_a_step_of_some_parameters_leaves_the_others_alone(steps):
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    w_before = steps._state.slot(0, 0).tobytes()
+    b_before = steps._state.slot(1, 0).tobytes()
+    reply = run_step(steps, "b", [(1, 0, G[:1].tobytes())], tensors=(1,))
+    assert len(reply) == 4
+    assert steps._state.slot(0, 0).tobytes() == w_before
+    assert steps._state.slot(1, 0).tobytes() != b_before
+    assert steps.last_tensors == (1,)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason", "parameter"),
+    [
+        ([(0, 0, G[:6].tobytes())], Reason.MISSING_CHUNK, "b"),
+        ([(0, 4, G[1:].tobytes())], Reason.MISSING_CHUNK, "w"),
+        ([(0, 0, G.tobytes()), (0, 0, G[:1].tobytes())], Reason.OVERLAPPING_CHUNK, "w"),
+        ([(0, 0, G[:2].tobytes()), (0, 4, G[:1].tobytes())], Reason.OVERLAPPING_CHUNK, "w"),
+        ([(0, 8, G[:4].tobytes()), (0, 4, G[:2].tobytes())], Reason.OVERLAPPING_CHUNK, "w"),
+        ([(0, 0, G.tobytes() + bytes(4))], Reason.CHUNK_OUT_OF_BOUNDS, "w"),
+        ([(0, 28, G[:1].tobytes())], Reason.CHUNK_OUT_OF_BOUNDS, "w"),
+        ([(0, 1 << 62, G[:1].tobytes())], Reason.CHUNK_OUT_OF_BOUNDS, "w"),
+        ([(2, 0, G[:1].tobytes())], Reason.CHUNK_OUT_OF_BOUNDS, "none"),
+        ([(0, 2, G[:1].tobytes())], Reason.CHUNK_OUT_OF_BOUNDS, "w"),
+        ([(0, 0, G[:1].tobytes()[:3])], Reason.CHUNK_OUT_OF_BOUNDS, "w"),
+        ([(3, 0, G[:1].tobytes())], Reason.UNKNOWN_PARAMETER, "3"),
+        ([(0, 0, np.array([1, 2, np.nan], np.float32).tobytes())], Reason.NON_FINITE_VALUE, "w"),
+        ([(0, 20, np.array([1, -np.inf], np.float32).tobytes())], Reason.NON_FINITE_VALUE, "b"),
+        ([(0, 0, np.array([-2e19], np.float32).tobytes())], Reason.GRADIENT_OVERFLOW, "w"),
+    ],
+)
+def test_bad_chunks_are_refused_and_change_nothing(steps, chunks, reason, parameter):
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    before = fingerprint(steps)
+    with refuse(reason) as caught:
+        run_step(steps, "b", chunks)
+    assert caught.value.metadata["parameter"] == parameter
+    assert caught.value.field
+    assert fingerprint(steps) == before
+    run_step(steps, "c", [(0, 0, G.tobytes())], expected_step=1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_value_is_named_by_tensor_and_first_index(steps, bad):
+    values = G[:6].copy()
+    values[4:] = bad
+    with refuse(Reason.NON_FINITE_VALUE) as caught:
+        run_step(steps, "a", [(0, 0, values.tobytes())])
+    assert caught.value.metadata == {"parameter": "w", "index": "4"}
+
+
+def test_too_many_fragments_are_refused():
+    size = 40_000
+    steps = make_steps(Parameter("x", (size,), F4))
+    step = steps.begin("a")
+    with refuse(Reason.TOO_MANY_FRAGMENTS):
+        for element in range(0, size, 2):
+            step.stage(0, 4 * element, bytes(4))
+
+
+@pytest.mark.parametrize("tensors", [(0, 0), (1, 0, 1)])
+def test_a_parameter_listed_twice_is_refused(steps, tensors):
+    with refuse(Reason.DUPLICATE_PARAMETER):
+        steps.begin("a", tensors=tensors)
+
+
+def test_an_unknown_parameter_is_refused(steps):
+    with refuse(Reason.UNKNOWN_PARAMETER):
+        steps.begin("a", tensors=(3,))
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "ü", "a\nb"])
+def test_an_unusable_request_id_is_refused(steps, request_id):
+    with refuse(Reason.INVALID_FIELD):
+        steps.begin(request_id)
+
+
+def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so(steps, monkeypatch):
+    def fail(_runs):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(steps._state, "apply", fail)
+    with refuse(Reason.STATE_LOST):
+        run_step(steps, "a", [(0, 0, G.tobytes())])
+    monkeypatch.undo()
+    with refuse(Reason.STATE_LOST):
+        steps.begin("b")
+
+
+def test_a_step_that_cannot_be_made_durable_is_not_applied():
+    class Full(InMemory):
+        full = False
+
+        def stepping(self, record):
+            if self.full:
+                raise OSError("no space left on device")
+            self.seen = [gradient.tobytes() for gradient in record.gradients]
+
+    disk = Full()
+    steps = make_steps(Parameter("x", (7,), F4), durability=disk)
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    assert disk.seen == [G.tobytes()]  # what is recorded is the gradient, not the update that overwrites it
+    before, disk.full = fingerprint(steps), True
+    with pytest.raises(OSError, match="no space"):
+        run_step(steps, "b", [(0, 0, G.tobytes())])
+    assert fingerprint(steps) == before
+    disk.full = False
+    run_step(steps, "b", [(0, 0, G.tobytes())], expected_step=1)
+
+
+def test_dtypes_mix_in_one_model():
+    parameters = [Parameter("a", (3,), F4), Parameter("b", (2,), F8), Parameter("c", (2,), F4)]
+    mixed = make_steps(*parameters)
+    payload = G[:3].tobytes() + np.array([4.0, 5.0]).tobytes() + G[5:].tobytes()
+    reply = run_step(mixed, "a", [(0, 0, payload)])
+    for index, (begin, end) in enumerate([(0, 12), (12, 28), (28, 36)]):
+        alone = make_steps(parameters[index])
+        assert run_step(alone, "a", [(0, 0, payload[begin:end])]) == reply[begin:end]
+
+
+def test_a_chunk_must_not_split_an_element_of_the_next_dtype():
+    steps = make_steps(Parameter("a", (1,), F4), Parameter("b", (2,), F8))
+    with refuse(Reason.CHUNK_OUT_OF_BOUNDS):
+        run_step(steps, "a", [(0, 0, bytes(8))])
