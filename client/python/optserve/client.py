@@ -23,6 +23,7 @@ from optserve.errors import (
     StepInDoubtError,
     StepInProgressError,
     UnavailableError,
+    WrongStepError,
 )
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve.wire import DATA_TYPES, DTYPES
@@ -325,12 +326,20 @@ class Optimizer:
     def _run(self, gradients: Gradients, updates: Updates, timeout_s: float | None) -> None:
         """Make one new step, under the lock."""
         deadline = self._deadline(timeout_s)
-        if self._in_doubt:
-            self._resolve_doubt(deadline)
+        doubt = self._in_doubt
+        if doubt:
+            self._raise_if_applied(doubt, deadline)
         request_id = str(uuid.uuid4())
         self._in_doubt = request_id
         try:
             self._exchange(request_id, gradients, updates, deadline)
+        except WrongStepError:
+            # The server may have come to commit the interrupted step only after it was asked about it.
+            if doubt:
+                self._in_doubt = doubt
+                self._raise_if_applied(doubt, deadline)
+            self._in_doubt = ""
+            raise
         except OptserveError as error:
             # The server has spoken about this very step: it was not applied.
             if error.reason:
@@ -338,15 +347,14 @@ class Optimizer:
             raise
         self._in_doubt = ""
 
-    def _resolve_doubt(self, deadline: float) -> None:
-        """Find out what became of a step whose call was interrupted."""
+    def _raise_if_applied(self, request_id: str, deadline: float) -> None:
+        """Raise StepInDoubtError if a step whose call was interrupted is the last that was applied."""
         self._close_stream()
-        if self._opened(deadline).opened.last_request_id == self._in_doubt:
+        if self._opened(deadline).opened.last_request_id == request_id:
             raise StepInDoubtError(
                 f"The interrupted step of {self.name!r} had been applied. Call replay() for its updates, or refresh() "
                 "to go on without them."
             )
-        self._in_doubt = ""
 
     def _exchange(self, request_id: str, gradients: Gradients, updates: Updates, deadline: float) -> None:
         """Send a step until it is answered, over as many connections as it takes within the deadline."""

@@ -53,7 +53,10 @@ class CupyBackend(Backend):
     def zeros(self, size: int, dtype: np.dtype) -> Any:
         """A slot in device memory."""
         with self._device:
-            return cupy.zeros(size, dtype)
+            slot = cupy.zeros(size, dtype)
+            # Kernels run on streams of their own, which do not wait for this one.
+            cupy.cuda.Stream.null.synchronize()
+            return slot
 
     def to_host(self, slot: Any) -> np.ndarray:
         """A copy of the slot."""

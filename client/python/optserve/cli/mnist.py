@@ -139,6 +139,7 @@ def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report:
         f"{size:,} weights, {settings['activation']}; {method}\n"
         f"server {client.target}, optserve {info.version}: {info.backend} on {info.device}",
         highlight=False,
+        soft_wrap=True,
     )
     # A name of its own, so that several trainers can share a server.
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
@@ -161,6 +162,7 @@ def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report:
         f"[bold]Test error {100 * report.test_error:.2f} %[/bold] after {settings['epochs']} epochs: "
         f"{report.steps:,} steps in {report.seconds:.1f} s, every update from the server.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -177,7 +179,7 @@ def _display(epochs: int, report: Report) -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as display:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
         task = display.add_task("", epoch=1, epochs=epochs, loss=0.0, error="-", rate=0.0, total=None)
         shown = 0
 

@@ -1,0 +1,105 @@
+"""The asyncio client: the same calls, awaited."""
+
+import asyncio
+import inspect
+
+import numpy as np
+import pytest
+
+import optserve
+import optserve.aio
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+G = {"x": np.arange(1, 4, dtype=np.float32)}
+
+
+def test_steps_give_the_bits_of_the_synchronous_client(server, client, name):
+    async def train():
+        async with optserve.aio.connect(server.target) as aclient:
+            opt = await aclient.create_optimizer(name, optserve.Adadelta(), G)
+            updates = [await opt.step(G) for _ in range(3)]
+            again = await opt.replay()
+            return updates, again, opt.current_step
+
+    updates, again, step = run(train())
+    reference = client.create_optimizer(f"{name}-sync", optserve.Adadelta(), G)
+    for update in updates:
+        assert np.array_equal(update["x"], reference.step(G)["x"])
+    assert np.array_equal(again["x"], updates[-1]["x"])
+    assert step == 3
+
+
+def test_several_optimizers_step_at_once_from_one_loop(server, name):
+    async def train():
+        async with optserve.aio.connect(server.target) as client:
+            opts = [await client.create_optimizer(f"{name}-{i}", optserve.Sgd(), G) for i in range(8)]
+            await asyncio.gather(*(opt.step(G) for opt in opts for _ in range(1)))
+            return [opt.current_step for opt in opts]
+
+    assert run(train()) == [1] * 8
+
+
+def test_a_client_works_in_one_loop_after_another(server, name):
+    for index in range(2):
+
+        async def step(index=index):
+            async with optserve.aio.connect(server.target) as client:
+                opt = await client.create_optimizer(f"{name}-{index}", optserve.Sgd(), G)
+                await opt.step(G)
+
+        run(step())
+
+
+def test_a_cancelled_step_raises_and_the_next_one_finds_out(server, name):
+    async def train():
+        async with optserve.aio.connect(server.target) as client:
+            big = {"x": np.ones(4_000_000, np.float32)}
+            opt = await client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), big)
+            await opt.step(big)
+            task = asyncio.create_task(opt.step(big))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            try:
+                await opt.step(big)
+            except optserve.StepInDoubtError:
+                await opt.replay()
+                await opt.step(big)
+            except optserve.WrongStepError:
+                await opt.refresh()
+                await opt.step(big)
+            return opt.current_step
+
+    assert run(train()) in (2, 3)
+
+
+def test_errors_are_the_same(server, name):
+    async def fail():
+        async with optserve.aio.connect(server.target) as client:
+            await client.optimizer(f"{name}-none")
+
+    with pytest.raises(optserve.NotFoundError):
+        run(fail())
+    with pytest.raises(optserve.ClientUseError, match="async with"):
+        run(optserve.aio.connect(server.target).server_info())
+
+
+@pytest.mark.parametrize(
+    ("sync", "asynchronous"),
+    [(optserve.Client, optserve.aio.AsyncClient), (optserve.Optimizer, optserve.aio.AsyncOptimizer)],
+)
+def test_every_call_of_the_synchronous_client_can_be_awaited(sync, asynchronous):
+    left_out = {"close", "target", "cancel", "algorithm"}
+    for name, member in inspect.getmembers(sync, inspect.isfunction):
+        if name.startswith("_") or name in left_out:
+            continue
+        twin = getattr(asynchronous, name)
+        assert inspect.iscoroutinefunction(twin), name
+        assert list(inspect.signature(twin).parameters) == [
+            parameter for parameter in inspect.signature(member).parameters if parameter != "timeout_s"
+        ] or list(inspect.signature(twin).parameters) == list(inspect.signature(member).parameters)
