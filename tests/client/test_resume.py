@@ -9,6 +9,7 @@ import pytest
 
 import optserve
 from client.proxy import proxy
+from optserve._transport import Backoff
 
 SIZE = 200_000  # 800 kB each way, several chunks
 CONFIG = optserve.ClientConfig(initial_backoff_s=0.01, max_backoff_s=0.05, step_timeout_s=30, max_chunk_bytes=1 << 17)
@@ -74,17 +75,15 @@ def test_an_interrupted_step_that_was_applied_is_said_and_replayed(server, clien
 
         watcher = threading.Thread(target=watch)
         wire.cut_after("down", 1000)
-        real_pause = optserve._transport.Backoff.pause  # pyright: ignore
         with pytest.MonkeyPatch.context() as patch:
             # A client that gives up at the first loss of its connection.
             def give_up(self, error, closed):
                 raise error
 
-            patch.setattr(optserve._transport.Backoff, "pause", give_up)  # pyright: ignore
+            patch.setattr(Backoff, "pause", give_up)
             watcher.start()
             with pytest.raises(optserve.UnavailableError):
                 opt.step(gradient(1))
-        assert optserve._transport.Backoff.pause is real_pause  # pyright: ignore
         watcher.join(10)
         assert applied.is_set()
         with pytest.raises(optserve.StepInDoubtError, match="replay"):

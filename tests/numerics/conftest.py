@@ -7,7 +7,7 @@ from optserve_server import backends
 
 def _cuda_device_count() -> int:
     try:
-        import cupy
+        import cupy  # pyright: ignore[reportMissingImports]
 
         return cupy.cuda.runtime.getDeviceCount()
     # No CuPy, no driver, no device: each fails in its own way.

@@ -91,7 +91,7 @@ def test_health_and_unary_calls_answer_while_every_stream_is_taken(tmp_path):
                 with stream(stub, names[0]):
                     break
             except grpc.RpcError as error:
-                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # pyright: ignore  # noqa: PT017
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
         else:
             pytest.fail("the places of closed streams were not freed")
 
@@ -231,6 +231,7 @@ def test_steps_on_several_optimizers_run_in_parallel_threads(client, name):
         worker.join()
     for index in range(threads):
         alone = client.create_optimizer(f"{name}-alone-{index}", optserve.Adadelta(), {"x": given[index]})
+        expected = b""
         for _ in range(5):
             expected = alone.step({"x": given[index]})["x"].tobytes()
         assert results[index] == expected

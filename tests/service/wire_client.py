@@ -12,8 +12,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
-
-Request, Response = steps_pb2.StreamStepsRequest, steps_pb2.StreamStepsResponse
+from optserve.v1.steps_pb2 import StreamStepsRequest as Request
+from optserve.v1.steps_pb2 import StreamStepsResponse as Response
 
 
 def create(stub, optimizer_id: str, shapes: dict[str, tuple[int, ...]], **settings: Any) -> optimizer_pb2.Optimizer:

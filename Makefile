@@ -1,0 +1,74 @@
+# One command for every chore. Each sets up what it needs in .venv, from the pins in requirements/.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUTF8 := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-newest check format generate pins bench wheels clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: .venv/.run ## Start a server, train MNIST through it, print the test error
+	@mkdir -p out
+	$(BIN)/optserve mnist --json out/mnist.json --plot out/mnist.png
+
+test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNIST included
+	@scripts/podman.sh
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers"
+	@# These use both cores by themselves.
+	$(BIN)/pytest -m "mnist or containers"
+
+test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers"
+
+test-newest: ## Run the fast tests on the newest release of everything
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" pytest pytest-xdist pytest-timeout hypothesis \
+		psutil torch==2.13.0
+	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers" --deselect \
+		tests/project/test_contract.py::test_the_committed_stubs_are_those_that_the_contract_generates
+
+check: .venv/.dev ## Check format, lint, types, import layers and the contract
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/ruff check --quiet
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	@scripts/breaking.sh
+
+format: .venv/.dev ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/buf format --write
+
+generate: .venv/.dev ## Generate the Python stubs from the contract
+	scripts/generate.sh
+
+pins: .venv/.dev ## Resolve requirements/*.in anew
+	scripts/pins.sh
+
+bench: .venv/.dev ## Print the benchmark table, peers side by side in one run
+	@mkdir -p out
+	$(BIN)/python -m benchmarks --json out/bench.json
+
+wheels: dist/wheels/.stamp ## Collect the image's wheels, for builds without a package index
+
+dist/wheels/.stamp: requirements/run.txt scripts/wheels.sh | .venv/.dev
+	scripts/wheels.sh
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: requirements/run.txt pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/run.txt
+	@touch $@
+
+.venv/.dev: requirements/dev.txt pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@ .venv/.run
+
+clean: ## Remove everything that was made
+	rm -rf .venv .venv-newest dist out build .pytest_cache .ruff_cache .hypothesis client/node/node_modules

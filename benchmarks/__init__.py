@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against named peers, all taken in one run."""

@@ -1,0 +1,142 @@
+"""`optserve mnist`, as a program, against real servers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optserve.cli.mnist import ActivationName, MethodName
+from trainer.test_data import write_idx
+
+
+def optserve(*arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from optserve.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Two kinds of images that are easy to tell apart."""
+    folder = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 2000), ("t10k", 500)):
+        labels = rng.integers(0, 2, count)
+        images = rng.integers(0, 100, (count, 5, 5)) + 100 * labels[:, None, None]
+        write_idx(folder / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels)
+    return folder
+
+
+@pytest.mark.mnist
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("mnist")
+def test_the_papers_network_reaches_the_papers_error_on_the_real_mnist(tmp_path):
+    """Section 4.1: tanh, rho 0.95, eps 1e-6, 6 epochs: 2.00 %."""
+    report, plot = tmp_path / "report.json", tmp_path / "plot.png"
+    done = optserve(
+        "mnist", "--algorithm", "adadelta", "--rho", "0.95", "--eps", "1e-6", "--activation", "tanh", "--epochs", "6",
+        "--json", report, "--plot", plot, timeout=390,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    assert 0.017 <= result["test_error"] <= 0.024
+    assert result["steps"] == 3600
+    assert result["server"]["backend"] == "numba"
+    assert len(result["epochs"]) == 6
+    assert result["epochs"][-1]["loss"] < result["epochs"][0]["loss"] / 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"Test error {100 * result['test_error']:.2f} % after 6 epochs: 3,600 steps" in done.stdout
+
+
+@pytest.mark.parametrize("algorithm", MethodName.__args__)
+def test_every_method_learns(server, small, tmp_path, algorithm):
+    report = tmp_path / "report.json"
+    done = optserve("mnist", "--target", server.target, "--algorithm", algorithm, "--data-dir", small, "--json", report)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    assert result["test_error"] < 0.05
+    assert result["settings"]["algorithm"]["name"] == algorithm
+    assert result["server"]["target"] == server.target
+
+
+def test_the_same_seed_gives_the_same_run(server, small, tmp_path):
+    reports = []
+    for turn, seed in enumerate((3, 3, 4)):
+        path = tmp_path / f"{turn}.json"
+        done = optserve(
+            "mnist", "--target", server.target, "--seed", seed, "--epochs", 2, "--data-dir", small, "--json", path
+        )
+        assert done.returncode == 0, done.stderr
+        reports.append([epoch["loss"] for epoch in json.loads(path.read_text())["epochs"]])
+    assert reports[0] == reports[1]
+    assert reports[0] != reports[2]
+
+
+def test_nothing_is_left_behind_on_the_server(server, client, small):
+    assert optserve("mnist", "--target", server.target, "--epochs", 1, "--data-dir", small).returncode == 0
+    assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "127.0.0.1:1"], "No optserve server answers at 127.0.0.1:1"),
+        (["--algorithm", "sgd", "--rho", "0.5"], "sgd has no rho; it has learning_rate"),
+        (["--algorithm", "adam"], "adam"),
+        (["--rho", "2"], "adadelta.rho is 2.0, but must lie in [0, 1)"),
+        (["--data-dir", "/nonexistent"], "is not a folder"),
+        (["--json", "/nonexistent/report.json"], "There is no folder /nonexistent"),
+        (["--plot", "plot.bmp"], "--plot draws .png, .svg or .pdf"),
+        (["--epochs", "0"], "--epochs"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_before_anything_is_trained(small, arguments, message):
+    folder = [] if "--data-dir" in arguments else ["--data-dir", small]
+    done = optserve("mnist", "--backend", "numpy", *folder, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_commands_of_a_server(server, client, name):
+    import optserve as package
+
+    client.create_optimizer(name, package.Adadelta(), {"x": package.TensorSpec((1000,))})
+    health = optserve("health", "--target", server.target)
+    assert (health.returncode, health.stdout) == (0, f"{server.target} is SERVING\n")
+    info = optserve("info", "--target", server.target)
+    assert "numba on CPU" in info.stdout
+    assert "not in this version" in info.stdout
+    listed = optserve("optimizers", "list", "--target", server.target)
+    assert name in listed.stdout
+    assert "11.7 KiB" in listed.stdout
+    assert "square_avg" in optserve("optimizers", "show", name, "--target", server.target).stdout
+    assert optserve("optimizers", "delete", name, "--yes", "--target", server.target).returncode == 0
+    assert name not in optserve("optimizers", "list", "--target", server.target).stdout
+    missing = optserve("optimizers", "delete", name, "--yes", "--target", server.target)
+    assert missing.returncode == 1
+    assert "There is no optimizer" in missing.stderr
+
+
+def test_health_of_nobody_is_an_error():
+    done = optserve("health", "--target", "127.0.0.1:1", "--timeout-s", "0.5")
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["mnist"], ["serve"], ["health"], ["info"], ["optimizers"]])
+def test_every_command_has_a_help_text(command):
+    done = optserve(*command, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_package():
+    from optserve.algorithms import ALGORITHMS
+    from optserve.examples.mnist.network import ACTIVATIONS
+
+    assert list(MethodName.__args__) == list(ALGORITHMS)
+    assert set(ActivationName.__args__) == set(ACTIVATIONS)
