@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -46,7 +46,9 @@ def serve(
     config: Annotated[
         Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least that is logged.")
+    ] = "info",
     announce: Annotated[bool, typer.Option("--announce", help="Print `ready TARGET` once the server answers.")] = False,
     exit_on_eof: Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")] = False,
 ) -> None:
@@ -79,7 +81,9 @@ def _log(level: str) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # The level is ours; libraries speak up when something is wrong.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("optserve_server").setLevel(level.upper())
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from grpc_status import rpc_status
 
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.status import to_status
+
+logger = logging.getLogger(__name__)
 
 Handler = grpc.RpcMethodHandler
 Continuation = Callable[[grpc.HandlerCallDetails], Handler | None]
@@ -77,10 +80,13 @@ class StreamLimiter(grpc.ServerInterceptor):
 
 
 def _abort(error: Exception, context: grpc.ServicerContext) -> Any:
-    # A call whose client is gone has nobody to tell, and `abort` raises by itself.
-    if not context.is_active():
-        raise error
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
+    if isinstance(error, grpc.RpcError):
+        # That is how gRPC ends the requests of a client that is gone; there is nobody to tell.
+        logger.debug("a client is gone in the middle of a call")
+        return
+    status = to_status(error)
+    if context.is_active():
+        context.abort_with_status(rpc_status.to_status(status))
 
 
 def _wrap(handler: Handler | None, unary: Callable[..., Any], stream: Callable[..., Any]) -> Handler | None:

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -136,14 +137,18 @@ class Optimizers:
             start = bisect.bisect_right(ids, after)
             return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
 
-    def update(self, optimizer_id: str, rule: Rule, etag: str = "") -> Optimizer:
-        """Change hyper-parameters, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or HYPERPARAMETER_OUT_OF_RANGE."""
-        optimizer = self.get(optimizer_id)
+    def update(self, optimizer_id: str, change: Callable[[Rule], Rule], etag: str = "") -> Optimizer:
+        """Change hyper-parameters: `change` makes the new rule of the present one.
+
+        Raises:
+            OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
+        """
         with self._lock:
+            optimizer = self.get(optimizer_id)
             optimizer.check_etag(etag)
-            optimizer.steps.set_rule(rule)
+            optimizer.steps.set_rule(change(optimizer.rule))
             optimizer.etag, optimizer.update_time = _etag(), datetime.now(UTC)
-        logger.info("updated %s: %s", optimizer_id, rule)
+        logger.info("updated %s: %s", optimizer_id, optimizer.rule)
         return optimizer
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:

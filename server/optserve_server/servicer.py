@@ -80,9 +80,11 @@ class Servicer:
 
     def update_optimizer(self, request: pb.UpdateOptimizerRequest) -> pb.UpdateOptimizerResponse:
         """Change hyper-parameters."""
-        item = self._find(request.optimizer.name, "optimizer.name")
-        rule = convert.updated_rule(item.rule, request.optimizer, list(request.update_mask.paths))
-        item = self._optimizers.update(item.id, rule, request.optimizer.etag)
+        optimizer_id = convert.optimizer_id(request.optimizer.name, "optimizer.name")
+        paths = list(request.update_mask.paths)
+        item = self._optimizers.update(
+            optimizer_id, lambda before: convert.updated_rule(before, request.optimizer, paths), request.optimizer.etag
+        )
         return pb.UpdateOptimizerResponse(optimizer=convert.optimizer(item))
 
     def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:
