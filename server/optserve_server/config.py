@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,8 +51,10 @@ class ServerConfig:
     """Largest number of parameters of one optimizer."""
     max_optimizers: int = 1000
     """Optimizers kept at the same time."""
-    max_state_bytes: int = 1024 * GIB
-    """Total of all optimizers' state and staging buffers."""
+    max_state_bytes: int = 0
+    """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's memory."""
+    idle_step_s: float = 60.0
+    """A step that has not moved for so long gives way to another."""
     keepalive_s: int = 60
     """A connection that is silent for so long is probed; clients may probe twice as often."""
     drain_s: float = 20.0
@@ -81,6 +84,10 @@ class ServerConfig:
         self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
         self._require("threads", self.threads >= 0, "must not be negative")
         self._require("drain_s", self.drain_s >= 0, "must not be negative")
+        self._require("idle_step_s", self.idle_step_s > 0, "must be positive")
+        self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
+        if self.max_state_bytes == 0:
+            object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
         self._require("durability", self.durability == "memory", "must be 'memory'; this version has no other")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
@@ -91,6 +98,10 @@ class ServerConfig:
     def max_frame_bytes(self) -> int:
         """What gRPC lets through: well above our own limits, so that it is we who explain a refusal."""
         return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:

@@ -7,6 +7,7 @@ import binascii
 from dataclasses import asdict, fields, replace
 
 import numpy as np
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
@@ -19,6 +20,9 @@ from optserve_server.optimizers import Optimizer
 from optserve_server.rules import RULES, Rule
 
 _PREFIX = "optimizers/"
+
+MAX_RANK = 32
+"""Extents of a parameter; NumPy has arrays of up to 64."""
 
 
 def optimizer_id(name: str, field: str = "name") -> str:
@@ -55,6 +59,12 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
                 parameter=item.name,
             )
         seen.add(item.name)
+        if len(item.shape) > MAX_RANK:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{item.name!r} has {len(item.shape)} extents; {MAX_RANK} are the most.",
+                field=f"{path}.shape",
+            )
         dtype = wire.DTYPES.get(item.data_type or optimizer_pb2.DATA_TYPE_FLOAT32)
         if dtype is None:
             raise OptserveError(
@@ -84,6 +94,7 @@ def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -
 
 def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
     """Raise FEATURE_UNAVAILABLE for the first setting that this server does not have."""
+    check_known(message, "mode", "optimizer")
     for is_set, feature, field in (
         (bool(message.groups), service_pb2.FEATURE_PARAMETER_GROUPS, "groups"),
         (message.HasField("schedule"), service_pb2.FEATURE_SCHEDULES, "schedule"),
@@ -94,6 +105,18 @@ def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
     ):
         if is_set:
             raise features.unavailable(feature, f"optimizer.{field}")
+
+
+def check_known(message: Message, field: str, path: str) -> None:
+    """Raise INVALID_FIELD if an enum field holds a value that this server's contract does not have."""
+    value = getattr(message, field)
+    kind = message.DESCRIPTOR.fields_by_name[field].enum_type
+    if kind is None or value not in kind.values_by_number:
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"{value} is none of the values of {field} that this server knows.",
+            field=f"{path}.{field}",
+        )
 
 
 def updated_rule(before: Rule, message: optimizer_pb2.Optimizer, paths: list[str]) -> Rule:

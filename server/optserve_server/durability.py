@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 import numpy as np
@@ -23,16 +24,28 @@ class StepRecord:
     gradients: Sequence[np.ndarray]
 
 
+@dataclass(frozen=True)
+class CreationRecord:
+    """An optimizer that is about to exist, with what a retry of its creation is answered by."""
+
+    optimizer: str
+    layout: Layout
+    rule: Rule
+    etag: str
+    request_id: str
+    create_time: datetime
+
+
 class Durability(Protocol):
     """Each call returns when what it was told will survive; if it raises, nothing is to change."""
 
     name: str
 
-    def created(self, optimizer: str, layout: Layout, rule: Rule) -> None:
+    def created(self, record: CreationRecord) -> None:
         """An optimizer is about to exist."""
         ...
 
-    def updated(self, optimizer: str, rule: Rule) -> None:
+    def updated(self, optimizer: str, rule: Rule, etag: str) -> None:
         """An optimizer is about to get other hyper-parameters."""
         ...
 
@@ -50,10 +63,10 @@ class InMemory:
 
     name = "memory"
 
-    def created(self, optimizer: str, layout: Layout, rule: Rule) -> None:
+    def created(self, record: CreationRecord) -> None:
         """Nothing to keep."""
 
-    def updated(self, optimizer: str, rule: Rule) -> None:
+    def updated(self, optimizer: str, rule: Rule, etag: str) -> None:
         """Nothing to keep."""
 
     def deleted(self, optimizer: str) -> None:

@@ -6,6 +6,8 @@ The reasons are the names of `optserve.v1.ErrorReason` without their prefix; the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum, auto
 
 
@@ -132,3 +134,13 @@ class OptserveError(Exception):
     def retry_after_s(self) -> float | None:
         """Seconds to wait before the same call is worth another try; None if it is not."""
         return RETRY_AFTER_S.get(self.reason)
+
+
+@contextmanager
+def fields_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Give the fields of errors from below the paths that they have in a request; the block's own name for each."""
+    try:
+        yield
+    except OptserveError as error:
+        error.field = names.get(error.field, error.field)
+        raise

@@ -95,6 +95,9 @@ def _wrap(handler: Handler | None, unary: Callable[..., Any], stream: Callable[.
         return None
     kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
     method = getattr(handler, "_".join(kind))
+    if getattr(method, "experimental_non_blocking", False):
+        # Such a method (Health.Watch) occupies no thread, which a wrapper would undo.
+        return handler
     through = stream if handler.response_streaming else unary
 
     def wrapped(request: Any, context: grpc.ServicerContext) -> Any:

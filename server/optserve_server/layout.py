@@ -7,7 +7,7 @@ whole model is one call of a kernel, and one chunk of bytes can cover many small
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,6 +113,7 @@ class Payload:
             position = end
         self.size_bytes = position
         self.runs = tuple(run for run in runs if run.stop > run.start)
+        self._run_begins = [run.begin for run in self.runs]
         self._ordinals = {index: ordinal for ordinal, index in enumerate(tensors)}
 
     def __contains__(self, tensor: int) -> bool:
@@ -128,6 +129,12 @@ class Payload:
         ordinal = self._ordinals[tensor]
         end = self.begins[ordinal + 1] if ordinal + 1 < len(self.begins) else self.size_bytes
         return end - self.begins[ordinal]
+
+    def runs_between(self, begin: int, end: int) -> tuple[Run, ...]:
+        """The runs that have bytes in [begin, end)."""
+        if begin == end:
+            return ()
+        return self.runs[bisect_right(self._run_begins, begin) - 1 : bisect_left(self._run_begins, end)]
 
     def locate(self, position: int) -> tuple[int, int]:
         """(index of the tensor, byte within it) of a position in the payload."""

@@ -13,14 +13,17 @@ from datetime import UTC, datetime
 
 from optserve_server.backends import Backend
 from optserve_server.config import ServerConfig
-from optserve_server.durability import Durability
+from optserve_server.durability import CreationRecord, Durability
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import Rule
 from optserve_server.state import State
-from optserve_server.steps import Steps
+from optserve_server.steps import Steps, check_request_id
 
 logger = logging.getLogger(__name__)
+
+CREATION_WAIT_S = 60.0
+"""How long a retried creation waits for the first call, which is compiling or allocating."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -31,15 +34,16 @@ def _etag() -> str:
 
 @dataclass
 class Optimizer:
-    """One optimizer: its settings, its state and its steps."""
+    """One optimizer: its settings, its state and its steps. `settings_lock` is held while settings change."""
 
     id: str
     state: State
     steps: Steps
     creation_request_id: str
-    etag: str = field(default_factory=_etag)
-    create_time: datetime = field(default_factory=lambda: datetime.now(UTC))
-    update_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    etag: str
+    create_time: datetime
+    update_time: datetime
+    settings_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def rule(self) -> Rule:
@@ -69,9 +73,10 @@ class Optimizers:
         self.backend = backend
         self._durability = durability
         self._config = config
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._by_id: dict[str, Optimizer] = {}
-        self._reserved: dict[str, int] = {}
+        # What is being made: (request id, bytes) by optimizer id.
+        self._reserved: dict[str, tuple[str, int]] = {}
 
     def __len__(self) -> int:
         """How many there are."""
@@ -91,8 +96,14 @@ class Optimizers:
                 "letter or digit.",
                 field="optimizer_id",
             )
+        if request_id:
+            check_request_id(request_id)
         self._check_size(layout)
         with self._lock:
+            # A retry that comes while the first call is still at work waits for it.
+            self._lock.wait_for(
+                lambda: self._reserved_by(optimizer_id) != request_id or not request_id, CREATION_WAIT_S
+            )
             existing = self._by_id.get(optimizer_id)
             if existing and request_id and existing.creation_request_id == request_id:
                 return existing
@@ -103,12 +114,10 @@ class Optimizers:
                     field="optimizer_id",
                     optimizer=optimizer_id,
                 )
-            self._reserve(optimizer_id, State.required_bytes(layout, rule))
+            self._reserve(optimizer_id, request_id, State.required_bytes(layout, rule))
         # Compiling and allocating take their time, so not under the lock.
         try:
-            state = State(layout, rule, self.backend)
-            self._durability.created(optimizer_id, layout, rule)
-            optimizer = Optimizer(optimizer_id, state, Steps(optimizer_id, state, self._durability), request_id)
+            optimizer = self._make(optimizer_id, layout, rule, request_id)
             with self._lock:
                 self._by_id[optimizer_id] = optimizer
         except MemoryError as error:
@@ -118,10 +127,17 @@ class Optimizers:
         finally:
             with self._lock:
                 del self._reserved[optimizer_id]
+                self._lock.notify_all()
         logger.info(
             "created %s: %s, %d parameters, %d bytes", optimizer_id, rule, len(layout.parameters), layout.size_bytes
         )
         return optimizer
+
+    def _make(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str) -> Optimizer:
+        state, etag, now = State(layout, rule, self.backend), _etag(), datetime.now(UTC)
+        self._durability.created(CreationRecord(optimizer_id, layout, rule, etag, request_id, now))
+        steps = Steps(optimizer_id, state, self._durability, self._config.idle_step_s)
+        return Optimizer(optimizer_id, state, steps, request_id, etag, now, now)
 
     def get(self, optimizer_id: str) -> Optimizer:
         """Find an optimizer, or raise OPTIMIZER_NOT_FOUND."""
@@ -143,22 +159,23 @@ class Optimizers:
         Raises:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
         """
-        with self._lock:
-            optimizer = self.get(optimizer_id)
+        optimizer = self.get(optimizer_id)
+        with optimizer.settings_lock:
             optimizer.check_etag(etag)
-            optimizer.steps.set_rule(change(optimizer.rule))
-            optimizer.etag, optimizer.update_time = _etag(), datetime.now(UTC)
+            new_etag = _etag()
+            optimizer.steps.set_rule(change(optimizer.rule), new_etag)
+            optimizer.etag, optimizer.update_time = new_etag, datetime.now(UTC)
         logger.info("updated %s: %s", optimizer_id, optimizer.rule)
         return optimizer
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:
         """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
-        with self._lock:
-            optimizer = self.get(optimizer_id)
+        optimizer = self.get(optimizer_id)
+        with optimizer.settings_lock:
             optimizer.check_etag(etag)
             optimizer.steps.retire(_not_found(optimizer_id))
-            self._durability.deleted(optimizer_id)
-            del self._by_id[optimizer_id]
+            with self._lock:
+                del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)
 
     def _check_size(self, layout: Layout) -> None:
@@ -175,9 +192,14 @@ class Optimizers:
                     actual=actual,
                 )
 
-    def _reserve(self, optimizer_id: str, required_bytes: int) -> None:
+    def _reserved_by(self, optimizer_id: str) -> str:
+        """The request id that is making an optimizer of that id; empty if none is."""
+        return self._reserved.get(optimizer_id, ("", 0))[0]
+
+    def _reserve(self, optimizer_id: str, request_id: str, required_bytes: int) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
-        used = sum(optimizer.state.memory_bytes for optimizer in self._by_id.values()) + sum(self._reserved.values())
+        used = sum(optimizer.state.memory_bytes for optimizer in self._by_id.values())
+        used += sum(size for _, size in self._reserved.values())
         if used + required_bytes > self._config.max_state_bytes:
             raise OptserveError(
                 Reason.SERVER_FULL,
@@ -191,7 +213,7 @@ class Optimizers:
                 f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
                 limit=self._config.max_optimizers,
             )
-        self._reserved[optimizer_id] = required_bytes
+        self._reserved[optimizer_id] = (request_id, required_bytes)
 
 
 def _not_found(optimizer_id: str) -> OptserveError:

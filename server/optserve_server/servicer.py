@@ -19,7 +19,7 @@ from optserve_server import convert, features
 from optserve_server.admission import Admission
 from optserve_server.backends import Choice
 from optserve_server.config import ServerConfig
-from optserve_server.errors import OptserveError, Reason
+from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import RULES
 from optserve_server.status import to_status
@@ -105,19 +105,38 @@ class Servicer:
             raise OptserveError(
                 Reason.MESSAGE_TOO_LARGE,
                 f"The request has {size} bytes; this server accepts {limit}. Use StreamSteps for larger models.",
+                field="gradients",
                 limit_bytes=limit,
                 actual_bytes=size,
             )
+        convert.check_known(request, "reply", "request")
+        if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
+            raise features.unavailable(pb.FEATURE_HOSTED_MODE, "reply")
+        if request.HasField("parameters_step"):
+            raise features.unavailable(pb.FEATURE_WORKERS, "parameters_step")
         item = self._find(request.name)
         tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
         if not tensors:
             raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
+        size = sum(_reply_bytes(item, index) for index in tensors)
+        if size > limit:
+            # Refused before the step is applied, not found out after.
+            raise OptserveError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"The reply would have {size} bytes; {limit} are the most. Use StreamSteps for larger models.",
+                field="gradients",
+                limit_bytes=limit,
+                actual_bytes=size,
+            )
         expected = request.expected_step if request.HasField("expected_step") else None
         with self._admission.step():
-            step = item.steps.begin(request.request_id, expected, tensors)
+            with fields_called({"tensors": "gradients"}):
+                step = item.steps.begin(request.request_id, expected, tensors)
             try:
                 for position, gradient in enumerate(request.gradients):
-                    _stage(step, item, tensors[position], gradient, f"gradients[{position}]")
+                    path = f"gradients[{position}]"
+                    with fields_called({"data": f"{path}.data"}):
+                        _stage(step, item, tensors[position], gradient, path)
                 outcome = step.commit()
                 updates = [_update(step, item, index) for index in step.payload.tensors]
             finally:
@@ -227,6 +246,13 @@ def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, 
             actual=len(gradient.data),
         )
     step.stage(index, 0, gradient.data)
+
+
+def _reply_bytes(item: Optimizer, index: int) -> int:
+    """A bound on what one tensor adds to a unary reply."""
+    parameter = item.layout.parameters[index]
+    framing = 32 + len(parameter.name.encode()) + 10 * len(parameter.shape)
+    return framing + parameter.size * parameter.dtype.itemsize
 
 
 def _update(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 DOMAIN = "optserve.v1"
 
 # Status and details travel in trailers, which gRPC limits to 8 KiB.
-_MAX_MESSAGE_CHARACTERS = 1000
-_MAX_METADATA_CHARACTERS = 300
+_MAX_MESSAGE_BYTES = 1000
+_MAX_METADATA_BYTES = 300
 
 
 def to_status(error: Exception) -> status_pb2.Status:
@@ -26,12 +26,12 @@ def to_status(error: Exception) -> status_pb2.Status:
     An error that is not ours becomes INTERNAL; its particulars go to the log and not to the client.
     """
     known = error if isinstance(error, OptserveError) else _internal(error)
-    message = known.message[:_MAX_MESSAGE_CHARACTERS]
+    message = _shortened(known.message, _MAX_MESSAGE_BYTES)
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=known.reason.name,
             domain=DOMAIN,
-            metadata={key: value[:_MAX_METADATA_CHARACTERS] for key, value in known.metadata.items()},
+            metadata={key: _shortened(value, _MAX_METADATA_BYTES) for key, value in known.metadata.items()},
         )
     ]
     if known.field:
@@ -47,6 +47,10 @@ def to_status(error: Exception) -> status_pb2.Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 def _internal(error: Exception) -> OptserveError:

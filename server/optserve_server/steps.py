@@ -2,7 +2,8 @@
 
 One `Steps` guards one optimizer. At any time at most one `Step` holds its staging buffer: from `begin` until the
 reply has been read or the step is closed. The same request id on another connection takes the step over, because
-it means that the client has given the first connection up; any other is told to come back later.
+it means that the client has given the first connection up; any other is told to come back later, unless the holder
+has not moved for long. Errors name their field by itself (`tensors`, `offset`); the edges add the path.
 
     begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
                  └──close, error──> nothing changed
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from optserve_server.coverage import Coverage, Overlap, TooManyFragments
+from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.durability import Durability, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Payload, Run
@@ -62,12 +64,14 @@ class Steps:
         name: The optimizer's, for messages and records.
         state: Its arrays.
         durability: Told of every step before it is applied.
+        idle_step_s: After so many seconds without a move, a step gives way to another.
     """
 
-    def __init__(self, name: str, state: State, durability: Durability) -> None:
+    def __init__(self, name: str, state: State, durability: Durability, idle_step_s: float = 60.0) -> None:
         self._name = name
         self._state = state
         self._durability = durability
+        self._idle_step_s = idle_step_s
         self._lock = threading.Lock()
         self._holder: Step | None = None
         self._fatal: OptserveError | None = None
@@ -106,17 +110,14 @@ class Steps:
             OptserveError: STEP_IN_PROGRESS, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER,
                 STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
-        _check_request_id(request_id)
+        check_request_id(request_id)
         with self._lock:
             if self._fatal:
                 raise self._fatal
             # The last step, if this request is that one once more.
             repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
-                raise OptserveError(
-                    Reason.STEP_IN_PROGRESS,
-                    f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
-                )
+                self._evict_if_idle(self._holder)
             if repeated and not repeated.intact:
                 raise OptserveError(
                     Reason.REPLY_GONE,
@@ -136,31 +137,41 @@ class Steps:
             self._holder = Step(self, request_id, payload, replay=repeated is not None)
             return self._holder
 
-    def set_rule(self, rule: Rule) -> None:
-        """Change the hyper-parameters from the next commit on."""
+    def set_rule(self, rule: Rule, etag: str) -> None:
+        """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             if self._fatal:
                 raise self._fatal
             rule_before = self._state.rule
             self._state.set_rule(rule)
             try:
-                self._durability.updated(self._name, rule)
+                self._durability.updated(self._name, rule, etag)
             except Exception:
                 self._state.set_rule(rule_before)
                 raise
 
     def retire(self, reason: OptserveError) -> None:
-        """Refuse everything from now on with `reason`.
+        """Delete the optimizer: refuse everything from now on with `reason`.
 
         Raises:
-            OptserveError: STEP_IN_PROGRESS.
+            OptserveError: STEP_IN_PROGRESS, or `reason` where that was done before.
         """
         with self._lock:
+            if self._fatal is not None and self._fatal.reason is reason.reason:
+                raise self._fatal
             if self._holder:
-                raise OptserveError(
-                    Reason.STEP_IN_PROGRESS, f"A step on {self._name} is under way; try again when it has ended."
-                )
+                self._evict_if_idle(self._holder)
+            self._durability.deleted(self._name)
             self._fatal = reason
+
+    def _evict_if_idle(self, holder: Step) -> None:
+        if time.monotonic() - holder.moved_at < self._idle_step_s:
+            raise OptserveError(
+                Reason.STEP_IN_PROGRESS,
+                f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
+            )
+        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
+        self._holder = None
 
     def _payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
         if not tensors or tensors == self._whole:
@@ -173,7 +184,7 @@ class Steps:
                 raise OptserveError(
                     Reason.UNKNOWN_PARAMETER,
                     f"There is no parameter {index}; {self._name} has {len(self._whole)}.",
-                    field="begin.tensors",
+                    field="tensors",
                     parameter=index,
                 )
             if index in seen:
@@ -181,7 +192,7 @@ class Steps:
                 raise OptserveError(
                     Reason.DUPLICATE_PARAMETER,
                     f"Parameter {name!r} is listed twice in one step.",
-                    field="begin.tensors",
+                    field="tensors",
                     parameter=name,
                 )
             seen.add(index)
@@ -194,8 +205,9 @@ class Steps:
         if self._holder is not step:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
-                f"Request {step.request_id} came again on another connection, which has taken this step over.",
+                f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
             )
+        step.moved_at = time.monotonic()
 
     def _stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
         with self._lock:
@@ -206,10 +218,9 @@ class Steps:
             step.coverage.add(begin, end)
             if self.retained:
                 self.retained.intact = False
-            for run in payload.runs:
+            for run in payload.runs_between(begin, end):
                 low, high = max(begin, run.begin), min(end, run.end)
-                if low < high:
-                    self._stage_run(step, run, low, memoryview(data)[low - begin : high - begin])
+                self._stage_run(step, run, low, memoryview(data)[low - begin : high - begin])
 
     def _stage_run(self, step: Step, run: Run, position: int, data: memoryview) -> None:
         size = run.wire.itemsize
@@ -224,8 +235,8 @@ class Steps:
         raise OptserveError(
             Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
             f"The gradient of {name!r} is {value} at flat index {byte // size}"
-            + (f", whose square overflows {run.dtype.name}." if finite else "."),
-            field="chunk.data",
+            + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
+            field="data",
             parameter=name,
             index=byte // size,
         )
@@ -298,6 +309,7 @@ class Step:
         self.request_id = request_id
         self.payload = payload
         self.replay = replay
+        self.moved_at = time.monotonic()
         self.coverage = Coverage()
 
     def stage(self, tensor: int, offset: int, data: memoryview | bytes) -> None:
@@ -318,7 +330,7 @@ class Step:
             raise OptserveError(
                 Reason.UNKNOWN_PARAMETER,
                 f"Parameter {tensor} takes no part in this step.",
-                field="chunk.tensor",
+                field="tensor",
                 parameter=tensor,
             )
         if offset > self.payload.extent(tensor):
@@ -334,7 +346,7 @@ class Step:
             raise OptserveError(
                 Reason.OVERLAPPING_CHUNK,
                 f"Byte {offset} of the gradient of {name!r} has arrived twice.",
-                field="chunk.offset",
+                field="offset",
                 parameter=name,
                 offset=offset,
             ) from None
@@ -342,7 +354,8 @@ class Step:
             raise OptserveError(
                 Reason.TOO_MANY_FRAGMENTS,
                 f"The gradient arrives in {error}; send neighbouring chunks one after the other.",
-                field="chunk.offset",
+                field="offset",
+                limit=MAX_FRAGMENTS,
             ) from None
 
     def commit(self) -> Outcome:
@@ -385,13 +398,14 @@ class Step:
         return OptserveError(
             Reason.CHUNK_OUT_OF_BOUNDS,
             f"The chunk at byte {offset} of {name!r} {what}.",
-            field="chunk.offset",
+            field="offset",
             parameter=name,
             offset=offset,
         )
 
 
-def _check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str) -> None:
+    """Raise INVALID_FIELD unless it is 1 to 64 printable ASCII characters."""
     if not (1 <= len(request_id) <= 64 and request_id.isascii() and request_id.isprintable()):
         raise OptserveError(
             Reason.INVALID_FIELD,

@@ -18,9 +18,12 @@ from optserve.wire import Frame, RequestFrame, ResponseFrame
 from optserve_server import convert, features
 from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
-from optserve_server.errors import OptserveError, Reason
+from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.steps import Outcome, ReplyChunk, Step
+
+_BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
+_CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset"}
 
 
 class _Phase(Enum):
@@ -71,9 +74,13 @@ class StepStream:
             raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
         try:
             if header.HasField("begin"):
-                self._begin(header.begin)
+                with fields_called(_BEGIN_FIELDS):
+                    self._begin(header.begin)
             if header.HasField("chunk"):
-                self._chunk(header.chunk, frame.data or b"")
+                with fields_called(_CHUNK_FIELDS):
+                    self._chunk(header.chunk, frame.data or b"")
+            elif header.data:
+                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
                 yield from self._commit()
         # Every failure is answered in the stream, which lives on.
@@ -95,6 +102,7 @@ class StepStream:
             raise features.unavailable(service_pb2.FEATURE_WORKERS, "open.worker")
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY:
             raise features.unavailable(service_pb2.FEATURE_SHARED_MEMORY, "open.transport")
+        convert.check_known(request, "transport", "open")
         limit = self._config.max_chunk_bytes
         if request.max_chunk_bytes and not 1024 <= request.max_chunk_bytes <= limit:
             raise OptserveError(
@@ -123,8 +131,11 @@ class StepStream:
             )
         if request.with_curvature:
             raise features.unavailable(service_pb2.FEATURE_CURVATURE, "begin.with_curvature")
+        convert.check_known(request, "reply", "begin")
         if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
             raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "begin.reply")
+        if request.HasField("parameters_step"):
+            raise features.unavailable(service_pb2.FEATURE_WORKERS, "begin.parameters_step")
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
@@ -141,6 +152,7 @@ class StepStream:
             raise OptserveError(Reason.NO_STEP, "A chunk came outside a step; begin one first.", field="chunk")
         if chunk.operand == steps_pb2.OPERAND_CURVATURE:
             raise features.unavailable(service_pb2.FEATURE_CURVATURE, "chunk.operand")
+        convert.check_known(chunk, "operand", "chunk")
         if len(data) > self._config.max_chunk_bytes:
             raise OptserveError(
                 Reason.MESSAGE_TOO_LARGE,

@@ -11,6 +11,8 @@ class Proxy:
 
     Attributes:
         target: Where clients connect.
+        refuse: Close new connections at once.
+        cuts: How often connections were cut.
     """
 
     def __init__(self, target: str) -> None:
@@ -22,6 +24,7 @@ class Proxy:
         self._open: list[socket.socket] = []
         self._cut_after: dict[str, int | None] = {"up": None, "down": None}
         self._stalled = threading.Event()
+        self.refuse = False
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -33,6 +36,11 @@ class Proxy:
     def stall(self) -> None:
         """Forward nothing any more, but keep the connections open."""
         self._stalled.set()
+
+    def flow(self) -> None:
+        """Forward again, on new connections."""
+        self._stalled.clear()
+        self.cut()
 
     def cut(self) -> None:
         """Cut every connection now."""
@@ -55,6 +63,9 @@ class Proxy:
                 downstream, _ = self._listener.accept()
             except OSError:
                 return
+            if self.refuse:
+                downstream.close()
+                continue
             upstream = socket.create_connection(self._upstream)
             with self._lock:
                 self._open += [downstream, upstream]

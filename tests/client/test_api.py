@@ -14,7 +14,8 @@ PUBLIC = [
     "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Client", "ClientConfig",
     "ClientUseError", "DeadlineExceededError", "EtagMismatchError", "FailedPreconditionError",
     "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer", "Momentum", "NotFoundError",
-    "Optimizer", "OptserveError", "ResourceExhaustedError", "Sgd", "StateLostError", "StepInDoubtError",
+    "Optimizer", "OptserveError", "ResourceExhaustedError", "Sgd", "StateLostError",
+    "StepCancelledError", "StepInDoubtError",
     "StepInProgressError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError", "connect",
     "local_server",
 ]  # fmt: skip

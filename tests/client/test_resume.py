@@ -1,15 +1,16 @@
 """A step is applied exactly once, whatever happens to the connection."""
 
-import os
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 import optserve
 from client.proxy import proxy
-from optserve._transport import Backoff
 
 SIZE = 200_000  # 800 kB each way, several chunks
 CONFIG = optserve.ClientConfig(initial_backoff_s=0.01, max_backoff_s=0.05, step_timeout_s=30, max_chunk_bytes=1 << 17)
@@ -59,39 +60,84 @@ def test_no_answer_raises_at_the_deadline_and_the_step_is_not_lost(server, clien
         assert 0.4 < time.monotonic() - start < 5
 
 
-def test_an_interrupted_step_that_was_applied_is_said_and_replayed(server, client, name):
+@contextmanager
+def losing_the_reply(wire, client, name, opt, step: int):
+    """Within the block, the reply to `step` never arrives, and the call is cancelled once the server has applied it."""
+
+    def watch() -> None:
+        other = client.optimizer(name)
+        while other.current_step < step:
+            other.refresh()
+        opt.cancel()
+
+    wire.cut_after("down", 1000)
+    wire.refuse = True
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield
+    watcher.join(10)
+    assert not watcher.is_alive()
+    wire.refuse = False
+
+
+def test_a_cancelled_step_that_was_applied_is_said_and_replayed(server, client, name):
     with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
         opt = shaky.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradient(0))
-        expected = opt.step(gradient(0))
-        # The answer to the second step never arrives, though the server has applied it.
-        applied = threading.Event()
-
-        def watch() -> None:
-            other = client.optimizer(name)
-            while other.current_step < 2:
-                other.refresh()
-            applied.set()
-            opt.cancel()
-
-        watcher = threading.Thread(target=watch)
-        wire.cut_after("down", 1000)
-        with pytest.MonkeyPatch.context() as patch:
-            # A client that gives up at the first loss of its connection.
-            def give_up(self, error, closed):
-                raise error
-
-            patch.setattr(Backoff, "pause", give_up)
-            watcher.start()
-            with pytest.raises(optserve.UnavailableError):
-                opt.step(gradient(1))
-        watcher.join(10)
-        assert applied.is_set()
-        with pytest.raises(optserve.StepInDoubtError, match="replay"):
+        opt.step(gradient(0))
+        with losing_the_reply(wire, client, name, opt, 2), pytest.raises(optserve.StepCancelledError):
+            opt.step(gradient(1))
+        with pytest.raises(optserve.StepInDoubtError, match="had been applied"):
             opt.step(gradient(2))
         assert np.array_equal(opt.replay()["x"], -gradient(1)["x"])
         assert opt.current_step == 2
         assert np.array_equal(opt.step(gradient(2))["x"], -gradient(2)["x"])
-        assert np.array_equal(expected["x"], -gradient(0)["x"])
+
+
+def test_a_cancelled_step_can_be_gone_on_from_without_its_updates(server, client, name):
+    with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
+        opt = shaky.create_optimizer(name, optserve.Sgd(), gradient(0))
+        with losing_the_reply(wire, client, name, opt, 1), pytest.raises(optserve.StepCancelledError):
+            opt.step(gradient(0))
+        opt.refresh()
+        opt.step(gradient(1))
+        assert opt.current_step == 2
+
+
+def test_an_interrupted_step_that_somebody_else_has_stepped_over_stays_in_doubt(server, client, name):
+    with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
+        opt = shaky.create_optimizer(name, optserve.Sgd(), gradient(0))
+        with losing_the_reply(wire, client, name, opt, 1), pytest.raises(optserve.StepCancelledError):
+            opt.step(gradient(0))
+        client.optimizer(name).step(gradient(1))
+        with pytest.raises(optserve.StepInDoubtError, match="somebody else"):
+            opt.step(gradient(2))
+        with pytest.raises(optserve.FailedPreconditionError, match="is not the interrupted one"):
+            opt.replay()
+
+
+def test_an_interrupted_step_that_was_not_applied_leaves_no_trace(server, client, name):
+    with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
+        opt = shaky.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradient(0))
+        opt.step(gradient(0))
+        wire.stall()
+        with pytest.raises(optserve.DeadlineExceededError):
+            opt.step(gradient(1), timeout_s=0.3)
+        wire.flow()
+        with pytest.raises(optserve.FailedPreconditionError, match="is not the interrupted one"):
+            opt.replay()
+        assert np.array_equal(opt.step(gradient(2))["x"], -gradient(2)["x"])
+        assert opt.current_step == 2
+
+
+def test_cancelling_hits_the_step_under_way_and_no_other(client, name):
+    opt = client.create_optimizer(name, optserve.Sgd(), gradient(0))
+    opt.cancel()  # there is none
+    cancelled = opt.patience()
+    cancelled.cancel()
+    with pytest.raises(optserve.StepCancelledError):
+        opt.step_patiently(cancelled, gradient(0))
+    opt.step(gradient(0))
+    assert opt.current_step == 1
 
 
 def test_no_server_is_an_error_that_says_what_to_do():
@@ -113,17 +159,74 @@ def test_a_server_that_is_gone_is_an_error_within_the_deadline(name):
         client.close()
 
 
-def test_a_closed_client_says_so(server, name):
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_closed_client_says_so(server, name, stepped):
     with optserve.connect(server.target) as client:
         opt = client.create_optimizer(name, optserve.Sgd(), {"x": optserve.TensorSpec((3,))})
+        if stepped:
+            opt.step({"x": np.ones(3, np.float32)})
     with pytest.raises(optserve.ClientUseError, match="closed"):
         opt.step({"x": np.ones(3, np.float32)})
 
 
-def test_a_client_inherited_by_fork_says_so(client, monkeypatch):
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(optserve.ClientUseError, match="forked"):
-        client.server_info()
+def test_a_client_inherited_by_fork_says_so(server, name):
+    """A real fork, in a process of its own, with a stream open."""
+    script = f"""
+import os, sys, warnings, numpy as np, optserve
+warnings.simplefilter("ignore")
+client = optserve.connect({server.target!r})
+g = {{"x": np.ones(3, np.float32)}}
+opt = client.create_optimizer({name!r}, optserve.Sgd(), g)
+opt.step(g)
+child = os.fork()
+if child == 0:
+    caught = 0
+    for call in (client.server_info, lambda: opt.step(g), opt.replay):
+        try:
+            call()
+        except optserve.ClientUseError as error:
+            caught += "forked" in str(error)
+    os._exit(caught)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+opt.step(g)
+client.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer_that_nobody_uses_any_more_gives_its_stream_back(tmp_path):
+    config = tmp_path / "optserve.toml"
+    config.write_text("max_streams = 3\n")
+    g = {"x": np.ones(3, np.float32)}
+    with optserve.local_server(backend="numpy", options=["--config", str(config)]) as server:
+        client = optserve.connect(server.target)
+        for index in range(12):
+            client.create_optimizer(f"o{index}", optserve.Sgd(), g).step(g, timeout_s=10)
+        threads = threading.active_count()
+        for _ in range(20):
+            opt = client.optimizer("o0")
+            opt._session.open_request.name = "optimizers/nobody"
+            with pytest.raises(optserve.NotFoundError):
+                opt.step(g)
+        assert threading.active_count() <= threads + 5
+        client.close()
+
+
+def test_a_stream_that_finds_no_place_is_tried_again(tmp_path):
+    config = tmp_path / "optserve.toml"
+    config.write_text("max_streams = 1\n")
+    g = {"x": np.ones(3, np.float32)}
+    with optserve.local_server(backend="numpy", options=["--config", str(config)]) as server:
+        client = optserve.connect(server.target)
+        first, second = (client.create_optimizer(f"o{index}", optserve.Sgd(), g) for index in range(2))
+        first.step(g)
+        with pytest.raises(optserve.ResourceExhaustedError):
+            second.step(g, timeout_s=0.3)
+        threading.Timer(0.2, first.close).start()
+        second.step(g, timeout_s=20)
+        assert second.current_step == 1
+        client.close()
 
 
 def test_a_failure_while_frames_are_made_reaches_the_caller(server, name, monkeypatch):

@@ -96,6 +96,19 @@ def test_bad_output_arrays_are_refused(opt, bad):
         opt.step(grads(), out=out)
 
 
+@pytest.mark.parametrize("wire_dtype", ["float32", "float64"])
+def test_one_wire_dtype_for_all_parameters(client, name, opt, wire_dtype):
+    opt.close()
+    wired = client.optimizer(name, wire_dtype=wire_dtype)
+    native = client.create_optimizer(f"{name}-native", optserve.Adadelta(), PARAMS)
+    for seed in range(2):
+        values = {key: np.asarray(value.astype(np.float32), value.dtype) for key, value in grads(seed).items()}
+        updates, expected = wired.step(values), native.step(values)
+        for key, param in PARAMS.items():
+            assert updates[key].dtype == param.dtype
+            np.testing.assert_allclose(updates[key], expected[key], rtol=1e-7 if wire_dtype == "float32" else 0)
+
+
 def test_replay_gets_the_last_updates_again(opt):
     with pytest.raises(optserve.FailedPreconditionError, match="nothing to replay"):
         opt.replay()

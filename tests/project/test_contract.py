@@ -54,8 +54,9 @@ def test_the_payload_is_the_last_field_of_its_messages():
 
 
 def test_a_status_stays_below_the_limit_of_trailers():
-    error = OptserveError(Reason.INVALID_FIELD, "x" * 100_000, field="f", value="y" * 100_000)
-    assert len(to_status(error).SerializeToString()) < 4096
+    for letter in "xü🦀":
+        error = OptserveError(Reason.INVALID_FIELD, letter * 100_000, field="f", value=letter * 100_000)
+        assert len(to_status(error).SerializeToString()) < 4096
 
 
 def test_an_unknown_error_shows_an_incident_and_not_itself(caplog):

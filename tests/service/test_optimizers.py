@@ -68,9 +68,37 @@ def test_a_retried_creation_answers_with_the_optimizer_that_it_made(stub, name):
     assert stub.CreateOptimizer(first) == stub.CreateOptimizer(first)
 
 
+def test_a_retry_that_comes_while_the_first_call_is_at_work_waits_for_it(stub, name):
+    first = request(name, parameters=[parameter("x", (1 << 20,), data_type=optimizer_pb2.DATA_TYPE_FLOAT64)])
+    first.request_id = "once"
+    calls = [stub.CreateOptimizer.future(first) for _ in range(6)]
+    made = [call.result(30).optimizer for call in calls]
+    assert made == [made[0]] * 6
+
+
+def test_concurrent_changes_of_different_fields_are_both_kept(stub, name):
+    created = create(stub, name, {"x": (2,)})
+    calls = []
+    for index in range(1, 21):
+        for field, value in (("rho", index / 100), ("eps", index / 10)):
+            change = optimizer_pb2.Optimizer(
+                name=created.name,
+                algorithm=algorithms_pb2.Algorithm(adadelta=algorithms_pb2.Adadelta(**{field: value})),
+            )
+            mask = FieldMask(paths=[f"algorithm.adadelta.{field}"])
+            update = service_pb2.UpdateOptimizerRequest(optimizer=change, update_mask=mask)
+            calls.append(stub.UpdateOptimizer.future(update))
+        while calls:
+            calls.pop().result(10)
+        settings = get(stub, name).algorithm.adadelta
+        assert (settings.rho, settings.eps) == (index / 100, index / 10)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason", "field"),
     [
+        ({"parameters": [parameter("a", (1,) * 33)]}, "INVALID_FIELD", "optimizer.parameters[0].shape"),
+        ({"mode": 9}, "INVALID_FIELD", "optimizer.mode"),
         ({"parameters": []}, "INVALID_FIELD", "optimizer.parameters"),
         ({"parameters": [parameter("")]}, "INVALID_FIELD", "optimizer.parameters[0].name"),
         ({"parameters": [parameter("a"), parameter("x" * 257)]}, "INVALID_FIELD", "optimizer.parameters[1].name"),

@@ -12,7 +12,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import optserve
-from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc, statistics_pb2
+from optserve.v1 import (
+    algorithms_pb2,
+    checkpoints_pb2,
+    optimizer_pb2,
+    replicas_pb2,
+    service_pb2,
+    service_pb2_grpc,
+    statistics_pb2,
+)
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
 MIB = 1 << 20
@@ -94,6 +102,51 @@ def test_health_and_unary_calls_answer_while_every_stream_is_taken(tmp_path):
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
         else:
             pytest.fail("the places of closed streams were not freed")
+
+
+def test_health_watchers_occupy_no_threads(tmp_path):
+    options = config_file(tmp_path, max_streams=2, unary_threads=2)
+    with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watchers = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(8)]
+        for watcher in watchers:
+            assert next(watcher).status == health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=2).status == 1
+        for watcher in watchers:
+            watcher.cancel()
+
+
+def test_a_step_that_does_not_move_gives_way(tmp_path):
+    options = config_file(tmp_path, idle_step_s=0.2)
+    with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        name = create(stub, "a", {"x": (2,)}).name
+        with stream(stub, name) as idle, stream(stub, name) as other:
+            idle.send(begin(), chunk(0, 0, bytes(4)))
+            _wait_until_under_way(stub, name)
+            for _ in range(10_000):
+                other.send(begin(), chunk(0, 0, bytes(8)), commit())
+                response = other.receive()
+                if response.HasField("result"):
+                    break
+                assert details(response.error.status)[0] == "STEP_IN_PROGRESS"
+            else:
+                pytest.fail("the idle step did not give way")
+            idle.send(chunk(0, 4, bytes(4)), commit())
+            assert details(idle.error())[0] == "STEP_TAKEN_OVER"
+
+
+def test_a_step_of_many_small_tensors_takes_linear_time(stub, name):
+    """Alternating dtypes, so that no two tensors are neighbours: 8,000 chunks of one element."""
+    count = 8000
+    optimizer = optimizer_pb2.Optimizer(
+        algorithm=algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd()),
+        parameters=[optimizer_pb2.Parameter(name=f"{i}", data_type=1 + i % 2) for i in range(count)],
+    )
+    stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
+    with stream(stub, f"optimizers/{name}") as steps:
+        steps.send(begin(), *(chunk(index, 0, bytes(4 + 4 * (index % 2))) for index in range(count)), commit())
+        assert steps.reply()[1].step == 1
 
 
 def test_the_number_of_optimizers_and_their_memory_are_limited(tmp_path):

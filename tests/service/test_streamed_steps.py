@@ -128,6 +128,13 @@ def test_a_retry_on_another_stream_gets_the_same_bytes(stub, optimizer):
         ([begin("\n"), chunk(0, 0, PAYLOAD), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ([begin(with_curvature=True), commit()], grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ([begin(reply=steps_pb2.REPLY_PARAMETERS), commit()], grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
+        ([begin(), Request(data=bytes(4)), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+        (
+            [begin(), Request(chunk=steps_pb2.Chunk(operand=9), data=bytes(4)), commit()],
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_FIELD",
+        ),
+        ([begin(reply=9), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ([commit()], grpc.StatusCode.FAILED_PRECONDITION, "NO_STEP"),
         ([chunk(0, 0, PAYLOAD), commit()], grpc.StatusCode.FAILED_PRECONDITION, "NO_STEP"),
         ([begin(), begin(), commit()], grpc.StatusCode.FAILED_PRECONDITION, "STEP_NOT_ENDED"),
@@ -155,6 +162,24 @@ def test_an_aborted_step_is_discarded_without_an_answer(stub, optimizer):
         assert steps.reply()[1].step == 1
 
 
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (begin("\n"), "begin.request_id"),
+        (begin(tensors=[9]), "begin.tensors"),
+        (begin(reply=9), "begin.reply"),
+        (Request(begin=begin().begin, chunk=steps_pb2.Chunk(tensor=9), data=bytes(4)), "chunk.tensor"),
+        (Request(begin=begin().begin, chunk=steps_pb2.Chunk(offset=1), data=bytes(4)), "chunk.offset"),
+        (Request(begin=begin().begin, chunk=steps_pb2.Chunk(), data=np.full(1, np.inf, "<f4").tobytes()), "data"),
+        (Request(begin=begin().begin, data=bytes(4)), "chunk"),
+    ],
+)
+def test_an_error_names_the_field_by_its_path_in_the_message(stub, optimizer, request_, field):
+    with stream(stub, optimizer) as steps:
+        steps.send(request_)
+        assert details(steps.error())[2] == field
+
+
 def test_an_error_carries_the_request_id_of_its_step(stub, optimizer):
     with stream(stub, optimizer) as steps:
         steps.send(begin("mine", expected_step=9))
@@ -169,6 +194,7 @@ def test_an_error_carries_the_request_id_of_its_step(stub, optimizer):
         ({"etag": "stale"}, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
         ({"wire_type": optimizer_pb2.DATA_TYPE_BFLOAT16}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"transport": steps_pb2.TRANSPORT_SHARED_MEMORY}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
+        ({"transport": 9}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"worker": "w1"}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"max_chunk_bytes": 3}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     ],

@@ -65,8 +65,12 @@ def test_parameters_that_are_not_listed_are_left_alone(stub, optimizer):
             "WRONG_DATA_TYPE",
             "gradients[0].data_type",
         ),
-        ({"name": "b", "data": np.array([1, np.nan, np.inf], "<f4").tobytes()}, "NON_FINITE_VALUE", "chunk.data"),
-        ({"name": "b", "data": np.array([1, 3e38, 0], "<f4").tobytes()}, "GRADIENT_OVERFLOW", "chunk.data"),
+        (
+            {"name": "b", "data": np.array([1, np.nan, np.inf], "<f4").tobytes()},
+            "NON_FINITE_VALUE",
+            "gradients[0].data",
+        ),
+        ({"name": "b", "data": np.array([1, 3e38, 0], "<f4").tobytes()}, "GRADIENT_OVERFLOW", "gradients[0].data"),
     ],
 )
 def test_a_bad_gradient_is_refused_and_changes_nothing(stub, optimizer, tensor, reason, field):
@@ -113,6 +117,15 @@ def test_an_oversize_message_is_refused_with_the_limit(stub, name):
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as seen:
         apply(stub, name, [steps_pb2.Tensor(name="big", data=bytes(4 << 21))])
     assert seen["metadata"]["limit_bytes"] == str(4 << 20)
+
+
+def test_a_reply_that_would_be_too_large_is_refused_before_the_step_is_applied(stub, name):
+    create(stub, name, {f"parameter-{index}": (250,) for index in range(4000)})
+    values = {f"parameter-{index}": np.ones(250, np.float32) for index in range(4000)}
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE", "gradients") as seen:
+        apply(stub, name, tensors(values))
+    assert "The reply" in seen["message"]
+    assert apply(stub, name, tensors({"parameter-0": np.ones(250, np.float32)}), expected_step=0).result.step == 1
 
 
 def test_what_this_server_lacks_is_unimplemented_and_named(stub, optimizer):

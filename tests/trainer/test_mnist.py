@@ -1,6 +1,8 @@
 """`optserve mnist`, as a program, against real servers."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,23 @@ def test_the_same_seed_gives_the_same_run(server, small, tmp_path):
 def test_nothing_is_left_behind_on_the_server(server, client, small):
     assert optserve("mnist", "--target", server.target, "--epochs", 1, "--data-dir", small).returncode == 0
     assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
+
+
+def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small, tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-u", "-c", "from optserve.cli import main; main()", "mnist", "--epochs", "10000"]
+    command += ["--data-dir", str(small), "--json", str(report), "--backend", "numpy"]
+    # A process group of its own gets the signal, as from a terminal: also what it has started.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert "Stopped after" in output
+    assert "Traceback" not in errors
+    assert json.loads(report.read_text())["epochs"]
 
 
 @pytest.mark.parametrize(

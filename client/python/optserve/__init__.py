@@ -7,7 +7,7 @@ with optserve.connect("127.0.0.1:50051") as client:
 """
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
-from optserve.client import Client, Optimizer, TensorSpec, connect
+from optserve.client import Client, TensorSpec, connect
 from optserve.config import ClientConfig
 from optserve.errors import (
     AbortedError,
@@ -23,12 +23,14 @@ from optserve.errors import (
     OptserveError,
     ResourceExhaustedError,
     StateLostError,
+    StepCancelledError,
     StepInDoubtError,
     StepInProgressError,
     UnavailableError,
     WrongStepError,
 )
 from optserve.local import LocalServer, local_server
+from optserve.optimizer import Optimizer
 
 __all__ = [
     "AbortedError",
@@ -53,6 +55,7 @@ __all__ = [
     "ResourceExhaustedError",
     "Sgd",
     "StateLostError",
+    "StepCancelledError",
     "StepInDoubtError",
     "StepInProgressError",
     "TensorSpec",

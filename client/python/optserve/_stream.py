@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import queue
-import time
+import weakref
 from collections.abc import Iterator, Sequence
 
 import grpc
 import numpy as np
 
 from optserve import wire
+from optserve._patience import Patience
 from optserve._transport import Transport
-from optserve.errors import DeadlineExceededError, InternalError, UnavailableError, from_status
+from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
 
@@ -98,75 +99,118 @@ class Updates:
             raise InternalError(f"The server's reply lacks {self._missing} bytes.")
 
 
+class _Outgoing:
+    """What gRPC's sending thread iterates: step after step, each frame made when the wire is ready for it.
+
+    It knows nothing of the stream, so that a stream that nobody uses any more can be collected and closed.
+    """
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue[Iterator[wire.RequestFrame] | None] = queue.SimpleQueue()
+        self._stop_step = False
+        self.fault: Exception | None = None
+
+    def put(self, frames: Iterator[wire.RequestFrame]) -> None:
+        """Send the frames of a step."""
+        self._stop_step = False
+        self._steps.put(frames)
+
+    def stop_step(self) -> None:
+        """What has not been sent of the present step need not be."""
+        self._stop_step = True
+
+    def end(self) -> None:
+        """Send nothing any more."""
+        self._stop_step = True
+        self._steps.put(None)
+
+    def __iter__(self) -> Iterator[wire.RequestFrame]:
+        while (frames := self._steps.get()) is not None:
+            try:
+                for frame in frames:
+                    yield frame
+                    if self._stop_step:
+                        yield wire.Frame(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
+                        break
+            # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
+            except Exception as error:  # noqa: BLE001
+                self.fault = error
+                return
+
+
 class StepStream:
-    """An open stream of steps on one optimizer.
+    """An open stream of steps on one optimizer. It closes itself when nobody uses it any more.
 
     Attributes:
         opened: The server's answer to `open`.
+
+    Raises:
+        OptserveError: It could not be opened.
     """
 
-    def __init__(self, transport: Transport, request: steps_pb2.Open, deadline: float) -> None:
+    def __init__(self, transport: Transport, request: steps_pb2.Open, patience: Patience) -> None:
         self._transport = transport
-        self._steps: queue.SimpleQueue[Iterator[wire.RequestFrame] | None] = queue.SimpleQueue()
-        self._fault: BaseException | None = None
-        self._stop_sending = False
-        self._steps.put(iter([wire.Frame(steps_pb2.StreamStepsRequest(open=request))]))
-        self._call = transport.stream_steps(self._outgoing())
-        self.opened: steps_pb2.Opened = self._next(deadline).header.opened
+        self._outgoing = _Outgoing()
+        self._outgoing.put(iter([wire.Frame(steps_pb2.StreamStepsRequest(open=request))]))
+        self._call = transport.stream_steps(iter(self._outgoing))
+        self._close = weakref.finalize(self, _close, self._outgoing, self._call)
+        try:
+            self.opened: steps_pb2.Opened = self._next(patience).header.opened
+        except BaseException:
+            self.close()
+            raise
 
-    def step(self, frames: Iterator[wire.RequestFrame], updates: Updates, deadline: float) -> steps_pb2.Result:
+    def step(self, frames: Iterator[wire.RequestFrame], updates: Updates, patience: Patience) -> steps_pb2.Result:
         """Send one step and receive its reply.
 
         Raises:
-            OptserveError: The step's own error, after which the stream can be used again.
+            StepRefused: The server's error about this step, after which the stream can be used again.
             UnavailableError: The connection was lost; whether the step was applied is open.
-            DeadlineExceededError: `deadline` (time.monotonic) passed; likewise.
+            DeadlineExceededError, StepCancelledError: Patience is at its end; likewise.
         """
-        self._stop_sending = False
-        self._steps.put(frames)
+        self._outgoing.put(frames)
         while True:
-            frame = self._next(deadline)
+            frame = self._next(patience)
             if frame.header.HasField("error"):
-                # What has not been sent of this step need not be.
-                self._stop_sending = True
-                raise from_status(frame.header.error.status)
+                self._outgoing.stop_step()
+                raise StepRefused(from_status(frame.header.error.status))
             if frame.data is not None:
                 updates.put(frame.header.chunk, frame.data)
             if frame.header.HasField("result"):
                 updates.check_complete()
                 return frame.header.result
 
-    def cancel(self) -> None:
-        """End the stream at once. Safe from any thread."""
-        self._steps.put(None)
-        self._call.cancel()
+    def close(self) -> None:
+        """End the stream at once. Safe from any thread, and more than once."""
+        self._close()
 
-    def _outgoing(self) -> Iterator[wire.RequestFrame]:
-        """What gRPC's sending thread iterates: step after step, each frame made when the wire is ready for it."""
-        while (frames := self._steps.get()) is not None:
-            try:
-                for frame in frames:
-                    yield frame
-                    if self._stop_sending:
-                        yield wire.Frame(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
-                        break
-            # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
-            except Exception as error:  # noqa: BLE001
-                self._fault = error
-                self._call.cancel()
-                return
-
-    def _next(self, deadline: float) -> wire.ResponseFrame:
-        with self._transport.watchdog.watch(deadline, self._call.cancel):
+    def _next(self, patience: Patience) -> wire.ResponseFrame:
+        with patience.watching(self._call.cancel):
             try:
                 return next(self._call)
             except StopIteration:
-                raise UnavailableError(f"{self._transport.target} closed the stream.") from None
-            except grpc.RpcError as error:
-                if self._fault is not None:
-                    raise InternalError(f"A frame could not be made: {self._fault!r}") from self._fault
-                if time.monotonic() >= deadline:
-                    raise DeadlineExceededError(
-                        f"{self._transport.target} did not answer in time; the step may or may not have been applied."
-                    ) from error
-                raise self._transport.translate(error, 0.0) from error
+                error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
+            except grpc.RpcError as rpc_error:
+                error = self._transport.translate(rpc_error, 0.0)
+        fault = self._outgoing.fault
+        if fault is not None:
+            raise InternalError(f"A frame could not be made: {fault!r}") from fault
+        patience.check()
+        raise error
+
+
+class StepRefused(Exception):
+    """The server's error about one step, in a stream that lives on.
+
+    Attributes:
+        error: What the caller is to see.
+    """
+
+    def __init__(self, error: OptserveError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _close(outgoing: _Outgoing, call: grpc.Call) -> None:
+    outgoing.end()
+    call.cancel()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 
 from optserve import wire
-from optserve._watchdog import Watchdog
+from optserve._patience import Patience, Watchdog
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError, DeadlineExceededError, OptserveError, UnavailableError, from_rpc_error
 from optserve.v1 import service_pb2, service_pb2_grpc
@@ -23,19 +23,21 @@ _Response = TypeVar("_Response")
 
 
 class Backoff:
-    """Pauses between tries: doubling, with jitter, never beyond the deadline."""
+    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for."""
 
-    def __init__(self, config: ClientConfig, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, config: ClientConfig) -> None:
         self._pause_s = config.initial_backoff_s
         self._max_pause_s = config.max_backoff_s
 
-    def pause(self, error: OptserveError, closed: threading.Event) -> None:
-        """Wait before another try, or raise `error` if no time is left or `closed` is set."""
-        pause_s = error.retry_after_s or self._pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-        self._pause_s = min(2 * self._pause_s, self._max_pause_s)
-        if time.monotonic() + pause_s >= self._deadline or closed.wait(pause_s):
-            raise error
+    def next_s(self, error: OptserveError) -> float:
+        """Seconds to wait after `error`."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
+        return max(pause_s, error.retry_after_s or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+
+
+def is_retryable(error: OptserveError) -> bool:
+    """Whether the same call is worth another try."""
+    return isinstance(error, UnavailableError) or error.retry_after_s is not None
 
 
 class Transport:
@@ -44,8 +46,8 @@ class Transport:
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target = target
         self.config = config
-        self.watchdog = Watchdog()
-        self.closed = threading.Event()
+        self._watchdog = Watchdog()
+        self._closing = threading.Event()
         self._pid = os.getpid()
         self._channel = grpc.insecure_channel(
             target,
@@ -62,42 +64,46 @@ class Transport:
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
         self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", wire.encode, wire.decode_response)
 
-    def call(
-        self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None, idempotent: bool = True
-    ) -> _Response:
-        """Make a unary call; try it again while the server is unavailable, if that is harmless.
+    def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
+        """Make a unary call, which must be idempotent; try it again while the server is unavailable.
 
         Raises:
             OptserveError: The server's answer, or that it gave none.
         """
         self.check_usable()
-        timeout_s = timeout_s or self.config.timeout_s
+        timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
-        backoff = Backoff(self.config, deadline)
+        backoff = Backoff(self.config)
         while True:
             try:
                 return method(request, timeout=max(deadline - time.monotonic(), 0.001))
             except grpc.RpcError as rpc_error:
                 error = self.translate(rpc_error, timeout_s)
-            if not idempotent or not (isinstance(error, UnavailableError) or error.retry_after_s):
+            pause_s = backoff.next_s(error)
+            if not is_retryable(error) or time.monotonic() + pause_s >= deadline or self._closing.wait(pause_s):
                 raise error
-            backoff.pause(error, self.closed)
+
+    def patience(self, timeout_s: float | None) -> Patience:
+        """The patience of a step that begins now."""
+        return Patience(self._watchdog, self.config.step_timeout_s if timeout_s is None else timeout_s)
 
     def stream_steps(self, frames: Iterator[wire.RequestFrame]) -> Any:
-        """Start a StreamSteps call. It has no deadline of its own; the watchdog cancels it."""
+        """Start a StreamSteps call. It has no deadline of its own; see Patience."""
         self.check_usable()
         return self._stream_steps(frames)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
         translated = from_rpc_error(error, self.target)
+        if self._closing.is_set():
+            return ClientUseError("This client was closed in the middle of a call.")
         if isinstance(translated, DeadlineExceededError) and not translated.reason:
             return DeadlineExceededError(f"{self.target} did not answer within {timeout_s:g} s.")
         return translated
 
     def check_usable(self) -> None:
         """Raise ClientUseError if the client is closed or was inherited by fork."""
-        if self.closed.is_set():
+        if self._closing.is_set():
             raise ClientUseError("This client is closed.")
         if os.getpid() != self._pid:
             raise ClientUseError(
@@ -107,7 +113,7 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection. May be called more than once."""
-        self.closed.set()
-        self.watchdog.close()
+        self._closing.set()
+        self._watchdog.close()
         if os.getpid() == self._pid:
             self._channel.close()

@@ -97,9 +97,9 @@ class AsyncClient:
         """See `optserve.Client.list_optimizers`."""
         return await self._threads.run(lambda: list(self._connected.list_optimizers()))
 
-    async def delete_optimizer(self, name: str, *, missing_ok: bool = False) -> None:
+    async def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """See `optserve.Client.delete_optimizer`."""
-        await self._threads.run(self._connected.delete_optimizer, name, missing_ok=missing_ok)
+        await self._threads.run(self._connected.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s)
 
 
 class AsyncOptimizer:
@@ -128,10 +128,11 @@ class AsyncOptimizer:
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.step`."""
+        patience = self._optimizer.patience(timeout_s)
         try:
-            return await self._threads.run(self._optimizer.step, grads, out=out, partial=partial, timeout_s=timeout_s)
+            return await self._threads.run(self._optimizer.step_patiently, patience, grads, out=out, partial=partial)
         except asyncio.CancelledError:
-            self._optimizer.cancel()
+            patience.cancel()
             raise
 
     async def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:

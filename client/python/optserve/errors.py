@@ -3,6 +3,7 @@
 OptserveError
 ├── UnavailableError            no server answers, or it is about to stop
 ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
+├── StepCancelledError          the step was cancelled; it may or may not have been applied
 ├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
 ├── NotFoundError               no such optimizer or checkpoint (also a KeyError)
 ├── AlreadyExistsError          the name is taken
@@ -11,7 +12,7 @@ OptserveError
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
 │   └── StepInProgressError     another client is in the middle of a step
 ├── FailedPreconditionError
-│   └── StepInDoubtError        an earlier, interrupted step had been applied; `replay` gets its updates
+│   └── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
 ├── ResourceExhaustedError      too large, too many, or no room
 ├── FeatureUnavailableError     this server lacks that part of the contract
 ├── StateLostError              the server's device failed; the optimizer's state is gone
@@ -68,6 +69,10 @@ class DeadlineExceededError(OptserveError):
     """No answer came in time. A step may or may not have been applied; the next one finds out."""
 
 
+class StepCancelledError(OptserveError):
+    """The step was cancelled. It may or may not have been applied; the next one finds out."""
+
+
 class InvalidArgumentError(OptserveError, ValueError):
     """A value, name, shape or dtype that cannot be used. Nothing was changed."""
 
@@ -106,7 +111,11 @@ class FailedPreconditionError(OptserveError):
 
 
 class StepInDoubtError(FailedPreconditionError):
-    """An earlier step, whose call was interrupted, had been applied. `Optimizer.replay` gets its updates."""
+    """A step whose call was interrupted has, or may have, been applied, and its updates have not arrived.
+
+    The message says which. `Optimizer.replay` gets the updates as long as the server has them; `Optimizer.refresh`
+    goes on without them.
+    """
 
 
 class ResourceExhaustedError(OptserveError):

@@ -57,7 +57,10 @@ def local_server(
     if data_dir is not None:
         command += ["--data-dir", str(data_dir)]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        # A session of its own: Ctrl-C is for this process, which then stops the server in order.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        )
         try:
             yield LocalServer(_target(process, log), process)
         finally:

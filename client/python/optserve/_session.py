@@ -1,0 +1,225 @@
+"""The steps of one optimizer, exactly once each, over as many connections as it takes.
+
+A step is sent under a request id of its own until it is answered. If its call is interrupted, by a deadline or by a
+cancellation, the step is in doubt: whether the server has applied it is found out before the next one is made.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from optserve._patience import Patience
+from optserve._stream import Gradients, StepRefused, StepStream, Updates
+from optserve._transport import Backoff, Transport, is_retryable
+from optserve.errors import (
+    FailedPreconditionError,
+    InternalError,
+    OptserveError,
+    StateLostError,
+    StepInDoubtError,
+    WrongStepError,
+)
+from optserve.v1 import steps_pb2
+
+_NO_GRADIENTS = Gradients([], [], whole=True)
+
+
+class StepSession:
+    """One optimizer's stream and what is known of its steps. Safe to use from several threads.
+
+    Attributes:
+        open_request: What a stream is opened with.
+        current_step: Steps that the server has applied, as far as is known.
+    """
+
+    def __init__(self, connection: Transport, open_request: steps_pb2.Open, step: int) -> None:
+        self._connection = connection
+        self.open_request = open_request
+        self.current_step = step
+        self._lock = threading.Lock()
+        self._stream: StepStream | None = None
+        self._patience: Patience | None = None
+        # Request id of a step whose outcome is not known.
+        self._in_doubt = ""
+
+    def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> None:
+        """Make one new step.
+
+        Raises:
+            OptserveError: See `Optimizer.step`.
+        """
+        with self._turn(patience):
+            earlier = self._in_doubt
+            if earlier:
+                self._resolve_doubt(patience)
+            request_id = str(uuid.uuid4())
+            self._in_doubt = request_id
+            try:
+                self._exchange(request_id, gradients, updates, patience)
+            except _NotApplied as refusal:
+                self._in_doubt = earlier
+                # The server may have come to commit an interrupted step only after it was asked about it.
+                if earlier and isinstance(refusal.error, WrongStepError):
+                    self._resolve_doubt(patience)
+                self._in_doubt = ""
+                raise refusal.error from None
+            self._in_doubt = ""
+
+    def replay(self, make_updates: Callable[[list[int]], Updates], patience: Patience) -> None:
+        """Receive the reply of the last applied step once more.
+
+        Args:
+            make_updates: Given the parameters that took part in it, none for all, where the reply goes.
+            patience: How long to try.
+
+        Raises:
+            OptserveError: See `Optimizer.replay`.
+        """
+        with self._turn(patience):
+            opened = self._reopened(patience).opened
+            if self._in_doubt and opened.last_request_id != self._in_doubt:
+                raise FailedPreconditionError(
+                    f"The last step of {self._name} on the server, which is at step {opened.step}, is not the "
+                    "interrupted one. If nobody else steps this optimizer, that one was not applied: step again."
+                )
+            if not opened.last_request_id:
+                raise FailedPreconditionError(f"{self._name} has not been stepped, so there is nothing to replay.")
+            updates = make_updates(list(opened.last_tensors))
+            try:
+                self._exchange(opened.last_request_id, _NO_GRADIENTS, updates, patience)
+            except _NotApplied as refusal:
+                raise refusal.error from None
+            self._in_doubt = ""
+
+    def refresh(self, read_step: Callable[[], int]) -> None:
+        """Take the server's step for granted, and give up what was in doubt."""
+        with self._lock:
+            self.current_step = read_step()
+            self._in_doubt = ""
+
+    def cancel(self) -> None:
+        """Interrupt the step that is being made, if there is one; it raises in its thread."""
+        patience = self._patience
+        if patience is not None:
+            patience.cancel()
+
+    def close(self) -> None:
+        """Close the stream; the next step opens another."""
+        with self._lock:
+            self._close_stream()
+
+    @property
+    def _name(self) -> str:
+        return repr(self.open_request.name.removeprefix("optimizers/"))
+
+    @contextmanager
+    def _turn(self, patience: Patience) -> Iterator[None]:
+        """Wait until no other thread is in the middle of a step."""
+        self._connection.check_usable()
+        if not self._lock.acquire(timeout=patience.left_s):
+            patience.check()
+            raise InternalError("A lock was not to be had before its deadline, which has not passed.")
+        try:
+            patience.check()
+            self._patience = patience
+            yield
+        finally:
+            self._patience = None
+            self._lock.release()
+
+    def _resolve_doubt(self, patience: Patience) -> None:
+        """Find out what became of an interrupted step: forget it if it was not applied, else raise."""
+        opened = self._reopened(patience).opened
+        if opened.last_request_id == self._in_doubt:
+            raise StepInDoubtError(
+                f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
+                "to go on without them."
+            )
+        if opened.step != self.current_step:
+            raise StepInDoubtError(
+                f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
+                "the interrupted step was applied is no longer known. Call refresh() to go on."
+            )
+        self._in_doubt = ""
+
+    def _exchange(self, request_id: str, gradients: Gradients, updates: Updates, patience: Patience) -> None:
+        """Send a step until it is answered.
+
+        Raises:
+            _NotApplied: The server has refused it at the first try, so it was certainly not applied.
+            OptserveError: Anything else, after which that is open.
+        """
+        backoff = Backoff(self._connection.config)
+        # Whether the step may have been applied: before the present try, and now.
+        before = doubtful = False
+        while True:
+            updates.reset()
+            try:
+                stream = self._opened(patience)
+                # What has been applied is only asked for again; the gradients need not travel.
+                applied = stream.opened.last_request_id == request_id
+                begin = steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
+                frames = (_NO_GRADIENTS if applied else gradients).frames(begin, self._chunk_bytes(stream))
+                before, doubtful = doubtful, True
+                self.current_step = stream.step(frames, updates, patience).step
+            except StepRefused as refusal:
+                error = refusal.error
+                doubtful = before or isinstance(error, InternalError | StateLostError)
+            except OptserveError as lost:
+                self._close_stream()
+                error = lost
+            # KeyboardInterrupt above all: what is still on its way must not be taken for a later step's reply.
+            except BaseException:
+                self._close_stream()
+                raise
+            else:
+                return
+            if is_retryable(error):
+                patience.pause(backoff.next_s(error), error)
+            elif not doubtful:
+                raise _NotApplied(error)
+            elif error.reason in ("WRONG_STEP", "REPLY_GONE"):
+                raise StepInDoubtError(
+                    f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
+                    "Whether the step was applied is no longer known. Call refresh() to go on."
+                ) from error
+            else:
+                raise error
+
+    def _opened(self, patience: Patience) -> StepStream:
+        if self._stream is None:
+            self._stream = StepStream(self._connection, self.open_request, patience)
+        return self._stream
+
+    def _reopened(self, patience: Patience) -> StepStream:
+        """A new stream: what the server says when a stream is opened is true of that moment only."""
+        backoff = Backoff(self._connection.config)
+        while True:
+            self._close_stream()
+            try:
+                return self._opened(patience)
+            except OptserveError as error:
+                if not is_retryable(error):
+                    raise
+                patience.pause(backoff.next_s(error), error)
+
+    def _close_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def _chunk_bytes(self, stream: StepStream) -> int:
+        limits = stream.opened.limits
+        wanted = self._connection.config.max_chunk_bytes or limits.preferred_chunk_bytes
+        return min(wanted, limits.max_chunk_bytes)
+
+
+class _NotApplied(Exception):
+    """A step was refused, and certainly not applied; `error` says why."""
+
+    def __init__(self, error: OptserveError) -> None:
+        super().__init__(error)
+        self.error = error

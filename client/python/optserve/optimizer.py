@@ -1,0 +1,268 @@
+"""An optimizer as its users see it: gradients by name in, updates by name out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import numpy as np
+
+from optserve import algorithms
+from optserve._patience import Patience
+from optserve._session import StepSession
+from optserve._stream import Gradients, Updates
+from optserve._transport import Transport
+from optserve.errors import InvalidArgumentError
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.wire import DTYPES
+
+WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
+TransportName = Literal["auto", "grpc", "shm"]
+
+
+class Optimizer:
+    """An optimizer on the server. Its steps come one after the other, also from several threads.
+
+    Attributes:
+        name: As given to `create_optimizer`.
+    """
+
+    def __init__(
+        self,
+        connection: Transport,
+        message: optimizer_pb2.Optimizer,
+        *,
+        transport: TransportName = "auto",
+        wire_dtype: WireDtype = "native",
+    ) -> None:
+        self._connection = connection
+        open_request = steps_pb2.Open(
+            name=message.name,
+            wire_type=_wire_type(wire_dtype),  # pyright: ignore[reportArgumentType]
+            transport=steps_pb2.TRANSPORT_SHARED_MEMORY if transport == "shm" else steps_pb2.TRANSPORT_STREAM,
+        )
+        self._session = StepSession(connection, open_request, message.step)
+        self._parameters = list(message.parameters)
+        self._indices = {parameter.name: index for index, parameter in enumerate(self._parameters)}
+        self._resource = message.name
+        self.name = message.name.removeprefix("optimizers/")
+
+    @property
+    def current_step(self) -> int:
+        """Steps that the server has applied, as far as this object knows."""
+        return self._session.current_step
+
+    def step(
+        self,
+        grads: Mapping[str, np.ndarray],
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        partial: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Send the gradients of one step, get its updates.
+
+        The step is applied exactly once: if the connection is lost on the way, it is made again and the step is
+        resumed under the same request id.
+
+        Args:
+            grads: The gradient of every parameter, in the parameter's shape and dtype.
+            out: Arrays that take the updates; new ones are made by default.
+            partial: Allow parameters to be absent; they and their state stay as they are.
+            timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
+
+        Returns:
+            The updates Δx by name, to be added to the parameters.
+
+        Raises:
+            InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
+            WrongStepError: Somebody else has stepped this optimizer; nothing was changed. See `refresh`.
+            StepInDoubtError: An earlier step that was interrupted had been applied. See `replay`.
+            UnavailableError, DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became
+                of the step.
+        """
+        return self.step_patiently(self.patience(timeout_s), grads, out=out, partial=partial)
+
+    def patience(self, timeout_s: float | None = None) -> Patience:
+        """A patience for `step_patiently`, which ends after `timeout_s` or when it is cancelled."""
+        return self._connection.patience(timeout_s)
+
+    def step_patiently(
+        self,
+        patience: Patience,
+        grads: Mapping[str, np.ndarray],
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        partial: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """`step` with a patience that the caller can end; what `optserve.aio` is made of."""
+        indices = self._taking_part(grads, partial=partial)
+        names = [self._parameters[index].name for index in indices]
+        arrays = [
+            np.ascontiguousarray(self._checked(index, np.asarray(grads[name]), "gradient"), self._wire_dtype(index))
+            for index, name in zip(indices, names, strict=True)
+        ]
+        updates = self._arrays(indices, out)
+        with self._receiving(indices, updates) as received:
+            gradients = Gradients(indices, arrays, whole=len(indices) == len(self._parameters))
+            self._session.step(gradients, received, patience)
+        return dict(zip(names, updates, strict=True))
+
+    def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+        """The updates of the last applied step once more, the same bytes.
+
+        For a step whose call was interrupted after the server had applied it.
+
+        Raises:
+            FailedPreconditionError: There is no such step, the interrupted one was not applied, or its reply is no
+                longer retained.
+        """
+        updates: dict[str, np.ndarray] = {}
+        with ExitStack() as receiving:
+
+            def make_updates(tensors: list[int]) -> Updates:
+                indices = tensors or list(range(len(self._parameters)))
+                arrays = self._arrays(indices, None)
+                updates.update(
+                    (self._parameters[index].name, array) for index, array in zip(indices, arrays, strict=True)
+                )
+                return receiving.enter_context(self._receiving(indices, arrays))
+
+            self._session.replay(make_updates, self.patience(timeout_s))
+        return updates
+
+    def refresh(self) -> None:
+        """Read the current step from the server, giving up what this object believed."""
+        self._session.refresh(lambda: self._get().step)
+
+    def update(self, algorithm: algorithms.Algorithm) -> None:
+        """Change hyper-parameters from the next step on; the state stays.
+
+        Raises:
+            InvalidArgumentError: Another method, or a value out of range.
+        """
+        request = service_pb2.UpdateOptimizerRequest(
+            optimizer=optimizer_pb2.Optimizer(name=self._resource, algorithm=algorithm.to_message())
+        )
+        request.update_mask.paths.append("algorithm")
+        self._connection.call(self._connection.stub.UpdateOptimizer, request)
+
+    @property
+    def algorithm(self) -> algorithms.Algorithm:
+        """The method with its present hyper-parameters, as the server has them."""
+        return algorithms.from_message(self._get().algorithm)
+
+    def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> checkpoints_pb2.Checkpoint:
+        """Take a named copy of the state.
+
+        Raises:
+            AlreadyExistsError: The tag is taken, unless `overwrite`.
+            FeatureUnavailableError: The server has no checkpoints.
+        """
+        request = checkpoints_pb2.SaveCheckpointRequest(
+            parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
+        )
+        return self._connection.call(self._connection.stub.SaveCheckpoint, request).checkpoint
+
+    def restore_checkpoint(self, tag: str) -> None:
+        """Roll the state and the step counter back to a named copy.
+
+        Raises:
+            NotFoundError: There is no such tag.
+            FeatureUnavailableError: The server has no checkpoints.
+        """
+        request = checkpoints_pb2.RestoreCheckpointRequest(
+            name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
+        )
+        restored = self._connection.call(self._connection.stub.RestoreCheckpoint, request).optimizer
+        self._session.refresh(lambda: restored.step)
+
+    def cancel(self) -> None:
+        """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
+        self._session.cancel()
+
+    def close(self) -> None:
+        """Close this object's stream; the optimizer itself stays on the server."""
+        self._session.close()
+
+    def _get(self) -> optimizer_pb2.Optimizer:
+        request = service_pb2.GetOptimizerRequest(name=self._resource)
+        return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
+
+    def _wire_dtype(self, index: int) -> np.dtype:
+        """The dtype in which a parameter's gradients and updates travel."""
+        own = DTYPES[self._parameters[index].data_type]
+        return DTYPES.get(self._session.open_request.wire_type, own)
+
+    @contextmanager
+    def _receiving(self, indices: list[int], updates: list[np.ndarray]) -> Iterator[Updates]:
+        """Receive into `updates`; by way of arrays of the wire's dtype where that is another."""
+        received = [
+            update if self._wire_dtype(index) == update.dtype else np.empty(update.shape, self._wire_dtype(index))
+            for index, update in zip(indices, updates, strict=True)
+        ]
+        yield Updates(indices, received)
+        for update, array in zip(updates, received, strict=True):
+            if array is not update:
+                update[...] = array
+
+    def _taking_part(self, grads: Mapping[str, np.ndarray], *, partial: bool) -> list[int]:
+        for name in grads:
+            if name not in self._indices:
+                raise InvalidArgumentError(f"{self.name!r} has no parameter {name!r}.", metadata={"parameter": name})
+        missing = [name for name in self._indices if name not in grads]
+        if missing and not partial:
+            raise InvalidArgumentError(
+                f"There is no gradient for {missing[0]!r}; pass partial=True to leave parameters out of a step.",
+                metadata={"parameter": missing[0]},
+            )
+        if not grads:
+            raise InvalidArgumentError("A step needs at least one gradient.")
+        return sorted(self._indices[name] for name in grads)
+
+    def _checked(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
+        """`array`, if it has the parameter's shape and dtype."""
+        parameter = self._parameters[index]
+        dtype = DTYPES[parameter.data_type]
+        if array.shape != tuple(parameter.shape):
+            raise InvalidArgumentError(
+                f"The {what} of {parameter.name!r} has shape {list(array.shape)}, not {list(parameter.shape)}.",
+                metadata={"parameter": parameter.name},
+            )
+        if array.dtype != dtype:
+            raise InvalidArgumentError(
+                f"The {what} of {parameter.name!r} is {array.dtype}, not {dtype}; convert it with .astype.",
+                metadata={"parameter": parameter.name},
+            )
+        return array
+
+    def _arrays(self, indices: list[int], out: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
+        """Arrays for the updates: those of `out`, checked, or new ones."""
+        if out is None:
+            parameters = [self._parameters[index] for index in indices]
+            return [np.empty(tuple(item.shape), DTYPES[item.data_type]) for item in parameters]
+        arrays = []
+        for index in indices:
+            name = self._parameters[index].name
+            if name not in out:
+                raise InvalidArgumentError(f"`out` has no array for {name!r}.", metadata={"parameter": name})
+            array = self._checked(index, out[name], "output")
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise InvalidArgumentError(
+                    f"The output of {name!r} must be a writeable, C-contiguous array.", metadata={"parameter": name}
+                )
+            arrays.append(array)
+        return arrays
+
+
+def _wire_type(wire_dtype: WireDtype) -> int:
+    if wire_dtype == "native":
+        return optimizer_pb2.DATA_TYPE_UNSPECIFIED
+    try:
+        return optimizer_pb2.DataType.Value(f"DATA_TYPE_{wire_dtype.upper()}")
+    except ValueError:
+        raise InvalidArgumentError(
+            f"wire_dtype must be native, float32, float64, float16 or bfloat16, not {wire_dtype!r}."
+        ) from None
