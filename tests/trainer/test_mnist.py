@@ -88,7 +88,7 @@ def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small,
     command += ["--data-dir", str(small), "--json", str(report), "--backend", "numpy"]
     # A process group of its own gets the signal, as from a terminal: also what it has started.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
-    for line in process.stdout:
+    for line in iter(process.stdout.readline, ""):
         if line.startswith("epoch"):
             break
     os.killpg(process.pid, signal.SIGINT)
