@@ -30,6 +30,16 @@ class Section:
     title: str
     peer: str
     timings: dict[str, Timing]
+    bars: dict[str, float]
+
+    def misses(self) -> list[str]:
+        """What is slower than its bar allows; bars are least values of peer / time."""
+        peer = self.timings[self.peer].median
+        return [
+            f"{name} is {peer / self.timings[name].median:.2f} times as fast as {self.peer}; its bar is {bar}"
+            for name, bar in self.bars.items()
+            if peer / self.timings[name].median < bar
+        ]
 
     def show(self) -> None:
         table = Table(title=self.title, title_justify="left", title_style="bold")
@@ -64,20 +74,25 @@ def main(
     """Measure ADADELTA steps beside torch, a raw gRPC echo and a copy, all in one run."""
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
     sections: list[Section] = []
-    for title, module, size in (
-        (f"Kernel, {LARGE:,} float32 parameters", kernels, LARGE),
-        (f"Kernel, {MNIST:,} float32 parameters", kernels, MNIST),
-        (f"Step through a server, {LARGE:,} float32 parameters", service, LARGE),
-        (f"Step through a server, {MNIST:,} float32 parameters", service, MNIST),
+    for title, module, size, bars in (
+        (f"Kernel, {LARGE:,} float32 parameters", kernels, LARGE, {"optserve numba": 6.0, "optserve numpy": 1.5}),
+        (f"Kernel, {MNIST:,} float32 parameters", kernels, MNIST, {}),
+        (f"Step through a server, {LARGE:,} float32 parameters", service, LARGE, {}),
+        (f"Step through a server, {MNIST:,} float32 parameters", service, MNIST, {}),
     ):
         with console.status(f"{title} …"):
-            section = Section(title, module.PEER, module.measure(size, rounds))
+            section = Section(title, module.PEER, module.measure(size, rounds), bars)
         section.show()
         sections.append(section)
     if json_file:
         content = {"machine": machine(), "rounds": rounds, "sections": [section.as_json() for section in sections]}
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         console.print(f"Figures: {json_file}")
+    misses = [miss for section in sections for miss in section.misses()]
+    for miss in misses:
+        console.print(f"[red]{miss}[/red]", highlight=False)
+    if misses:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
