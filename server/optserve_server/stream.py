@@ -103,15 +103,15 @@ class StepStream:
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY:
             raise features.unavailable(service_pb2.FEATURE_SHARED_MEMORY, "open.transport")
         convert.check_known(request, "transport", "open")
-        limit = self._config.max_chunk_bytes
-        if request.max_chunk_bytes and not 1024 <= request.max_chunk_bytes <= limit:
+        wanted = request.max_chunk_bytes or self._config.preferred_chunk_bytes
+        if wanted < 1024:
             raise OptserveError(
-                Reason.INVALID_FIELD, f"max_chunk_bytes must be 1024 to {limit}.", field="open.max_chunk_bytes"
+                Reason.INVALID_FIELD, "max_chunk_bytes must be at least 1024.", field="open.max_chunk_bytes"
             )
         optimizer = self._optimizers.get(convert.optimizer_id(request.name, "open.name"))
         optimizer.check_etag(request.etag)
         self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
-        self._reply_chunk_bytes = request.max_chunk_bytes or self._config.preferred_chunk_bytes
+        self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
         return steps_pb2.Opened(
             step=optimizer.steps.step,

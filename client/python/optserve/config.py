@@ -20,7 +20,7 @@ class ClientConfig:
     max_backoff_s: float = 2.0
     """Longest pause between retries."""
     max_chunk_bytes: int = 0
-    """Largest payload of one message; 0 for the server's preference."""
+    """Largest payload of one message, either way; 0 for the server's preference. Its limit holds as well."""
     max_receive_bytes: int = 64 << 20
     """Largest message that is accepted from the server."""
     keepalive_s: float = 60.0

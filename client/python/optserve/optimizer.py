@@ -42,6 +42,7 @@ class Optimizer:
             name=message.name,
             wire_type=_wire_type(wire_dtype),  # pyright: ignore[reportArgumentType]
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if transport == "shm" else steps_pb2.TRANSPORT_STREAM,
+            max_chunk_bytes=connection.config.max_chunk_bytes,
         )
         self._session = StepSession(connection, open_request, message.step)
         self._parameters = list(message.parameters)
