@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-newest check format generate pins bench wheels clean
+.PHONY: help demo test test-fast torture test-newest check format generate pins bench wheels clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,6 +21,9 @@ test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNI
 
 test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers"
+
+torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
+	OPTSERVE_KILLS=1000 $(BIN)/pytest -n 2 tests/durability/test_kill.py
 
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest

@@ -31,7 +31,11 @@ def serve(
         Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)
     ] = None,
     durability: Annotated[
-        Optional[str], typer.Option(help="memory: state ends with the process.", show_default=DEFAULTS.durability)
+        Optional[str],
+        typer.Option(
+            help="memory: state ends with the process. journal: a step is on disk before it is acknowledged.",
+            show_default="journal with --data-dir, else memory",
+        ),
     ] = None,
     backend: Annotated[
         Optional[str],
@@ -65,10 +69,11 @@ def serve(
     }
     # Imported late, so that --help does not wait for gRPC and NumPy.
     from optserve_server.app import run
+    from optserve_server.journal import JournalError
 
     try:
         run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof)
-    except (settings.ConfigError, RuntimeError) as error:
+    except (settings.ConfigError, JournalError, RuntimeError) as error:
         Console(stderr=True).print(f"[red]optserve serve:[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
 

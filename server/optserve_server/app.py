@@ -8,15 +8,19 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from rich.console import Console
+from rich.progress import Progress
 
 from optserve_server import backends
 from optserve_server.admission import Admission
 from optserve_server.config import ConfigError, ServerConfig
+from optserve_server.data_folder import DataFolder, describe
 from optserve_server.durability import InMemory
 from optserve_server.interceptors import ErrorInterceptor, StreamLimiter
 from optserve_server.optimizers import Optimizers
@@ -39,7 +43,10 @@ class App:
         self._config = config
         self._admission = Admission()
         choice = backends.choose(config.backend, config.threads)
-        optimizers = Optimizers(choice.backend, InMemory(), config)
+        self._folder = _data_folder(config)
+        optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
+        if self._folder is not None:
+            self._recover(self._folder, optimizers)
         threads = config.max_streams + config.unary_threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         self._server = grpc.server(
@@ -54,6 +61,13 @@ class App:
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.target = self._listen()
+
+    def _recover(self, folder: DataFolder, optimizers: Optimizers) -> None:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("recovering", total=None)
+            found = folder.recover(optimizers, lambda done, total: progress.update(task, completed=done, total=total))
+        logger.info("%s", describe(found))
 
     def _listen(self) -> str:
         config = self._config
@@ -70,7 +84,9 @@ class App:
         for name in ("", SERVICE.full_name):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s, durability %s", self.target, self._config.durability)
-        if self._config.data_dir:
+        if self._folder is not None:
+            self._folder.start_snapshots()
+        elif self._config.data_dir:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
 
     def stop(self) -> None:
@@ -80,6 +96,8 @@ class App:
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         self._server.stop(grace=1.0).wait()
         self._pool.shutdown()
+        if self._folder is not None:
+            self._folder.close()
         logger.info("stopped")
 
 
@@ -113,6 +131,12 @@ def _wait_for_eof(stopping: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     stopping.set()
+
+
+def _data_folder(config: ServerConfig) -> DataFolder | None:
+    if config.durability == "memory":
+        return None
+    return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

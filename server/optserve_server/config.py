@@ -29,8 +29,13 @@ class ServerConfig:
     """Path of a Unix socket to listen on instead of TCP."""
     data_dir: str = ""
     """Folder for what must outlive the process."""
-    durability: str = "memory"
-    """`memory`: state ends with the process."""
+    durability: str = ""
+    """`memory`: state ends with the process. `journal`: every step is on disk before it is acknowledged; the default
+    with a data folder."""
+    snapshot_bytes: int = 512 * MIB
+    """Journal bytes after which a snapshot takes their place."""
+    segment_bytes: int = 64 * MIB
+    """Size of a file of the journal."""
     backend: str = "auto"
     """`auto`, `cupy`, `numba` or `numpy`."""
     threads: int = 0
@@ -52,7 +57,8 @@ class ServerConfig:
     max_optimizers: int = 1000
     """Optimizers kept at the same time."""
     max_state_bytes: int = 0
-    """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's memory."""
+    """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
+    memory."""
     idle_step_s: float = 60.0
     """A step that has not moved for so long gives way to another."""
     keepalive_s: int = 60
@@ -88,7 +94,12 @@ class ServerConfig:
         self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
         if self.max_state_bytes == 0:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
-        self._require("durability", self.durability == "memory", "must be 'memory'; this version has no other")
+        if not self.durability:
+            object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
+        self._require("durability", self.durability in ("memory", "journal"), "must be 'memory' or 'journal'")
+        self._require("data_dir", bool(self.data_dir) or self.durability == "memory", "is needed by a journal")
+        for name in ("snapshot_bytes", "segment_bytes"):
+            self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -101,7 +112,15 @@ class ServerConfig:
 
 
 def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory that this process may use: the machine's, or its container's where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [machine]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = Path("/sys/fs/cgroup") / name
+        if path.is_file():
+            text = path.read_text(encoding="ascii").strip()
+            limits += [int(text)] if text.isdigit() else []
+    return min(limits)
 
 
 def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:

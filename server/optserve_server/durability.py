@@ -1,4 +1,7 @@
-"""What keeps state beyond the life of the process: the interface, and the setting that keeps nothing."""
+"""What keeps state beyond the life of the process: the interface, and the setting that keeps nothing.
+
+Everything that is told gets a number in one sequence, so that a snapshot can say up to which it knows.
+"""
 
 from __future__ import annotations
 
@@ -37,40 +40,44 @@ class CreationRecord:
 
 
 class Durability(Protocol):
-    """Each call returns when what it was told will survive; if it raises, nothing is to change."""
+    """Each call returns the number of what it was told once that will survive; if it raises, nothing is to change."""
 
     name: str
 
-    def created(self, record: CreationRecord) -> None:
+    def created(self, record: CreationRecord) -> int:
         """An optimizer is about to exist."""
         ...
 
-    def updated(self, optimizer: str, rule: Rule, etag: str) -> None:
+    def updated(self, optimizer: str, rule: Rule, etag: str) -> int:
         """An optimizer is about to get other hyper-parameters."""
         ...
 
-    def deleted(self, optimizer: str) -> None:
+    def deleted(self, optimizer: str) -> int:
         """An optimizer is about to be gone."""
         ...
 
-    def stepping(self, record: StepRecord) -> None:
+    def stepping(self, record: StepRecord) -> int:
         """A step is about to be applied; its gradients are still in the staging buffer."""
         ...
 
 
 class InMemory:
-    """State ends with the process."""
+    """State ends with the process. Nothing is kept, and nothing numbered."""
 
     name = "memory"
 
-    def created(self, record: CreationRecord) -> None:
+    def created(self, record: CreationRecord) -> int:  # noqa: ARG002 - see Durability
         """Nothing to keep."""
+        return 0
 
-    def updated(self, optimizer: str, rule: Rule, etag: str) -> None:
+    def updated(self, optimizer: str, rule: Rule, etag: str) -> int:  # noqa: ARG002
         """Nothing to keep."""
+        return 0
 
-    def deleted(self, optimizer: str) -> None:
+    def deleted(self, optimizer: str) -> int:  # noqa: ARG002
         """Nothing to keep."""
+        return 0
 
-    def stepping(self, record: StepRecord) -> None:
+    def stepping(self, record: StepRecord) -> int:  # noqa: ARG002
         """Nothing to keep."""
+        return 0

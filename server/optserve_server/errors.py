@@ -60,6 +60,7 @@ class Reason(Enum):
     TOO_MANY_FRAGMENTS = auto()
     FEATURE_UNAVAILABLE = auto()
     DRAINING = auto()
+    NOT_DURABLE = auto()
     STATE_LOST = auto()
     INTERNAL = auto()
 
@@ -96,6 +97,7 @@ CODES: dict[Reason, Code] = {
     Reason.TOO_MANY_FRAGMENTS: Code.RESOURCE_EXHAUSTED,
     Reason.FEATURE_UNAVAILABLE: Code.UNIMPLEMENTED,
     Reason.DRAINING: Code.UNAVAILABLE,
+    Reason.NOT_DURABLE: Code.UNAVAILABLE,
     Reason.STATE_LOST: Code.DATA_LOSS,
     Reason.INTERNAL: Code.INTERNAL,
 }
@@ -104,6 +106,7 @@ RETRY_AFTER_S: dict[Reason, float] = {
     Reason.STEP_IN_PROGRESS: 0.05,
     Reason.TOO_MANY_STREAMS: 1.0,
     Reason.DRAINING: 1.0,
+    Reason.NOT_DURABLE: 1.0,
 }
 """Seconds to wait before the same call is worth another try. Other reasons are final."""
 
@@ -124,6 +127,10 @@ class OptserveError(Exception):
         self.message = message
         self.field = field
         self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def again(self) -> OptserveError:
+        """The same error, to be raised anew: an exception that is raised twice keeps both tracebacks alive."""
+        return OptserveError(self.reason, self.message, field=self.field, **self.metadata)
 
     @property
     def code(self) -> Code:

@@ -134,10 +134,40 @@ class Optimizers:
         return optimizer
 
     def _make(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str) -> Optimizer:
-        state, etag, now = State(layout, rule, self.backend), _etag(), datetime.now(UTC)
-        self._durability.created(CreationRecord(optimizer_id, layout, rule, etag, request_id, now))
-        steps = Steps(optimizer_id, state, self._durability, self._config.idle_step_s)
-        return Optimizer(optimizer_id, state, steps, request_id, etag, now, now)
+        record = CreationRecord(optimizer_id, layout, rule, _etag(), request_id, datetime.now(UTC))
+        optimizer = self._build(record)
+        optimizer.steps.lsn = self._durability.created(record)
+        return optimizer
+
+    def _build(self, record: CreationRecord) -> Optimizer:
+        state = State(record.layout, record.rule, self.backend)
+        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s)
+        return Optimizer(
+            record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
+        )
+
+    def adopt(self, record: CreationRecord) -> Optimizer:
+        """Bring an optimizer back that existed before; nobody is told of it."""
+        optimizer = self._build(record)
+        with self._lock:
+            self._by_id[record.optimizer] = optimizer
+        return optimizer
+
+    def forget(self, optimizer_id: str) -> None:
+        """The reverse of `adopt`."""
+        with self._lock:
+            self._by_id.pop(optimizer_id, None)
+
+    def find(self, optimizer_id: str) -> Optimizer | None:
+        """An optimizer, or None."""
+        return self._by_id.get(optimizer_id)
+
+    def settled(self) -> list[Optimizer]:
+        """All optimizers, once those that are being made now are there too."""
+        with self._lock:
+            pending = set(self._reserved)
+            self._lock.wait_for(lambda: not pending & set(self._reserved))
+            return list(self._by_id.values())
 
     def get(self, optimizer_id: str) -> Optimizer:
         """Find an optimizer, or raise OPTIMIZER_NOT_FOUND."""

@@ -5,7 +5,7 @@ It knows nothing of steps as transactions; `steps.py` decides what may happen to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from optserve_server.backends import Backend
 from optserve_server.layout import Layout, Run
 from optserve_server.rules import Rule
+
+Buffer = bytes | memoryview
 
 
 class State:
@@ -48,6 +50,11 @@ class State:
     def required_bytes(layout: Layout, rule: Rule) -> int:
         """Bytes that a state of this layout and rule occupies."""
         return (len(rule.slots) + 1) * layout.size_bytes
+
+    def release(self) -> None:
+        """Let go of the arrays; the state is of no further use."""
+        self.slots.clear()
+        self.staged.clear()
 
     @property
     def backend_name(self) -> str:
@@ -87,6 +94,17 @@ class State:
             kernel = self._backend.kernel(type(self.rule), run.dtype)
             slots = [slot[part] for slot in self.slots[run.dtype]]
             kernel(self.staged[run.dtype][part], slots, self._scalars[run.dtype])
+
+    def capture(self, dtype: np.dtype, start: int, stop: int) -> list[bytes]:
+        """Copies of a stretch of one arena: of each slot, and of the staging buffer last."""
+        parts = [np.asarray(self._backend.to_host(slot[start:stop])) for slot in self.slots[dtype]]
+        return [part.tobytes() for part in (*parts, self.staged[dtype][start:stop])]
+
+    def restore(self, dtype: np.dtype, start: int, stop: int, parts: Sequence[Buffer]) -> None:
+        """The reverse of `capture`."""
+        for slot, part in zip(self.slots[dtype], parts[:-1], strict=True):
+            self._backend.fill(slot[start:stop], np.frombuffer(part, dtype))
+        self.staged[dtype][start:stop] = np.frombuffer(parts[-1], dtype)
 
     def slot(self, tensor: int, slot: int) -> np.ndarray:
         """One slot of one parameter, in its shape."""

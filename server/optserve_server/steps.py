@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ class Steps:
     Args:
         name: The optimizer's, for messages and records.
         state: Its arrays.
-        durability: Told of every step before it is applied.
+        durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
         idle_step_s: After so many seconds without a move, a step gives way to another.
     """
 
@@ -72,13 +73,14 @@ class Steps:
         self._state = state
         self._durability = durability
         self._idle_step_s = idle_step_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._holder: Step | None = None
         self._fatal: OptserveError | None = None
         self._whole = tuple(range(len(state.layout.parameters)))
         self._payloads: dict[np.dtype | None, Payload] = {}
         self.retained: Retained | None = None
         self.step = 0
+        self.lsn = 0
 
     @property
     def last_request_id(self) -> str:
@@ -90,6 +92,11 @@ class Steps:
         """Parameters that took part in the last applied step; none for all."""
         tensors = self.retained.tensors if self.retained else ()
         return () if tensors == self._whole else tensors
+
+    def last(self) -> tuple[int, str, tuple[int, ...]]:
+        """(step, request id, parameters) of the last applied step; waits for one that is being applied."""
+        with self._lock:
+            return self.step, self.last_request_id, self.last_tensors
 
     def begin(
         self,
@@ -113,7 +120,7 @@ class Steps:
         check_request_id(request_id)
         with self._lock:
             if self._fatal:
-                raise self._fatal
+                raise self._fatal.again()
             # The last step, if this request is that one once more.
             repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
@@ -133,7 +140,7 @@ class Steps:
                     expected_step=expected_step,
                 )
             payload = self._payload(repeated.tensors if repeated else tensors, wire)
-            # Nothing can fail from here on, so the step that is taken over is lost only to its successor.
+            # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
             self._holder = Step(self, request_id, payload, replay=repeated is not None)
             return self._holder
 
@@ -141,11 +148,11 @@ class Steps:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             if self._fatal:
-                raise self._fatal
+                raise self._fatal.again()
             rule_before = self._state.rule
             self._state.set_rule(rule)
             try:
-                self._durability.updated(self._name, rule, etag)
+                self.lsn = self._durability.updated(self._name, rule, etag)
             except Exception:
                 self._state.set_rule(rule_before)
                 raise
@@ -158,11 +165,13 @@ class Steps:
         """
         with self._lock:
             if self._fatal is not None and self._fatal.reason is reason.reason:
-                raise self._fatal
+                raise self._fatal.again()
             if self._holder:
                 self._evict_if_idle(self._holder)
             self._durability.deleted(self._name)
             self._fatal = reason
+            # Open streams may keep this object for long, but not its arrays.
+            self._state.release()
 
     def _evict_if_idle(self, holder: Step) -> None:
         if time.monotonic() - holder.moved_at < self._idle_step_s:
@@ -172,6 +181,17 @@ class Steps:
             )
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
         self._holder = None
+
+    @property
+    def retired(self) -> bool:
+        """Whether it takes no steps any more: deleted, or lost."""
+        return self._fatal is not None
+
+    @contextmanager
+    def held_still(self) -> Iterator[State]:
+        """Keep everything as it is for the length of a with-block, to look at or to restore the state."""
+        with self._lock:
+            yield self._state
 
     def _payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
         if not tensors or tensors == self._whole:
@@ -257,10 +277,12 @@ class Steps:
                     parameter=name,
                     offset=offset,
                 )
-            self._durability.stepping(self._record(step))
+            lsn = self._durability.stepping(self._record(step))
             self._apply(step)
+            self.lsn = lsn
             self.step += 1
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
+            step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False)
 
     def _record(self, step: Step) -> StepRecord:
@@ -278,7 +300,7 @@ class Steps:
                 f"The device failed in step {self.step} of {self._name}; its state is not to be trusted.",
                 optimizer=self._name,
             )
-            raise self._fatal from error
+            raise self._fatal.again() from error
 
     def _read(self, step: Step, run: Run, begin: int, end: int) -> ReplyChunk:
         with self._lock:

@@ -113,10 +113,11 @@ class StepStream:
         self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
+        step, last_request_id, last_tensors = optimizer.steps.last()
         return steps_pb2.Opened(
-            step=optimizer.steps.step,
-            last_request_id=optimizer.steps.last_request_id,
-            last_tensors=optimizer.steps.last_tensors,
+            step=step,
+            last_request_id=last_request_id,
+            last_tensors=last_tensors,
             limits=convert.limits(self._config),
             etag=optimizer.etag,
         )

@@ -86,6 +86,29 @@ def test_a_cancelled_step_is_applied_once_or_not_at_all_and_the_next_one_finds_o
     assert run(train()) == 8
 
 
+def test_updates_that_arrive_too_late_for_their_caller_are_not_lost(server, name):
+    """The step has succeeded in its thread, but the loop was busy, and the task is cancelled before it looks."""
+
+    async def train() -> int:
+        async with optserve.aio.connect(server.target) as client:
+            opt = await client.create_optimizer(name, optserve.Sgd(), G)
+            await opt.step(G)
+            task = asyncio.create_task(opt.step(G))
+            await asyncio.sleep(0)
+            while opt.current_step < 2 or opt._optimizer._session._lock.locked():
+                pass  # the loop is busy
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(optserve.StepInDoubtError, match="had been applied"):
+                await opt.step(G)
+            assert np.array_equal((await opt.replay())["x"], np.float32(-0.01) * G["x"])
+            await opt.step(G)
+            return opt.current_step
+
+    assert run(train()) == 3
+
+
 def test_cancelling_a_step_that_waits_for_its_turn_leaves_the_other_alone(server, name):
     async def train() -> int:
         async with optserve.aio.connect(server.target) as client:
@@ -121,7 +144,7 @@ def test_errors_are_the_same(server, name):
     [(optserve.Client, optserve.aio.AsyncClient), (optserve.Optimizer, optserve.aio.AsyncOptimizer)],
 )
 def test_every_call_of_the_synchronous_client_can_be_awaited(sync, asynchronous):
-    left_out = {"close", "target", "cancel", "algorithm", "patience", "step_patiently"}
+    left_out = {"close", "target", "cancel", "algorithm", "patience", "step_patiently", "undelivered"}
     for name, member in inspect.getmembers(sync, inspect.isfunction):
         if name.startswith("_") or name in left_out:
             continue

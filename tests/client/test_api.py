@@ -57,7 +57,14 @@ def test_every_exception_is_drawn_in_the_tree_of_its_module():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"timeout_s": 0}, {"step_timeout_s": float("inf")}, {"keepalive_s": 5}, {"max_chunk_bytes": 3}]
+    "bad",
+    [
+        {"timeout_s": 0},
+        {"step_timeout_s": float("inf")},
+        {"keepalive_s": 5},
+        {"max_chunk_bytes": 3},
+        {"max_receive_bytes": 1},
+    ],
 )
 def test_settings_that_cannot_be_used_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

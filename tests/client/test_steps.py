@@ -155,6 +155,16 @@ def test_optimizers_are_listed_and_deleted(client, name, opt):
     client.delete_optimizer(name, missing_ok=True)
 
 
+def test_parameters_may_be_tensors_of_another_library(client, name):
+    import torch
+
+    model = torch.nn.Linear(3, 2)
+    opt = client.create_optimizer(name, optserve.Adadelta(), dict(model.named_parameters()))
+    model(torch.ones(3)).sum().backward()
+    updates = opt.step({key: param.grad.numpy() for key, param in model.named_parameters()})
+    assert updates["weight"].shape == (2, 3)
+
+
 def test_errors_of_creation(client, name, opt):
     with pytest.raises(optserve.AlreadyExistsError):
         client.create_optimizer(name, optserve.Adadelta(), PARAMS)

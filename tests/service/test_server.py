@@ -247,7 +247,8 @@ def test_a_server_whose_parent_dies_ends_too(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--durability", "journal"], "durability must be 'memory'"),
+        (["--durability", "sometimes"], "durability must be 'memory' or 'journal'"),
+        (["--durability", "journal"], "data_dir is needed by a journal"),
         (["--port", "70000"], "port must be 0 to 65535"),
         (["--config", "/nonexistent.toml"], "Cannot read the configuration"),
         (["--backend", "tpu"], "There is no backend 'tpu'"),

@@ -97,6 +97,17 @@ def test_a_reply_that_a_later_gradient_has_overwritten_is_gone_and_says_so(steps
         steps.begin("a")
 
 
+def test_a_deleted_optimizer_refuses_without_keeping_anything(steps):
+    steps.retire(OptserveError(Reason.OPTIMIZER_NOT_FOUND, "gone"))
+    errors = []
+    for _ in range(3):
+        with refuse(Reason.OPTIMIZER_NOT_FOUND) as caught:
+            steps.begin("a")
+        errors.append(caught.value)
+    assert len({id(error) for error in errors}) == 3  # each with a traceback of its own
+    assert not steps._state.slots
+
+
 def test_a_step_of_some_parameters_leaves_the_others_alone(steps):
     run_step(steps, "a", [(0, 0, G.tobytes())])
     w_before = steps._state.slot(0, 0).tobytes()
@@ -194,6 +205,7 @@ def test_a_step_that_cannot_be_made_durable_is_not_applied():
             if self.full:
                 raise OSError("no space left on device")
             self.seen = [gradient.tobytes() for gradient in record.gradients]
+            return 1
 
     disk = Full()
     steps = make_steps(Parameter("x", (7,), F4), durability=disk)

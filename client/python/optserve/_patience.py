@@ -73,6 +73,7 @@ class Patience:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
+        self._settled = False
         self._action: Callable[[], object] | None = None
 
     @property
@@ -80,13 +81,23 @@ class Patience:
         """Seconds until the deadline; 0 when it has passed."""
         return max(self._deadline - time.monotonic(), 0.0)
 
-    def cancel(self) -> None:
-        """End the call, from any thread."""
-        self._cancelled.set()
+    def cancel(self) -> bool:
+        """End the call, from any thread; False if it had succeeded before."""
         with self._lock:
+            if self._settled:
+                return False
+            self._cancelled.set()
             action = self._action
         if action is not None:
             action()
+        return True
+
+    def settle(self) -> None:
+        """The call has succeeded; raise StepCancelledError if it was cancelled before."""
+        with self._lock:
+            self._settled = not self._cancelled.is_set()
+        if not self._settled:
+            raise StepCancelledError("The step was cancelled when it had just been applied.")
 
     def check(self) -> None:
         """Raise StepCancelledError or DeadlineExceededError if it is at its end."""

@@ -1,7 +1,8 @@
 """The steps of one optimizer, exactly once each, over as many connections as it takes.
 
 A step is sent under a request id of its own until it is answered. If its call is interrupted, by a deadline or by a
-cancellation, the step is in doubt: whether the server has applied it is found out before the next one is made.
+cancellation, the step is unsettled: whether the server has applied it is found out before the next one is made, and as
+it may even then be about to be applied, it stays unsettled until a later step is known to have taken its place.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class StepSession:
         self._lock = threading.Lock()
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
-        # Request id of a step whose outcome is not known.
-        self._in_doubt = ""
+        # Request ids of steps whose outcome is not known, or whose updates did not reach the caller.
+        self._unsettled: set[str] = set()
+        self._last_request_id = ""
 
     def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> None:
         """Make one new step.
@@ -52,21 +54,22 @@ class StepSession:
             OptserveError: See `Optimizer.step`.
         """
         with self._turn(patience):
-            earlier = self._in_doubt
-            if earlier:
-                self._resolve_doubt(patience)
+            if self._unsettled:
+                self._raise_if_applied(patience)
             request_id = str(uuid.uuid4())
-            self._in_doubt = request_id
+            self._unsettled.add(request_id)
             try:
                 self._exchange(request_id, gradients, updates, patience)
             except _NotApplied as refusal:
-                self._in_doubt = earlier
+                self._unsettled.discard(request_id)
                 # The server may have come to commit an interrupted step only after it was asked about it.
-                if earlier and isinstance(refusal.error, WrongStepError):
-                    self._resolve_doubt(patience)
-                self._in_doubt = ""
+                if self._unsettled and isinstance(refusal.error, WrongStepError):
+                    self._raise_if_applied(patience)
                 raise refusal.error from None
-            self._in_doubt = ""
+            self._last_request_id = request_id
+            # Cancelled at the last moment: the caller will not get the updates.
+            patience.settle()
+            self._unsettled.clear()
 
     def replay(self, make_updates: Callable[[list[int]], Updates], patience: Patience) -> None:
         """Receive the reply of the last applied step once more.
@@ -80,7 +83,7 @@ class StepSession:
         """
         with self._turn(patience):
             opened = self._reopened(patience).opened
-            if self._in_doubt and opened.last_request_id != self._in_doubt:
+            if self._unsettled and opened.last_request_id not in self._unsettled:
                 raise FailedPreconditionError(
                     f"The last step of {self._name} on the server, which is at step {opened.step}, is not the "
                     "interrupted one. If nobody else steps this optimizer, that one was not applied: step again."
@@ -92,13 +95,17 @@ class StepSession:
                 self._exchange(opened.last_request_id, _NO_GRADIENTS, updates, patience)
             except _NotApplied as refusal:
                 raise refusal.error from None
-            self._in_doubt = ""
+            self._unsettled.clear()
 
     def refresh(self, read_step: Callable[[], int]) -> None:
-        """Take the server's step for granted, and give up what was in doubt."""
-        with self._lock:
+        """Take the server's step for granted, and give up what was unsettled."""
+        with self._turn(self._connection.patience(self._connection.config.timeout_s)):
             self.current_step = read_step()
-            self._in_doubt = ""
+            self._unsettled.clear()
+
+    def undelivered(self) -> None:
+        """The updates of the last step were received, but did not reach who had asked for them."""
+        self._unsettled.add(self._last_request_id)
 
     def cancel(self) -> None:
         """Interrupt the step that is being made, if there is one; it raises in its thread."""
@@ -108,7 +115,7 @@ class StepSession:
 
     def close(self) -> None:
         """Close the stream; the next step opens another."""
-        with self._lock:
+        with self._turn(self._connection.patience(self._connection.config.timeout_s)):
             self._close_stream()
 
     @property
@@ -130,10 +137,11 @@ class StepSession:
             self._patience = None
             self._lock.release()
 
-    def _resolve_doubt(self, patience: Patience) -> None:
-        """Find out what became of an interrupted step: forget it if it was not applied, else raise."""
+    def _raise_if_applied(self, patience: Patience) -> None:
+        """Raise StepInDoubtError unless no unsettled step has been applied so far."""
         opened = self._reopened(patience).opened
-        if opened.last_request_id == self._in_doubt:
+        if opened.last_request_id in self._unsettled:
+            self.current_step = opened.step
             raise StepInDoubtError(
                 f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
                 "to go on without them."
@@ -143,7 +151,6 @@ class StepSession:
                 f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
                 "the interrupted step was applied is no longer known. Call refresh() to go on."
             )
-        self._in_doubt = ""
 
     def _exchange(self, request_id: str, gradients: Gradients, updates: Updates, patience: Patience) -> None:
         """Send a step until it is answered.
@@ -168,6 +175,8 @@ class StepSession:
             except StepRefused as refusal:
                 error = refusal.error
                 doubtful = before or isinstance(error, InternalError | StateLostError)
+                # Also a reply that was read too slowly is taken over.
+                doubtful |= error.reason == "STEP_TAKEN_OVER"
             except OptserveError as lost:
                 self._close_stream()
                 error = lost
@@ -178,7 +187,10 @@ class StepSession:
             else:
                 return
             if is_retryable(error):
-                patience.pause(backoff.next_s(error), error)
+                try:
+                    patience.pause(backoff.next_s(error), error)
+                except OptserveError as ended:
+                    raise ended if doubtful else _NotApplied(ended) from None
             elif not doubtful:
                 raise _NotApplied(error)
             elif error.reason in ("WRONG_STEP", "REPLY_GONE"):

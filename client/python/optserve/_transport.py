@@ -14,7 +14,14 @@ import grpc
 from optserve import wire
 from optserve._patience import Patience, Watchdog
 from optserve.config import ClientConfig
-from optserve.errors import ClientUseError, DeadlineExceededError, OptserveError, UnavailableError, from_rpc_error
+from optserve.errors import (
+    ClientUseError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    OptserveError,
+    UnavailableError,
+    from_rpc_error,
+)
 from optserve.v1 import service_pb2, service_pb2_grpc
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
@@ -84,7 +91,13 @@ class Transport:
                 raise error
 
     def patience(self, timeout_s: float | None) -> Patience:
-        """The patience of a step that begins now."""
+        """The patience of a step that begins now.
+
+        Raises:
+            InvalidArgumentError: `timeout_s` is negative or not finite.
+        """
+        if timeout_s is not None and not 0 <= timeout_s < threading.TIMEOUT_MAX:
+            raise InvalidArgumentError(f"timeout_s must be a number of seconds, not {timeout_s!r}.")
         return Patience(self._watchdog, self.config.step_timeout_s if timeout_s is None else timeout_s)
 
     def stream_steps(self, frames: Iterator[wire.RequestFrame]) -> Any:

@@ -66,7 +66,8 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         if self._client is not None:
-            await self._threads.run(self._client.close)
+            # Not among the calls' own threads, which may all be busy with what this ends.
+            await asyncio.to_thread(self._client.close)
         self._threads.close()
 
     @property
@@ -132,7 +133,8 @@ class AsyncOptimizer:
         try:
             return await self._threads.run(self._optimizer.step_patiently, patience, grads, out=out, partial=partial)
         except asyncio.CancelledError:
-            patience.cancel()
+            if not patience.cancel():
+                self._optimizer.undelivered()
             raise
 
     async def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from optserve.wire import DATA_TYPES
 
 
 class ArrayLike(Protocol):
-    """Anything with a shape and a NumPy dtype; arrays above all."""
+    """Anything with a shape and a dtype: arrays of NumPy above all, tensors of other libraries too."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -92,7 +92,7 @@ class Client:
         Args:
             name: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
             algorithm: The method.
-            params: The model's parameters by name: arrays, or anything else with a shape and a NumPy dtype.
+            params: The model's parameters by name: arrays, or anything else with a shape and a dtype.
 
         Raises:
             AlreadyExistsError: The name is taken.
@@ -158,7 +158,9 @@ class Client:
 
 def _data_type(name: str, dtype: Any) -> int:
     try:
-        return DATA_TYPES[np.dtype(dtype).newbyteorder("<")]
+        # Other libraries' dtypes are known by their names: torch.float32.
+        known = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else np.dtype(str(dtype).rpartition(".")[2])
+        return DATA_TYPES[known.newbyteorder("<")]
     except (KeyError, TypeError):
         raise InvalidArgumentError(
             f"{name!r} is {dtype}; a parameter's state is float32 or float64.", metadata={"parameter": name}

@@ -31,6 +31,8 @@ class ClientConfig:
         for name in ("connect_timeout_s", "timeout_s", "step_timeout_s", "initial_backoff_s", "max_backoff_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)!r}.")
+        if self.max_receive_bytes < 8 << 20:
+            raise ValueError("max_receive_bytes must be at least 8 MiB, which any server may send.")
         if self.keepalive_s < 60:
             raise ValueError(f"keepalive_s must be at least 60, not {self.keepalive_s!r}: servers refuse more.")
         if self.max_chunk_bytes and not 1024 <= self.max_chunk_bytes <= self.max_receive_bytes:

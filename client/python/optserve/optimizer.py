@@ -111,6 +111,10 @@ class Optimizer:
             self._session.step(gradients, received, patience)
         return dict(zip(names, updates, strict=True))
 
+    def undelivered(self) -> None:
+        """The last step's updates did not reach who had asked for them; the next step will say so."""
+        self._session.undelivered()
+
     def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """The updates of the last applied step once more, the same bytes.
 

@@ -45,6 +45,10 @@ class Backend(abc.ABC):
         """The content of a slot as a NumPy array; a view where the slot is in host memory."""
 
     @abc.abstractmethod
+    def fill(self, slot: Any, values: np.ndarray) -> None:
+        """Overwrite a slot, or a slice of one, by values from host memory."""
+
+    @abc.abstractmethod
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Build the kernel of a rule for one dtype."""
 

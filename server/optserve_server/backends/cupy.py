@@ -63,6 +63,11 @@ class CupyBackend(Backend):
         with self._device:
             return slot.get()
 
+    def fill(self, slot: Any, values: np.ndarray) -> None:
+        """Copy to the device."""
+        with self._device:
+            slot.set(values)
+
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """One element-wise kernel; multiply-adds are not contracted, so that it agrees with the CPU's bits."""
         arrays, constants = cuda_source.operands(rule)

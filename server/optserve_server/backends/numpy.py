@@ -40,6 +40,10 @@ class NumpyBackend(Backend):
         """The slot itself."""
         return slot
 
+    def fill(self, slot: np.ndarray, values: np.ndarray) -> None:
+        """Copy."""
+        slot[...] = values
+
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:  # noqa: ARG002 - the dtype is that of the operands
         """The formula, block by block."""
 

@@ -41,6 +41,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_FEATURE_UNAVAILABLE: _ClassVar[ErrorReason]
     ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
     ERROR_REASON_STATE_LOST: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_DURABLE: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_FIELD: ErrorReason
@@ -77,4 +78,5 @@ ERROR_REASON_TOO_MANY_FRAGMENTS: ErrorReason
 ERROR_REASON_FEATURE_UNAVAILABLE: ErrorReason
 ERROR_REASON_DRAINING: ErrorReason
 ERROR_REASON_STATE_LOST: ErrorReason
+ERROR_REASON_NOT_DURABLE: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason

@@ -1,0 +1,285 @@
+"""A server with a data folder: what it keeps over its end, and what it says when it cannot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optserve
+from optserve_server import backends, journal, snapshot
+from optserve_server.config import ServerConfig
+from optserve_server.data_folder import DataFolder
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Layout, Parameter
+from optserve_server.optimizers import Optimizers
+from optserve_server.rules import Adadelta
+
+F4, F8 = np.dtype("f4"), np.dtype("f8")
+PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))
+MIB = 1 << 20
+
+
+class Server:
+    """What a server keeps, without its network."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = DataFolder(path, snapshot_bytes=1 << 40, segment_bytes=MIB)
+        self.optimizers = Optimizers(backends.load("numpy"), self.folder, ServerConfig(data_dir=str(path)))
+        self.recovered = self.folder.recover(self.optimizers, lambda _done, _total: None)
+
+    def create(self, name: str = "a"):
+        return self.optimizers.create(name, Layout(PARAMETERS), Adadelta(), "creation")
+
+    def die(self) -> None:
+        """Let go of the folder as a killed process does: without a last snapshot."""
+        self.folder._bytes_since_snapshot = 0
+        self.folder.close()
+
+
+def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
+    rng = np.random.default_rng(index)
+    under_way = item.steps.begin(f"request-{index}", item.steps.step, tensors)
+    try:
+        for tensor in under_way.payload.tensors:
+            parameter = PARAMETERS[tensor]
+            under_way.stage(tensor, 0, rng.standard_normal(parameter.size).astype(parameter.dtype).tobytes())
+        under_way.commit()
+        return b"".join(piece.data for piece in under_way.reply(MIB))
+    finally:
+        under_way.close()
+
+
+def fingerprint(item) -> tuple:
+    slots = [slot.tobytes() for arena in item.state.slots.values() for slot in arena]
+    return item.steps.step, item.steps.last_request_id, item.etag, item.rule, item.create_time, slots
+
+
+def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(4):
+        reply = step(item, index)
+    server.optimizers.update("a", lambda rule: Adadelta(rho=0.5, eps=rule.eps))
+    reply = step(item, 4, (1,))
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    item = again.optimizers.get("a")
+    assert fingerprint(item) == before
+    assert again.recovered.steps == 5
+    replayed = item.steps.begin("request-4", 4)
+    assert replayed.commit().replayed
+    assert b"".join(piece.data for piece in replayed.reply(MIB)) == reply
+    replayed.close()
+    assert again.create() is item  # a retried creation finds what it made
+    again.die()
+
+
+def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, monkeypatch):
+    """Steps, a change of rho and a partial step happen while the snapshot is being written."""
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(3):
+        step(item, index)
+    turn = iter(range(3, 100))
+    real = snapshot._stretches
+
+    def stretches(layout):
+        for position, stretch in enumerate(real(layout)):
+            yield stretch
+            step(item, next(turn), (0,) if position % 2 else ())
+            if position == 1:
+                server.optimizers.update("a", lambda rule: Adadelta(rho=0.7))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_stretches", stretches)
+        path = server.folder.snapshot()
+    _, (saved,) = snapshot.read(path)
+    assert len({piece.lsn for piece in saved.pieces}) > 3  # otherwise this shows nothing
+    reply = step(item, next(turn))
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    item = again.optimizers.get("a")
+    assert fingerprint(item) == before
+    replayed = item.steps.begin(before[1])
+    replayed.commit()
+    assert b"".join(piece.data for piece in replayed.reply(MIB)) == reply
+    replayed.close()
+    again.die()
+
+
+def test_a_reply_that_was_being_overwritten_during_a_snapshot_is_not_promised_after_it(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    step(item, 0)
+    under_way = item.steps.begin("request-1")
+    under_way.stage(1, 0, bytes(88))
+    server.folder.snapshot()
+    server.die()
+    again = Server(tmp_path)
+    with pytest.raises(OptserveError) as caught:
+        again.optimizers.get("a").steps.begin("request-0")
+    assert caught.value.reason is Reason.REPLY_GONE
+    again.die()
+
+
+def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch):
+    server = Server(tmp_path)
+    step(server.create("a"), 0)
+    step(server.create("b"), 0)
+    real = snapshot._write_optimizer
+
+    def write(path, item):
+        if item.id == "a":
+            server.optimizers.delete("b")
+            step(server.create("b"), 7)
+            server.create("c")
+        return real(path, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_write_optimizer", write)
+        server.folder.snapshot()
+    before = {name: fingerprint(server.optimizers.get(name)) for name in "abc"}
+    server.die()
+    again = Server(tmp_path)
+    assert {name: fingerprint(again.optimizers.get(name)) for name in "abc"} == before
+    assert len(again.optimizers) == 3
+    again.die()
+
+
+def test_a_snapshot_takes_the_place_of_the_journal_before_it(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(6):
+        step(item, index)
+    segments = len(journal.segment_paths(tmp_path))
+    server.folder.snapshot()
+    step(item, 6)
+    server.folder.snapshot()
+    assert len(snapshot.paths(tmp_path)) == 1
+    assert len(journal.segment_paths(tmp_path)) < segments
+    server.folder.close()
+
+
+def test_a_snapshot_is_safetensors(tmp_path):
+    """Read here by hand: a length, a JSON header, raw little-endian arrays."""
+    server = Server(tmp_path)
+    item = server.create()
+    step(item, 0)
+    content = (server.folder.snapshot() / "0000.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    assert set(header) == {f"{p.name}.{a}" for p in PARAMETERS for a in ("square_avg", "acc_delta", "update")}
+    entry = header["b.square_avg"]
+    assert (entry["dtype"], entry["shape"]) == ("F64", [11])
+    begin, end = entry["data_offsets"]
+    assert content[8 + size + begin : 8 + size + end] == item.state.slot(1, 0).tobytes()
+    server.folder.close()
+
+
+def test_damage_is_refused_with_the_file_and_the_place(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(3):
+        step(item, index)
+    server.die()
+    intact = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy")
+    (first, *_) = journal.segment_paths(tmp_path)
+    content = bytearray(first.read_bytes())
+    content[200_000] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(journal.CorruptionError, match=f"{first.name} is damaged at byte"):
+        Server(tmp_path)
+    server = Server(intact)
+    path = server.folder.snapshot()
+    server.die()
+    file = path / "0000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(journal.JournalError, match=r"0000.safetensors is damaged around element"):
+        Server(intact)
+
+
+def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
+    import errno
+    import os
+
+    server = Server(tmp_path)
+    item = server.create()
+    step(item, 0)
+    before = fingerprint(item)
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        for change in (
+            lambda: step(item, 1),
+            lambda: server.create("b"),
+            lambda: server.optimizers.update("a", lambda rule: Adadelta(rho=0.5)),
+            lambda: server.optimizers.delete("a"),
+        ):
+            with pytest.raises(OptserveError, match="No space left") as caught:
+                change()
+            assert caught.value.reason is Reason.NOT_DURABLE
+            assert caught.value.retry_after_s
+    assert fingerprint(item) == before
+    step(item, 1)
+    server.create("b")
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    assert len(again.optimizers) == 2
+    again.die()
+
+
+def test_a_server_that_stops_and_starts_goes_on(tmp_path, client, name):
+    g = {"x": np.random.default_rng(0).standard_normal(10_000).astype(np.float32)}
+    undisturbed = client.create_optimizer(name, optserve.Adadelta(), g)
+    for turn in range(3):
+        with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as durable:
+            assert durable.server_info().durability == "journal"
+            if turn == 0:
+                durable.create_optimizer("a", optserve.Adadelta(), g)
+            opt = durable.optimizer("a")
+            assert opt.current_step == 2 * turn
+            for _ in range(2):
+                assert opt.step(g)["x"].tobytes() == undisturbed.step(g)["x"].tobytes()
+    # A server that stops in order leaves a snapshot and an empty journal.
+    assert len(snapshot.paths(tmp_path)) == 1
+    assert [record.lsn for record in journal.Reader(tmp_path, snapshot.read(snapshot.paths(tmp_path)[0])[0])] == []
+
+
+def test_a_second_server_on_the_same_folder_is_refused(tmp_path):
+    with (
+        optserve.local_server(tmp_path, backend="numpy"),
+        pytest.raises(optserve.UnavailableError, match="Another server uses the data folder"),
+        optserve.local_server(tmp_path, backend="numpy"),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_used_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(optserve.UnavailableError, match="is a file"),
+        optserve.local_server(tmp_path / "file", backend="numpy"),
+    ):
+        pass
+
+
+def test_a_snapshot_of_a_newer_format_is_refused(tmp_path, monkeypatch):
+    server = Server(tmp_path)
+    server.create()
+    monkeypatch.setattr(snapshot, "FORMAT_VERSION", 2)
+    server.folder.snapshot()
+    server.die()
+    monkeypatch.undo()
+    with pytest.raises(journal.JournalError, match="format 2"):
+        Server(tmp_path)

@@ -1,0 +1,107 @@
+"""kill -9 at any instant: nothing acknowledged is lost, nothing is applied twice, every bit is the same."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optserve
+
+DOOMED = Path(__file__).with_name("doomed_server.py")
+SIZE = 60_000  # 240 kB of gradients: a snapshot is due every few steps
+KILLS = int(os.environ.get("OPTSERVE_KILLS", "50"))
+CONFIG = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.1, step_timeout_s=60, connect_timeout_s=30)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def gradient(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {
+        "w": rng.standard_normal((SIZE // 100, 100)).astype(np.float32),
+        "b": rng.standard_normal(7).astype(np.float64),
+    }
+
+
+class Supervisor:
+    """Keeps a server running: one that is doomed after another, then one that is not."""
+
+    def __init__(self, folder: Path, kills: int, seed: int, max_calls: int) -> None:
+        config = folder / "optserve.toml"
+        config.write_text("segment_bytes = 1048576\nsnapshot_bytes = 1048576\n")
+        self.port = free_port()
+        self._options = ["--port", str(self.port), "--data-dir", str(folder / "data"), "--backend", "numpy"]
+        self._options += ["--config", str(config), "--log-level", "info"]
+        self._kills, self._seed, self._max_calls = kills, seed, max_calls
+        self._log = folder / "log"
+        self.killed = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.failure = ""
+        self.done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._log.open("wb") as log:
+            while self.killed < self._kills and not self.failure:
+                command = [sys.executable, DOOMED, str(self._seed + self.killed), str(self._max_calls), *self._options]
+                self.process = subprocess.Popen(command, stderr=log)
+                code = self.process.wait()
+                if code != -9:
+                    self.failure = f"server {self.killed} ended with {code}"
+                self.killed += 1
+            self.process = subprocess.Popen([sys.executable, "-m", "optserve_server", *self._options], stderr=log)
+            self.done.set()
+
+    def stop(self) -> str:
+        """End the last server in order; returns the log of all."""
+        self.done.wait(10)
+        if self.process is not None:
+            self.process.terminate()
+            assert self.process.wait(30) == 0
+        return self._log.read_text()
+
+
+@pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.parametrize("max_calls", [12, 90], ids=["early", "late"])
+def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path, max_calls):
+    """`early` dies mostly in recovery and first steps, `late` mostly in steps and snapshots."""
+    kills = KILLS // 2
+    supervisor = Supervisor(tmp_path, kills, seed=1000 * max_calls, max_calls=max_calls)
+    undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
+    shaky_client = optserve.connect(f"127.0.0.1:{supervisor.port}", CONFIG)
+    while True:
+        try:
+            opt = shaky_client.create_optimizer("survivor", optserve.Adadelta(), gradient(0))
+            break
+        except optserve.AlreadyExistsError:
+            opt = shaky_client.optimizer("survivor")
+            break
+    step, expected = 0, {}
+    while not supervisor.done.is_set() or step % 5:
+        given = gradient(step)
+        expected, update = undisturbed.step(given), opt.step(given)
+        assert all(update[key].tobytes() == expected[key].tobytes() for key in given), f"step {step}"
+        step += 1
+    assert opt.current_step == step
+    assert not supervisor.failure, supervisor.failure
+    shaky_client.close()
+    log = supervisor.stop()
+    assert supervisor.killed == kills
+    assert "snapshot" in log or max_calls < 50
+    # What the folder holds now, once more and from the beginning.
+    with optserve.local_server(tmp_path / "data", backend="numba") as again, optserve.connect(again.target) as second:
+        opt = second.optimizer("survivor")
+        assert opt.current_step == step
+        last = opt.replay()
+        assert all(last[key].tobytes() == expected[key].tobytes() for key in last)
+        given = gradient(step)
+        assert opt.step(given)["w"].tobytes() == undisturbed.step(given)["w"].tobytes()
