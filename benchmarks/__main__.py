@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernels, service
+from benchmarks import durability, kernels, service
 from benchmarks.measure import Timing
 from optserve_server.backends.slices import usable_cores
 
@@ -71,7 +71,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=4, help="Timed calls of each.")] = 15,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Measure ADADELTA steps beside torch, a raw gRPC echo and a copy, all in one run."""
+    """Measure ADADELTA steps beside torch, a raw gRPC echo and a copy, in memory and durable, all in one run."""
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
     sections: list[Section] = []
     for title, module, size, bars in (
@@ -79,6 +79,8 @@ def main(
         (f"Kernel, {MNIST:,} float32 parameters", kernels, MNIST, {}),
         (f"Step through a server, {LARGE:,} float32 parameters", service, LARGE, {}),
         (f"Step through a server, {MNIST:,} float32 parameters", service, MNIST, {}),
+        (f"Durable step, {LARGE:,} float32 parameters", durability, LARGE, {}),
+        (f"Durable step, {MNIST:,} float32 parameters", durability, MNIST, {"with a journal": 1 / 1.6}),
     ):
         with console.status(f"{title} …"):
             section = Section(title, module.PEER, module.measure(size, rounds), bars)

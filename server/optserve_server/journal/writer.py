@@ -1,0 +1,249 @@
+"""The writing end: records to disk, several threads sharing a sync."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from optserve_server.journal.format import (
+    MARK,
+    RECORD,
+    SEGMENT,
+    Buffer,
+    attempt_of,
+    first_lsn_of,
+    header,
+    padding,
+    segment_header,
+    segment_paths,
+    sync_folder,
+)
+
+logger = logging.getLogger(__name__)
+
+_IOV_MAX = 512
+"""Parts per write; the least that POSIX systems take is 16, Linux takes 1024."""
+
+
+class Journal:
+    """The writing end. Safe to use from several threads, whose records share syncs.
+
+    Args:
+        folder: Where the segments are.
+        next_lsn: Of the first record to be written; everything before is durable.
+        segment_bytes: Size at which a new segment is begun.
+
+    Raises:
+        OSError: The first segment cannot be made.
+    """
+
+    def __init__(self, folder: Path, next_lsn: int, segment_bytes: int = 64 << 20) -> None:
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Condition(threading.Lock())
+        self._next_lsn = next_lsn
+        self._durable_lsn = next_lsn - 1
+        self._syncing = False
+        # Counts failed syncs; what was written before one and not durable is taken back.
+        self._failures = 0
+        self._segment = _OpenSegment(folder, next_lsn, segment_bytes)
+        self._durable_end = self._segment.end
+
+    @property
+    def last_lsn(self) -> int:
+        """Of the last durable record."""
+        with self._lock:
+            return self._durable_lsn
+
+    def append(self, kind: int, meta: bytes, payload: Sequence[Buffer] = ()) -> int:
+        """Write a record and return its lsn when it is on disk.
+
+        Raises:
+            OSError: It is not, and will not be found there later. The journal can be used again.
+        """
+        checksum = 0
+        for part in payload:
+            checksum = zlib.crc32(part, checksum)
+        size_bytes = sum(len(part) for part in payload)
+        with self._lock:
+            lsn = self._write(kind, meta, payload, size_bytes, checksum)
+            failures = self._failures
+            while self._durable_lsn < lsn and self._failures == failures:
+                # One thread syncs for all that have written so far; the others wait for it.
+                if self._syncing:
+                    self._lock.wait()
+                else:
+                    self._sync()
+            if self._failures != failures:
+                raise OSError("the journal could not be synced, and the record was taken back")
+            return lsn
+
+    def cut_before(self, lsn: int) -> None:
+        """Remove the segments whose records all come before `lsn`."""
+        paths = segment_paths(self._folder)
+        for path, following in pairwise(paths):
+            if first_lsn_of(following) > lsn:
+                break
+            path.unlink()
+        sync_folder(self._folder)
+
+    def close(self) -> None:
+        """Close the segment; what was appended is durable already."""
+        with self._lock:
+            self._wait_for_sync()
+            self._segment.close()
+
+    def _write(self, kind: int, meta: bytes, payload: Sequence[Buffer], size_bytes: int, checksum: int) -> int:
+        """Write a record behind the last; called under the lock."""
+        if self._segment.must_be_left(RECORD.size + len(meta) + size_bytes):
+            self._new_segment()
+        lsn = self._next_lsn
+        start = header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
+        self._segment.write([start, meta, *payload])
+        self._next_lsn = lsn + 1
+        return lsn
+
+    def _wait_for_sync(self) -> None:
+        while self._syncing:
+            self._lock.wait()
+
+    def _new_segment(self) -> None:
+        """Go on in a new segment, with everything in the present one durable or taken back."""
+        self._wait_for_sync()
+        if self._durable_lsn < self._next_lsn - 1:
+            self._sync()
+        self._segment.close()
+        self._segment = _OpenSegment(self._folder, self._next_lsn, self._segment_bytes)
+        self._durable_end = self._segment.end
+
+    def _sync(self) -> None:
+        """Make durable what has been written so far; called under the lock, which others can have meanwhile.
+
+        Raises:
+            OSError: Nothing that was not durable before counts any more.
+        """
+        segment, target, end = self._segment, self._next_lsn - 1, self._segment.end
+        self._syncing = True
+        self._lock.release()
+        failure: OSError | None = None
+        try:
+            segment.sync()
+        except OSError as error:
+            failure = error
+        finally:
+            self._lock.acquire()
+            self._syncing = False
+            self._lock.notify_all()
+        if failure is not None:
+            # Nobody knows what is on disk now, and a second sync of the same file would lie about it.
+            logger.error("the journal could not be synced (%s); %s is left behind", failure, segment.path)
+            self._failures += 1
+            self._next_lsn = self._durable_lsn + 1
+            # The next segment says with its first lsn how much of this one counts.
+            segment.leave(self._durable_end)
+            raise failure
+        self._durable_lsn, self._durable_end = target, end
+        if target == self._next_lsn - 1:
+            segment.mark(target)
+
+
+class _OpenSegment:
+    """The segment that is being written. Not safe to use from several threads.
+
+    Attributes:
+        path: Its file.
+        end: Byte behind the last record.
+    """
+
+    def __init__(self, folder: Path, first_lsn: int, size_bytes: int) -> None:
+        self._capacity = size_bytes
+        attempt = 1 + max(
+            (attempt_of(path) for path in segment_paths(folder) if first_lsn_of(path) == first_lsn), default=0
+        )
+        self.path = folder / f"{first_lsn:020d}-{attempt:04d}.journal"
+        # Made under another name, so that a segment without its header is never seen.
+        temporary = self.path.with_suffix(".tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+            _write_all(descriptor, [segment_header(first_lsn)], 0)
+            os.fsync(descriptor)
+            temporary.rename(self.path)
+            sync_folder(folder)
+        except OSError:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        self._descriptor: int | None = descriptor
+        self.end = SEGMENT.size
+
+    def must_be_left(self, record_bytes: int) -> bool:
+        """Whether a record of that size belongs into a new segment."""
+        if self._descriptor is None:
+            return True
+        return self.end > SEGMENT.size and self.end + record_bytes > self._capacity
+
+    def write(self, parts: list[Buffer]) -> None:
+        """Write a record behind the last, or raise OSError and have written nothing that counts."""
+        if self._descriptor is None:
+            raise OSError("the journal has no segment")
+        size = sum(len(part) for part in parts)
+        try:
+            _write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
+        except OSError:
+            # A part of a record is no record; zeros instead keep it from being taken for a torn one.
+            self._zero_from(self.end)
+            raise
+        self.end += size + padding(size)
+
+    def mark(self, durable_lsn: int) -> None:
+        """Note what is durable. Not synced: worth having, and no loss if it is lost."""
+        try:
+            self.write([header(MARK, 0, durable_lsn, b"", 0, 0)])
+        except OSError as error:
+            logger.warning("the journal's mark could not be written: %s", error)
+
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        if self._descriptor is None:
+            raise OSError("the journal has no segment")
+        os.fdatasync(self._descriptor)
+
+    def leave(self, durable_end: int) -> None:
+        """Close it after a failed sync, and take back what was not durable, as far as the disk lets us."""
+        if self._descriptor is not None:
+            self._zero_from(durable_end)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _zero_from(self, position: int) -> None:
+        if self._descriptor is None:
+            return
+        try:
+            os.ftruncate(self._descriptor, position)
+        except OSError as error:
+            logger.warning("%s: the end could not be cut: %s", self.path, error)
+
+
+def _write_all(descriptor: int, parts: Sequence[Buffer], position: int) -> None:
+    """Write all of the parts, however few bytes the disk takes at a time."""
+    pending = [memoryview(part).cast("B") for part in parts if len(part)]
+    while pending:
+        written = os.pwritev(descriptor, pending[:_IOV_MAX], position)
+        if written == 0:
+            raise OSError("the disk took no bytes")
+        position += written
+        while pending and written >= len(pending[0]):
+            written -= len(pending.pop(0))
+        if written:
+            pending[0] = pending[0][written:]
