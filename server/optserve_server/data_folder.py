@@ -50,6 +50,30 @@ class Recovered:
     torn: tuple[Path, int] | None = None
 
 
+class FolderLock:
+    """Keeps every other server out of a data folder, until it is released or the process ends.
+
+    Raises:
+        JournalError: The folder cannot be used, or another server uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise JournalError(f"The data folder {path} cannot be used: {error}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise JournalError(f"Another server uses the data folder {path}; stop it or choose another one.") from error
+
+    def release(self) -> None:
+        """Let others in."""
+        os.close(self._descriptor)
+
+
 class DataFolder:
     """Durability by journal. Made in two parts: it is given to the optimizers, then `recover` fills and opens it.
 
@@ -73,16 +97,7 @@ class DataFolder:
         self._snapshot_due = threading.Event()
         self._stopping = threading.Event()
         self._snapshotter: threading.Thread | None = None
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise JournalError(f"The data folder {path} cannot be used: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise JournalError(f"Another server uses the data folder {path}; stop it or choose another one.") from error
+        self._lock = FolderLock(path)
 
     # --- Durability
 
@@ -221,7 +236,7 @@ class DataFolder:
                 logger.exception("the last snapshot could not be written; the journal has everything")
             self._journal.close()
             self._journal = None
-        os.close(self._lock)
+        self._lock.release()
 
 
 class _Replay:

@@ -219,6 +219,15 @@ class Saved:
         Raises:
             JournalError: The file is damaged.
         """
+        for piece, parts in self._read():
+            state.restore(_dtype(piece.dtype), piece.start, piece.stop, parts)
+
+    def verify(self) -> None:
+        """Read all pieces, or raise JournalError."""
+        for _ in self._read():
+            pass
+
+    def _read(self) -> Iterator[tuple[Piece, list[bytes]]]:
         layout, slots = self.layout, self.rule.slots
         file = _File(layout, slots)
         with self.path.open("rb") as source:
@@ -233,7 +242,7 @@ class Saved:
                         f"{self.path} is damaged around element {piece.start} of {piece.dtype}. Put the folder back "
                         "from a copy, or begin with an empty one."
                     )
-                state.restore(_dtype(piece.dtype), piece.start, piece.stop, parts)
+                yield piece, parts
 
 
 def paths(folder: Path) -> list[Path]:

@@ -16,8 +16,8 @@ PUBLIC = [
     "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer", "Momentum", "NotFoundError",
     "Optimizer", "OptserveError", "ResourceExhaustedError", "Sgd", "StateLostError",
     "StepCancelledError", "StepInDoubtError",
-    "StepInProgressError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError", "connect",
-    "local_server",
+    "StepInProgressError", "StepsLostError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError",
+    "connect", "local_server",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A step is applied exactly once, whatever happens to the connection."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,27 @@ def test_a_server_that_is_gone_is_an_error_within_the_deadline(name):
         client.close()
 
 
+def test_a_server_that_comes_back_with_less_state_is_said_with_both_steps(name):
+    g = {"x": np.ones(3, np.float32)}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = ["--port", str(listener.getsockname()[1])]
+    with optserve.local_server(backend="numpy", options=port) as server:
+        client = optserve.connect(server.target, CONFIG)
+        opt = client.create_optimizer(name, optserve.Sgd(), g)
+        for _ in range(3):
+            opt.step(g)
+    with optserve.local_server(backend="numpy", options=port):
+        with pytest.raises(optserve.StepsLostError, match=r"seen step 3 of .* at step 0"):
+            opt.step(g)
+        client.create_optimizer(name, optserve.Sgd(), g).step(g)
+        with pytest.raises(optserve.StepsLostError, match=r"seen step 3 of .* back at step 1"):
+            opt.step(g)
+        opt.refresh()
+        opt.step(g)
+        assert opt.current_step == 2
+        client.close()
+
+
 @pytest.mark.parametrize("stepped", [False, True])
 def test_a_closed_client_says_so(server, name, stepped):
     with optserve.connect(server.target) as client:
@@ -210,7 +232,7 @@ def test_an_optimizer_that_nobody_uses_any_more_gives_its_stream_back(tmp_path):
         for _ in range(20):
             opt = client.optimizer("o0")
             opt._session.open_request.name = "optimizers/nobody"
-            with pytest.raises(optserve.NotFoundError):
+            with pytest.raises(optserve.StepsLostError):
                 opt.step(g)
         assert threading.active_count() <= threads + 5
         client.close()

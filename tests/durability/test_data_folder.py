@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +285,35 @@ def test_a_snapshot_of_a_newer_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(journal.JournalError, match="format 2"):
         Server(tmp_path)
+
+
+def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from optserve.cli import main; main()", "journal", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_journal_is_verified_counted_and_repaired_by_command(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(3):
+        step(item, index)
+    busy = tool("verify", tmp_path)
+    assert busy.returncode == 1
+    assert "Another server uses" in busy.stderr
+    server.die()
+    assert "good: snapshot at 0, then 4 records" in tool("verify", tmp_path).stdout
+    assert " 3 " in tool("stats", tmp_path).stdout
+    assert "nothing to repair" in tool("repair", tmp_path).stdout
+    # Damage within the second step.
+    *_, second, _ = journal.Reader(tmp_path, 0)
+    with second.path.open("r+b") as file:
+        file.seek(second.offset + 5000)
+        file.write(b"damage")
+    damaged = tool("verify", tmp_path)
+    assert damaged.returncode == 1
+    assert f"{second.path.name} is damaged at byte {second.offset}" in damaged.stderr
+    assert f"optserve journal repair {tmp_path}" in damaged.stderr
+    assert "cut" in tool("repair", tmp_path, "--yes").stdout
+    again = Server(tmp_path)
+    assert again.optimizers.get("a").steps.step == 1
+    again.die()

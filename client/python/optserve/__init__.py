@@ -26,6 +26,7 @@ from optserve.errors import (
     StepCancelledError,
     StepInDoubtError,
     StepInProgressError,
+    StepsLostError,
     UnavailableError,
     WrongStepError,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "StepCancelledError",
     "StepInDoubtError",
     "StepInProgressError",
+    "StepsLostError",
     "TensorSpec",
     "UnavailableError",
     "WindowedRms",

@@ -18,9 +18,11 @@ from optserve._transport import Backoff, Transport, is_retryable
 from optserve.errors import (
     FailedPreconditionError,
     InternalError,
+    NotFoundError,
     OptserveError,
     StateLostError,
     StepInDoubtError,
+    StepsLostError,
     WrongStepError,
 )
 from optserve.v1 import steps_pb2
@@ -203,7 +205,23 @@ class StepSession:
 
     def _opened(self, patience: Patience) -> StepStream:
         if self._stream is None:
-            self._stream = StepStream(self._connection, self.open_request, patience)
+            try:
+                stream = StepStream(self._connection, self.open_request, patience)
+            except NotFoundError as error:
+                if self.current_step == 0:
+                    raise
+                raise StepsLostError(
+                    f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer any "
+                    "more, and would begin at step 0. It has lost its state, or somebody has deleted it."
+                ) from error
+            if stream.opened.step < self.current_step:
+                stream.close()
+                raise StepsLostError(
+                    f"This client has seen step {self.current_step} of {self._name}; the server is back at step "
+                    f"{stream.opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on "
+                    "from there."
+                )
+            self._stream = stream
         return self._stream
 
     def _reopened(self, patience: Patience) -> StepStream:

@@ -12,7 +12,8 @@ OptserveError
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
 │   └── StepInProgressError     another client is in the middle of a step
 ├── FailedPreconditionError
-│   └── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
+│   ├── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
+│   └── StepsLostError          the server has come back with fewer steps than this client has seen
 ├── ResourceExhaustedError      too large, too many, or no room
 ├── FeatureUnavailableError     this server lacks that part of the contract
 ├── StateLostError              the server's device failed; the optimizer's state is gone
@@ -115,6 +116,13 @@ class StepInDoubtError(FailedPreconditionError):
 
     The message says which. `Optimizer.replay` gets the updates as long as the server has them; `Optimizer.refresh`
     goes on without them.
+    """
+
+
+class StepsLostError(FailedPreconditionError):
+    """The server has come back with fewer steps than this client has seen: its state was not durable.
+
+    Nothing was changed. `Optimizer.refresh` goes on from the server's step, if that is wanted.
     """
 
 

@@ -11,8 +11,8 @@ and which is cut, from damage to what had been acknowledged, which is an error. 
 first lsn begins: after a failed sync the old segment is left behind and its doubtful tail never counts.
 """
 
-from optserve_server.journal.format import CorruptionError, JournalError, Record, segment_paths, sync_folder
+from optserve_server.journal.format import CorruptionError, JournalError, Record, cut_at, segment_paths, sync_folder
 from optserve_server.journal.reader import Reader
 from optserve_server.journal.writer import Journal
 
-__all__ = ["CorruptionError", "Journal", "JournalError", "Reader", "Record", "segment_paths", "sync_folder"]
+__all__ = ["CorruptionError", "Journal", "JournalError", "Reader", "Record", "cut_at", "segment_paths", "sync_folder"]

@@ -34,7 +34,10 @@ class CorruptionError(JournalError):
     """
 
     def __init__(self, path: Path, offset: int, what: str) -> None:
-        super().__init__(f"{path} is damaged at byte {offset}: {what}.")
+        super().__init__(
+            f"{path} is damaged at byte {offset}: {what}. Put the folder back from a copy; or cut the journal there, "
+            f"which loses the steps after it, with: optserve journal repair {path.parent}"
+        )
         self.path = path
         self.offset = offset
 
@@ -54,6 +57,19 @@ class Record:
 def segment_paths(folder: Path) -> list[Path]:
     """The segments of a journal, oldest first."""
     return sorted(folder.glob("*.journal"))
+
+
+def cut_at(folder: Path, path: Path, offset: int) -> int:
+    """Cut a journal at a byte of one of its segments; returns the number of later segments, which are removed."""
+    later = [other for other in segment_paths(folder) if other.name > path.name]
+    for other in reversed(later):
+        other.unlink()
+    if offset <= SEGMENT.size:
+        path.unlink()
+    else:
+        os.truncate(path, offset)
+    sync_folder(folder)
+    return len(later)
 
 
 def sync_folder(folder: Path) -> None:

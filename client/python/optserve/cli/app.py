@@ -14,10 +14,10 @@ app = typer.Typer(
     help="An optimizer as a service: a server keeps the state of ADADELTA and its relatives, takes gradients, gives "
     "updates.",
 )
-# Options of `serve` are the server's own, its --help included.
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)(server.serve)
+# The options of these are the server's own, --help included.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=_PASSED_ON)(server.serve)
+app.command(context_settings=_PASSED_ON)(server.journal)
 app.command(name="mnist")(mnist.command)
 app.command()(server.health)
 app.command()(server.info)

@@ -16,11 +16,20 @@ from optserve.cli.optimizers import size
 
 def serve(context: typer.Context) -> None:
     """Serve optimizers over gRPC until SIGTERM or Ctrl-C. `optserve serve --help` lists the options."""
-    # The client's package never imports the server's; it runs it as a program instead.
+    _run("optserve_server", "optserve serve", context.args)
+
+
+def journal(context: typer.Context) -> None:
+    """Verify, count and repair the journal of a data folder. `optserve journal --help` lists the commands."""
+    _run("optserve_server.journal_tool", "optserve journal", context.args)
+
+
+def _run(module: str, name: str, arguments: list[str]) -> None:
+    """Run a program of the server, whose package the client's never imports."""
     if find_spec("optserve_server") is None or find_spec("grpc_reflection") is None:
         fail("The server is not installed; pip install 'optserve[server,numba]' brings it.")
-    sys.argv = ["optserve serve", *context.args]
-    runpy.run_module("optserve_server", run_name="__main__", alter_sys=True)
+    sys.argv = [name, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def health(

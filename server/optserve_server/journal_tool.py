@@ -1,0 +1,110 @@
+"""The command line for data folders that no server is using, behind `optserve journal`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from optserve_server import data_folder, snapshot
+from optserve_server.journal import CorruptionError, JournalError, Reader, cut_at
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look at, verify and repair the journal of a data folder that no server is using.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Folder = Annotated[Path, typer.Argument(help="The data folder.", exists=True, file_okay=False)]
+
+_KINDS = {
+    data_folder.CREATED: "creations",
+    data_folder.UPDATED: "updates",
+    data_folder.DELETED: "deletions",
+    data_folder.STEPPED: "steps",
+}
+
+
+def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
+    """Read all that a server would: (reader, lsn of the snapshot, records by optimizer and kind)."""
+    lsn = 0
+    for path in snapshot.paths(folder)[-1:]:
+        lsn, saved = snapshot.read(path)
+        for item in saved:
+            item.verify()
+    reader = Reader(folder, lsn)
+    counts: Counter[tuple[str, str]] = Counter()
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("reading", total=reader.total_bytes)
+        for record in reader:
+            counts[json.loads(record.meta)["optimizer"], _KINDS.get(record.type, "others")] += 1
+            progress.update(task, completed=reader.bytes_read)
+    return reader, lsn, counts
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
+    with _using(folder):
+        reader, lsn, counts = _read(folder)
+    text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
+    if reader.torn:
+        text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which nobody was promised"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def stats(folder: Folder) -> None:
+    """Count what the journal holds beyond the last snapshot."""
+    with _using(folder):
+        reader, lsn, counts = _read(folder)
+    table = Table("optimizer", *_KINDS.values())
+    for name in sorted({name for name, _ in counts}):
+        table.add_row(name, *(f"{counts[name, kind]:,}" for kind in _KINDS.values()))
+    console.print(table)
+    console.print(f"snapshot at {lsn}; next record {reader.next_lsn}; {reader.bytes_read / 1e6:.1f} MB of records")
+
+
+@app.command()
+def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Cut a damaged journal where the damage begins. Everything after it is lost; take a copy of the folder first."""
+    with _using(folder):
+        try:
+            _read(folder)
+        except CorruptionError as damage:
+            console.print(f"{damage}", highlight=False, soft_wrap=True)
+            if not yes:
+                typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
+            removed = cut_at(folder, damage.path, damage.offset)
+            console.print(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
+        else:
+            console.print("there is nothing to repair")
+
+
+@contextmanager
+def _using(folder: Path) -> Iterator[None]:
+    """Keep servers out of a folder for the length of a with-block, and show errors as a line."""
+    try:
+        lock = data_folder.FolderLock(folder)
+        try:
+            yield
+        finally:
+            lock.release()
+    except JournalError as error:
+        errors.print(f"[red]optserve journal:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app(prog_name="optserve journal")
