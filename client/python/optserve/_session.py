@@ -211,8 +211,8 @@ class StepSession:
                 if self.current_step == 0:
                     raise
                 raise StepsLostError(
-                    f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer any "
-                    "more, and would begin at step 0. It has lost its state, or somebody has deleted it."
+                    f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
+                    "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
                 ) from error
             if stream.opened.step < self.current_step:
                 stream.close()
