@@ -33,7 +33,7 @@ class ServerConfig:
     """`memory`: state ends with the process. `journal`: every step is on disk before it is acknowledged; the default
     with a data folder."""
     snapshot_bytes: int = 512 * MIB
-    """Journal bytes after which a snapshot takes their place."""
+    """Journal bytes after which a snapshot takes their place; never less than the state's own size."""
     segment_bytes: int = 64 * MIB
     """Size of a file of the journal."""
     backend: str = "auto"

@@ -146,7 +146,7 @@ class DataFolder:
                 "Try again when it has room.",
             ) from error
         self._bytes_since_snapshot += sum(len(part) for part in parts)
-        if self._bytes_since_snapshot > self._snapshot_bytes:
+        if self._bytes_since_snapshot > max(self._snapshot_bytes, self._optimizers.memory_bytes):
             self._snapshot_due.set()
         return lsn
 
@@ -297,7 +297,8 @@ class _Replay:
         self._optimizers.adopt(created).steps.lsn = lsn
 
     def _step(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
-        payload = Payload(item.layout, tuple(message["tensors"]))
+        tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
+        payload = Payload(item.layout, tensors)
         with item.steps.held_still() as state:
             behind: list[Run] = []
             for run in payload.runs:

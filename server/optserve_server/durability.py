@@ -18,7 +18,7 @@ from optserve_server.rules import Rule
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step that is about to be applied."""
+    """A step that is about to be applied. `tensors` is empty for all."""
 
     optimizer: str
     step: int

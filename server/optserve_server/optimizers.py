@@ -82,6 +82,11 @@ class Optimizers:
         """How many there are."""
         return len(self._by_id)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that all of them occupy."""
+        return sum(optimizer.state.memory_bytes for optimizer in list(self._by_id.values()))
+
     def create(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str = "") -> Optimizer:
         """Make an optimizer with all state at 0.
 
@@ -228,8 +233,7 @@ class Optimizers:
 
     def _reserve(self, optimizer_id: str, request_id: str, required_bytes: int) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
-        used = sum(optimizer.state.memory_bytes for optimizer in self._by_id.values())
-        used += sum(size for _, size in self._reserved.values())
+        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
         if used + required_bytes > self._config.max_state_bytes:
             raise OptserveError(
                 Reason.SERVER_FULL,

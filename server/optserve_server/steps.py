@@ -287,7 +287,8 @@ class Steps:
 
     def _record(self, step: Step) -> StepRecord:
         gradients = [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
-        return StepRecord(self._name, self.step, step.request_id, step.payload.tensors, gradients)
+        tensors = () if step.payload.tensors == self._whole else step.payload.tensors
+        return StepRecord(self._name, self.step, step.request_id, tensors, gradients)
 
     def _apply(self, step: Step) -> None:
         try:

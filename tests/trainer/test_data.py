@@ -121,11 +121,17 @@ def test_a_spoilt_download_never_enters_the_cache_and_the_next_source_is_tried(m
     assert [line.split()[0] for line in said] == ["Fetching", "No"]
 
 
-def test_a_spoilt_cache_is_filled_again(mnist, tmp_path, monkeypatch):
+def test_a_spoilt_cache_is_filled_again(mirror, mnist, tmp_path, monkeypatch):
+    address, _ = mirror
+    cache = tmp_path / "mnist"
+    cache.mkdir()
     for name in data.SHA256:
-        shutil.copy(mnist / name, tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"spoilt")
-    assert not data._is_complete(tmp_path)
+        shutil.copy(mnist / name, cache)
+    (cache / "t10k-labels-idx1-ubyte").write_bytes(b"spoilt")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda _name: tmp_path)
+    monkeypatch.setattr(data, "fetch", partial(data.fetch, mirrors=(address,)))
+    assert len(data.load(say=lambda _line: None).test_labels) == 10_000
+    assert (cache / "t10k-labels-idx1-ubyte").read_bytes() == (mnist / "t10k-labels-idx1-ubyte").read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
