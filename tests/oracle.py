@@ -38,11 +38,11 @@ def adagrad(gradients, learning_rate, eps):
     return x
 
 
-def windowed_rms(gradients, learning_rate, rho, eps):
+def windowed_rms(gradients, learning_rate, rho, eps, outer_eps):
     x = np.zeros_like(gradients[0])
     for t in range(len(gradients)):
         # The decaying average written out as its sum, equation 8.
         weights = (1 - rho) * rho ** np.arange(t, -1, -1.0)
         mean_square_g = np.tensordot(weights, np.square(gradients[: t + 1]), axes=1)
-        x = x - learning_rate * gradients[t] / np.sqrt(mean_square_g + eps)
+        x = x - learning_rate * gradients[t] / (np.sqrt(mean_square_g + eps) + outer_eps)
     return x

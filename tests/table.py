@@ -38,11 +38,11 @@ ROWS = {
     ),
     "adagrad": Row(Adagrad(learning_rate=0.1), oracle.adagrad, lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-10)),
     "windowed-rms": Row(
-        # An eps far below E[g^2], because it stands inside the root here and outside in torch.
-        WindowedRms(learning_rate=0.01, rho=0.9, eps=1e-36),
+        WindowedRms(learning_rate=0.01, rho=0.9, eps=0.0, outer_eps=1e-3),
         oracle.windowed_rms,
-        lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, eps=1e-18),
-        "eps is inside the root, equation 9; outside it in torch.",
+        lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, eps=1e-3),
     ),
-    "windowed-rms-default": Row(WindowedRms(), oracle.windowed_rms, None, "eps is inside the root, equation 9."),
+    "windowed-rms-default": Row(
+        WindowedRms(), oracle.windowed_rms, None, "eps is inside the root, equation 9; torch has it outside."
+    ),
 }

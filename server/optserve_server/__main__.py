@@ -33,7 +33,8 @@ def serve(
     durability: Annotated[
         Optional[str],
         typer.Option(
-            help="memory: state ends with the process. journal: a step is on disk before it is acknowledged.",
+            help="memory: state ends with the process. snapshot: it is written down every minute. journal: a step is "
+            "on disk before it is acknowledged.",
             show_default="journal with --data-dir, else memory",
         ),
     ] = None,

@@ -19,6 +19,8 @@ from rich.progress import Progress
 
 from optserve_server import backends
 from optserve_server.admission import Admission
+from optserve_server.checkpoint_store import FolderStore, TemporaryStore
+from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ConfigError, ServerConfig
 from optserve_server.data_folder import DataFolder, describe
 from optserve_server.durability import InMemory
@@ -47,6 +49,8 @@ class App:
         optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
         if self._folder is not None:
             self._recover(self._folder, optimizers)
+        store = FolderStore(Path(config.data_dir) / "checkpoints") if self._folder else TemporaryStore()
+        checkpoints = Checkpoints(optimizers, store, config.max_checkpoints)
         threads = config.max_streams + config.unary_threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         self._server = grpc.server(
@@ -55,7 +59,8 @@ class App:
             options=_options(config),
             maximum_concurrent_rpcs=config.max_streams + QUEUED_CALLS_PER_THREAD * config.unary_threads,
         )
-        self._server.add_generic_rpc_handlers((handlers(Servicer(optimizers, self._admission, choice, config)),))
+        servicer = Servicer(optimizers, checkpoints, self._admission, choice, config)
+        self._server.add_generic_rpc_handlers((handlers(servicer),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -136,7 +141,8 @@ def _wait_for_eof(stopping: threading.Event) -> None:
 def _data_folder(config: ServerConfig) -> DataFolder | None:
     if config.durability == "memory":
         return None
-    return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes)
+    interval_s = config.snapshot_interval_s if config.durability == "snapshot" else 0.0
+    return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes, interval_s)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

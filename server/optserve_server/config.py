@@ -30,8 +30,10 @@ class ServerConfig:
     data_dir: str = ""
     """Folder for what must outlive the process."""
     durability: str = ""
-    """`memory`: state ends with the process. `journal`: every step is on disk before it is acknowledged; the default
-    with a data folder."""
+    """`memory`: state ends with the process. `snapshot`: it is written down every `snapshot_interval_s`. `journal`:
+    every step is on disk before it is acknowledged; the default with a data folder."""
+    snapshot_interval_s: float = 60.0
+    """Seconds between snapshots where durability is `snapshot`; a crash loses the steps since the last."""
     snapshot_bytes: int = 512 * MIB
     """Journal bytes after which a snapshot takes their place; never less than the state's own size."""
     segment_bytes: int = 64 * MIB
@@ -56,6 +58,8 @@ class ServerConfig:
     """Largest number of parameters of one optimizer."""
     max_optimizers: int = 1000
     """Optimizers kept at the same time."""
+    max_checkpoints: int = 1000
+    """Checkpoints kept of one optimizer."""
     max_state_bytes: int = 0
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
@@ -78,7 +82,14 @@ class ServerConfig:
                 object.__setattr__(self, item.name, float(value))
             elif type(value).__name__ != item.type:
                 raise ConfigError(f"{item.name} must be of type {item.type}, not {value!r}.")
-        for name in ("max_streams", "unary_threads", "max_parameters", "max_optimizers", "keepalive_s"):
+        for name in (
+            "max_streams",
+            "unary_threads",
+            "max_parameters",
+            "max_optimizers",
+            "max_checkpoints",
+            "keepalive_s",
+        ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_chunk_bytes", "max_message_bytes"):
             self._require(name, 1024 <= getattr(self, name) <= 64 * MIB, "must be 1024 bytes to 64 MiB")
@@ -96,8 +107,13 @@ class ServerConfig:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
-        self._require("durability", self.durability in ("memory", "journal"), "must be 'memory' or 'journal'")
-        self._require("data_dir", bool(self.data_dir) or self.durability == "memory", "is needed by a journal")
+        self._require(
+            "durability", self.durability in ("memory", "snapshot", "journal"), "must be memory, snapshot or journal"
+        )
+        self._require(
+            "data_dir", bool(self.data_dir) or self.durability == "memory", f"is needed by a {self.durability}"
+        )
+        self._require("snapshot_interval_s", self.snapshot_interval_s > 0, "must be positive")
         for name in ("snapshot_bytes", "segment_bytes"):
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
 

@@ -11,16 +11,19 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
-from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.v1 import algorithms_pb2, checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve_server import features
+from optserve_server.checkpoints import Checkpoint
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
-from optserve_server.optimizers import Optimizer
+from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.rules import RULES, Rule
 
 _PREFIX = "optimizers/"
+_CHECKPOINTS = "/checkpoints/"
 
+MAX_PAGE_SIZE = 1000
 MAX_RANK = 32
 """Extents of a parameter; NumPy has arrays of up to 64."""
 
@@ -28,11 +31,24 @@ MAX_RANK = 32
 def optimizer_id(name: str, field: str = "name") -> str:
     """The id in a resource name, or raise INVALID_FIELD."""
     identifier = name.removeprefix(_PREFIX)
-    if identifier == name or not identifier or "/" in identifier:
+    if identifier == name or not is_id(identifier):
         raise OptserveError(
             Reason.INVALID_FIELD, f"{field} must be of the form optimizers/ID, not {name[:100]!r}.", field=field
         )
     return identifier
+
+
+def checkpoint_id(name: str) -> tuple[str, str]:
+    """(optimizer id, tag) in a resource name, or raise INVALID_FIELD."""
+    parent, separator, tag = name.partition(_CHECKPOINTS)
+    identifier = parent.removeprefix(_PREFIX)
+    if not separator or identifier == parent or not is_id(identifier) or not is_id(tag):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"name must be of the form optimizers/ID/checkpoints/TAG, not {name[:200]!r}.",
+            field="name",
+        )
+    return identifier, tag
 
 
 def layout(message: optimizer_pb2.Optimizer) -> Layout:
@@ -164,7 +180,6 @@ def wire_dtype(data_type: int, field: str) -> np.dtype | None:
 
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """An optimizer as the contract shows it."""
-    method = item.rule.name
     message = optimizer_pb2.Optimizer(
         name=_PREFIX + item.id,
         mode=optimizer_pb2.MODE_DELTA,
@@ -175,11 +190,9 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
         backend=item.state.backend_name,
         memory_bytes=item.state.memory_bytes,
         slots=item.rule.slots,
+        lineage=item.steps.lineage,
     )
-    settings = getattr(message.algorithm, method)
-    settings.SetInParent()
-    for name, value in asdict(item.rule).items():
-        setattr(settings, name, value)
+    set_algorithm(message.algorithm, item.rule)
     if with_parameters:
         for parameter in item.layout.parameters:
             message.parameters.add(
@@ -188,6 +201,24 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
                 data_type=wire.DATA_TYPES[parameter.dtype],
             )
     return message
+
+
+def set_algorithm(message: algorithms_pb2.Algorithm, rule: Rule) -> None:
+    """Make a message say a rule with all of its hyper-parameters."""
+    settings = getattr(message, rule.name)
+    settings.SetInParent()
+    for name, value in asdict(rule).items():
+        setattr(settings, name, value)
+
+
+def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
+    """A checkpoint as the contract shows it."""
+    return checkpoints_pb2.Checkpoint(
+        name=f"{_PREFIX}{item.optimizer}{_CHECKPOINTS}{item.tag}",
+        step=item.step,
+        size_bytes=item.size_bytes,
+        create_time=_timestamp(item.create_time.timestamp()),
+    )
 
 
 def limits(config: ServerConfig) -> steps_pb2.ServerLimits:
@@ -208,6 +239,13 @@ def _timestamp(seconds: float) -> Timestamp:
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp
+
+
+def page_size(wanted: int) -> int:
+    """Entries of a page, or raise INVALID_FIELD."""
+    if wanted > MAX_PAGE_SIZE:
+        raise OptserveError(Reason.INVALID_FIELD, f"page_size must be at most {MAX_PAGE_SIZE}.", field="page_size")
+    return wanted or 100
 
 
 def page_token(last_id: str) -> str:

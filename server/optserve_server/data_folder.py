@@ -1,8 +1,9 @@
 """The data folder: a lock, a journal, snapshots; and the recovery of all optimizers from them.
 
-Every change is in the journal, on disk, before it is made and acknowledged. From time to time a snapshot takes the
-place of what came before it. Recovery loads the last snapshot and replays the journal: the same kernels on the same
-gradients in the same order, so the same bits.
+With durability `journal`, every change is in the journal, on disk, before it is made and acknowledged, and from time
+to time a snapshot takes the place of what came before it. Recovery loads the last snapshot and replays the journal:
+the same kernels on the same gradients in the same order, so the same bits. With durability `snapshot` there are
+snapshots only, taken at intervals.
 """
 
 from __future__ import annotations
@@ -16,25 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from optserve_server import snapshot
-from optserve_server.durability import CreationRecord, StepRecord
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.journal import Journal, JournalError, Reader, Record
-from optserve_server.layout import Payload, Run
-from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server import recovery, snapshot
+from optserve_server.durability import CreationRecord, ReplacementRecord, StepRecord
+from optserve_server.errors import OptserveError, Reason, disk_errors
+from optserve_server.journal import Journal, JournalError, Reader, segment_paths
+from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Rule
-from optserve_server.steps import Retained
 
 logger = logging.getLogger(__name__)
-
-CREATED, UPDATED, DELETED, STEPPED = 1, 2, 3, 4
-"""Record types of the journal."""
 
 
 @dataclass
@@ -74,26 +70,50 @@ class FolderLock:
         os.close(self._descriptor)
 
 
+class _Unjournalled:
+    """Stands in for the journal where there is none: numbers the changes and forgets them."""
+
+    def __init__(self, folder: Path, next_lsn: int) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self.last_lsn = next_lsn - 1
+
+    def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
+        """The number of a change."""
+        with self._lock:
+            self.last_lsn += 1
+            return self.last_lsn
+
+    def cut_before(self, lsn: int) -> None:  # noqa: ARG002
+        """Remove what an earlier server with a journal has left; it has been recovered and is in the snapshot."""
+        for path in segment_paths(self._folder):
+            path.unlink()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class DataFolder:
-    """Durability by journal. Made in two parts: it is given to the optimizers, then `recover` fills and opens it.
+    """Durability by journal or by snapshots. It is given to the optimizers first, then `recover` fills and opens it.
 
     Args:
         path: The folder; made if it is not there.
         snapshot_bytes: Journal bytes after which a snapshot is due; never less than the state's own size.
         segment_bytes: Size of a journal segment.
+        interval_s: Take snapshots so often, and keep no journal; 0 for a journal.
 
     Raises:
         JournalError: It cannot be used, or another server uses it.
     """
 
-    name = "journal"
-
-    def __init__(self, path: Path, snapshot_bytes: int, segment_bytes: int) -> None:
+    def __init__(self, path: Path, snapshot_bytes: int, segment_bytes: int, interval_s: float = 0.0) -> None:
         self._path = path
         self._snapshot_bytes = snapshot_bytes
         self._segment_bytes = segment_bytes
-        self._journal: Journal | None = None
+        self._interval_s = interval_s
+        self._journal: Journal | _Unjournalled | None = None
         self._bytes_since_snapshot = 0
+        self._counting = threading.Lock()
         self._snapshot_due = threading.Event()
         self._stopping = threading.Event()
         self._snapshotter: threading.Thread | None = None
@@ -103,52 +123,43 @@ class DataFolder:
 
     def created(self, record: CreationRecord) -> int:
         """Keep a creation."""
-        message = {
-            "optimizer": record.optimizer,
-            "rule": snapshot.rule_message(record.rule),
-            "parameters": snapshot.layout_message(record.layout),
-            "etag": record.etag,
-            "request_id": record.request_id,
-            "time": record.create_time.isoformat(),
-        }
-        return self._append(CREATED, message)
+        return self._append(recovery.CREATED, recovery.creation(record))
 
-    def updated(self, optimizer: str, rule: Rule, etag: str) -> int:
+    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:
         """Keep a change of hyper-parameters."""
-        message = {
-            "optimizer": optimizer,
-            "rule": snapshot.rule_message(rule),
-            "etag": etag,
-            "time": datetime.now(UTC).isoformat(),
-        }
-        return self._append(UPDATED, message)
+        return self._append(recovery.UPDATED, recovery.update(optimizer, rule, etag, time))
+
+    def replaced(self, record: ReplacementRecord) -> int:
+        """Keep a state that takes the place of another."""
+        arrays = [array for _, _, array in record.arrays]
+        return self._append(recovery.REPLACED, recovery.replacement(record), arrays)
 
     def deleted(self, optimizer: str) -> int:
         """Keep a deletion."""
-        return self._append(DELETED, {"optimizer": optimizer})
+        return self._append(recovery.DELETED, {"optimizer": optimizer})
 
     def stepping(self, record: StepRecord) -> int:
         """Keep the gradients of a step."""
-        message = {"optimizer": record.optimizer, "step": record.step, "request_id": record.request_id}
-        return self._append(STEPPED, message | {"tensors": record.tensors}, record.gradients)
+        return self._append(recovery.STEPPED, recovery.step(record), record.gradients)
 
     def _append(self, kind: int, message: dict[str, Any], payload: Sequence[np.ndarray] = ()) -> int:
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
         parts = [array.data.cast("B") for array in payload if array.size]
-        try:
+        with disk_errors():
             lsn = self._journal.append(kind, json.dumps(message).encode(), parts)
-        except OSError as error:
-            logger.error("a change of %s could not be made durable: %s", message["optimizer"], error)  # noqa: TRY400
-            raise OptserveError(
-                Reason.NOT_DURABLE,
-                f"The server's disk did not take the change, so it was not made: {error.strerror or error}. "
-                "Try again when it has room.",
-            ) from error
-        self._bytes_since_snapshot += sum(len(part) for part in parts)
-        if self._bytes_since_snapshot > max(self._snapshot_bytes, self._optimizers.memory_bytes):
+        with self._counting:
+            # At least 1, so that any change counts.
+            self._bytes_since_snapshot += 1 + sum(len(part) for part in parts)
+        if self._is_snapshot_due(kind):
             self._snapshot_due.set()
         return lsn
+
+    def _is_snapshot_due(self, kind: int) -> bool:
+        if self._interval_s:
+            # Whatever is not a step is rare, and worth having soon.
+            return kind != recovery.STEPPED
+        return self._bytes_since_snapshot > max(self._snapshot_bytes, self._optimizers.memory_bytes)
 
     # --- Recovery
 
@@ -164,7 +175,7 @@ class DataFolder:
         """
         start = time.perf_counter()
         found = Recovered()
-        replay = _Replay(optimizers)
+        replay = recovery.Replay(optimizers)
         snapshots = snapshot.paths(self._path)
         if snapshots:
             found.snapshot_lsn, saved = snapshot.read(snapshots[-1])
@@ -173,17 +184,22 @@ class DataFolder:
         reader = Reader(self._path, found.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
-            found.steps += record.type == STEPPED
+            found.steps += record.type == recovery.STEPPED
             found.records += 1
             replay.redo(record)
             on_progress(reader.bytes_read, total)
         replay.finish()
         found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(optimizers)
         found.seconds = time.perf_counter() - start
-        self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes)
         self._bytes_since_snapshot = reader.bytes_read
         self._optimizers = optimizers
-        for leftover in [*self._path.glob("*.tmp"), *snapshots[:-1]]:
+        if self._interval_s:
+            self._journal = _Unjournalled(self._path, reader.next_lsn)
+            if segment_paths(self._path):
+                self.snapshot()
+        else:
+            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes)
+        for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
             _remove(leftover)
         return found
 
@@ -196,29 +212,34 @@ class DataFolder:
 
     def _take_snapshots(self) -> None:
         while True:
-            self._snapshot_due.wait()
+            self._snapshot_due.wait(self._interval_s or None)
             # Cleared before the look at `stopping`, which `close` sets first: neither can be missed.
             self._snapshot_due.clear()
             if self._stopping.is_set():
                 return
+            if not self._bytes_since_snapshot:
+                continue
             try:
                 self.snapshot()
-            except OSError:
-                # The journal has everything; the next record beyond the limit asks for a snapshot again.
+            except (OSError, OptserveError):
+                # It is tried again: at the next interval, or when the journal grows further, which has everything.
                 logger.exception("a snapshot could not be written")
 
     def snapshot(self) -> Path:
         """Take a snapshot now, and cut what it makes superfluous."""
         if self._journal is None:
             raise JournalError("The data folder is not open.")
-        lsn, before = self._journal.last_lsn, self._bytes_since_snapshot
+        # Counted first: what comes in between is counted once more, never forgotten.
+        before = self._bytes_since_snapshot
+        lsn = self._journal.last_lsn
         old = snapshot.paths(self._path)
-        path = snapshot.write(self._path, lsn, self._optimizers.settled())
+        path = snapshot.write(self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s))
         for leftover in old:
             if leftover != path:
                 _remove(leftover)
         self._journal.cut_before(lsn + 1)
-        self._bytes_since_snapshot -= before
+        with self._counting:
+            self._bytes_since_snapshot -= before
         logger.info("snapshot %s", path.name)
         return path
 
@@ -232,104 +253,11 @@ class DataFolder:
             try:
                 if self._bytes_since_snapshot:
                     self.snapshot()
-            except OSError:
-                logger.exception("the last snapshot could not be written; the journal has everything")
+            except (OSError, OptserveError):
+                logger.exception("the last snapshot could not be written")
             self._journal.close()
             self._journal = None
         self._lock.release()
-
-
-class _Replay:
-    """Brings optimizers forward, record by record; pieces of a snapshot each from their own number on."""
-
-    def __init__(self, optimizers: Optimizers) -> None:
-        self._optimizers = optimizers
-        self._pieces: dict[str, list[snapshot.Piece]] = {}
-        self._newest_piece: dict[str, int] = {}
-        self._last_step: dict[str, int] = {}
-
-    def load(self, saved: snapshot.Saved) -> None:
-        """Bring an optimizer of the snapshot back."""
-        settings = saved.settings
-        record = CreationRecord(
-            settings["id"], saved.layout, saved.rule, settings["etag"], settings["creation_request_id"],
-            saved.time("create_time"),
-        )  # fmt: skip
-        item = self._optimizers.adopt(record)
-        item.update_time = saved.time("update_time")
-        item.steps.step, item.steps.lsn = settings["step"], settings["lsn"]
-        if settings["retained"]:
-            retained = settings["retained"]
-            item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
-        with item.steps.held_still() as state:
-            saved.load(state)
-        self._pieces[item.id] = saved.pieces
-        self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
-
-    def redo(self, record: Record) -> None:
-        """Make a change of the journal once more, as far as it is not contained in what was loaded."""
-        message = json.loads(record.meta)
-        name = message["optimizer"]
-        item = self._optimizers.find(name)
-        known = item is not None and record.lsn <= item.steps.lsn
-        if record.type == CREATED and not known:
-            self._create(message, record.lsn)
-        elif record.type == STEPPED and item is not None:
-            self._step(item, message, record)
-        elif record.type == UPDATED and item is not None and not known:
-            item.state.set_rule(snapshot.rule_from(message["rule"]))
-            item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
-            item.steps.lsn = record.lsn
-        elif record.type == DELETED and not known:
-            self._optimizers.forget(name)
-            self._pieces.pop(name, None)
-            self._newest_piece.pop(name, None)
-
-    def _create(self, message: dict[str, Any], lsn: int) -> None:
-        created = CreationRecord(
-            message["optimizer"],
-            snapshot.layout_from(message["parameters"]),
-            snapshot.rule_from(message["rule"]),
-            message["etag"],
-            message["request_id"],
-            datetime.fromisoformat(message["time"]),
-        )
-        self._optimizers.adopt(created).steps.lsn = lsn
-
-    def _step(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
-        tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
-        payload = Payload(item.layout, tensors)
-        with item.steps.held_still() as state:
-            behind: list[Run] = []
-            for run in payload.runs:
-                gradient = np.frombuffer(record.payload[run.begin : run.end], run.dtype)
-                for start, stop in self._behind(item.id, run, record.lsn):
-                    state.staged[run.dtype][start:stop] = gradient[start - run.start : stop - run.start]
-                    behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
-            state.apply(behind)
-        if record.lsn > item.steps.lsn:
-            item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
-            item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
-        self._last_step[item.id] = record.lsn
-
-    def _behind(self, name: str, run: Run, lsn: int) -> list[tuple[int, int]]:
-        """The stretches of a run that do not contain the change `lsn` yet."""
-        if lsn > self._newest_piece.get(name, 0):
-            return [(run.start, run.stop)]
-        stretches = [
-            (max(run.start, piece.start), min(run.stop, piece.stop))
-            for piece in self._pieces[name]
-            if piece.dtype == run.dtype.name and piece.lsn < lsn
-        ]
-        return [(start, stop) for start, stop in stretches if start < stop]
-
-    def finish(self) -> None:
-        """A reply is intact if each of its pieces was, where the piece was not computed anew."""
-        for name, pieces in self._pieces.items():
-            item = self._optimizers.find(name)
-            if item is not None and item.steps.retained is not None:
-                last = self._last_step.get(name, 0)
-                item.steps.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
 
 
 def describe(found: Recovered) -> str:

@@ -35,21 +35,38 @@ class CreationRecord:
     layout: Layout
     rule: Rule
     etag: str
+    lineage: str
     request_id: str
     create_time: datetime
+
+
+@dataclass(frozen=True)
+class ReplacementRecord:
+    """A state that is about to take the place of an optimizer's own. `arrays` are all arenas of the slots, in order."""
+
+    optimizer: str
+    step: int
+    rule: Rule
+    etag: str
+    lineage: str
+    request_id: str
+    time: datetime
+    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
 
 
 class Durability(Protocol):
     """Each call returns the number of what it was told once that will survive; if it raises, nothing is to change."""
 
-    name: str
-
     def created(self, record: CreationRecord) -> int:
         """An optimizer is about to exist."""
         ...
 
-    def updated(self, optimizer: str, rule: Rule, etag: str) -> int:
+    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:
         """An optimizer is about to get other hyper-parameters."""
+        ...
+
+    def replaced(self, record: ReplacementRecord) -> int:
+        """An optimizer is about to get another state."""
         ...
 
     def deleted(self, optimizer: str) -> int:
@@ -64,13 +81,15 @@ class Durability(Protocol):
 class InMemory:
     """State ends with the process. Nothing is kept, and nothing numbered."""
 
-    name = "memory"
-
     def created(self, record: CreationRecord) -> int:  # noqa: ARG002 - see Durability
         """Nothing to keep."""
         return 0
 
-    def updated(self, optimizer: str, rule: Rule, etag: str) -> int:  # noqa: ARG002
+    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:  # noqa: ARG002
+        """Nothing to keep."""
+        return 0
+
+    def replaced(self, record: ReplacementRecord) -> int:  # noqa: ARG002
         """Nothing to keep."""
         return 0
 

@@ -49,6 +49,11 @@ class Reason(Enum):
     STEP_IN_PROGRESS = auto()
     STEP_TAKEN_OVER = auto()
     REPLY_GONE = auto()
+    STATE_REPLACED = auto()
+    CHECKPOINT_NOT_FOUND = auto()
+    CHECKPOINT_EXISTS = auto()
+    CHECKPOINT_MISMATCH = auto()
+    CHECKPOINT_DAMAGED = auto()
     NOT_OPEN = auto()
     ALREADY_OPEN = auto()
     NO_STEP = auto()
@@ -86,6 +91,11 @@ CODES: dict[Reason, Code] = {
     Reason.STEP_IN_PROGRESS: Code.ABORTED,
     Reason.STEP_TAKEN_OVER: Code.ABORTED,
     Reason.REPLY_GONE: Code.FAILED_PRECONDITION,
+    Reason.STATE_REPLACED: Code.ABORTED,
+    Reason.CHECKPOINT_NOT_FOUND: Code.NOT_FOUND,
+    Reason.CHECKPOINT_EXISTS: Code.ALREADY_EXISTS,
+    Reason.CHECKPOINT_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.CHECKPOINT_DAMAGED: Code.DATA_LOSS,
     Reason.NOT_OPEN: Code.FAILED_PRECONDITION,
     Reason.ALREADY_OPEN: Code.FAILED_PRECONDITION,
     Reason.NO_STEP: Code.FAILED_PRECONDITION,
@@ -151,3 +161,16 @@ def fields_called(names: Mapping[str, str]) -> Iterator[None]:
     except OptserveError as error:
         error.field = names.get(error.field, error.field)
         raise
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the disk refuses in the with-block becomes NOT_DURABLE."""
+    try:
+        yield
+    except OSError as error:
+        raise OptserveError(
+            Reason.NOT_DURABLE,
+            f"The server's disk did not take the change, so it was not made: {error.strerror or error}. "
+            "Try again when it has room.",
+        ) from error

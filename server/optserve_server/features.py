@@ -10,6 +10,8 @@ AVAILABLE = frozenset(
         pb.FEATURE_UNARY_STEPS,
         pb.FEATURE_STREAMED_STEPS,
         pb.FEATURE_LIVE_UPDATES,
+        pb.FEATURE_CHECKPOINTS,
+        pb.FEATURE_STATE_TRANSFER,
     }
 )
 
@@ -17,12 +19,6 @@ UNAVAILABLE_METHODS = {
     "PullParameters": pb.FEATURE_HOSTED_MODE,
     "PushParameters": pb.FEATURE_HOSTED_MODE,
     "ReportWorker": pb.FEATURE_WORKERS,
-    "SaveCheckpoint": pb.FEATURE_CHECKPOINTS,
-    "ListCheckpoints": pb.FEATURE_CHECKPOINTS,
-    "RestoreCheckpoint": pb.FEATURE_CHECKPOINTS,
-    "DeleteCheckpoint": pb.FEATURE_CHECKPOINTS,
-    "ExportState": pb.FEATURE_STATE_TRANSFER,
-    "ImportState": pb.FEATURE_STATE_TRANSFER,
     "GetStatistics": pb.FEATURE_STATISTICS,
 }
 """Methods of the service that answer UNIMPLEMENTED, with the feature that they belong to."""

@@ -51,9 +51,9 @@ class StreamLimiter(grpc.ServerInterceptor):
         self._free = threading.BoundedSemaphore(max_streams)
 
     def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Wrap the method of one call; only those that take a stream occupy a thread for long."""
+        """Wrap the method of one call; only those that stream occupy a thread for long."""
         handler = continuation(handler_call_details)
-        if handler is None or not handler.request_streaming:
+        if handler is None or not (handler.request_streaming or handler.response_streaming):
             return handler
         return _wrap(handler, self._limited_unary, self._limited)
 

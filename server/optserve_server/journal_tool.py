@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from optserve_server import data_folder, snapshot
+from optserve_server import data_folder, recovery, snapshot
 from optserve_server.journal import CorruptionError, JournalError, Reader, cut_at
 
 app = typer.Typer(
@@ -29,10 +29,11 @@ errors = Console(stderr=True)
 Folder = Annotated[Path, typer.Argument(help="The data folder.", exists=True, file_okay=False)]
 
 _KINDS = {
-    data_folder.CREATED: "creations",
-    data_folder.UPDATED: "updates",
-    data_folder.DELETED: "deletions",
-    data_folder.STEPPED: "steps",
+    recovery.CREATED: "creations",
+    recovery.UPDATED: "updates",
+    recovery.DELETED: "deletions",
+    recovery.STEPPED: "steps",
+    recovery.REPLACED: "replaced states",
 }
 
 

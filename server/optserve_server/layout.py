@@ -13,6 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from optserve_server.errors import OptserveError, Reason
+
 FLOAT32 = np.dtype("<f4")
 FLOAT64 = np.dtype("<f8")
 STATE_DTYPES = (FLOAT64, FLOAT32)
@@ -141,3 +143,50 @@ class Payload:
         # Of the tensors that begin at one position all but the last are empty.
         ordinal = bisect_right(self.begins, position) - 1
         return self.tensors[ordinal], position - self.begins[ordinal]
+
+
+class Payloads:
+    """The payloads of one model's steps; those of all parameters are made once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._all = tuple(range(len(layout.parameters)))
+        self._whole: dict[np.dtype | None, Payload] = {}
+
+    def named(self, tensors: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensors as a step names them: none for all."""
+        return () if tensors == self._all else tensors
+
+    def of(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
+        """The payload of a step.
+
+        Args:
+            tensors: Indices of the parameters that take part; none for all.
+            wire: Dtype on the wire; None for each parameter's own.
+
+        Raises:
+            OptserveError: UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
+        """
+        if not self.named(tensors):
+            if wire not in self._whole:
+                self._whole[wire] = Payload(self._layout, self._all, wire)
+            return self._whole[wire]
+        seen: set[int] = set()
+        for index in tensors:
+            if index >= len(self._all):
+                raise OptserveError(
+                    Reason.UNKNOWN_PARAMETER,
+                    f"There is no parameter {index}; the model has {len(self._all)}.",
+                    field="tensors",
+                    parameter=index,
+                )
+            if index in seen:
+                name = self._layout.parameters[index].name
+                raise OptserveError(
+                    Reason.DUPLICATE_PARAMETER,
+                    f"Parameter {name!r} is listed twice in one step.",
+                    field="tensors",
+                    parameter=name,
+                )
+            seen.add(index)
+        return Payload(self._layout, tensors, wire)

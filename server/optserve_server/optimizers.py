@@ -7,13 +7,15 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import numpy as np
 
 from optserve_server.backends import Backend
 from optserve_server.config import ServerConfig
-from optserve_server.durability import CreationRecord, Durability
+from optserve_server.durability import CreationRecord, Durability, ReplacementRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import Rule
@@ -28,13 +30,19 @@ CREATION_WAIT_S = 60.0
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def _etag() -> str:
+def is_id(text: str) -> bool:
+    """Whether it can be an optimizer's id, or a checkpoint's tag; such a text is harmless as the name of a file."""
+    return _ID.fullmatch(text) is not None
+
+
+def _token() -> str:
+    """A new etag or lineage."""
     return uuid.uuid4().hex[:16]
 
 
 @dataclass
 class Optimizer:
-    """One optimizer: its settings, its state and its steps. `settings_lock` is held while settings change."""
+    """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
 
     id: str
     state: State
@@ -43,7 +51,8 @@ class Optimizer:
     etag: str
     create_time: datetime
     update_time: datetime
-    settings_lock: threading.Lock = field(default_factory=threading.Lock)
+    created_lsn: int = 0
+    replacement_request_id: str = ""
 
     @property
     def rule(self) -> Rule:
@@ -54,6 +63,11 @@ class Optimizer:
     def layout(self) -> Layout:
         """Its parameters."""
         return self.state.layout
+
+    def replaced(self, record: ReplacementRecord) -> None:
+        """Take over what a replacement of the state changes outside the steps."""
+        self.etag, self.update_time = record.etag, record.time
+        self.replacement_request_id = record.request_id
 
     def check_etag(self, etag: str) -> None:
         """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
@@ -94,7 +108,7 @@ class Optimizers:
             OptserveError: INVALID_FIELD, OPTIMIZER_EXISTS, MODEL_TOO_LARGE, SERVER_FULL or
                 HYPERPARAMETER_OUT_OF_RANGE.
         """
-        if not _ID.fullmatch(optimizer_id):
+        if not is_id(optimizer_id):
             raise OptserveError(
                 Reason.INVALID_FIELD,
                 f"{optimizer_id!r} is no optimizer id: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
@@ -139,21 +153,22 @@ class Optimizers:
         return optimizer
 
     def _make(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str) -> Optimizer:
-        record = CreationRecord(optimizer_id, layout, rule, _etag(), request_id, datetime.now(UTC))
+        record = CreationRecord(optimizer_id, layout, rule, _token(), _token(), request_id, datetime.now(UTC))
         optimizer = self._build(record)
-        optimizer.steps.lsn = self._durability.created(record)
+        optimizer.steps.lsn = optimizer.created_lsn = self._durability.created(record)
         return optimizer
 
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.rule, self.backend)
-        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s)
+        steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s)
         return Optimizer(
             record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
         )
 
-    def adopt(self, record: CreationRecord) -> Optimizer:
+    def adopt(self, record: CreationRecord, created_lsn: int) -> Optimizer:
         """Bring an optimizer back that existed before; nobody is told of it."""
         optimizer = self._build(record)
+        optimizer.steps.lsn = optimizer.created_lsn = created_lsn
         with self._lock:
             self._by_id[record.optimizer] = optimizer
         return optimizer
@@ -195,18 +210,51 @@ class Optimizers:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
         """
         optimizer = self.get(optimizer_id)
-        with optimizer.settings_lock:
+        with optimizer.steps.held_still():
             optimizer.check_etag(etag)
-            new_etag = _etag()
-            optimizer.steps.set_rule(change(optimizer.rule), new_etag)
-            optimizer.etag, optimizer.update_time = new_etag, datetime.now(UTC)
+            new_etag, now = _token(), datetime.now(UTC)
+            optimizer.steps.set_rule(change(optimizer.rule), new_etag, now)
+            optimizer.etag, optimizer.update_time = new_etag, now
         logger.info("updated %s: %s", optimizer_id, optimizer.rule)
         return optimizer
+
+    def replace(
+        self,
+        optimizer: Optimizer,
+        step: int,
+        rule: Rule | None,
+        arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
+        etag: str = "",
+        request_id: str = "",
+    ) -> None:
+        """Put another state in the place of an optimizer's own, once per request id.
+
+        Args:
+            optimizer: Whose layout the arrays have.
+            step: Its step counter from then on.
+            rule: Its method from then on, of the same kind; None for the present one.
+            arrays: (dtype, slot, arena) of every slot.
+            etag: The etag that the optimizer must have; empty to leave it unchecked.
+            request_id: Identifies the call for retries; may be empty.
+
+        Raises:
+            OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
+        """
+        with optimizer.steps.held_still():
+            if request_id and request_id == optimizer.replacement_request_id:
+                return
+            optimizer.check_etag(etag)
+            record = ReplacementRecord(
+                optimizer.id, step, rule or optimizer.rule, _token(), _token(), request_id, datetime.now(UTC), arrays
+            )  # fmt: skip
+            optimizer.steps.replace(record)
+            optimizer.replaced(record)
+        logger.info("replaced the state of %s: step %d", optimizer.id, step)
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:
         """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
         optimizer = self.get(optimizer_id)
-        with optimizer.settings_lock:
+        with optimizer.steps.held_still():
             optimizer.check_etag(etag)
             optimizer.steps.retire(_not_found(optimizer_id))
             with self._lock:

@@ -6,18 +6,19 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from optserve import wire
+from optserve.v1 import checkpoints_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
-from optserve.v1 import steps_pb2
-from optserve_server import convert, features
+from optserve_server import convert, features, transfer
 from optserve_server.admission import Admission
 from optserve_server.backends import Choice
+from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -26,14 +27,24 @@ from optserve_server.status import to_status
 from optserve_server.steps import Step
 from optserve_server.stream import StepStream, result
 
+_Frame = TypeVar("_Frame")
+
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
 
 class Servicer:
     """One method per call of the contract; `handlers` registers them."""
 
-    def __init__(self, optimizers: Optimizers, admission: Admission, choice: Choice, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        checkpoints: Checkpoints,
+        admission: Admission,
+        choice: Choice,
+        config: ServerConfig,
+    ) -> None:
         self._optimizers = optimizers
+        self._checkpoints = checkpoints
         self._admission = admission
         self._choice = choice
         self._config = config
@@ -70,9 +81,8 @@ class Servicer:
 
     def list_optimizers(self, request: pb.ListOptimizersRequest) -> pb.ListOptimizersResponse:
         """Read a page of optimizers."""
-        if request.page_size > 1000:
-            raise OptserveError(Reason.INVALID_FIELD, "page_size must be at most 1000.", field="page_size")
-        items, more = self._optimizers.page(request.page_size or 100, convert.last_id(request.page_token))
+        size = convert.page_size(request.page_size)
+        items, more = self._optimizers.page(size, convert.last_id(request.page_token))
         return pb.ListOptimizersResponse(
             optimizers=[convert.optimizer(item, with_parameters=False) for item in items],
             next_page_token=convert.page_token(items[-1].id) if more else "",
@@ -131,7 +141,7 @@ class Servicer:
         expected = request.expected_step if request.HasField("expected_step") else None
         with self._admission.step():
             with fields_called({"tensors": "gradients"}):
-                step = item.steps.begin(request.request_id, expected, tensors)
+                step = item.steps.begin(request.request_id, expected, tensors, lineage=request.lineage)
             try:
                 for position, gradient in enumerate(request.gradients):
                     path = f"gradients[{position}]"
@@ -149,16 +159,64 @@ class Servicer:
         try:
             # A half-close ends the loop and commits nothing.
             for raw in requests:
-                yield from stream.handle(_decode(raw))
+                yield from stream.handle(_decode(wire.decode_request, raw))
         finally:
             stream.close()
+
+    def save_checkpoint(self, request: checkpoints_pb2.SaveCheckpointRequest) -> checkpoints_pb2.SaveCheckpointResponse:
+        """Take a checkpoint."""
+        saved = self._checkpoints.save(
+            convert.optimizer_id(request.parent, "parent"),
+            request.tag,
+            overwrite=request.overwrite,
+            request_id=request.request_id,
+        )
+        return checkpoints_pb2.SaveCheckpointResponse(checkpoint=convert.checkpoint(saved))
+
+    def list_checkpoints(
+        self, request: checkpoints_pb2.ListCheckpointsRequest
+    ) -> checkpoints_pb2.ListCheckpointsResponse:
+        """Read a page of checkpoints."""
+        items, more = self._checkpoints.page(
+            convert.optimizer_id(request.parent, "parent"),
+            convert.page_size(request.page_size),
+            convert.last_id(request.page_token),
+        )
+        return checkpoints_pb2.ListCheckpointsResponse(
+            checkpoints=[convert.checkpoint(item) for item in items],
+            next_page_token=convert.page_token(items[-1].place) if more else "",
+        )
+
+    def restore_checkpoint(
+        self, request: checkpoints_pb2.RestoreCheckpointRequest
+    ) -> checkpoints_pb2.RestoreCheckpointResponse:
+        """Roll an optimizer back."""
+        optimizer_id, tag = convert.checkpoint_id(request.name)
+        item = self._checkpoints.restore(optimizer_id, tag, etag=request.etag, request_id=request.request_id)
+        return checkpoints_pb2.RestoreCheckpointResponse(optimizer=convert.optimizer(item))
+
+    def delete_checkpoint(
+        self, request: checkpoints_pb2.DeleteCheckpointRequest
+    ) -> checkpoints_pb2.DeleteCheckpointResponse:
+        """Delete a checkpoint."""
+        self._checkpoints.delete(*convert.checkpoint_id(request.name))
+        return checkpoints_pb2.DeleteCheckpointResponse()
+
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[transfer.ExportFrame]:
+        """Send an optimizer's whole state."""
+        return transfer.export_frames(self._checkpoints, self._find(request.name), self._config.preferred_chunk_bytes)
+
+    def import_state(self, requests: Iterator[transfer.ImportFrame]) -> checkpoints_pb2.ImportStateResponse:
+        """Replace an optimizer's whole state."""
+        item = transfer.import_state(self._optimizers, self._checkpoints, requests)
+        return checkpoints_pb2.ImportStateResponse(optimizer=convert.optimizer(item))
 
     def _find(self, name: str, field: str = "name") -> Optimizer:
         return self._optimizers.get(convert.optimizer_id(name, field))
 
 
 def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
-    """The servicer's methods as gRPC wants them. StreamSteps passes raw bytes in and frames out."""
+    """The servicer's methods as gRPC wants them. Those that stream tensors pass raw bytes in, or frames out."""
 
     def unary(method: str) -> grpc.RpcMethodHandler:
         descriptor = SERVICE.methods_by_name[method]
@@ -181,7 +239,17 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
     methods = {
         "StreamSteps": grpc.stream_stream_rpc_method_handler(
             lambda requests, _context: servicer.stream_steps(requests), None, wire.encode
-        )
+        ),
+        "ExportState": grpc.unary_stream_rpc_method_handler(
+            lambda request, _context: servicer.export_state(request),
+            checkpoints_pb2.ExportStateRequest.FromString,
+            wire.encode,
+        ),
+        "ImportState": grpc.stream_unary_rpc_method_handler(
+            lambda requests, _context: servicer.import_state(_decode(transfer.decode_import, raw) for raw in requests),
+            None,
+            checkpoints_pb2.ImportStateResponse.SerializeToString,
+        ),
     }
     for method in SERVICE.methods_by_name:
         if method not in methods:
@@ -193,11 +261,11 @@ def _snake(method: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
 
 
-def _decode(raw: bytes) -> wire.RequestFrame:
+def _decode(decode: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
     try:
-        return wire.decode_request(raw)
+        return decode(raw)
     except DecodeError as error:
-        raise OptserveError(Reason.INVALID_FIELD, "The message is not a StreamStepsRequest.") from error
+        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
 
 
 def _tensor_index(item: Optimizer, name: str, position: int) -> int:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,18 +23,27 @@ from typing import Any
 
 import numpy as np
 
+from optserve_server.errors import OptserveError, Reason
 from optserve_server.journal import JournalError, sync_folder
-from optserve_server.layout import STATE_DTYPES, Layout, Parameter
+from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer
-from optserve_server.rules import RULES, Rule
+from optserve_server.rules import Rule
 from optserve_server.state import State
+from optserve_server.state_file import (
+    Plan,
+    dtype_of,
+    layout_from,
+    layout_message,
+    rule_from,
+    rule_message,
+    write_all,
+)
 
 FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
 """Bytes of one arena per piece: small enough that a step hardly waits for its copy."""
 
 _SYNC_EVERY_BYTES = 8 << 20
-_SAFETENSORS_DTYPES = {"float32": "F32", "float64": "F64"}
 
 
 @dataclass(frozen=True)
@@ -58,130 +67,111 @@ class Piece:
     checksums: list[int]
 
 
-def rule_message(rule: Rule) -> dict[str, Any]:
-    """A rule as JSON."""
-    return {"name": rule.name, **asdict(rule)}
-
-
-def rule_from(message: dict[str, Any]) -> Rule:
-    """The reverse of `rule_message`."""
-    values = dict(message)
-    return RULES[values.pop("name")](**values)
-
-
-def layout_message(layout: Layout) -> list[list[Any]]:
-    """A layout as JSON."""
-    return [[item.name, list(item.shape), item.dtype.name] for item in layout.parameters]
-
-
-def layout_from(message: list[list[Any]]) -> Layout:
-    """The reverse of `layout_message`."""
-    return Layout(tuple(Parameter(name, tuple(shape), _dtype(dtype)) for name, shape, dtype in message))
-
-
-def _dtype(name: str) -> np.dtype:
-    return next(dtype for dtype in STATE_DTYPES if dtype.name == name)
-
-
-class _File:
-    """One optimizer's file: where each stretch of each array is."""
-
-    def __init__(self, layout: Layout, slots: tuple[str, ...]) -> None:
-        header: dict[str, Any] = {}
-        self._arrays: dict[tuple[str, int], int] = {}
-        offset = 0
-        for position, array in enumerate((*slots, "update")):
-            for dtype in STATE_DTYPES:
-                self._arrays[dtype.name, position] = offset
-                for parameter in layout.parameters:
-                    if parameter.dtype == dtype:
-                        end = offset + parameter.size * dtype.itemsize
-                        header[f"{parameter.name}.{array}"] = {
-                            "dtype": _SAFETENSORS_DTYPES[dtype.name],
-                            "shape": list(parameter.shape),
-                            "data_offsets": [offset, end],
-                        }
-                        offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self.header = struct.pack("<Q", len(text)) + text
-
-    def offset(self, dtype: str, array: int, start: int) -> int:
-        """Byte of an element of an arena's array."""
-        return len(self.header) + self._arrays[dtype, array] + start * np.dtype(dtype).itemsize
-
-
-def write(folder: Path, lsn: int, optimizers: list[Optimizer]) -> Path:
+def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = False) -> Path:
     """Write a snapshot of all optimizers, whole or not at all.
 
     Args:
         folder: Where snapshots are.
         lsn: Everything up to it is contained; some pieces contain more.
-        optimizers: Whose steps may go on meanwhile.
+        optimizers: To be written.
+        still: Hold each optimizer still while it is written, so that its pieces are all of one step. Otherwise its
+            steps go on meanwhile, and only a journal makes one state of it.
 
     Returns:
         Its folder, which is durable.
+
+    Raises:
+        OptserveError: STATE_LOST: a device has failed, and there is nothing to be written of an optimizer.
     """
     temporary = folder / f"snapshot-{lsn:020d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     described = [
-        _write_optimizer(temporary / f"{position:04d}.safetensors", item) for position, item in enumerate(optimizers)
+        _write_optimizer(temporary / f"{position:04d}.safetensors", item, still=still)
+        for position, item in enumerate(optimizers)
     ]
-    body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": [item for item in described if item]})
+    present = [item for item in described if item]
+    if still:
+        # Without a journal, numbers go on behind the highest that is known.
+        lsn = max([lsn, *(item["lsn"] for item in present)])
+    body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": present})
     manifest = temporary / "manifest.json"
     with manifest.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"checksum": zlib.crc32(body.encode()), "body": body}))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
-    final = temporary.with_suffix("")
+    final = folder / f"snapshot-{lsn:020d}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     sync_folder(folder)
     return final
 
 
-def _write_optimizer(path: Path, item: Optimizer) -> dict[str, Any] | None:
+def _write_optimizer(path: Path, item: Optimizer, *, still: bool) -> dict[str, Any] | None:
     """Write one optimizer's file; None if it was deleted meanwhile."""
-    file = _File(item.layout, item.rule.slots)
-    with item.settings_lock, item.steps.held_still():
-        if item.steps.retired:
-            return None
+    with path.open("wb") as target:
+        with item.steps.held_still() if still else nullcontext():
+            described = _describe(item, path.name)
+            if described is None:
+                return None
+            pieces = _write_pieces(target.fileno(), item, sync=not still)
+        os.fsync(target.fileno())
+    return described | {"pieces": [asdict(piece) for piece in pieces]}
+
+
+def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
+    """All of an optimizer but its arrays; None if it has been deleted.
+
+    Raises:
+        OptserveError: STATE_LOST. A snapshot without it would take the place of the journal that can bring it back.
+    """
+    with item.steps.held_still():
+        try:
+            item.steps.check_usable()
+        except OptserveError as error:
+            if error.reason is Reason.OPTIMIZER_NOT_FOUND:
+                return None
+            raise
         retained = item.steps.retained
-        described = {
+        return {
             "id": item.id,
-            "file": path.name,
+            "file": file,
             "rule": rule_message(item.rule),
             "parameters": layout_message(item.layout),
             "etag": item.etag,
+            "lineage": item.steps.lineage,
+            "created_lsn": item.created_lsn,
             "creation_request_id": item.creation_request_id,
+            "replacement_request_id": item.replacement_request_id,
             "create_time": item.create_time.isoformat(),
             "update_time": item.update_time.isoformat(),
             "step": item.steps.step,
             "lsn": item.steps.lsn,
             "retained": asdict(retained) if retained else None,
         }
+
+
+def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece]:
+    """Write the arrays, a stretch at a time; sync now and then if `sync`."""
+    plan = Plan(item.layout, (*item.rule.slots, "update"))
+    write_all(descriptor, plan.head, 0)
     pieces: list[Piece] = []
     unsynced = 0
-    with path.open("wb") as target:
-        descriptor = target.fileno()
-        os.pwrite(descriptor, file.header, 0)
-        for dtype, start, stop in _stretches(item.layout):
-            with item.steps.held_still() as state:
-                parts = state.capture(dtype, start, stop)
-                number = item.steps.lsn
-                intact = item.steps.retained is not None and item.steps.retained.intact
-            for array, part in enumerate(parts):
-                os.pwrite(descriptor, part, file.offset(dtype.name, array, start))
-            pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))
-            unsynced += sum(len(part) for part in parts)
-            if unsynced > _SYNC_EVERY_BYTES:
-                # In small portions, so that the journal's own syncs do not queue behind one large one.
-                os.fdatasync(descriptor)
-                unsynced = 0
-        os.fsync(descriptor)
-    return described | {"pieces": [asdict(piece) for piece in pieces]}
+    for dtype, start, stop in _stretches(item.layout):
+        with item.steps.held_still() as state:
+            parts = state.capture(dtype, start, stop)
+            number = item.steps.lsn
+            intact = item.steps.retained is not None and item.steps.retained.intact
+        for array, part in enumerate(parts):
+            write_all(descriptor, part, plan.offset(dtype, array, start))
+        pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))
+        unsynced += sum(len(part) for part in parts)
+        if sync and unsynced > _SYNC_EVERY_BYTES:
+            # In small portions, so that the journal's own syncs do not queue behind one large one.
+            os.fdatasync(descriptor)
+            unsynced = 0
+    return pieces
 
 
 def _stretches(layout: Layout) -> Iterator[tuple[np.dtype, int, int]]:
@@ -220,7 +210,7 @@ class Saved:
             JournalError: The file is damaged.
         """
         for piece, parts in self._read():
-            state.restore(_dtype(piece.dtype), piece.start, piece.stop, parts)
+            state.restore(dtype_of(piece.dtype), piece.start, piece.stop, parts)
 
     def verify(self) -> None:
         """Read all pieces, or raise JournalError."""
@@ -229,12 +219,13 @@ class Saved:
 
     def _read(self) -> Iterator[tuple[Piece, list[bytes]]]:
         layout, slots = self.layout, self.rule.slots
-        file = _File(layout, slots)
+        plan = Plan(layout, (*slots, "update"))
         with self.path.open("rb") as source:
             for piece in self.pieces:
-                size = (piece.stop - piece.start) * np.dtype(piece.dtype).itemsize
+                dtype = dtype_of(piece.dtype)
+                size = (piece.stop - piece.start) * dtype.itemsize
                 parts = [
-                    os.pread(source.fileno(), size, file.offset(piece.dtype, array, piece.start))
+                    os.pread(source.fileno(), size, plan.offset(dtype, array, piece.start))
                     for array in range(len(slots) + 1)
                 ]
                 if [zlib.crc32(part) for part in parts] != piece.checksums or any(len(part) != size for part in parts):

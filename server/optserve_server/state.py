@@ -95,15 +95,23 @@ class State:
             slots = [slot[part] for slot in self.slots[run.dtype]]
             kernel(self.staged[run.dtype][part], slots, self._scalars[run.dtype])
 
+    def read(self, dtype: np.dtype, slot: int, start: int, stop: int) -> np.ndarray:
+        """A stretch of one arena of one slot, in host memory; to be used while nothing changes."""
+        return np.ascontiguousarray(self._backend.to_host(self.slots[dtype][slot][start:stop]))
+
+    def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
+        """The reverse of `read`."""
+        self._backend.fill(self.slots[dtype][slot][start : start + values.size], values)
+
     def capture(self, dtype: np.dtype, start: int, stop: int) -> list[bytes]:
         """Copies of a stretch of one arena: of each slot, and of the staging buffer last."""
-        parts = [np.asarray(self._backend.to_host(slot[start:stop])) for slot in self.slots[dtype]]
+        parts = [self.read(dtype, slot, start, stop) for slot in range(len(self.slots[dtype]))]
         return [part.tobytes() for part in (*parts, self.staged[dtype][start:stop])]
 
     def restore(self, dtype: np.dtype, start: int, stop: int, parts: Sequence[Buffer]) -> None:
         """The reverse of `capture`."""
-        for slot, part in zip(self.slots[dtype], parts[:-1], strict=True):
-            self._backend.fill(slot[start:stop], np.frombuffer(part, dtype))
+        for slot, part in enumerate(parts[:-1]):
+            self.write(dtype, slot, start, np.frombuffer(part, dtype, stop - start))
         self.staged[dtype][start:stop] = np.frombuffer(parts[-1], dtype)
 
     def slot(self, tensor: int, slot: int) -> np.ndarray:

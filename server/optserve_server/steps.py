@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
-from optserve_server.durability import Durability, StepRecord
+from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Payload, Run
+from optserve_server.layout import Payload, Payloads, Run
 from optserve_server.rules import Rule
 from optserve_server.state import State
 
@@ -65,10 +66,13 @@ class Steps:
         name: The optimizer's, for messages and records.
         state: Its arrays.
         durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
+        lineage: Says which state this is; changes when it is replaced.
         idle_step_s: After so many seconds without a move, a step gives way to another.
     """
 
-    def __init__(self, name: str, state: State, durability: Durability, idle_step_s: float = 60.0) -> None:
+    def __init__(
+        self, name: str, state: State, durability: Durability, lineage: str = "", idle_step_s: float = 60.0
+    ) -> None:
         self._name = name
         self._state = state
         self._durability = durability
@@ -76,11 +80,11 @@ class Steps:
         self._lock = threading.RLock()
         self._holder: Step | None = None
         self._fatal: OptserveError | None = None
-        self._whole = tuple(range(len(state.layout.parameters)))
-        self._payloads: dict[np.dtype | None, Payload] = {}
+        self._payloads = Payloads(state.layout)
         self.retained: Retained | None = None
         self.step = 0
         self.lsn = 0
+        self.lineage = lineage
 
     @property
     def last_request_id(self) -> str:
@@ -91,12 +95,12 @@ class Steps:
     def last_tensors(self) -> tuple[int, ...]:
         """Parameters that took part in the last applied step; none for all."""
         tensors = self.retained.tensors if self.retained else ()
-        return () if tensors == self._whole else tensors
+        return self._payloads.named(tensors)
 
-    def last(self) -> tuple[int, str, tuple[int, ...]]:
-        """(step, request id, parameters) of the last applied step; waits for one that is being applied."""
+    def last(self) -> tuple[int, str, tuple[int, ...], str]:
+        """(step, request id, parameters) of the last applied step, and the lineage; waits for one being applied."""
         with self._lock:
-            return self.step, self.last_request_id, self.last_tensors
+            return self.step, self.last_request_id, self.last_tensors, self.lineage
 
     def begin(
         self,
@@ -104,6 +108,7 @@ class Steps:
         expected_step: int | None = None,
         tensors: tuple[int, ...] = (),
         wire: np.dtype | None = None,
+        lineage: str = "",
     ) -> Step:
         """Start a step and hold the staging buffer for it.
 
@@ -112,15 +117,23 @@ class Steps:
             expected_step: The step that the client believes is next; None to leave it unchecked.
             tensors: Parameters that take part; none for all.
             wire: Dtype of the payload; None for each parameter's own.
+            lineage: The state that the client knows; empty to leave it unchecked.
 
         Raises:
-            OptserveError: STEP_IN_PROGRESS, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER,
-                STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+            OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
+                DUPLICATE_PARAMETER, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
         check_request_id(request_id)
         with self._lock:
-            if self._fatal:
-                raise self._fatal.again()
+            self.check_usable()
+            if lineage and lineage != self.lineage:
+                raise OptserveError(
+                    Reason.STATE_REPLACED,
+                    f"The state of {self._name} has been replaced, by a restore or an import, since this client last "
+                    f"looked; it is at step {self.step}.",
+                    lineage=self.lineage,
+                    current_step=self.step,
+                )
             # The last step, if this request is that one once more.
             repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
@@ -139,23 +152,46 @@ class Steps:
                     current_step=self.step,
                     expected_step=expected_step,
                 )
-            payload = self._payload(repeated.tensors if repeated else tensors, wire)
+            payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
             self._holder = Step(self, request_id, payload, replay=repeated is not None)
             return self._holder
 
-    def set_rule(self, rule: Rule, etag: str) -> None:
+    def set_rule(self, rule: Rule, etag: str, time: datetime) -> None:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
-            if self._fatal:
+            self.check_usable()
+            with self._ruled_by(rule):
+                self.lsn = self._durability.updated(self._name, rule, etag, time)
+
+    @contextmanager
+    def _ruled_by(self, rule: Rule) -> Iterator[None]:
+        """Take other hyper-parameters, if they are good and the block succeeds."""
+        rule_before = self._state.rule
+        self._state.set_rule(rule)
+        try:
+            yield
+        except Exception:
+            self._state.set_rule(rule_before)
+            raise
+
+    def replace(self, record: ReplacementRecord) -> None:
+        """Put another state in the place of this one. That also mends a state that a device has lost.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+        """
+        with self._lock:
+            if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
                 raise self._fatal.again()
-            rule_before = self._state.rule
-            self._state.set_rule(rule)
-            try:
-                self.lsn = self._durability.updated(self._name, rule, etag)
-            except Exception:
-                self._state.set_rule(rule_before)
-                raise
+            if self._holder:
+                self._evict_if_idle(self._holder)
+            with self._ruled_by(record.rule):
+                self.lsn = self._durability.replaced(record)
+            for dtype, slot, values in record.arrays:
+                self._state.write(dtype, slot, 0, values)
+            self.step, self.lineage = record.step, record.lineage
+            self.retained = self._fatal = None
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -182,41 +218,16 @@ class Steps:
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
         self._holder = None
 
-    @property
-    def retired(self) -> bool:
-        """Whether it takes no steps any more: deleted, or lost."""
-        return self._fatal is not None
+    def check_usable(self) -> None:
+        """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
+        if self._fatal:
+            raise self._fatal.again()
 
     @contextmanager
     def held_still(self) -> Iterator[State]:
         """Keep everything as it is for the length of a with-block, to look at or to restore the state."""
         with self._lock:
             yield self._state
-
-    def _payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
-        if not tensors or tensors == self._whole:
-            if wire not in self._payloads:
-                self._payloads[wire] = Payload(self._state.layout, self._whole, wire)
-            return self._payloads[wire]
-        seen: set[int] = set()
-        for index in tensors:
-            if index >= len(self._whole):
-                raise OptserveError(
-                    Reason.UNKNOWN_PARAMETER,
-                    f"There is no parameter {index}; {self._name} has {len(self._whole)}.",
-                    field="tensors",
-                    parameter=index,
-                )
-            if index in seen:
-                name = self._state.layout.parameters[index].name
-                raise OptserveError(
-                    Reason.DUPLICATE_PARAMETER,
-                    f"Parameter {name!r} is listed twice in one step.",
-                    field="tensors",
-                    parameter=name,
-                )
-            seen.add(index)
-        return Payload(self._state.layout, tensors, wire)
 
     # The rest is called by the step that holds the staging buffer.
 
@@ -287,7 +298,7 @@ class Steps:
 
     def _record(self, step: Step) -> StepRecord:
         gradients = [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
-        tensors = () if step.payload.tensors == self._whole else step.payload.tensors
+        tensors = self._payloads.named(step.payload.tensors)
         return StepRecord(self._name, self.step, step.request_id, tensors, gradients)
 
     def _apply(self, step: Step) -> None:

@@ -57,6 +57,7 @@ class StepStream:
         self._phase = _Phase.CLOSED
         self._optimizer: Optimizer
         self._wire: np.dtype | None = None
+        self._lineage = ""
         self._reply_chunk_bytes = config.preferred_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
@@ -113,13 +114,14 @@ class StepStream:
         self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
-        step, last_request_id, last_tensors = optimizer.steps.last()
+        step, last_request_id, last_tensors, self._lineage = optimizer.steps.last()
         return steps_pb2.Opened(
             step=step,
             last_request_id=last_request_id,
             last_tensors=last_tensors,
             limits=convert.limits(self._config),
             etag=optimizer.etag,
+            lineage=self._lineage,
         )
 
     def _begin(self, request: steps_pb2.Begin) -> None:
@@ -140,7 +142,9 @@ class StepStream:
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
-            self._step = self._optimizer.steps.begin(request.request_id, expected, tuple(request.tensors), self._wire)
+            self._step = self._optimizer.steps.begin(
+                request.request_id, expected, tuple(request.tensors), self._wire, self._lineage
+            )
         finally:
             if self._step is None:
                 self._admission.leave()

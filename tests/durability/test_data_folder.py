@@ -16,7 +16,7 @@ from optserve_server.data_folder import DataFolder
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
-from optserve_server.rules import Adadelta
+from optserve_server.rules import Adadelta, Momentum
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))
@@ -131,15 +131,18 @@ def test_a_reply_that_was_being_overwritten_during_a_snapshot_is_not_promised_af
 def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch):
     server = Server(tmp_path)
     step(server.create("a"), 0)
-    step(server.create("b"), 0)
+    old = server.create("b")
+    step(old, 0)
     real = snapshot._write_optimizer
 
-    def write(path, item):
+    def write(path, item, **options):
         if item.id == "a":
+            step(old, 1, (0, 1))
             server.optimizers.delete("b")
-            step(server.create("b"), 7)
+            smaller = Layout((Parameter("w", (3, 7), F4),))
+            server.optimizers.create("b", smaller, Momentum(), "creation")
             server.create("c")
-        return real(path, item)
+        return real(path, item, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "_write_optimizer", write)

@@ -24,6 +24,8 @@ F4, F8 = np.dtype("f4"), np.dtype("f8")
         (Momentum(rho=1.0), "momentum.rho"),
         (Adagrad(eps=-1e-10), "adagrad.eps"),
         (WindowedRms(rho=2.0), "windowed_rms.rho"),
+        (WindowedRms(eps=0.0), "windowed_rms.eps"),
+        (WindowedRms(outer_eps=-1e-9), "windowed_rms.outer_eps"),
     ],
     ids=str,
 )
@@ -35,7 +37,13 @@ def test_out_of_range(rule, field):
 
 
 @pytest.mark.parametrize(
-    ("rule", "word"), [(Adadelta(rho=1 - 1e-9), "1.0 in float32"), (Adadelta(eps=1e-60), "0.0 in float32")], ids=str
+    ("rule", "word"),
+    [
+        (Adadelta(rho=1 - 1e-9), "1.0 in float32"),
+        (Adadelta(eps=1e-60), "0.0 in float32"),
+        (WindowedRms(eps=1e-60), "both 0 in float32"),
+    ],
+    ids=str,
 )
 def test_out_of_range_once_rounded_to_the_dtype(rule, word):
     rule.check(F8)

@@ -14,7 +14,6 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import optserve
 from optserve.v1 import (
     algorithms_pb2,
-    checkpoints_pb2,
     optimizer_pb2,
     replicas_pb2,
     service_pb2,
@@ -51,12 +50,6 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
         ("PullParameters", replicas_pb2.PullParametersRequest()),
         ("PushParameters", iter([replicas_pb2.PushParametersRequest()])),
         ("ReportWorker", replicas_pb2.ReportWorkerRequest()),
-        ("SaveCheckpoint", checkpoints_pb2.SaveCheckpointRequest()),
-        ("ListCheckpoints", checkpoints_pb2.ListCheckpointsRequest()),
-        ("RestoreCheckpoint", checkpoints_pb2.RestoreCheckpointRequest()),
-        ("DeleteCheckpoint", checkpoints_pb2.DeleteCheckpointRequest()),
-        ("ExportState", checkpoints_pb2.ExportStateRequest()),
-        ("ImportState", iter([checkpoints_pb2.ImportStateRequest()])),
         ("GetStatistics", statistics_pb2.GetStatisticsRequest()),
     ],
 )
@@ -247,7 +240,7 @@ def test_a_server_whose_parent_dies_ends_too(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--durability", "sometimes"], "durability must be 'memory' or 'journal'"),
+        (["--durability", "sometimes"], "durability must be memory, snapshot or journal"),
         (["--durability", "journal"], "data_dir is needed by a journal"),
         (["--port", "70000"], "port must be 0 to 65535"),
         (["--config", "/nonexistent.toml"], "Cannot read the configuration"),

@@ -94,12 +94,15 @@ class Adagrad(Algorithm):
 
 @dataclass(frozen=True)
 class WindowedRms(Algorithm):
-    """A decaying window of squared gradients, equations 8 to 10: Δx = −η g / √(E[g²] + ε). Slot `square_avg`.
+    """A decaying window of squared gradients, equations 8 to 10: Δx = −η g / (√(E[g²] + ε) + ε_outer).
+
+    Slot `square_avg`. The paper has ε alone; with eps=0 and an outer_eps it is torch's RMSprop.
 
     Args:
         learning_rate: η, not negative.
         rho: Decay constant, in [0, 1).
-        eps: Conditioning constant inside the root, positive.
+        eps: Conditioning constant inside the root, not negative.
+        outer_eps: Conditioning constant outside the root, not negative; one of the two must be positive.
     """
 
     name = "windowed_rms"
@@ -107,6 +110,7 @@ class WindowedRms(Algorithm):
     learning_rate: float = 0.01
     rho: float = 0.9
     eps: float = 1e-6
+    outer_eps: float = 0.0
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (Adadelta, Sgd, Momentum, Adagrad, WindowedRms)}

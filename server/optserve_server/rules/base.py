@@ -38,6 +38,7 @@ class Rule:
     Attributes:
         name: The method's field in `optserve.v1.Algorithm`.
         slots: Names of the state tensors, all starting at 0.
+        signed_slots: Those that may be negative; the others are averages or sums of squares.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
         update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots.
             Plain arithmetic on whatever the backend passes: numbers in a compiled loop, arrays otherwise.
@@ -45,6 +46,7 @@ class Rule:
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]
+    signed_slots: ClassVar[tuple[str, ...]] = ()
     squares_gradient: ClassVar[bool]
     update: ClassVar[Callable[..., Any]]
 

@@ -18,6 +18,7 @@ class Momentum(Rule):
 
     name = "momentum"
     slots = ("momentum",)
+    signed_slots = ("momentum",)
     squares_gradient = False
 
     learning_rate: float = hyperparameter(0.01, "[0, inf)")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from optserve_server.errors import OptserveError, Reason
 from optserve_server.rules.base import Rule, hyperparameter
 
 
 @dataclass(frozen=True)
 class WindowedRms(Rule):
-    """E[g²] ← ρ E[g²] + (1−ρ) g²;  Δx = −η g / RMS[g],  RMS[g] = √(E[g²] + ε).
+    """E[g²] ← ρ E[g²] + (1−ρ) g²;  Δx = −η g / RMS[g],  RMS[g] = √(E[g²] + ε) + ε_outer.
 
-    torch.optim.RMSprop adds ε outside the root; the two agree as ε goes to 0.
+    The paper has ε alone. torch.optim.RMSprop has ε_outer alone, and is this rule with eps=0.
     """
 
     name = "windowed_rms"
@@ -21,16 +24,35 @@ class WindowedRms(Rule):
 
     learning_rate: float = hyperparameter(0.01, "[0, inf)")
     rho: float = hyperparameter(0.9, "[0, 1)")
-    eps: float = hyperparameter(1e-6, "(0, inf)")
+    eps: float = hyperparameter(1e-6, "[0, inf)")
+    outer_eps: float = hyperparameter(0.0, "[0, inf)")
+
+    def check(self, dtype: np.dtype) -> None:
+        """As for every rule; besides, one of the two constants must be positive."""
+        super().check(dtype)
+        if dtype.type(self.eps) == 0 and dtype.type(self.outer_eps) == 0:
+            raise OptserveError(
+                Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                f"{self.name}.eps is {self.eps!r} and outer_eps {self.outer_eps!r}, both 0 in {dtype.name}; one must "
+                "be positive.",
+                field=f"optimizer.algorithm.{self.name}.eps",
+            )
 
     def scalars(self) -> tuple[float, ...]:
-        """ρ, 1−ρ, ε, −η."""
-        return self.rho, 1.0 - self.rho, self.eps, -self.learning_rate
+        """ρ, 1−ρ, ε, ε_outer, −η."""
+        return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
 
     @staticmethod
     def update(
-        sqrt: Any, g: Any, square_avg: Any, rho: Any, one_minus_rho: Any, eps: Any, minus_learning_rate: Any
+        sqrt: Any,
+        g: Any,
+        square_avg: Any,
+        rho: Any,
+        one_minus_rho: Any,
+        eps: Any,
+        outer_eps: Any,
+        minus_learning_rate: Any,
     ) -> Any:
-        """Equations 8 to 10."""
+        """Equations 8 to 10; adding an ε of 0 changes no bit."""
         square_avg = rho * square_avg + one_minus_rho * (g * g)
-        return minus_learning_rate * g / sqrt(square_avg + eps), square_avg
+        return minus_learning_rate * g / (sqrt(square_avg + eps) + outer_eps), square_avg

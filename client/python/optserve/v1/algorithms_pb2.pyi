@@ -57,14 +57,16 @@ class Adagrad(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
 
 class WindowedRms(_message.Message):
-    __slots__ = ("learning_rate", "rho", "eps")
+    __slots__ = ("learning_rate", "rho", "eps", "outer_eps")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     RHO_FIELD_NUMBER: _ClassVar[int]
     EPS_FIELD_NUMBER: _ClassVar[int]
+    OUTER_EPS_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     rho: float
     eps: float
-    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
+    outer_eps: float
+    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ..., eps: _Optional[float] = ..., outer_eps: _Optional[float] = ...) -> None: ...
 
 class DiagonalHessian(_message.Message):
     __slots__ = ("mu", "learning_rate")

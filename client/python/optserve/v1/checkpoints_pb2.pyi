@@ -102,20 +102,22 @@ class ExportStateResponse(_message.Message):
     def __init__(self, optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateRequest(_message.Message):
-    __slots__ = ("name", "step", "etag", "chunk", "commit", "data")
+    __slots__ = ("name", "step", "etag", "chunk", "commit", "request_id", "data")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     step: int
     etag: str
     chunk: SlotChunk
     commit: _steps_pb2.Commit
+    request_id: str
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateResponse(_message.Message):
     __slots__ = ("optimizer",)

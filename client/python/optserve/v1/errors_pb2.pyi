@@ -29,6 +29,9 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_STEP_IN_PROGRESS: _ClassVar[ErrorReason]
     ERROR_REASON_STEP_TAKEN_OVER: _ClassVar[ErrorReason]
     ERROR_REASON_REPLY_GONE: _ClassVar[ErrorReason]
+    ERROR_REASON_STATE_REPLACED: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_CHECKPOINT_DAMAGED: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_ALREADY_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_NO_STEP: _ClassVar[ErrorReason]
@@ -66,6 +69,9 @@ ERROR_REASON_ETAG_MISMATCH: ErrorReason
 ERROR_REASON_STEP_IN_PROGRESS: ErrorReason
 ERROR_REASON_STEP_TAKEN_OVER: ErrorReason
 ERROR_REASON_REPLY_GONE: ErrorReason
+ERROR_REASON_STATE_REPLACED: ErrorReason
+ERROR_REASON_CHECKPOINT_MISMATCH: ErrorReason
+ERROR_REASON_CHECKPOINT_DAMAGED: ErrorReason
 ERROR_REASON_NOT_OPEN: ErrorReason
 ERROR_REASON_ALREADY_OPEN: ErrorReason
 ERROR_REASON_NO_STEP: ErrorReason

@@ -35,7 +35,7 @@ MODE_DELTA: Mode
 MODE_HOSTED: Mode
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots")
+    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots", "lineage")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Optimizer(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     algorithm: _algorithms_pb2.Algorithm
     parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
@@ -68,7 +69,8 @@ class Optimizer(_message.Message):
     backend: str
     memory_bytes: int
     slots: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ...) -> None: ...
+    lineage: str
+    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., lineage: _Optional[str] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "data_type")

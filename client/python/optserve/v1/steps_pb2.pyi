@@ -39,7 +39,7 @@ OPERAND_GRADIENT: Operand
 OPERAND_CURVATURE: Operand
 
 class ApplyGradientsRequest(_message.Message):
-    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step")
+    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class ApplyGradientsRequest(_message.Message):
     WORKER_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_STEP_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     expected_step: int
@@ -54,7 +55,8 @@ class ApplyGradientsRequest(_message.Message):
     worker: str
     reply: Reply
     parameters_step: int
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ...) -> None: ...
+    lineage: str
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ...) -> None: ...
 
 class ApplyGradientsResponse(_message.Message):
     __slots__ = ("result", "updates")
@@ -125,20 +127,22 @@ class Open(_message.Message):
     def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "shared_memory")
+    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "shared_memory")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     LAST_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     step: int
     last_request_id: str
     limits: ServerLimits
     etag: str
     last_tensors: _containers.RepeatedScalarFieldContainer[int]
+    lineage: str
     shared_memory: SharedMemory
-    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets")

@@ -1,0 +1,247 @@
+"""Named copies of an optimizer's state: taken, listed, restored and deleted; and its state on the way in or out.
+
+A checkpoint is of one step: its optimizer is held still while its slots are written to the system's file cache, and
+steps again while the disk takes them. Checkpoints outlive their optimizer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from optserve_server.checkpoint_store import Store
+from optserve_server.errors import OptserveError, Reason, disk_errors
+from optserve_server.optimizers import Optimizer, Optimizers, is_id
+from optserve_server.state_file import Description, StateFile, StateFileError
+from optserve_server.steps import check_request_id
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint without reading its arrays."""
+
+    optimizer: str
+    tag: str
+    step: int
+    size_bytes: int
+    create_time: datetime
+    request_id: str
+
+    @property
+    def place(self) -> str:
+        """Its place in lists: by age, then by tag."""
+        return f"{self.create_time.isoformat(timespec='microseconds')} {self.tag}"
+
+
+class Checkpoints:
+    """The checkpoints of one server. Safe to use from several threads.
+
+    Args:
+        optimizers: Whose states they are.
+        store: Where the files are.
+        max_checkpoints: Most of one optimizer.
+    """
+
+    def __init__(self, optimizers: Optimizers, store: Store, max_checkpoints: int) -> None:
+        self._optimizers = optimizers
+        self._store = store
+        self._max_checkpoints = max_checkpoints
+
+    def save(self, optimizer_id: str, tag: str, *, overwrite: bool = False, request_id: str = "") -> Checkpoint:
+        """Take a checkpoint, once per request id.
+
+        Raises:
+            OptserveError: OPTIMIZER_NOT_FOUND, INVALID_FIELD, CHECKPOINT_EXISTS, SERVER_FULL, STATE_LOST or
+                NOT_DURABLE.
+        """
+        check_tag(tag)
+        if request_id:
+            check_request_id(request_id)
+        optimizer = self._optimizers.get(optimizer_id)
+        tags = self._store.tags(optimizer_id)
+        if tag in tags:
+            if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
+                return existing
+            if not overwrite:
+                raise _exists(optimizer_id, tag)
+        elif len(tags) >= self._max_checkpoints:
+            raise OptserveError(
+                Reason.SERVER_FULL,
+                f"{optimizer_id!r} has {len(tags)} checkpoints, which is all that this server keeps; delete one.",
+                limit=self._max_checkpoints,
+            )
+        with disk_errors(), self.exported(optimizer, request_id) as file:
+            try:
+                self._store.keep(file.file, optimizer_id, tag, overwrite=overwrite)
+            except FileExistsError:
+                # Another call was quicker; it may have been the same one.
+                if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
+                    return existing
+                raise _exists(optimizer_id, tag) from None
+            saved = _checkpoint(tag, file)
+        logger.info("saved checkpoint %s of %s: step %d", tag, optimizer_id, saved.step)
+        return saved
+
+    def page(self, optimizer_id: str, size: int, after: str) -> tuple[list[Checkpoint], bool]:
+        """Up to `size` checkpoints, oldest first, from the place after `after` on; and whether more follow."""
+        found: list[Checkpoint] = []
+        for tag in self._store.tags(optimizer_id):
+            try:
+                found.append(self._read(optimizer_id, tag))
+            except OptserveError as error:
+                # Deleted just now, or damaged, which a restore would say; the others are to be had.
+                logger.warning("not listed: %s", error)
+        found.sort(key=lambda item: item.place)
+        rest = [item for item in found if item.place > after]
+        return rest[:size], len(rest) > size
+
+    def restore(self, optimizer_id: str, tag: str, *, etag: str = "", request_id: str = "") -> Optimizer:
+        """Roll an optimizer back to a checkpoint, hyper-parameters included, once per request id.
+
+        Raises:
+            OptserveError: OPTIMIZER_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_MISMATCH, CHECKPOINT_DAMAGED,
+                ETAG_MISMATCH, STEP_IN_PROGRESS or NOT_DURABLE. Nothing was changed.
+        """
+        check_tag(tag)
+        if request_id:
+            check_request_id(request_id)
+        optimizer = self._optimizers.get(optimizer_id)
+        with self._opened(optimizer_id, tag) as file:
+            description = file.description
+            _check_fit(optimizer, tag, description)
+            file.verify()
+            with file.mapped() as arrays:
+                self._optimizers.replace(optimizer, description.step, description.rule, arrays, etag, request_id)
+        logger.info("restored %s from checkpoint %s", optimizer_id, tag)
+        return optimizer
+
+    def delete(self, optimizer_id: str, tag: str) -> None:
+        """Delete a checkpoint, or raise CHECKPOINT_NOT_FOUND."""
+        check_tag(tag)
+        try:
+            self._store.remove(optimizer_id, tag)
+        except FileNotFoundError:
+            raise _not_found(optimizer_id, tag) from None
+        logger.info("deleted checkpoint %s of %s", tag, optimizer_id)
+
+    @contextmanager
+    def exported(self, optimizer: Optimizer, request_id: str = "") -> Iterator[StateFile]:
+        """An optimizer's state of this moment, in a temporary file, for the length of a with-block.
+
+        Raises:
+            OptserveError: NOT_DURABLE, STATE_LOST or OPTIMIZER_NOT_FOUND.
+        """
+        with closing(self._store.temporary()) as file:
+            with disk_errors(), optimizer.steps.held_still() as state:
+                optimizer.steps.check_usable()
+                description = Description(
+                    optimizer.id, optimizer.layout, optimizer.rule, optimizer.steps.step, datetime.now(UTC), request_id
+                )
+                exported = StateFile.create(file, description)
+                exported.fill(state)
+            yield exported
+
+    def staging(self, optimizer: Optimizer) -> StateFile:
+        """A temporary file for a state of the optimizer that is on its way in.
+
+        Raises:
+            OptserveError: NOT_DURABLE.
+        """
+        with disk_errors():
+            description = Description(optimizer.id, optimizer.layout, optimizer.rule, 0, datetime.now(UTC))
+            file = self._store.temporary()
+            try:
+                return StateFile.create(file, description)
+            except BaseException:
+                file.close()
+                raise
+
+    def put(self, optimizer: Optimizer, step: int, file: StateFile, etag: str = "", request_id: str = "") -> None:
+        """Put a state in the place of an optimizer's own; its hyper-parameters stay. See `Optimizers.replace`."""
+        with file.mapped() as arrays:
+            self._optimizers.replace(optimizer, step, None, arrays, etag, request_id)
+
+    def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
+        """The checkpoint, if that request has made it."""
+        try:
+            existing = self._read(optimizer_id, tag)
+        except OptserveError as error:
+            logger.warning("not looked at: %s", error)
+            return None
+        return existing if request_id and existing.request_id == request_id else None
+
+    def _read(self, optimizer_id: str, tag: str) -> Checkpoint:
+        with self._opened(optimizer_id, tag) as file:
+            return _checkpoint(tag, file)
+
+    @contextmanager
+    def _opened(self, optimizer_id: str, tag: str) -> Iterator[StateFile]:
+        try:
+            with self._store.open(optimizer_id, tag) as file:
+                yield StateFile.open(file)
+        except FileNotFoundError:
+            raise _not_found(optimizer_id, tag) from None
+        except StateFileError as error:
+            raise OptserveError(
+                Reason.CHECKPOINT_DAMAGED,
+                f"The checkpoint {tag!r} of {optimizer_id!r} cannot be read: {error}.",
+                checkpoint=tag,
+            ) from error
+
+
+def check_tag(tag: str) -> None:
+    """Raise INVALID_FIELD unless it can be a tag."""
+    if not is_id(tag):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"{tag[:100]!r} is no tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.",
+            field="tag",
+        )
+
+
+def _checkpoint(tag: str, file: StateFile) -> Checkpoint:
+    of = file.description
+    return Checkpoint(of.optimizer, tag, of.step, file.size_bytes, of.create_time, of.request_id)
+
+
+def _check_fit(optimizer: Optimizer, tag: str, of: Description) -> None:
+    """Raise CHECKPOINT_MISMATCH unless the checkpoint has the optimizer's method and parameters."""
+    difference = ""
+    if of.rule.name != optimizer.rule.name:
+        difference = f"of {of.rule.name}, not of {optimizer.rule.name}"
+    elif of.layout.parameters != optimizer.layout.parameters:
+        pairs = zip(of.layout.parameters, optimizer.layout.parameters, strict=False)
+        kept, own = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
+        difference = f"of {len(of.layout.parameters)} parameters, not of {len(optimizer.layout.parameters)}"
+        if kept and own:
+            difference = (
+                f"of other parameters: {kept.name!r} {list(kept.shape)} {kept.dtype.name}, not "
+                f"{own.name!r} {list(own.shape)} {own.dtype.name}"
+            )
+    if difference:
+        raise OptserveError(
+            Reason.CHECKPOINT_MISMATCH, f"The checkpoint {tag!r} of {optimizer.id!r} is {difference}.", checkpoint=tag
+        )
+
+
+def _exists(optimizer_id: str, tag: str) -> OptserveError:
+    return OptserveError(
+        Reason.CHECKPOINT_EXISTS,
+        f"There is a checkpoint {tag!r} of {optimizer_id!r} already; overwrite it, delete it or choose another tag.",
+        field="tag",
+        checkpoint=tag,
+    )
+
+
+def _not_found(optimizer_id: str, tag: str) -> OptserveError:
+    return OptserveError(
+        Reason.CHECKPOINT_NOT_FOUND,
+        f"There is no checkpoint {tag!r} of {optimizer_id!r}.",
+        field="name",
+        checkpoint=tag,
+    )

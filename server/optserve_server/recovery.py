@@ -1,0 +1,184 @@
+"""What the journal says of optimizers, and how they are brought back from it and from a snapshot.
+
+Each change has a message that is written before it is made, and is made once more here after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from optserve_server import snapshot
+from optserve_server.durability import CreationRecord, ReplacementRecord, StepRecord
+from optserve_server.journal import Record
+from optserve_server.layout import Layout, Payload, Run
+from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.rules import Rule
+from optserve_server.state_file import Plan, layout_from, layout_message, rule_from, rule_message
+from optserve_server.steps import Retained
+
+CREATED, UPDATED, DELETED, STEPPED, REPLACED = 1, 2, 3, 4, 5
+"""Record types of the journal."""
+
+
+def creation(record: CreationRecord) -> dict[str, Any]:
+    """The message of a creation."""
+    return {
+        "optimizer": record.optimizer,
+        "rule": rule_message(record.rule),
+        "parameters": layout_message(record.layout),
+        "etag": record.etag,
+        "lineage": record.lineage,
+        "request_id": record.request_id,
+        "time": record.create_time.isoformat(),
+    }
+
+
+def update(optimizer: str, rule: Rule, etag: str, time: datetime) -> dict[str, Any]:
+    """The message of a change of hyper-parameters."""
+    return {"optimizer": optimizer, "rule": rule_message(rule), "etag": etag, "time": time.isoformat()}
+
+
+def step(record: StepRecord) -> dict[str, Any]:
+    """The message of a step; the gradients are its payload."""
+    return {
+        "optimizer": record.optimizer,
+        "step": record.step,
+        "request_id": record.request_id,
+        "tensors": record.tensors,
+    }
+
+
+def replacement(record: ReplacementRecord) -> dict[str, Any]:
+    """The message of a replaced state; all slots are its payload."""
+    return {
+        "optimizer": record.optimizer,
+        "step": record.step,
+        "rule": rule_message(record.rule),
+        "etag": record.etag,
+        "lineage": record.lineage,
+        "request_id": record.request_id,
+        "time": record.time.isoformat(),
+    }
+
+
+class Replay:
+    """Brings optimizers forward, record by record; pieces of a snapshot each from their own number on."""
+
+    def __init__(self, optimizers: Optimizers) -> None:
+        self._optimizers = optimizers
+        self._pieces: dict[str, list[snapshot.Piece]] = {}
+        self._newest_piece: dict[str, int] = {}
+        self._last_step: dict[str, int] = {}
+
+    def load(self, saved: snapshot.Saved) -> None:
+        """Bring an optimizer of the snapshot back."""
+        settings = saved.settings
+        record = CreationRecord(
+            settings["id"], saved.layout, saved.rule, settings["etag"], settings["lineage"],
+            settings["creation_request_id"], saved.time("create_time"),
+        )  # fmt: skip
+        item = self._optimizers.adopt(record, settings["created_lsn"])
+        item.update_time = saved.time("update_time")
+        item.replacement_request_id = settings["replacement_request_id"]
+        item.steps.step, item.steps.lsn = settings["step"], settings["lsn"]
+        if settings["retained"]:
+            retained = settings["retained"]
+            item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
+        with item.steps.held_still() as state:
+            saved.load(state)
+        self._pieces[item.id] = saved.pieces
+        self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
+
+    def redo(self, record: Record) -> None:
+        """Make a change of the journal once more, as far as it is not contained in what was loaded."""
+        message = json.loads(record.meta)
+        name = message["optimizer"]
+        item = self._optimizers.find(name)
+        if item is not None and record.lsn <= item.created_lsn:
+            # Of one that bore the name before.
+            return
+        known = item is not None and record.lsn <= item.steps.lsn
+        if record.type == CREATED and not known:
+            self._create(message, record.lsn)
+        elif record.type == STEPPED and item is not None:
+            self._step(item, message, record)
+        elif record.type == REPLACED and item is not None:
+            self._replace(item, message, record)
+        elif record.type == UPDATED and item is not None and not known:
+            item.state.set_rule(rule_from(message["rule"]))
+            item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
+            item.steps.lsn = record.lsn
+        elif record.type == DELETED and not known:
+            self._optimizers.forget(name)
+            self._pieces.pop(name, None)
+            self._newest_piece.pop(name, None)
+
+    def _create(self, message: dict[str, Any], lsn: int) -> None:
+        created = CreationRecord(
+            message["optimizer"], layout_from(message["parameters"]), rule_from(message["rule"]), message["etag"],
+            message["lineage"], message["request_id"], datetime.fromisoformat(message["time"]),
+        )  # fmt: skip
+        self._optimizers.adopt(created, lsn)
+
+    def _step(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
+        tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
+        payload = Payload(item.layout, tensors)
+        with item.steps.held_still() as state:
+            behind: list[Run] = []
+            for run in payload.runs:
+                gradient = np.frombuffer(record.payload[run.begin : run.end], run.dtype)
+                for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, record.lsn):
+                    state.staged[run.dtype][start:stop] = gradient[start - run.start : stop - run.start]
+                    behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
+            state.apply(behind)
+        if record.lsn > item.steps.lsn:
+            item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
+            item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
+        self._last_step[item.id] = record.lsn
+
+    def _replace(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
+        """Put the state in place, in each piece that does not contain it yet."""
+        rule = rule_from(message["rule"])
+        with item.steps.held_still() as state:
+            for dtype, slot, values in _arrays(item.layout, rule, record.payload):
+                for start, stop in self._behind(item.id, dtype, 0, values.size, record.lsn):
+                    state.write(dtype, slot, start, values[start:stop])
+        if record.lsn > item.steps.lsn:
+            item.state.set_rule(rule)
+            item.steps.lsn, item.steps.step = record.lsn, message["step"]
+            item.steps.lineage, item.steps.retained = message["lineage"], None
+            item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
+            item.replacement_request_id = message["request_id"]
+
+    def _behind(self, name: str, dtype: np.dtype, start: int, stop: int, lsn: int) -> list[tuple[int, int]]:
+        """The stretches of a part of an arena that do not contain the change `lsn` yet."""
+        if lsn > self._newest_piece.get(name, 0):
+            return [(start, stop)]
+        stretches = [
+            (max(start, piece.start), min(stop, piece.stop))
+            for piece in self._pieces[name]
+            if piece.dtype == dtype.name and piece.lsn < lsn
+        ]
+        return [(start, stop) for start, stop in stretches if start < stop]
+
+    def finish(self) -> None:
+        """A reply is intact if each of its pieces was, where the piece was not computed anew."""
+        for name, pieces in self._pieces.items():
+            item = self._optimizers.find(name)
+            if item is not None and item.steps.retained is not None:
+                last = self._last_step.get(name, 0)
+                item.steps.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
+
+
+def _arrays(layout: Layout, rule: Rule, payload: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:
+    """The arenas of all slots in the payload of a replacement, which are those of a state file."""
+    begin = 0
+    for dtype, slot, _, size in Plan(layout, rule.slots).arenas:
+        end = begin + size * dtype.itemsize
+        yield dtype, slot, np.frombuffer(payload[begin:end], dtype)
+        begin = end

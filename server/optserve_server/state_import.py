@@ -1,0 +1,134 @@
+"""A state on its way in: checked as it arrives, kept in a temporary file, and put in place whole or not at all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from optserve_server.checkpoints import Checkpoints
+from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
+from optserve_server.errors import OptserveError, Reason, disk_errors
+from optserve_server.layout import Parameter, Payload
+from optserve_server.optimizers import Optimizer
+
+
+class StateImport:
+    """All slots of one optimizer, in pieces of any order.
+
+    Args:
+        checkpoints: Has room for the temporary file.
+        optimizer: Whose state is to be replaced.
+
+    Raises:
+        OptserveError: NOT_DURABLE.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+        self._checkpoints = checkpoints
+        self._optimizer = optimizer
+        self._slots = optimizer.rule.slots
+        self._payload = Payload(optimizer.layout, tuple(range(len(optimizer.layout.parameters))))
+        self._coverage = Coverage()
+        self._staged = checkpoints.staging(optimizer)
+
+    def stage(self, tensor: int, slot: int, offset: int, data: bytes | memoryview) -> None:
+        """Take a piece of one slot of one parameter.
+
+        Raises:
+            OptserveError: UNKNOWN_PARAMETER, INVALID_FIELD, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
+                TOO_MANY_FRAGMENTS, NON_FINITE_VALUE or NOT_DURABLE.
+        """
+        parameters = self._optimizer.layout.parameters
+        if tensor >= len(parameters):
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"There is no parameter {tensor}; {self._optimizer.id!r} has {len(parameters)}.",
+                field="tensor",
+                parameter=tensor,
+            )
+        if slot >= len(self._slots):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"There is no slot {slot}; {self._optimizer.rule.name} has {', '.join(self._slots) or 'none'}.",
+                field="slot",
+            )
+        parameter = parameters[tensor]
+        size = parameter.dtype.itemsize
+        if offset % size or len(data) % size or offset + len(data) > parameter.size * size:
+            raise OptserveError(
+                Reason.CHUNK_OUT_OF_BOUNDS,
+                f"{len(data)} bytes at byte {offset} of {parameter.name!r} do not fit into its {parameter.size * size} "
+                "bytes, or do not begin and end on an element.",
+                field="offset",
+                parameter=parameter.name,
+                offset=offset,
+            )
+        self._cover(tensor, slot, offset, len(data))
+        values = np.frombuffer(data, parameter.dtype)
+        self._check(parameter, slot, offset // size, values)
+        start = self._optimizer.layout.starts[tensor] + offset // size
+        with disk_errors():
+            self._staged.write(parameter.dtype, slot, start, values)
+
+    def commit(self, step: int, etag: str = "", request_id: str = "") -> None:
+        """Put the state in place, once per request id.
+
+        Raises:
+            OptserveError: MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
+        """
+        gap = self._coverage.first_gap(len(self._slots) * self._payload.size_bytes)
+        if gap is not None:
+            slot, position = divmod(gap, self._payload.size_bytes)
+            tensor, offset = self._payload.locate(position)
+            name = self._optimizer.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.MISSING_CHUNK,
+                f"{self._slots[slot]} of {name!r} is incomplete: byte {offset} has not arrived.",
+                field="chunk",
+                parameter=name,
+                offset=offset,
+            )
+        self._checkpoints.put(self._optimizer, step, self._staged, etag, request_id)
+
+    def close(self) -> None:
+        """Let go of what was staged."""
+        self._staged.close()
+
+    def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
+        begin = slot * self._payload.size_bytes + self._payload.position(tensor, offset)
+        name = self._optimizer.layout.parameters[tensor].name
+        try:
+            self._coverage.add(begin, begin + size)
+        except Overlap:
+            raise OptserveError(
+                Reason.OVERLAPPING_CHUNK,
+                f"A byte of {self._slots[slot]} of {name!r} has arrived twice.",
+                field="offset",
+                parameter=name,
+                offset=offset,
+            ) from None
+        except TooManyFragments as error:
+            raise OptserveError(
+                Reason.TOO_MANY_FRAGMENTS,
+                f"The state arrives in {error}; send neighbouring chunks one after the other.",
+                field="offset",
+                limit=MAX_FRAGMENTS,
+            ) from None
+
+    def _check(self, parameter: Parameter, slot: int, start: int, values: np.ndarray) -> None:
+        """Raise NON_FINITE_VALUE for what would poison the state: NaN, infinity, a negative mean of squares."""
+        good = np.isfinite(values)
+        name = self._slots[slot]
+        if name not in self._optimizer.rule.signed_slots:
+            good &= values >= 0
+        if good.all():
+            return
+        index = start + int(np.argmin(good))
+        value = values[index - start]
+        raise OptserveError(
+            Reason.INVALID_FIELD if np.isfinite(value) else Reason.NON_FINITE_VALUE,
+            f"{name} of {parameter.name!r} is {value} at flat index {index}"
+            + (", and cannot be negative." if np.isfinite(value) else "."),
+            field="data",
+            parameter=parameter.name,
+            index=index,
+        )

@@ -1,0 +1,81 @@
+"""ExportState and ImportState: frames to and from state files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optserve import wire
+from optserve.v1 import checkpoints_pb2, service_pb2
+from optserve_server import convert, features
+from optserve_server.checkpoints import Checkpoints
+from optserve_server.errors import OptserveError, Reason, fields_called
+from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.state_import import StateImport
+from optserve_server.steps import check_request_id
+
+ExportFrame = wire.Frame[checkpoints_pb2.ExportStateResponse]
+ImportFrame = wire.Frame[checkpoints_pb2.ImportStateRequest]
+
+decode_import = wire.decoder(checkpoints_pb2.ImportStateRequest)
+
+_FIELDS = {"tensor": "chunk.tensor", "slot": "chunk.slot", "offset": "chunk.offset"}
+
+
+def export_frames(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[ExportFrame]:
+    """The optimizer's state of this moment: the optimizer itself, then its slots, tensor by tensor."""
+    with checkpoints.exported(optimizer) as file:
+        message = convert.optimizer(optimizer)
+        # The optimizer may have been stepped since.
+        message.step = file.description.step
+        convert.set_algorithm(message.algorithm, file.description.rule)
+        yield wire.Frame(checkpoints_pb2.ExportStateResponse(optimizer=message))
+        with file.mapped() as mapped:
+            arenas = {(dtype, slot): array for dtype, slot, array in mapped}
+        layout = optimizer.layout
+        for tensor, parameter in enumerate(layout.parameters):
+            start = layout.starts[tensor]
+            stride = max_chunk_bytes // parameter.dtype.itemsize
+            for slot in range(len(optimizer.rule.slots)):
+                values = arenas[parameter.dtype, slot][start : start + parameter.size]
+                for begin in range(0, parameter.size, stride):
+                    header = checkpoints_pb2.ExportStateResponse()
+                    header.chunk.tensor, header.chunk.slot = tensor, slot
+                    header.chunk.offset = begin * parameter.dtype.itemsize
+                    yield wire.Frame(header, values[begin : begin + stride].data.cast("B"))
+
+
+def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Iterator[ImportFrame]) -> Optimizer:
+    """Replace a state by what the frames bring; without a commit nothing changes.
+
+    Raises:
+        OptserveError: See StateImport; or that the stream ended without a commit.
+    """
+    first = next(frames, None)
+    if first is None:
+        raise OptserveError(Reason.INVALID_FIELD, "The first message of an import must have `name`.", field="name")
+    start = first.header
+    if start.request_id:
+        check_request_id(start.request_id)
+    optimizer = optimizers.get(convert.optimizer_id(start.name))
+    optimizer.check_etag(start.etag)
+    staged = StateImport(checkpoints, optimizer)
+    try:
+        frame: ImportFrame | None = first
+        while frame is not None:
+            header = frame.header
+            if header.HasField("chunk"):
+                if header.chunk.WhichOneof("array") == "parameter":
+                    raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "chunk.parameter")
+                with fields_called(_FIELDS):
+                    staged.stage(header.chunk.tensor, header.chunk.slot, header.chunk.offset, frame.data or b"")
+            elif header.data:
+                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
+            if header.HasField("commit"):
+                staged.commit(start.step, start.etag, start.request_id)
+                return optimizer
+            frame = next(frames, None)
+    finally:
+        staged.close()
+    raise OptserveError(
+        Reason.INVALID_FIELD, "The import ended without `commit`, so nothing was changed.", field="commit"
+    )
