@@ -11,13 +11,12 @@ from optserve import algorithms
 from optserve_server.rules import RULES
 
 PUBLIC = [
-    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Client", "ClientConfig",
-    "ClientUseError", "DeadlineExceededError", "EtagMismatchError", "FailedPreconditionError",
-    "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer", "Momentum", "NotFoundError",
-    "Optimizer", "OptserveError", "ResourceExhaustedError", "Sgd", "StateLostError",
-    "StepCancelledError", "StepInDoubtError",
-    "StepInProgressError", "StepsLostError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError",
-    "connect", "local_server",
+    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Checkpoint", "CheckpointDamagedError",
+    "Client", "ClientConfig", "ClientUseError", "DeadlineExceededError", "EtagMismatchError",
+    "FailedPreconditionError", "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer",
+    "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Sgd",
+    "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError",
+    "StepsLostError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError", "connect", "local_server",
 ]  # fmt: skip
 
 

@@ -128,24 +128,35 @@ def test_a_reply_that_was_being_overwritten_during_a_snapshot_is_not_promised_af
     again.die()
 
 
-def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before the list of optimizers", "before the first of them"])
+def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch, moment):
+    """With other parameters and another method: what the journal says of the old one must not touch the new one."""
     server = Server(tmp_path)
     step(server.create("a"), 0)
     old = server.create("b")
     step(old, 0)
-    real = snapshot._write_optimizer
+    real = {Optimizers: Optimizers.settled, snapshot: snapshot._write_optimizer}
+
+    def change():
+        step(old, 1, (0, 1))
+        server.optimizers.delete("b")
+        server.optimizers.create("b", Layout((Parameter("w", (3, 7), F4),)), Momentum(), "creation")
+        server.create("c")
+
+    def settled(optimizers):
+        change()
+        return real[Optimizers](optimizers)
 
     def write(path, item, **options):
         if item.id == "a":
-            step(old, 1, (0, 1))
-            server.optimizers.delete("b")
-            smaller = Layout((Parameter("w", (3, 7), F4),))
-            server.optimizers.create("b", smaller, Momentum(), "creation")
-            server.create("c")
-        return real(path, item, **options)
+            change()
+        return real[snapshot](path, item, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_write_optimizer", write)
+        if moment == "before the list of optimizers":
+            patch.setattr(Optimizers, "settled", settled)
+        else:
+            patch.setattr(snapshot, "_write_optimizer", write)
         server.folder.snapshot()
     before = {name: fingerprint(server.optimizers.get(name)) for name in "abc"}
     server.die()

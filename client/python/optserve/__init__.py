@@ -7,11 +7,12 @@ with optserve.connect("127.0.0.1:50051") as client:
 """
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
-from optserve.client import Client, TensorSpec, connect
+from optserve.client import Client, connect
 from optserve.config import ClientConfig
 from optserve.errors import (
     AbortedError,
     AlreadyExistsError,
+    CheckpointDamagedError,
     ClientUseError,
     DeadlineExceededError,
     EtagMismatchError,
@@ -23,6 +24,7 @@ from optserve.errors import (
     OptserveError,
     ResourceExhaustedError,
     StateLostError,
+    StateReplacedError,
     StepCancelledError,
     StepInDoubtError,
     StepInProgressError,
@@ -32,6 +34,7 @@ from optserve.errors import (
 )
 from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
+from optserve.state import Checkpoint, OptimizerState, TensorSpec
 
 __all__ = [
     "AbortedError",
@@ -39,6 +42,8 @@ __all__ = [
     "Adagrad",
     "Algorithm",
     "AlreadyExistsError",
+    "Checkpoint",
+    "CheckpointDamagedError",
     "Client",
     "ClientConfig",
     "ClientUseError",
@@ -52,10 +57,12 @@ __all__ = [
     "Momentum",
     "NotFoundError",
     "Optimizer",
+    "OptimizerState",
     "OptserveError",
     "ResourceExhaustedError",
     "Sgd",
     "StateLostError",
+    "StateReplacedError",
     "StepCancelledError",
     "StepInDoubtError",
     "StepInProgressError",

@@ -21,6 +21,7 @@ from optserve.errors import (
     NotFoundError,
     OptserveError,
     StateLostError,
+    StateReplacedError,
     StepInDoubtError,
     StepsLostError,
     WrongStepError,
@@ -36,12 +37,14 @@ class StepSession:
     Attributes:
         open_request: What a stream is opened with.
         current_step: Steps that the server has applied, as far as is known.
+        lineage: Says which state these steps are of.
     """
 
-    def __init__(self, connection: Transport, open_request: steps_pb2.Open, step: int) -> None:
+    def __init__(self, connection: Transport, open_request: steps_pb2.Open, step: int, lineage: str) -> None:
         self._connection = connection
         self.open_request = open_request
         self.current_step = step
+        self.lineage = lineage
         self._lock = threading.Lock()
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
@@ -99,10 +102,13 @@ class StepSession:
                 raise refusal.error from None
             self._unsettled.clear()
 
-    def refresh(self, read_step: Callable[[], int]) -> None:
-        """Take the server's step for granted, and give up what was unsettled."""
+    def refresh(self, read: Callable[[], tuple[int, str]]) -> None:
+        """Take the server's step and lineage, which `read` gives, for granted, and give up what was unsettled."""
         with self._turn(self._connection.patience(self._connection.config.timeout_s)):
-            self.current_step = read_step()
+            self.current_step, lineage = read()
+            if lineage != self.lineage:
+                self._close_stream()
+                self.lineage = lineage
             self._unsettled.clear()
 
     def undelivered(self) -> None:
@@ -214,15 +220,26 @@ class StepSession:
                     f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
                     "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
                 ) from error
-            if stream.opened.step < self.current_step:
+            try:
+                self._check_state(stream.opened)
+            except OptserveError:
                 stream.close()
-                raise StepsLostError(
-                    f"This client has seen step {self.current_step} of {self._name}; the server is back at step "
-                    f"{stream.opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on "
-                    "from there."
-                )
+                raise
             self._stream = stream
         return self._stream
+
+    def _check_state(self, opened: steps_pb2.Opened) -> None:
+        """Raise unless the server has the state that this client knows."""
+        if opened.step < self.current_step:
+            raise StepsLostError(
+                f"This client has seen step {self.current_step} of {self._name}; the server is back at step "
+                f"{opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on from there."
+            )
+        if opened.lineage != self.lineage:
+            raise StateReplacedError(
+                f"The state of {self._name} is another one than this client knew: restored, imported, or that of a new "
+                f"optimizer; it is at step {opened.step}. Call refresh() to go on with it."
+            )
 
     def _reopened(self, patience: Patience) -> StepStream:
         """A new stream: what the server says when a stream is opened is true of that moment only."""

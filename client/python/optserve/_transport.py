@@ -22,7 +22,7 @@ from optserve.errors import (
     UnavailableError,
     from_rpc_error,
 )
-from optserve.v1 import service_pb2, service_pb2_grpc
+from optserve.v1 import checkpoints_pb2, service_pb2, service_pb2_grpc
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
@@ -70,6 +70,14 @@ class Transport:
         )
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
         self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", wire.encode, wire.decode_response)
+        self._export_state = self._channel.unary_stream(
+            f"/{_SERVICE}/ExportState",
+            checkpoints_pb2.ExportStateRequest.SerializeToString,
+            wire.decoder(checkpoints_pb2.ExportStateResponse),
+        )
+        self._import_state = self._channel.stream_unary(
+            f"/{_SERVICE}/ImportState", wire.encode, checkpoints_pb2.ImportStateResponse.FromString
+        )
 
     def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
         """Make a unary call, which must be idempotent; try it again while the server is unavailable.
@@ -104,6 +112,18 @@ class Transport:
         """Start a StreamSteps call. It has no deadline of its own; see Patience."""
         self.check_usable()
         return self._stream_steps(frames)
+
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Any:
+        """Start an ExportState call; gives frames."""
+        self.check_usable()
+        return self._export_state(request, timeout=self.config.step_timeout_s)
+
+    def import_state(
+        self, frames: Iterator[wire.Frame[checkpoints_pb2.ImportStateRequest]]
+    ) -> checkpoints_pb2.ImportStateResponse:
+        """Make an ImportState call."""
+        self.check_usable()
+        return self._import_state(frames, timeout=self.config.step_timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""

@@ -22,7 +22,8 @@ from optserve import algorithms
 from optserve import client as sync
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
-from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2
+from optserve.state import Checkpoint, OptimizerState, Progress, TensorSpec, no_progress
+from optserve.v1 import optimizer_pb2, service_pb2
 
 MAX_CONCURRENT_CALLS = 32
 """Calls of one client under way at a time; more wait for their turn."""
@@ -81,7 +82,7 @@ class AsyncClient:
         return await self._threads.run(self._connected.server_info)
 
     async def create_optimizer(
-        self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, sync.ArrayLike | sync.TensorSpec]
+        self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, sync.ArrayLike | TensorSpec]
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
         made = await self._threads.run(self._connected.create_optimizer, name, algorithm, params)
@@ -101,6 +102,14 @@ class AsyncClient:
     async def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """See `optserve.Client.delete_optimizer`."""
         await self._threads.run(self._connected.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s)
+
+    async def list_checkpoints(self, name: str) -> list[Checkpoint]:
+        """See `optserve.Client.list_checkpoints`."""
+        return await self._threads.run(self._connected.list_checkpoints, name)
+
+    async def delete_checkpoint(self, name: str, tag: str) -> None:
+        """See `optserve.Client.delete_checkpoint`."""
+        await self._threads.run(self._connected.delete_checkpoint, name, tag)
 
 
 class AsyncOptimizer:
@@ -149,13 +158,29 @@ class AsyncOptimizer:
         """See `optserve.Optimizer.update`."""
         await self._threads.run(self._optimizer.update, algorithm)
 
-    async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> checkpoints_pb2.Checkpoint:
+    async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """See `optserve.Optimizer.save_checkpoint`."""
         return await self._threads.run(self._optimizer.save_checkpoint, tag, overwrite=overwrite)
+
+    async def list_checkpoints(self) -> list[Checkpoint]:
+        """See `optserve.Optimizer.list_checkpoints`."""
+        return await self._threads.run(self._optimizer.list_checkpoints)
 
     async def restore_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.restore_checkpoint`."""
         await self._threads.run(self._optimizer.restore_checkpoint, tag)
+
+    async def delete_checkpoint(self, tag: str) -> None:
+        """See `optserve.Optimizer.delete_checkpoint`."""
+        await self._threads.run(self._optimizer.delete_checkpoint, tag)
+
+    async def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
+        """See `optserve.Optimizer.export_state`; `on_progress` is called in another thread."""
+        return await self._threads.run(self._optimizer.export_state, on_progress=on_progress)
+
+    async def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
+        """See `optserve.Optimizer.import_state`; `on_progress` is called in another thread."""
+        await self._threads.run(self._optimizer.import_state, state, on_progress=on_progress)
 
     async def close(self) -> None:
         """See `optserve.Optimizer.close`."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from optserve import algorithms
+from optserve._checkpoints import delete_checkpoint, list_checkpoints
 from optserve._transport import Transport
 from optserve.config import ClientConfig
 from optserve.errors import InvalidArgumentError
 from optserve.optimizer import Optimizer, TransportName, WireDtype
+from optserve.state import Checkpoint, TensorSpec
 from optserve.v1 import optimizer_pb2, service_pb2
 from optserve.wire import DATA_TYPES
 
@@ -26,19 +27,6 @@ class ArrayLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102
     @property
     def dtype(self) -> Any: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a parameter, where there is no array at hand.
-
-    Args:
-        shape: Extents; empty for a scalar.
-        dtype: float32 or float64, as NumPy understands it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any = "float32"
 
 
 def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None) -> Client:
@@ -144,6 +132,18 @@ class Client:
             self.optimizer(name)
         request = service_pb2.DeleteOptimizerRequest(name=f"optimizers/{name}", allow_missing=True)
         self._transport.call(self._transport.stub.DeleteOptimizer, request, timeout_s=timeout_s)
+
+    def list_checkpoints(self, name: str) -> list[Checkpoint]:
+        """All checkpoints of an optimizer, oldest first; it may have been deleted itself."""
+        return list_checkpoints(self._transport, f"optimizers/{name}")
+
+    def delete_checkpoint(self, name: str, tag: str) -> None:
+        """Delete a checkpoint of an optimizer, which may have been deleted itself.
+
+        Raises:
+            NotFoundError: There is no such tag.
+        """
+        delete_checkpoint(self._transport, f"optimizers/{name}", tag)
 
     def close(self) -> None:
         """Close the connection. Steps under way on the server are discarded; its state stays."""

@@ -12,9 +12,9 @@ class ClientConfig:
     connect_timeout_s: float = 10.0
     """How long `connect` waits for the server's first answer."""
     timeout_s: float = 30.0
-    """How long a call other than a step may take, retries included."""
+    """How long any other call may take, retries included."""
     step_timeout_s: float = 300.0
-    """How long a step may take, reconnections included."""
+    """How long a step, a checkpoint, a restore, an export or an import may take, reconnections included."""
     initial_backoff_s: float = 0.05
     """Pause before the first retry; it doubles with each."""
     max_backoff_s: float = 2.0

@@ -10,6 +10,7 @@ OptserveError
 ├── AbortedError
 │   ├── WrongStepError          the server is at another step than the client
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
+│   ├── StateReplacedError      the state is another one than this client knew: restored, imported, or a new optimizer's
 │   └── StepInProgressError     another client is in the middle of a step
 ├── FailedPreconditionError
 │   ├── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
@@ -17,6 +18,7 @@ OptserveError
 ├── ResourceExhaustedError      too large, too many, or no room
 ├── FeatureUnavailableError     this server lacks that part of the contract
 ├── StateLostError              the server's device failed; the optimizer's state is gone
+├── CheckpointDamagedError      the checkpoint's file on the server is damaged; the optimizer is as it was
 ├── InternalError               a fault of the server
 └── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
 """
@@ -103,6 +105,13 @@ class EtagMismatchError(AbortedError):
     """The optimizer was changed since this client last read it."""
 
 
+class StateReplacedError(AbortedError):
+    """The optimizer's state is another one than this client knew: restored, imported, or that of a new optimizer.
+
+    `Optimizer.refresh` goes on with it, if that is wanted.
+    """
+
+
 class StepInProgressError(AbortedError):
     """Another client is in the middle of a step on this optimizer."""
 
@@ -138,6 +147,10 @@ class StateLostError(OptserveError):
     """The server's device failed in the middle of a step; the optimizer's state is not to be trusted."""
 
 
+class CheckpointDamagedError(OptserveError):
+    """The checkpoint's file on the server is damaged. The optimizer is as it was."""
+
+
 class InternalError(OptserveError):
     """A fault of the server. Its log has the particulars under `metadata["incident"]`."""
 
@@ -163,7 +176,9 @@ _BY_CODE: dict[int, type[OptserveError]] = {
 _BY_REASON: dict[str, type[OptserveError]] = {
     "WRONG_STEP": WrongStepError,
     "ETAG_MISMATCH": EtagMismatchError,
+    "STATE_REPLACED": StateReplacedError,
     "STEP_IN_PROGRESS": StepInProgressError,
+    "CHECKPOINT_DAMAGED": CheckpointDamagedError,
 }
 
 

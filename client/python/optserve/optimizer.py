@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from optserve import algorithms
+from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
 from optserve._patience import Patience
 from optserve._session import StepSession
 from optserve._stream import Gradients, Updates
+from optserve._transfer import export_state, import_state
 from optserve._transport import Transport
 from optserve.errors import InvalidArgumentError
+from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve.wire import DTYPES
 
 WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
 TransportName = Literal["auto", "grpc", "shm"]
+
+_Response = TypeVar("_Response")
 
 
 class Optimizer:
@@ -44,7 +49,7 @@ class Optimizer:
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if transport == "shm" else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
         )
-        self._session = StepSession(connection, open_request, message.step)
+        self._session = StepSession(connection, open_request, message.step, message.lineage)
         self._parameters = list(message.parameters)
         self._indices = {parameter.name: index for index, parameter in enumerate(self._parameters)}
         self._resource = message.name
@@ -140,7 +145,12 @@ class Optimizer:
 
     def refresh(self) -> None:
         """Read the current step from the server, giving up what this object believed."""
-        self._session.refresh(lambda: self._get().step)
+
+        def read() -> tuple[int, str]:
+            found = self._get()
+            return found.step, found.lineage
+
+        self._session.refresh(read)
 
     def update(self, algorithm: algorithms.Algorithm) -> None:
         """Change hyper-parameters from the next step on; the state stays.
@@ -159,30 +169,67 @@ class Optimizer:
         """The method with its present hyper-parameters, as the server has them."""
         return algorithms.from_message(self._get().algorithm)
 
-    def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> checkpoints_pb2.Checkpoint:
-        """Take a named copy of the state.
+    def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
+        """Take a named copy of the state and the hyper-parameters, durable as far as the server is.
+
+        It outlives the optimizer, until it is deleted itself.
+
+        Args:
+            tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
+            overwrite: Replace a copy of that name.
 
         Raises:
             AlreadyExistsError: The tag is taken, unless `overwrite`.
-            FeatureUnavailableError: The server has no checkpoints.
+            UnavailableError: The server's disk did not take it, or no server answers.
         """
         request = checkpoints_pb2.SaveCheckpointRequest(
             parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
         )
-        return self._connection.call(self._connection.stub.SaveCheckpoint, request).checkpoint
+        return checkpoint_from(self._call_patiently(self._connection.stub.SaveCheckpoint, request).checkpoint)
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """All named copies, oldest first."""
+        return list_checkpoints(self._connection, self._resource)
 
     def restore_checkpoint(self, tag: str) -> None:
-        """Roll the state and the step counter back to a named copy.
+        """Roll state, hyper-parameters and step counter back to a named copy. Other clients are told.
 
         Raises:
             NotFoundError: There is no such tag.
-            FeatureUnavailableError: The server has no checkpoints.
+            FailedPreconditionError: It is of another method or of other parameters.
+            CheckpointDamagedError: Its file is damaged. In all cases nothing was changed.
         """
         request = checkpoints_pb2.RestoreCheckpointRequest(
             name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
         )
-        restored = self._connection.call(self._connection.stub.RestoreCheckpoint, request).optimizer
-        self._session.refresh(lambda: restored.step)
+        restored = self._call_patiently(self._connection.stub.RestoreCheckpoint, request).optimizer
+        self._session.refresh(lambda: (restored.step, restored.lineage))
+
+    def delete_checkpoint(self, tag: str) -> None:
+        """Delete a named copy.
+
+        Raises:
+            NotFoundError: There is no such tag.
+        """
+        delete_checkpoint(self._connection, self._resource, tag)
+
+    def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
+        """Read the whole state, all of one step; other clients may step meanwhile."""
+        return export_state(self._connection, self._resource, on_progress)
+
+    def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
+        """Replace state and step counter; the hyper-parameters stay. Other clients are told.
+
+        Raises:
+            InvalidArgumentError: The state is of another method or other parameters, or has a NaN, an infinity, or a
+                negative mean of squares. Nothing was changed.
+        """
+        imported = import_state(self._connection, self._get(), state, on_progress)
+        self._session.refresh(lambda: (imported.step, imported.lineage))
+
+    def _call_patiently(self, method: Callable[..., _Response], request: object) -> _Response:
+        """Call a method that takes as long as the state is large."""
+        return self._connection.call(method, request, timeout_s=self._connection.config.step_timeout_s)
 
     def cancel(self) -> None:
         """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from optserve.cli import mnist, optimizers, server
+from optserve.cli import checkpoints, mnist, optimizers, server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,3 +22,4 @@ app.command(name="mnist")(mnist.command)
 app.command()(server.health)
 app.command()(server.info)
 app.add_typer(optimizers.app, name="optimizers")
+app.add_typer(checkpoints.app, name="checkpoints")

@@ -1,15 +1,19 @@
-"""optserve optimizers: look at and delete what a server keeps."""
+"""optserve optimizers: look at, delete, export and import what a server keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from optserve.cli.console import DEFAULT_TARGET, Target, console, failing_clearly
+from optserve.cli.console import DEFAULT_TARGET, Target, console, errors, fail, failing_clearly
 
-app = typer.Typer(no_args_is_help=True, help="List, show and delete the optimizers of a server.")
+app = typer.Typer(no_args_is_help=True, help="List, show, delete, export and import the optimizers of a server.")
 
 
 @app.command(name="list")
@@ -56,6 +60,57 @@ def delete(
     with failing_clearly(), connect(target) as client:
         client.delete_optimizer(name)
     console.print(f"Deleted {name}.")
+
+
+@app.command(name="export")
+def export(
+    name: str,
+    file: Annotated[Path, typer.Argument(help="The safetensors file to write.", dir_okay=False)],
+    target: Target = DEFAULT_TARGET,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write the whole state of an optimizer, all of one step, to a safetensors file."""
+    from optserve import connect
+
+    if file.exists() and not overwrite:
+        fail(f"{file} exists; --overwrite replaces it.")
+    with failing_clearly(), connect(target) as client, _transferring("exporting") as on_progress:
+        state = client.optimizer(name).export_state(on_progress=on_progress)
+        state.save(file)
+    console.print(f"Exported {name}: step {state.step:,}, {size(file.stat().st_size)} in {file}.")
+
+
+@app.command(name="import")
+def import_(
+    name: str,
+    file: Annotated[Path, typer.Argument(help="A safetensors file from an export.", exists=True, dir_okay=False)],
+    target: Target = DEFAULT_TARGET,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before an optimizer's state is replaced.")] = False,
+) -> None:
+    """Bring a state into an optimizer, which is made if there is none of that name."""
+    from optserve import NotFoundError, OptimizerState, connect
+
+    with failing_clearly(), connect(target) as client:
+        state = OptimizerState.load(file)
+        try:
+            optimizer = client.optimizer(name)
+        except NotFoundError:
+            optimizer = client.create_optimizer(name, state.algorithm, state.parameters)
+        else:
+            if not yes:
+                typer.confirm(f"Replace what {name!r} is at step {optimizer.current_step:,}?", abort=True)
+        with _transferring("importing") as on_progress:
+            optimizer.import_state(state, on_progress=on_progress)
+    console.print(f"Imported {name}: step {state.step:,}.")
+
+
+@contextmanager
+def _transferring(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for the length of a with-block, and what tells it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def size(count: int) -> str:
