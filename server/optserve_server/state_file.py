@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -53,8 +54,8 @@ def layout_from(message: list[list[Any]]) -> Layout:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The dtype of state with that name."""
-    return next(dtype for dtype in STATE_DTYPES if dtype.name == name)
+    """The dtype of state with that name, or raise ValueError."""
+    return STATE_DTYPES[[dtype.name for dtype in STATE_DTYPES].index(name)]
 
 
 class Plan:
@@ -70,12 +71,13 @@ class Plan:
         ]
         self.head = safetensors.encode_head(safetensors.place(placed), metadata)
         self.arenas: list[tuple[np.dtype, int, int, int]] = []
-        """(dtype, array, first byte, elements) in the order of the file."""
+        """(dtype, array, first byte, elements) of those that are not empty, in the order of the file."""
         offset = len(self.head)
         for array in range(len(arrays)):
             for dtype, size in layout.sizes.items():
-                self.arenas.append((dtype, array, offset, size))
-                offset += size * dtype.itemsize
+                if size:
+                    self.arenas.append((dtype, array, offset, size))
+                    offset += size * dtype.itemsize
         self.size_bytes = offset
         self._begins = {(dtype, array): begin for dtype, array, begin, _ in self.arenas}
 
@@ -95,9 +97,10 @@ class Description:
     create_time: datetime
     request_id: str = ""
 
-    def metadata(self, checksum: str) -> dict[str, str]:
+    @cached_property
+    def text(self) -> str:
         """As the file holds it."""
-        text = json.dumps(
+        return json.dumps(
             {
                 "format": FORMAT_VERSION,
                 "optimizer": self.optimizer,
@@ -108,7 +111,10 @@ class Description:
                 "request_id": self.request_id,
             }
         )
-        return {"optserve": text, "crc32": checksum}
+
+    def metadata(self, checksum: str) -> dict[str, str]:
+        """The metadata of the file."""
+        return {"optserve": self.text, "crc32": checksum}
 
 
 def _described_by(metadata: dict[str, str]) -> Description:
@@ -121,7 +127,7 @@ def _described_by(metadata: dict[str, str]) -> Description:
             content["optimizer"], layout_from(content["parameters"]), rule_from(content["rule"]), content["step"],
             datetime.fromisoformat(content["create_time"]), content["request_id"],
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise StateFileError(f"its description is not readable ({error!r})") from error
 
 
@@ -131,7 +137,7 @@ class StateFile:
     Args:
         file: Open for reading, and for writing where something is written.
         description: What it holds.
-        checksum: CRC-32 of all arrays, eight hexadecimal digits, as far as it is known.
+        checksum: CRC-32 of the description and all arrays, eight hexadecimal digits, as far as it is known.
     """
 
     def __init__(self, file: BinaryIO, description: Description, checksum: str = _NO_CHECKSUM) -> None:
@@ -182,7 +188,7 @@ class StateFile:
         Raises:
             OSError: The disk does not take it.
         """
-        checksum = 0
+        checksum = zlib.crc32(self.description.text.encode())
         for dtype, slot, begin, size in self._plan.arenas:
             stride = _BLOCK_BYTES // dtype.itemsize
             for start in range(0, size, stride):
@@ -198,16 +204,17 @@ class StateFile:
 
     def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
         """Write a stretch of one arena of one slot."""
-        write_all(self.file.fileno(), _bytes(values), self._plan.offset(dtype, slot, start))
+        if values.size:
+            write_all(self.file.fileno(), values.data.cast("B"), self._plan.offset(dtype, slot, start))
 
     def verify(self) -> None:
-        """Compare the arrays with the checksum, or raise StateFileError."""
+        """Compare the content with the checksum, or raise StateFileError."""
         with self.mapped() as arrays:
-            checksum = 0
+            checksum = zlib.crc32(self.description.text.encode())
             for _, _, array in arrays:
-                checksum = zlib.crc32(_bytes(array), checksum)
+                checksum = zlib.crc32(array.data.cast("B"), checksum)
         if f"{checksum:08x}" != self._checksum:
-            raise StateFileError("its arrays do not fit their checksum")
+            raise StateFileError("its content does not fit its checksum")
 
     @contextmanager
     def mapped(self) -> Iterator[list[tuple[np.dtype, int, np.ndarray]]]:
@@ -221,8 +228,7 @@ class StateFile:
         mapping = mmap.mmap(self.file.fileno(), self.size_bytes, access=mmap.ACCESS_READ)
         # The mapping lives as long as an array of it.
         yield [
-            (dtype, slot, np.frombuffer(mapping, dtype, size, begin) if size else np.empty(0, dtype))
-            for dtype, slot, begin, size in self._plan.arenas
+            (dtype, slot, np.frombuffer(mapping, dtype, size, begin)) for dtype, slot, begin, size in self._plan.arenas
         ]
 
     def close(self) -> None:
@@ -236,7 +242,3 @@ def write_all(descriptor: int, data: Buffer, position: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return array.data.cast("B") if array.size else memoryview(b"")

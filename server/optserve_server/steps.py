@@ -91,16 +91,11 @@ class Steps:
         """Request id of the last applied step; empty if there is none."""
         return self.retained.request_id if self.retained else ""
 
-    @property
-    def last_tensors(self) -> tuple[int, ...]:
-        """Parameters that took part in the last applied step; none for all."""
-        tensors = self.retained.tensors if self.retained else ()
-        return self._payloads.named(tensors)
-
     def last(self) -> tuple[int, str, tuple[int, ...], str]:
-        """(step, request id, parameters) of the last applied step, and the lineage; waits for one being applied."""
+        """(step, request id, parameters or none for all) of the last step, and the lineage; waits for one under way."""
         with self._lock:
-            return self.step, self.last_request_id, self.last_tensors, self.lineage
+            tensors = self.retained.tensors if self.retained else ()
+            return self.step, self.last_request_id, self._payloads.named(tensors), self.lineage
 
     def begin(
         self,
@@ -188,10 +183,12 @@ class Steps:
                 self._evict_if_idle(self._holder)
             with self._ruled_by(record.rule):
                 self.lsn = self._durability.replaced(record)
-            for dtype, slot, values in record.arrays:
-                self._state.write(dtype, slot, 0, values)
+            self._fatal = None
+            with self._changing("while the state was replaced"):
+                for dtype, slot, values in record.arrays:
+                    self._state.write(dtype, slot, 0, values)
             self.step, self.lineage = record.step, record.lineage
-            self.retained = self._fatal = None
+            self.retained = None
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -289,7 +286,8 @@ class Steps:
                     offset=offset,
                 )
             lsn = self._durability.stepping(self._record(step))
-            self._apply(step)
+            with self._changing(f"in step {self.step}"):
+                self._state.apply(step.payload.runs)
             self.lsn = lsn
             self.step += 1
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
@@ -301,15 +299,17 @@ class Steps:
         tensors = self._payloads.named(step.payload.tensors)
         return StepRecord(self._name, self.step, step.request_id, tensors, gradients)
 
-    def _apply(self, step: Step) -> None:
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Change the slots in the with-block; if that fails, nothing is to be trusted any more."""
         try:
-            self._state.apply(step.payload.runs)
+            yield
         except Exception as error:
-            # The slots may be half advanced, and there is no second copy of them in memory.
-            logger.exception("a kernel failed in step %d of %s", self.step, self._name)
+            # The slots may be half changed, and there is no second copy of them in memory.
+            logger.exception("%s was lost %s", self._name, what)
             self._fatal = OptserveError(
                 Reason.STATE_LOST,
-                f"The device failed in step {self.step} of {self._name}; its state is not to be trusted.",
+                f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
                 optimizer=self._name,
             )
             raise self._fatal.again() from error

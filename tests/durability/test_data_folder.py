@@ -10,52 +10,12 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve_server import backends, journal, snapshot
-from optserve_server.config import ServerConfig
-from optserve_server.data_folder import DataFolder
+from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
+from optserve_server import journal, snapshot
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta, Momentum
-
-F4, F8 = np.dtype("f4"), np.dtype("f8")
-PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))
-MIB = 1 << 20
-
-
-class Server:
-    """What a server keeps, without its network."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = DataFolder(path, snapshot_bytes=1 << 40, segment_bytes=MIB)
-        self.optimizers = Optimizers(backends.load("numpy"), self.folder, ServerConfig(data_dir=str(path)))
-        self.recovered = self.folder.recover(self.optimizers, lambda _done, _total: None)
-
-    def create(self, name: str = "a"):
-        return self.optimizers.create(name, Layout(PARAMETERS), Adadelta(), "creation")
-
-    def die(self) -> None:
-        """Let go of the folder as a killed process does: without a last snapshot."""
-        self.folder._bytes_since_snapshot = 0
-        self.folder.close()
-
-
-def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
-    rng = np.random.default_rng(index)
-    under_way = item.steps.begin(f"request-{index}", item.steps.step, tensors)
-    try:
-        for tensor in under_way.payload.tensors:
-            parameter = PARAMETERS[tensor]
-            under_way.stage(tensor, 0, rng.standard_normal(parameter.size).astype(parameter.dtype).tobytes())
-        under_way.commit()
-        return b"".join(piece.data for piece in under_way.reply(MIB))
-    finally:
-        under_way.close()
-
-
-def fingerprint(item) -> tuple:
-    slots = [slot.tobytes() for arena in item.state.slots.values() for slot in arena]
-    return item.steps.step, item.steps.last_request_id, item.etag, item.rule, item.create_time, slots
 
 
 def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):

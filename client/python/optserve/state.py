@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,24 +84,23 @@ class OptimizerState:
         path = Path(path)
         arrays = {f"{name}.{slot}": array for name, slots in self.slots.items() for slot, array in slots.items()}
         entries = safetensors.place((name, array.dtype, array.shape) for name, array in arrays.items())
-        checksum = 0
-        for array in arrays.values():
-            checksum = zlib.crc32(_bytes(array), checksum)
+        description = self._description()
+        metadata = {"optserve": description, "crc32": _checksum(description, arrays.values())}
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("wb") as file:
-            file.write(safetensors.encode_head(entries, self._metadata(checksum)))
+            file.write(safetensors.encode_head(entries, metadata))
             for array in arrays.values():
                 file.write(_bytes(array))
         temporary.replace(path)
 
-    def _metadata(self, checksum: int) -> dict[str, str]:
+    def _description(self) -> str:
         content = {
             "format": FORMAT_VERSION,
             "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
             "parameters": [[name, list(spec.shape), str(spec.dtype)] for name, spec in self.parameters.items()],
             "step": self.step,
         }
-        return {"optserve": json.dumps(content), "crc32": f"{checksum:08x}"}
+        return json.dumps(content)
 
     @classmethod
     def load(cls, path: str | Path) -> OptimizerState:
@@ -122,11 +121,8 @@ class OptimizerState:
                     ).reshape(entry.shape)
                     for name, entry in by_place
                 }  # fmt: skip
-                checksum = 0
-                for array in arrays.values():
-                    checksum = zlib.crc32(_bytes(array), checksum)
-                if f"{checksum:08x}" != metadata["crc32"]:
-                    raise ValueError("its arrays do not fit their checksum")
+                if _checksum(metadata["optserve"], arrays.values()) != metadata["crc32"]:
+                    raise ValueError("its content does not fit its checksum")
                 slots: dict[str, dict[str, np.ndarray]] = {name: {} for name in parameters}
                 for name, array in arrays.items():
                     parameter, _, slot = name.rpartition(".")
@@ -146,6 +142,14 @@ def _described(metadata: Mapping[str, str]) -> tuple[int, Algorithm, dict[str, T
     algorithm = ALGORITHMS[settings.pop("name")](**settings)
     parameters = {name: TensorSpec(tuple(shape), dtype) for name, shape, dtype in content["parameters"]}
     return content["step"], algorithm, parameters
+
+
+def _checksum(description: str, arrays: Iterable[np.ndarray]) -> str:
+    """CRC-32 of the description and all arrays, in the order of the file."""
+    checksum = zlib.crc32(description.encode())
+    for array in arrays:
+        checksum = zlib.crc32(_bytes(array), checksum)
+    return f"{checksum:08x}"
 
 
 def _bytes(array: np.ndarray) -> memoryview:
