@@ -62,14 +62,8 @@ class Plan:
     """Where each arena of each array is in a file, and the file's head."""
 
     def __init__(self, layout: Layout, arrays: tuple[str, ...], metadata: dict[str, str] | None = None) -> None:
-        placed = [
-            (f"{parameter.name}.{array}", dtype, parameter.shape)
-            for array in arrays
-            for dtype in STATE_DTYPES
-            for parameter in layout.parameters
-            if parameter.dtype == dtype
-        ]
-        self.head = safetensors.encode_head(safetensors.place(placed), metadata)
+        parameters = [(parameter.name, parameter.dtype, parameter.shape) for parameter in layout.parameters]
+        self.head = safetensors.encode_head(safetensors.place(parameters, arrays), metadata)
         self.arenas: list[tuple[np.dtype, int, int, int]] = []
         """(dtype, array, first byte, elements) of those that are not empty, in the order of the file."""
         offset = len(self.head)
@@ -106,6 +100,7 @@ class Description:
                 "optimizer": self.optimizer,
                 "rule": rule_message(self.rule),
                 "parameters": layout_message(self.layout),
+                "slots": self.rule.slots,
                 "step": self.step,
                 "create_time": self.create_time.isoformat(),
                 "request_id": self.request_id,

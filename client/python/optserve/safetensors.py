@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -40,13 +40,23 @@ class Entry:
         return self.begin + math.prod(self.shape) * self.dtype.itemsize
 
 
-def place(arrays: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> dict[str, Entry]:
-    """Entries for arrays (name, dtype, shape) that lie one behind the other."""
+def place(parameters: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Sequence[str]) -> dict[str, Entry]:
+    """Where a model's state is in a file: entries PARAMETER.ARRAY, one behind the other.
+
+    Array by array; within an array float64 before float32; within these in the order of the parameters.
+
+    Args:
+        parameters: (name, dtype, shape) of each.
+        arrays: What there is of each parameter: its slots.
+    """
     entries: dict[str, Entry] = {}
     begin = 0
-    for name, dtype, shape in arrays:
-        entries[name] = Entry(dtype, shape, begin)
-        begin = entries[name].end
+    for array in arrays:
+        for dtype in (np.dtype("<f8"), np.dtype("<f4")):
+            for name, own_dtype, shape in parameters:
+                if own_dtype == dtype:
+                    entries[f"{name}.{array}"] = Entry(dtype, shape, begin)
+                    begin = entries[f"{name}.{array}"].end
     return entries
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -82,25 +83,27 @@ class OptimizerState:
         The file has its name only once it is whole.
         """
         path = Path(path)
+        specs = [(name, np.dtype(spec.dtype), tuple(spec.shape)) for name, spec in self.parameters.items()]
+        slots = list(next(iter(self.slots.values()), {}))
+        entries = safetensors.place(specs, slots)
         arrays = {f"{name}.{slot}": array for name, slots in self.slots.items() for slot, array in slots.items()}
-        entries = safetensors.place((name, array.dtype, array.shape) for name, array in arrays.items())
-        description = self._description()
-        metadata = {"optserve": description, "crc32": _checksum(description, arrays.values())}
+        description = json.dumps(
+            {
+                "format": FORMAT_VERSION,
+                "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
+                "parameters": [[name, shape, dtype.name] for name, dtype, shape in specs],
+                "slots": slots,
+                "step": self.step,
+            }
+        )
+        ordered = [arrays[name] for name in entries]
+        metadata = {"optserve": description, "crc32": _checksum(description, ordered)}
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("wb") as file:
             file.write(safetensors.encode_head(entries, metadata))
-            for array in arrays.values():
+            for array in ordered:
                 file.write(_bytes(array))
         temporary.replace(path)
-
-    def _description(self) -> str:
-        content = {
-            "format": FORMAT_VERSION,
-            "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
-            "parameters": [[name, list(spec.shape), str(spec.dtype)] for name, spec in self.parameters.items()],
-            "step": self.step,
-        }
-        return json.dumps(content)
 
     @classmethod
     def load(cls, path: str | Path) -> OptimizerState:
@@ -111,37 +114,38 @@ class OptimizerState:
         """
         with Path(path).open("rb") as file:
             try:
-                entries, metadata, begin = safetensors.read_head(file)
-                step, algorithm, parameters = _described(metadata)
-                by_place = sorted(entries.items(), key=lambda item: item[1].begin)
-                arrays = {
-                    name: np.fromfile(
-                        file, entry.dtype, (entry.end - entry.begin) // entry.dtype.itemsize,
-                        offset=begin + entry.begin - file.tell(),
-                    ).reshape(entry.shape)
-                    for name, entry in by_place
-                }  # fmt: skip
-                if _checksum(metadata["optserve"], arrays.values()) != metadata["crc32"]:
-                    raise ValueError("its content does not fit its checksum")
-                slots: dict[str, dict[str, np.ndarray]] = {name: {} for name in parameters}
-                for name, array in arrays.items():
-                    parameter, _, slot = name.rpartition(".")
-                    slots[parameter][slot] = array
+                return cls._read(file)
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidArgumentError(f"{path} is not an optimizer's state: {error}") from error
-        return cls(step, algorithm, parameters, slots)
 
-
-def _described(metadata: Mapping[str, str]) -> tuple[int, Algorithm, dict[str, TensorSpec]]:
-    if "optserve" not in metadata:
-        raise ValueError("its metadata has nothing of optserve")
-    content = json.loads(metadata["optserve"])
-    if content["format"] > FORMAT_VERSION:
-        raise ValueError(f"it has format {content['format']}; this version knows up to {FORMAT_VERSION}")
-    settings = dict(content["rule"])
-    algorithm = ALGORITHMS[settings.pop("name")](**settings)
-    parameters = {name: TensorSpec(tuple(shape), dtype) for name, shape, dtype in content["parameters"]}
-    return content["step"], algorithm, parameters
+    @classmethod
+    def _read(cls, file: BinaryIO) -> OptimizerState:
+        _, metadata, _ = safetensors.read_head(file)
+        if "optserve" not in metadata:
+            raise ValueError("its metadata has nothing of optserve")
+        content = json.loads(metadata["optserve"])
+        if content["format"] > FORMAT_VERSION:
+            raise ValueError(f"it has format {content['format']}; this version knows up to {FORMAT_VERSION}")
+        specs = [(name, np.dtype(dtype), tuple(shape)) for name, shape, dtype in content["parameters"]]
+        entries = safetensors.place(specs, content["slots"])
+        head = safetensors.encode_head(entries, metadata)
+        file.seek(0)
+        if file.read(len(head)) != head:
+            raise ValueError("its header does not fit its description")
+        arrays = {
+            name: np.fromfile(file, entry.dtype, math.prod(entry.shape)).reshape(entry.shape)
+            for name, entry in entries.items()
+        }
+        if _checksum(metadata["optserve"], arrays.values()) != metadata["crc32"]:
+            raise ValueError("its content does not fit its checksum")
+        settings = dict(content["rule"])
+        algorithm = ALGORITHMS[settings.pop("name")](**settings)
+        return cls(
+            content["step"],
+            algorithm,
+            {name: TensorSpec(shape, dtype.name) for name, dtype, shape in specs},
+            {name: {slot: arrays[f"{name}.{slot}"] for slot in content["slots"]} for name, _, _ in specs},
+        )
 
 
 def _checksum(description: str, arrays: Iterable[np.ndarray]) -> str:
