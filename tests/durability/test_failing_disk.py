@@ -1,0 +1,101 @@
+"""A disk that fails under a running server: steps are refused, everything is readable, and it goes on afterwards."""
+
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import optserve
+
+FAILING = Path(__file__).with_name("failing_server.py")
+PATIENT = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.1)
+
+
+def gradient(step: int) -> dict[str, np.ndarray]:
+    return {"w": np.random.default_rng(step).standard_normal((50, 90)).astype(np.float32)}
+
+
+@contextmanager
+def failing_server(folder: Path, flag: Path, call: str, error: str):
+    """A target; the server is killed at the end."""
+    options = ["--port", "0", "--announce", "--data-dir", folder, "--backend", "numba"]
+    process = subprocess.Popen(
+        [sys.executable, FAILING, flag, call, error, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process.stdout.readline().decode().removeprefix("ready ").strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("pwritev", "ENOSPC"), ("pwritev", "EIO"), ("fdatasync", "EIO"), ("fdatasync", "ENOSPC")],
+)
+def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, client, name, call, error):
+    flag, folder = tmp_path / "flag", tmp_path / "data"
+    undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
+    with (
+        failing_server(folder, flag, call, error) as target,
+        optserve.connect(target, PATIENT) as shaky,
+        grpc.insecure_channel(target) as channel,
+    ):
+        opt = shaky.create_optimizer("a", optserve.Adadelta(), gradient(0))
+        for step in range(3):
+            assert opt.step(gradient(step))["w"].tobytes() == undisturbed.step(gradient(step))["w"].tobytes()
+        before = opt.export_state()
+        flag.touch()
+        with pytest.raises(optserve.UnavailableError, match="disk did not take the change") as caught:
+            opt.step(gradient(3), timeout_s=0.5)
+        assert caught.value.reason == "NOT_DURABLE"
+        for change in (
+            lambda: shaky.create_optimizer("b", optserve.Sgd(), gradient(0)),
+            lambda: opt.update(optserve.Adadelta(rho=0.5)),
+        ):
+            threading.Timer(0.1, flag.unlink).start()
+            change()  # which waits until there is room again
+            flag.touch()
+        # Everything can be read.
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        assert [item.name for item in shaky.list_optimizers()] == ["optimizers/a", "optimizers/b"]
+        assert opt.algorithm == optserve.Adadelta(rho=0.5)
+        after = opt.export_state()
+        assert after.step == before.step == 3
+        for slot, array in before.slots["w"].items():
+            assert after.slots["w"][slot].tobytes() == array.tobytes()
+        # A step that is waiting goes on as soon as there is room.
+        undisturbed.update(optserve.Adadelta(rho=0.5))
+        threading.Timer(0.3, flag.unlink).start()
+        assert opt.step(gradient(3))["w"].tobytes() == undisturbed.step(gradient(3))["w"].tobytes()
+        opt.step(gradient(4))
+        expected = undisturbed.step(gradient(4))
+    # And after kill -9 all of it is there.
+    with optserve.local_server(folder, backend="numba") as server, optserve.connect(server.target) as again:
+        opt = again.optimizer("a")
+        assert opt.current_step == 5
+        assert opt.replay()["w"].tobytes() == expected["w"].tobytes()
+        assert opt.step(gradient(5))["w"].tobytes() == undisturbed.step(gradient(5))["w"].tobytes()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    folder = tmp_path / "data"
+    with (
+        pytest.raises(optserve.UnavailableError, match="did not start"),
+        optserve.local_server("/proc/optserve", backend="numpy"),
+    ):
+        pass
+    folder.write_text("")
+    with (
+        pytest.raises(optserve.UnavailableError, match="is a file"),
+        optserve.local_server(folder, backend="numpy"),
+    ):
+        pass

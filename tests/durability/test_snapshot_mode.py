@@ -1,0 +1,118 @@
+"""Durability by snapshots alone: what is lost is what came after the last one, and that is said."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import optserve
+from durability.folder import Server, fingerprint, step
+from optserve_server import journal, snapshot
+
+
+def gradient(step: int) -> dict[str, np.ndarray]:
+    return {"w": np.random.default_rng(step).standard_normal((700, 900)).astype(np.float32)}
+
+
+@pytest.fixture
+def options(tmp_path):
+    path = tmp_path / "optserve.toml"
+    path.write_text('durability = "snapshot"\nsnapshot_interval_s = 0.05\n')
+    return ["--config", str(path)]
+
+
+def test_a_killed_server_comes_back_at_a_step_that_it_was_at_with_all_its_bits(tmp_path, client, name, options):
+    undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
+    replies = []
+    with (
+        optserve.local_server(tmp_path / "data", backend="numba", options=options) as server,
+        optserve.connect(server.target) as lossy,
+    ):
+        opt = lossy.create_optimizer("a", optserve.Adadelta(), gradient(0))
+        # Until a snapshot of some later step is there, and then some more.
+        while len(replies) < 5 or not [path for path in snapshot.paths(tmp_path / "data") if path.name[-3:] > "004"]:
+            replies.append(opt.step(gradient(len(replies)))["w"].tobytes())
+            undisturbed.step(gradient(len(replies) - 1))
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with (
+        optserve.local_server(tmp_path / "data", backend="numba", options=options) as server,
+        optserve.connect(server.target) as again,
+    ):
+        recovered = again.optimizer("a")
+        at = recovered.current_step
+        assert 3 <= at <= len(replies)
+        # The steps after it once more: the same bits, so what came back is the state of one step.
+        for later in range(at, len(replies)):
+            assert recovered.step(gradient(later))["w"].tobytes() == replies[later]
+        assert recovered.step(gradient(777))["w"].tobytes() == undisturbed.step(gradient(777))["w"].tobytes()
+
+
+def test_a_client_is_told_of_what_was_lost(tmp_path, options):
+    path = tmp_path / "rare.toml"
+    path.write_text('durability = "snapshot"\nsnapshot_interval_s = 3600\n')
+    with optserve.local_server(tmp_path / "data", options=["--config", str(path)]) as server:
+        port = server.target.rpartition(":")[2]
+        client = optserve.connect(server.target)
+        opt = client.create_optimizer("a", optserve.Adadelta(), gradient(0))
+        opt.save_checkpoint("zero")
+        for index in range(3):
+            opt.step(gradient(index))
+        # A creation is written down soon, not after an hour.
+        while not snapshot.paths(tmp_path / "data"):
+            client.server_info()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with optserve.local_server(tmp_path / "data", options=["--config", str(path), "--port", port]):
+        with pytest.raises(optserve.StepsLostError, match=r"seen step 3 of 'a'; the server is back at step \d"):
+            opt.step(gradient(3))
+        opt.refresh()
+        assert [item.tag for item in opt.list_checkpoints()] == ["zero"]
+        opt.step(gradient(3))
+    client.close()
+
+
+def test_an_orderly_stop_loses_nothing(tmp_path, options):
+    for turn in range(2):
+        with (
+            optserve.local_server(tmp_path / "data", options=options) as server,
+            optserve.connect(server.target) as client,
+        ):
+            if turn == 0:
+                opt = client.create_optimizer("a", optserve.Adadelta(), gradient(0))
+                last = opt.step(gradient(0))
+            else:
+                assert client.optimizer("a").replay()["w"].tobytes() == last["w"].tobytes()
+
+
+def test_a_folder_may_change_its_durability(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    for index in range(3):
+        step(item, index)
+    before = fingerprint(item)
+    server.die()
+    # A journal's folder without a journal: it is recovered, put into a snapshot and removed.
+    server = Server(tmp_path, interval_s=3600)
+    assert fingerprint(server.optimizers.get("a")) == before
+    assert not journal.segment_paths(tmp_path)
+    server.die()
+    server = Server(tmp_path, interval_s=3600)
+    item = server.optimizers.get("a")
+    assert fingerprint(item) == before
+    step(item, 3)
+    server.folder.snapshot()
+    step(item, 4)
+    server.die()
+    # And back: numbers go on, so nothing of the journal is taken for known.
+    for index in (4, 5, 6):
+        server = Server(tmp_path)
+        item = server.optimizers.get("a")
+        assert item.steps.step == index
+        step(item, index)
+        before = fingerprint(item)
+        server.die()
+    server = Server(tmp_path)
+    assert fingerprint(server.optimizers.get("a")) == before
+    server.die()
