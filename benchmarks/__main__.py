@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -31,32 +32,85 @@ class Section:
     peer: str
     timings: dict[str, Timing]
     bars: dict[str, float]
+    statistic: Literal["median", "p99"] = "median"
+
+    def time(self, name: str) -> float:
+        """Seconds."""
+        return getattr(self.timings[name], self.statistic)
 
     def misses(self) -> list[str]:
         """What is slower than its bar allows; bars are least values of peer / time."""
-        peer = self.timings[self.peer].median
+        peer = self.time(self.peer)
         return [
-            f"{name} is {peer / self.timings[name].median:.2f} times as fast as {self.peer}; its bar is {bar}"
+            f"{self.title}: {name} is {peer / self.time(name):.2f} times as fast as {self.peer}; its bar is {bar:.2f}"
             for name, bar in self.bars.items()
-            if peer / self.timings[name].median < bar
+            if peer / self.time(name) < bar
         ]
 
     def show(self) -> None:
         table = Table(title=self.title, title_justify="left", title_style="bold")
         table.add_column("what")
         table.caption, table.caption_justify = f"peer: {self.peer}", "left"
-        for column in ("median, ms", "± quartiles", "time / peer", "peer / time"):
+        for column in (f"{self.statistic}, ms", "± quartiles", "time / peer", "peer / time"):
             table.add_column(column, justify="right")
-        peer = self.timings[self.peer].median
+        peer = self.time(self.peer)
         for name, timing in self.timings.items():
-            ratio = timing.median / peer
+            ratio = self.time(name) / peer
             spread = f"{100 * timing.spread:.0f} %"
-            table.add_row(name, f"{1e3 * timing.median:.2f}", spread, f"{ratio:.2f}", f"{1 / ratio:.2f}")
+            table.add_row(name, f"{1e3 * self.time(name):.2f}", spread, f"{ratio:.2f}", f"{1 / ratio:.2f}")
         console.print(table)
 
     def as_json(self) -> dict[str, object]:
-        rows = {name: {"median_s": timing.median, "spread": timing.spread} for name, timing in self.timings.items()}
+        rows = {
+            name: {"median_s": timing.median, "p99_s": timing.p99, "spread": timing.spread}
+            for name, timing in self.timings.items()
+        }
         return {"title": self.title, "peer": self.peer, "rows": rows}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured for a section. `rounds` overrides the command's."""
+
+    title: str
+    measure: Callable[[int, int], dict[str, Timing]]
+    peer: str
+    size: int
+    bars: dict[str, float] = field(default_factory=dict)
+    statistic: Literal["median", "p99"] = "median"
+    rounds: int = 0
+
+
+def plans() -> Iterator[Plan]:
+    """All sections, at the size of a large model and of MNIST's."""
+    for size in (LARGE, MNIST):
+        kernel_bars = {"optserve numba": 6.0, "optserve numpy": 1.5} if size == LARGE else {}
+        yield Plan(f"Kernel, {size:,} float32 parameters", kernels.measure, kernels.PEER, size, kernel_bars)
+        yield Plan(f"Step through a server, {size:,} float32 parameters", service.measure, service.PEER, size)
+        yield Plan(
+            f"Durable step, {size:,} float32 parameters",
+            durability.journal_cost,
+            durability.IN_MEMORY,
+            size,
+            {"with a journal": 1 / 1.6} if size == MNIST else {},
+        )
+    yield Plan(
+        f"Slowest step of a hundred while snapshots are written, {MNIST:,} float32 parameters",
+        durability.snapshot_stalls,
+        durability.QUIET,
+        MNIST,
+        {durability.SNAPSHOTTING: 1 / 3},
+        "p99",
+        rounds=400,
+    )
+    yield Plan(
+        f"Recovery of 1 GiB of steps, {MNIST:,} float32 parameters",
+        durability.recovery,
+        durability.READ,
+        MNIST,
+        {"recovery": 0.5},
+        rounds=5,
+    )
 
 
 def machine() -> dict[str, str]:
@@ -74,16 +128,10 @@ def main(
     """Measure ADADELTA steps beside torch, a raw gRPC echo and a copy, in memory and durable, all in one run."""
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
     sections: list[Section] = []
-    for title, module, size, bars in (
-        (f"Kernel, {LARGE:,} float32 parameters", kernels, LARGE, {"optserve numba": 6.0, "optserve numpy": 1.5}),
-        (f"Kernel, {MNIST:,} float32 parameters", kernels, MNIST, {}),
-        (f"Step through a server, {LARGE:,} float32 parameters", service, LARGE, {}),
-        (f"Step through a server, {MNIST:,} float32 parameters", service, MNIST, {}),
-        (f"Durable step, {LARGE:,} float32 parameters", durability, LARGE, {}),
-        (f"Durable step, {MNIST:,} float32 parameters", durability, MNIST, {"with a journal": 1 / 1.6}),
-    ):
-        with console.status(f"{title} …"):
-            section = Section(title, module.PEER, module.measure(size, rounds), bars)
+    for plan in plans():
+        with console.status(f"{plan.title} …"):
+            timings = plan.measure(plan.size, plan.rounds or rounds)
+        section = Section(plan.title, plan.peer, timings, plan.bars, plan.statistic)
         section.show()
         sections.append(section)
     if json_file:

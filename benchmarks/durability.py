@@ -1,28 +1,108 @@
-"""One ADADELTA step through a server with a journal, beside the same step through one that keeps state in memory."""
+"""What durability costs: a step with a journal, a step while a snapshot is written, and a recovery."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 
 import optserve
 from benchmarks.measure import Candidate, Timing, interleaved
+from optserve_server import backends, journal
+from optserve_server.config import ServerConfig
+from optserve_server.data_folder import DataFolder
+from optserve_server.optimizers import Optimizers
 
-PEER = "in memory"
+IN_MEMORY = "in memory"
+QUIET = "no snapshot"
+SNAPSHOTTING = "snapshots all the time"
+READ = "sequential read"
+
+NEVER = 1 << 50
+_RECOVERED_BYTES = 1 << 30
 
 
-def measure(size: int, rounds: int) -> dict[str, Timing]:
-    """Timings by name for `size` float32 parameters. The journal is in the folder for temporary files."""
+@contextmanager
+def _step(size: int, snapshot_bytes: int | None) -> Iterator[Candidate]:
+    """A step through a server; with a journal if `snapshot_bytes` is given."""
     gradient = {"x": np.random.default_rng(0).standard_normal(size).astype(np.float32)}
     out = {"x": np.empty(size, np.float32)}
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        candidates: dict[str, Candidate] = {}
-        for name, data_dir in ((PEER, None), ("with a journal", folder)):
-            server = stack.enter_context(optserve.local_server(data_dir))
-            client = stack.enter_context(optserve.connect(server.target))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "optserve.toml"
+        config.write_text(f"snapshot_bytes = {snapshot_bytes or NEVER}\n")
+        data_dir = Path(folder) / "data" if snapshot_bytes else None
+        with (
+            optserve.local_server(data_dir, options=["--config", str(config)]) as server,
+            optserve.connect(server.target) as client,
+        ):
             optimizer = client.create_optimizer("bench", optserve.Adadelta(), gradient)
-            candidates[name] = Candidate(lambda step=optimizer.step: step(gradient, out=out))
+            yield Candidate(lambda: optimizer.step(gradient, out=out))
+
+
+def _measure(size: int, rounds: int, servers: dict[str, int | None]) -> dict[str, Timing]:
+    with ExitStack() as stack:
+        candidates = {name: stack.enter_context(_step(size, limit)) for name, limit in servers.items()}
         return interleaved(candidates, rounds)
+
+
+def journal_cost(size: int, rounds: int) -> dict[str, Timing]:
+    """A step of `size` float32 parameters in memory, and with a journal in the folder for temporary files."""
+    return _measure(size, rounds, {IN_MEMORY: None, "with a journal": NEVER})
+
+
+def snapshot_stalls(size: int, rounds: int) -> dict[str, Timing]:
+    """A journalled step without any snapshot, and on a server that begins one every third step or so.
+
+    That is as soon as the journal has outgrown the state again.
+    """
+    return _measure(size, rounds, {QUIET: NEVER, SNAPSHOTTING: 1 << 20})
+
+
+def recovery(size: int, rounds: int) -> dict[str, Timing]:
+    """Recovery from a journal of 1 GiB of steps, and reading its files, both with none of them in the page cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "optserve.toml"
+        config.write_text(f"snapshot_bytes = {NEVER}\n")
+        data = Path(folder) / "data"
+        gradient = {"x": np.random.default_rng(0).standard_normal(size).astype(np.float32)}
+        with (
+            optserve.local_server(data, options=["--config", str(config)]) as server,
+            optserve.connect(server.target) as client,
+        ):
+            optimizer = client.create_optimizer("bench", optserve.Adadelta(), gradient)
+            for _ in range(_RECOVERED_BYTES // (4 * size)):
+                optimizer.step(gradient)
+            server.process.kill()
+        backend = backends.choose("auto", 0).backend
+
+        def recover() -> None:
+            opened = DataFolder(data, NEVER, 1 << 20)
+            opened.recover(Optimizers(backend, opened, ServerConfig(data_dir=str(data))), lambda _done, _total: None)
+            opened._bytes_since_snapshot = 0
+            opened.close()
+
+        candidates = {
+            READ: Candidate(lambda: _read(data), lambda: _forget(data)),
+            "recovery": Candidate(recover, lambda: _forget(data)),
+        }
+        return interleaved(candidates, rounds)
+
+
+def _read(folder: Path) -> None:
+    buffer = bytearray(1 << 20)
+    for path in journal.segment_paths(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files from the page cache."""
+    for path in journal.segment_paths(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -19,6 +19,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def p99(self) -> float:
+        return statistics.quantiles(self.seconds, n=100)[98]
+
+    @property
     def spread(self) -> float:
         """Half the distance between the quartiles, relative to the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
