@@ -16,7 +16,7 @@ from optserve_server.checkpoint_store import Store
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.optimizers import Optimizer, Optimizers, is_id
 from optserve_server.state_file import Description, StateFile, StateFileError
-from optserve_server.steps import check_request_id
+from optserve_server.step import check_request_id
 
 logger = logging.getLogger(__name__)
 

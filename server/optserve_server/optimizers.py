@@ -20,7 +20,8 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import Rule
 from optserve_server.state import State
-from optserve_server.steps import Steps, check_request_id
+from optserve_server.step import check_request_id
+from optserve_server.steps import Steps
 
 logger = logging.getLogger(__name__)
 

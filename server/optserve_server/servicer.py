@@ -24,7 +24,7 @@ from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import RULES
 from optserve_server.status import to_status
-from optserve_server.steps import Step
+from optserve_server.step import Step
 from optserve_server.stream import StepStream, result
 
 _Frame = TypeVar("_Frame")
@@ -153,7 +153,7 @@ class Servicer:
                 step.close()
         return steps_pb2.ApplyGradientsResponse(result=result(outcome), updates=updates)
 
-    def stream_steps(self, requests: Iterator[bytes]) -> Iterator[wire.ResponseFrame]:
+    def stream_steps(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Any number of steps of any size."""
         stream = StepStream(self._optimizers, self._admission, self._config, to_status)
         try:
@@ -202,9 +202,9 @@ class Servicer:
         self._checkpoints.delete(*convert.checkpoint_id(request.name))
         return checkpoints_pb2.DeleteCheckpointResponse()
 
-    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[transfer.ExportFrame]:
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[bytes]:
         """Send an optimizer's whole state."""
-        return transfer.export_frames(self._checkpoints, self._find(request.name), self._config.preferred_chunk_bytes)
+        return transfer.export_messages(self._checkpoints, self._find(request.name), self._config.preferred_chunk_bytes)
 
     def import_state(self, requests: Iterator[transfer.ImportFrame]) -> checkpoints_pb2.ImportStateResponse:
         """Replace an optimizer's whole state."""
@@ -216,7 +216,7 @@ class Servicer:
 
 
 def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
-    """The servicer's methods as gRPC wants them. Those that stream tensors pass raw bytes in, or frames out."""
+    """The servicer's methods as gRPC wants them. Those that stream tensors take and give raw bytes."""
 
     def unary(method: str) -> grpc.RpcMethodHandler:
         descriptor = SERVICE.methods_by_name[method]
@@ -238,12 +238,11 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
 
     methods = {
         "StreamSteps": grpc.stream_stream_rpc_method_handler(
-            lambda requests, _context: servicer.stream_steps(requests), None, wire.encode
+            lambda requests, _context: servicer.stream_steps(requests)
         ),
         "ExportState": grpc.unary_stream_rpc_method_handler(
             lambda request, _context: servicer.export_state(request),
             checkpoints_pb2.ExportStateRequest.FromString,
-            wire.encode,
         ),
         "ImportState": grpc.stream_unary_rpc_method_handler(
             lambda requests, _context: servicer.import_state(_decode(transfer.decode_import, raw) for raw in requests),

@@ -14,21 +14,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 import numpy as np
 
-from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Payload, Payloads, Run
+from optserve_server.layout import Payloads, Run
 from optserve_server.rules import Rule
 from optserve_server.state import State
+from optserve_server.step import Outcome, ReplyChunk, Step, check_request_id
 
 logger = logging.getLogger(__name__)
+
+_Used = TypeVar("_Used")
 
 
 @dataclass
@@ -39,24 +42,6 @@ class Retained:
     step: int
     tensors: tuple[int, ...]
     intact: bool = True
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a commit did."""
-
-    request_id: str
-    step: int
-    replayed: bool
-
-
-@dataclass(frozen=True)
-class ReplyChunk:
-    """A piece of the reply: bytes of the payload from one byte of one tensor on."""
-
-    tensor: int
-    offset: int
-    data: bytes
 
 
 class Steps:
@@ -226,7 +211,7 @@ class Steps:
         with self._lock:
             yield self._state
 
-    # The rest is called by the step that holds the staging buffer.
+    # What the step that holds the staging buffer asks for.
 
     def _hold(self, step: Step) -> None:
         """Check, under the lock, that the step still holds the staging buffer."""
@@ -237,7 +222,8 @@ class Steps:
             )
         step.moved_at = time.monotonic()
 
-    def _stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+        """See Holder."""
         with self._lock:
             self._hold(step)
             payload = step.payload
@@ -269,7 +255,8 @@ class Steps:
             index=byte // size,
         )
 
-    def _commit(self, step: Step) -> Outcome:
+    def commit(self, step: Step) -> Outcome:
+        """See Holder."""
         with self._lock:
             self._hold(step)
             if step.replay and self.retained:
@@ -314,135 +301,26 @@ class Steps:
             )
             raise self._fatal.again() from error
 
-    def _read(self, step: Step, run: Run, begin: int, end: int) -> ReplyChunk:
+    def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
+        """See Holder."""
         with self._lock:
             self._hold(step)
             size = run.wire.itemsize
             start, stop = (run.start + (edge - run.begin) // size for edge in (begin, end))
-            elements = self._state.staged[run.dtype][start:stop]
+            elements = self._state.staged[run.dtype][start:stop].astype(run.wire, copy=False)
             tensor, offset = step.payload.locate(begin)
-            return ReplyChunk(tensor, offset, elements.astype(run.wire, copy=False).tobytes())
+            # Used under the lock: nobody writes there meanwhile.
+            return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
 
-    def _updates(self, step: Step, tensor: int) -> bytes:
+    def updates(self, step: Step, tensor: int) -> bytes:
+        """See Holder."""
         with self._lock:
             self._hold(step)
             parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
             return self._state.staged[parameter.dtype][start : start + parameter.size].tobytes()
 
-    def _close(self, step: Step) -> None:
+    def close(self, step: Step) -> None:
+        """See Holder."""
         with self._lock:
             if self._holder is step:
                 self._holder = None
-
-
-class Step:
-    """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
-
-    def __init__(self, steps: Steps, request_id: str, payload: Payload, *, replay: bool) -> None:
-        self._steps = steps
-        self.request_id = request_id
-        self.payload = payload
-        self.replay = replay
-        self.moved_at = time.monotonic()
-        self.coverage = Coverage()
-
-    def stage(self, tensor: int, offset: int, data: memoryview | bytes) -> None:
-        """Take a chunk of the gradients. In a replay it is ignored.
-
-        Args:
-            tensor: Index of the parameter in which it begins.
-            offset: First byte within that parameter's wire bytes.
-            data: Elements; those beyond the end of the parameter belong to the next one of the step.
-
-        Raises:
-            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK, TOO_MANY_FRAGMENTS,
-                NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no further use.
-        """
-        if self.replay:
-            return
-        if tensor not in self.payload:
-            raise OptserveError(
-                Reason.UNKNOWN_PARAMETER,
-                f"Parameter {tensor} takes no part in this step.",
-                field="tensor",
-                parameter=tensor,
-            )
-        if offset > self.payload.extent(tensor):
-            raise self._out_of_bounds(tensor, offset, "begins beyond the end of its tensor")
-        position = self.payload.position(tensor, offset)
-        if position + len(data) > self.payload.size_bytes:
-            raise self._out_of_bounds(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
-        try:
-            self._steps._stage(self, tensor, offset, data)
-        except Overlap as overlap:
-            tensor, offset = self.payload.locate(overlap.position)
-            name = self.payload.layout.parameters[tensor].name
-            raise OptserveError(
-                Reason.OVERLAPPING_CHUNK,
-                f"Byte {offset} of the gradient of {name!r} has arrived twice.",
-                field="offset",
-                parameter=name,
-                offset=offset,
-            ) from None
-        except TooManyFragments as error:
-            raise OptserveError(
-                Reason.TOO_MANY_FRAGMENTS,
-                f"The gradient arrives in {error}; send neighbouring chunks one after the other.",
-                field="offset",
-                limit=MAX_FRAGMENTS,
-            ) from None
-
-    def commit(self) -> Outcome:
-        """Apply the step to all of its tensors, or change nothing.
-
-        Raises:
-            OptserveError: MISSING_CHUNK, STEP_TAKEN_OVER or STATE_LOST.
-        """
-        return self._steps._commit(self)
-
-    def reply(self, max_chunk_bytes: int) -> Iterator[ReplyChunk]:
-        """The updates of the committed step, in pieces of at most `max_chunk_bytes` bytes.
-
-        Raises:
-            OptserveError: STEP_TAKEN_OVER.
-        """
-        for run in self.payload.runs:
-            stride = max_chunk_bytes // run.wire.itemsize * run.wire.itemsize
-            for begin in range(run.begin, run.end, stride):
-                yield self._steps._read(self, run, begin, min(begin + stride, run.end))
-
-    def updates(self, tensor: int) -> bytes:
-        """The update of one whole tensor of the committed step, in the parameter's own dtype.
-
-        Raises:
-            OptserveError: STEP_TAKEN_OVER.
-        """
-        return self._steps._updates(self, tensor)
-
-    def close(self) -> None:
-        """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
-        self._steps._close(self)
-
-    def out_of_bounds(self, position: int, what: str) -> OptserveError:
-        """The error for a chunk that does not fit at a position of the payload."""
-        return self._out_of_bounds(*self.payload.locate(position), what)
-
-    def _out_of_bounds(self, tensor: int, offset: int, what: str) -> OptserveError:
-        name = self.payload.layout.parameters[tensor].name
-        return OptserveError(
-            Reason.CHUNK_OUT_OF_BOUNDS,
-            f"The chunk at byte {offset} of {name!r} {what}.",
-            field="offset",
-            parameter=name,
-            offset=offset,
-        )
-
-
-def check_request_id(request_id: str) -> None:
-    """Raise INVALID_FIELD unless it is 1 to 64 printable ASCII characters."""
-    if not (1 <= len(request_id) <= 64 and request_id.isascii() and request_id.isprintable()):
-        raise OptserveError(
-            Reason.INVALID_FIELD,
-            "request_id must be 1 to 64 printable ASCII characters; a UUID is a good one.",
-            field="request_id",
-        )

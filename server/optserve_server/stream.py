@@ -1,4 +1,4 @@
-"""One StreamSteps call: turns frames into calls of the transaction, and its results into frames.
+"""One StreamSteps call: turns frames into calls of the transaction, and its results into messages.
 
 closed ──open──> idle ──begin──> staging ──commit──> idle
                   ^                 │ error: answered once
@@ -14,13 +14,13 @@ import numpy as np
 from google.rpc import status_pb2
 
 from optserve.v1 import service_pb2, steps_pb2
-from optserve.wire import Frame, RequestFrame, ResponseFrame
+from optserve.wire import RequestFrame, encode
 from optserve_server import convert, features
 from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
-from optserve_server.steps import Outcome, ReplyChunk, Step
+from optserve_server.step import Outcome, ReplyChunk, Step
 
 _BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset"}
@@ -62,7 +62,7 @@ class StepStream:
         self._step: Step | None = None
         self._request_id = ""
 
-    def handle(self, frame: RequestFrame) -> Iterator[ResponseFrame]:
+    def handle(self, frame: RequestFrame) -> Iterator[bytes]:
         """Carry out the parts of one message, in the order of their numbers.
 
         Raises:
@@ -70,7 +70,7 @@ class StepStream:
         """
         header = frame.header
         if header.HasField("open"):
-            yield Frame(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
+            yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
         elif self._phase is _Phase.CLOSED:
             raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
         try:
@@ -168,7 +168,7 @@ class StepStream:
             )
         self._step.stage(chunk.tensor, chunk.offset, data)
 
-    def _commit(self) -> Iterator[ResponseFrame]:
+    def _commit(self) -> Iterator[bytes]:
         if self._phase is _Phase.FAILED:
             self._phase = _Phase.IDLE
             return
@@ -177,18 +177,15 @@ class StepStream:
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse(result=result(outcome))
-        pending: ReplyChunk | None = None
-        for piece in self._step.reply(self._reply_chunk_bytes):
-            if pending is not None:
-                yield _frame(steps_pb2.StreamStepsResponse(), pending)
-            pending = piece
-        yield Frame(last) if pending is None else _frame(last, pending)
+        if not self._step.payload.size_bytes:
+            yield encode(last)
+        yield from self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
         self._end(_Phase.IDLE)
 
-    def _fail(self, error: Exception) -> ResponseFrame:
+    def _fail(self, error: Exception) -> bytes:
         failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
         self._end(_Phase.FAILED)
-        return Frame(steps_pb2.StreamStepsResponse(error=failure))
+        return encode(steps_pb2.StreamStepsResponse(error=failure))
 
     def _end(self, phase: _Phase) -> None:
         step, self._step, self._phase = self._step, None, phase
@@ -203,7 +200,8 @@ def result(outcome: Outcome) -> steps_pb2.Result:
     return steps_pb2.Result(request_id=outcome.request_id, step=outcome.step, replayed=outcome.replayed)
 
 
-def _frame(header: steps_pb2.StreamStepsResponse, piece: ReplyChunk) -> ResponseFrame:
+def _message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:
+    header = last if piece.last else steps_pb2.StreamStepsResponse()
     header.chunk.tensor, header.chunk.offset = piece.tensor, piece.offset
     header.chunk.SetInParent()
-    return Frame(header, piece.data)
+    return encode(header, piece.data)

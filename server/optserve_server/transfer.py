@@ -1,4 +1,4 @@
-"""ExportState and ImportState: frames to and from state files."""
+"""ExportState and ImportState: messages to and from state files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.state_import import StateImport
-from optserve_server.steps import check_request_id
+from optserve_server.step import check_request_id
 
-ExportFrame = wire.Frame[checkpoints_pb2.ExportStateResponse]
 ImportFrame = wire.Frame[checkpoints_pb2.ImportStateRequest]
 
 decode_import = wire.decoder(checkpoints_pb2.ImportStateRequest)
@@ -21,14 +20,14 @@ decode_import = wire.decoder(checkpoints_pb2.ImportStateRequest)
 _FIELDS = {"tensor": "chunk.tensor", "slot": "chunk.slot", "offset": "chunk.offset"}
 
 
-def export_frames(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[ExportFrame]:
+def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[bytes]:
     """The optimizer's state of this moment: the optimizer itself, then its slots, tensor by tensor."""
     with checkpoints.exported(optimizer) as file:
         message = convert.optimizer(optimizer)
         # The optimizer may have been stepped since.
         message.step = file.description.step
         convert.set_algorithm(message.algorithm, file.description.rule)
-        yield wire.Frame(checkpoints_pb2.ExportStateResponse(optimizer=message))
+        yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
         with file.mapped() as mapped:
             arenas = {(dtype, slot): array for dtype, slot, array in mapped}
         layout = optimizer.layout
@@ -41,7 +40,7 @@ def export_frames(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_byte
                     header = checkpoints_pb2.ExportStateResponse()
                     header.chunk.tensor, header.chunk.slot = tensor, slot
                     header.chunk.offset = begin * parameter.dtype.itemsize
-                    yield wire.Frame(header, values[begin : begin + stride].data.cast("B"))
+                    yield wire.encode(header, values[begin : begin + stride].data.cast("B"))
 
 
 def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Iterator[ImportFrame]) -> Optimizer:

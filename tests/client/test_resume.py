@@ -254,7 +254,7 @@ def test_a_stream_that_finds_no_place_is_tried_again(tmp_path):
         client.close()
 
 
-def test_a_failure_while_frames_are_made_reaches_the_caller(server, name, monkeypatch):
+def test_a_failure_while_messages_are_made_reaches_the_caller(server, name, monkeypatch):
     from optserve import _stream
 
     client = optserve.connect(server.target, CONFIG)
@@ -262,12 +262,12 @@ def test_a_failure_while_frames_are_made_reaches_the_caller(server, name, monkey
 
     def broken(self, begin, max_chunk_bytes):
         yield from list(real(self, begin, max_chunk_bytes))[:1]
-        raise MemoryError("no room for a frame")
+        raise MemoryError("no room for a message")
 
-    real = _stream.Gradients.frames
+    real = _stream.Gradients.messages
     with monkeypatch.context() as patch:
-        patch.setattr(_stream.Gradients, "frames", broken)
-        with pytest.raises(optserve.InternalError, match="no room for a frame"):
+        patch.setattr(_stream.Gradients, "messages", broken)
+        with pytest.raises(optserve.InternalError, match="no room for a message"):
             opt.step(gradient(0))
     opt.step(gradient(0))
     assert opt.current_step == 1

@@ -45,7 +45,7 @@ def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
             parameter = PARAMETERS[tensor]
             under_way.stage(tensor, 0, rng.standard_normal(parameter.size).astype(parameter.dtype).tobytes())
         under_way.commit()
-        return b"".join(piece.data for piece in under_way.reply(MIB))
+        return b"".join(under_way.reply(MIB, lambda piece: bytes(piece.data)))
     finally:
         under_way.close()
 

@@ -456,7 +456,7 @@ def test_optimizers_of_any_rule_and_layout_can_be_saved(folder):
         for tensor, parameter in enumerate(parameters):
             under_way.stage(tensor, 0, np.full(parameter.size, 0.5, parameter.dtype).tobytes())
         under_way.commit()
-        b"".join(piece.data for piece in under_way.reply(MIB))
+        b"".join(under_way.reply(MIB, lambda piece: bytes(piece.data)))
         under_way.close()
         checkpoints.save(name, "x")
         slots = fingerprint(item)[-1]

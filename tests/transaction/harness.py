@@ -25,7 +25,7 @@ def run_step(steps: Steps, request_id: str, chunks, **options) -> bytes:
         for tensor, offset, data in chunks:
             step.stage(tensor, offset, data)
         step.commit()
-        return b"".join(piece.data for piece in step.reply(1 << 20))
+        return b"".join(step.reply(1 << 20, lambda piece: bytes(piece.data)))
     finally:
         step.close()
 

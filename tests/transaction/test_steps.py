@@ -38,7 +38,7 @@ def test_the_same_request_id_gets_the_same_bytes_and_changes_nothing(steps):
     step = steps.begin("a", expected_step=0)
     step.stage(0, 0, (2 * G).tobytes())  # ignored: what was applied is what counts
     outcome = step.commit()
-    again = b"".join(piece.data for piece in step.reply(8))
+    again = b"".join(step.reply(8, lambda piece: bytes(piece.data)))
     step.close()
     assert (outcome.replayed, outcome.step) == (True, 1)
     assert again == first
@@ -62,7 +62,7 @@ def test_a_reply_that_is_overtaken_stops_instead_of_mixing_two_steps(steps):
     slow = steps.begin("a")
     slow.stage(0, 0, G.tobytes())
     slow.commit()
-    pieces = slow.reply(8)
+    pieces = slow.reply(8, lambda piece: bytes(piece.data))
     next(pieces)
     run_step(steps, "a", [])
     run_step(steps, "b", [(0, 0, G.tobytes())])

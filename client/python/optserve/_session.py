@@ -177,9 +177,9 @@ class StepSession:
                 # What has been applied is only asked for again; the gradients need not travel.
                 applied = stream.opened.last_request_id == request_id
                 begin = steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
-                frames = (_NO_GRADIENTS if applied else gradients).frames(begin, self._chunk_bytes(stream))
+                messages = (_NO_GRADIENTS if applied else gradients).messages(begin, self._chunk_bytes(stream))
                 before, doubtful = doubtful, True
-                self.current_step = stream.step(frames, updates, patience).step
+                self.current_step = stream.step(messages, updates, patience).step
             except StepRefused as refusal:
                 error = refusal.error
                 doubtful = before or isinstance(error, InternalError | StateLostError)

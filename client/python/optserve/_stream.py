@@ -30,21 +30,21 @@ class Gradients:
         self.arrays = arrays
         self.whole = whole
 
-    def frames(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[wire.RequestFrame]:
-        """Begin, chunks and commit; a step that fits into one chunk is one frame."""
+    def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[bytes]:
+        """Begin, chunks and commit; a step that fits into one chunk is one message."""
         request = steps_pb2.StreamStepsRequest(begin=begin)
         if not self.whole:
             request.begin.tensors.extend(self.indices)
-        pending: wire.RequestFrame | None = None
+        pending: list[memoryview] = []
         for tensor, offset, parts in self._chunks(max_chunk_bytes):
-            if pending is not None:
-                yield pending
+            if pending:
+                yield wire.encode(request, *pending)
                 request = steps_pb2.StreamStepsRequest()
             request.chunk.tensor, request.chunk.offset = tensor, offset
             request.chunk.SetInParent()
-            pending = wire.Frame(request, parts[0] if len(parts) == 1 else b"".join(parts))
+            pending = parts
         request.commit.SetInParent()
-        yield pending or wire.Frame(request)
+        yield wire.encode(request, *pending)
 
     def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
         """(tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk."""
@@ -100,20 +100,20 @@ class Updates:
 
 
 class _Outgoing:
-    """What gRPC's sending thread iterates: step after step, each frame made when the wire is ready for it.
+    """What gRPC's sending thread iterates: step after step, each message made when the wire is ready for it.
 
     It knows nothing of the stream, so that a stream that nobody uses any more can be collected and closed.
     """
 
     def __init__(self) -> None:
-        self._steps: queue.SimpleQueue[Iterator[wire.RequestFrame] | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
         self._stop_step = False
         self.fault: Exception | None = None
 
-    def put(self, frames: Iterator[wire.RequestFrame]) -> None:
-        """Send the frames of a step."""
+    def put(self, messages: Iterator[bytes]) -> None:
+        """Send the messages of a step."""
         self._stop_step = False
-        self._steps.put(frames)
+        self._steps.put(messages)
 
     def stop_step(self) -> None:
         """What has not been sent of the present step need not be."""
@@ -124,13 +124,13 @@ class _Outgoing:
         self._stop_step = True
         self._steps.put(None)
 
-    def __iter__(self) -> Iterator[wire.RequestFrame]:
-        while (frames := self._steps.get()) is not None:
+    def __iter__(self) -> Iterator[bytes]:
+        while (messages := self._steps.get()) is not None:
             try:
-                for frame in frames:
-                    yield frame
+                for message in messages:
+                    yield message
                     if self._stop_step:
-                        yield wire.Frame(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
+                        yield wire.encode(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
                         break
             # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
             except Exception as error:  # noqa: BLE001
@@ -151,7 +151,7 @@ class StepStream:
     def __init__(self, transport: Transport, request: steps_pb2.Open, patience: Patience) -> None:
         self._transport = transport
         self._outgoing = _Outgoing()
-        self._outgoing.put(iter([wire.Frame(steps_pb2.StreamStepsRequest(open=request))]))
+        self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
         try:
@@ -160,7 +160,7 @@ class StepStream:
             self.close()
             raise
 
-    def step(self, frames: Iterator[wire.RequestFrame], updates: Updates, patience: Patience) -> steps_pb2.Result:
+    def step(self, messages: Iterator[bytes], updates: Updates, patience: Patience) -> steps_pb2.Result:
         """Send one step and receive its reply.
 
         Raises:
@@ -168,7 +168,7 @@ class StepStream:
             UnavailableError: The connection was lost; whether the step was applied is open.
             DeadlineExceededError, StepCancelledError: Patience is at its end; likewise.
         """
-        self._outgoing.put(frames)
+        self._outgoing.put(messages)
         while True:
             frame = self._next(patience)
             if frame.header.HasField("error"):
@@ -194,7 +194,7 @@ class StepStream:
                 error = self._transport.translate(rpc_error, 0.0)
         fault = self._outgoing.fault
         if fault is not None:
-            raise InternalError(f"A frame could not be made: {fault!r}") from fault
+            raise InternalError(f"A message could not be made: {fault!r}") from fault
         patience.check()
         raise error
 

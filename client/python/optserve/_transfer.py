@@ -45,7 +45,7 @@ def import_state(
     # One id for all tries: a retry after a lost answer must not undo the steps since.
     first = checkpoints_pb2.ImportStateRequest(name=optimizer.name, step=state.step, request_id=str(uuid.uuid4()))
     return _persistently(
-        connection, lambda: connection.import_state(_frames(first, arrays, on_progress, state.size_bytes)).optimizer
+        connection, lambda: connection.import_state(_messages(first, arrays, on_progress, state.size_bytes)).optimizer
     )
 
 
@@ -87,13 +87,13 @@ def _received(
     return OptimizerState(optimizer.step, from_message(optimizer.algorithm), parameters, slots)
 
 
-def _frames(
+def _messages(
     first: checkpoints_pb2.ImportStateRequest,
     arrays: Sequence[Sequence[np.ndarray]],
     on_progress: Progress,
     total: int,
-) -> Iterator[wire.Frame[checkpoints_pb2.ImportStateRequest]]:
-    yield wire.Frame(first)
+) -> Iterator[bytes]:
+    yield wire.encode(first)
     done = 0
     on_progress(0, total)
     for tensor, slots in enumerate(arrays):
@@ -103,12 +103,12 @@ def _frames(
                 header = checkpoints_pb2.ImportStateRequest()
                 header.chunk.tensor, header.chunk.slot, header.chunk.offset = tensor, slot, offset
                 part = data[offset : offset + CHUNK_BYTES]
-                yield wire.Frame(header, part)
+                yield wire.encode(header, part)
                 done += len(part)
                 on_progress(done, total)
     last = checkpoints_pb2.ImportStateRequest()
     last.commit.SetInParent()
-    yield wire.Frame(last)
+    yield wire.encode(last)
 
 
 def _arrays(optimizer: optimizer_pb2.Optimizer, state: OptimizerState) -> list[list[np.ndarray]]:

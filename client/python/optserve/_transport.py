@@ -69,14 +69,14 @@ class Transport:
             ],
         )
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
-        self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", wire.encode, wire.decode_response)
+        self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", None, wire.decode_response)
         self._export_state = self._channel.unary_stream(
             f"/{_SERVICE}/ExportState",
             checkpoints_pb2.ExportStateRequest.SerializeToString,
             wire.decoder(checkpoints_pb2.ExportStateResponse),
         )
         self._import_state = self._channel.stream_unary(
-            f"/{_SERVICE}/ImportState", wire.encode, checkpoints_pb2.ImportStateResponse.FromString
+            f"/{_SERVICE}/ImportState", None, checkpoints_pb2.ImportStateResponse.FromString
         )
 
     def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
@@ -108,22 +108,20 @@ class Transport:
             raise InvalidArgumentError(f"timeout_s must be a number of seconds, not {timeout_s!r}.")
         return Patience(self._watchdog, self.config.step_timeout_s if timeout_s is None else timeout_s)
 
-    def stream_steps(self, frames: Iterator[wire.RequestFrame]) -> Any:
+    def stream_steps(self, messages: Iterator[bytes]) -> Any:
         """Start a StreamSteps call. It has no deadline of its own; see Patience."""
         self.check_usable()
-        return self._stream_steps(frames)
+        return self._stream_steps(messages)
 
     def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Any:
         """Start an ExportState call; gives frames."""
         self.check_usable()
         return self._export_state(request, timeout=self.config.step_timeout_s)
 
-    def import_state(
-        self, frames: Iterator[wire.Frame[checkpoints_pb2.ImportStateRequest]]
-    ) -> checkpoints_pb2.ImportStateResponse:
+    def import_state(self, messages: Iterator[bytes]) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
         self.check_usable()
-        return self._import_state(frames, timeout=self.config.step_timeout_s)
+        return self._import_state(messages, timeout=self.config.step_timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""

@@ -1,13 +1,15 @@
-"""The codec of the hot messages: a small header and a payload, joined into one message with one copy.
+"""The codec of the messages that carry tensors: a small header and a payload, as exactly the contract's bytes.
 
-The bytes are exactly those of the contract: `data` has the highest field number of its message, so the header's
-own serialisation followed by the field's tag, its length and the payload is the serialisation of the whole.
+`data` has the highest field number of its message and is last on the wire. So a header's own serialisation followed by
+the field's tag, its length and the payload is the serialisation of the whole, and the payload of a message that was
+received can be used where it is. Whoever sends otherwise (another order of fields is allowed) is read by the generated
+code, with two more copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +20,9 @@ Buffer = bytes | memoryview
 _Header = TypeVar("_Header", bound="_Message")
 
 DATA_FIELD = steps_pb2.StreamStepsRequest.DATA_FIELD_NUMBER
-_LENGTH_DELIMITED = 2
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT_BYTES = 10
 
 
 class _Message(Protocol):
@@ -26,7 +30,7 @@ class _Message(Protocol):
 
     def SerializeToString(self) -> bytes: ...  # noqa: N802
     def ClearField(self, field_name: str) -> None: ...  # noqa: N802
-    def HasField(self, field_name: str) -> bool: ...  # noqa: N802
+    def HasField(self, field_name: Any) -> bool: ...  # noqa: N802
 
 
 def varint(value: int) -> bytes:
@@ -39,11 +43,12 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-_DATA_TAG = varint(DATA_FIELD << 3 | _LENGTH_DELIMITED)
+_DATA_KEY = DATA_FIELD << 3 | _LENGTH_DELIMITED
+_DATA_TAG = varint(_DATA_KEY)
 
 
 class Frame(NamedTuple, Generic[_Header]):
-    """A stream message without its payload, and the payload; None if the message has no chunk."""
+    """A received message without its payload, and the payload; None if the message has no chunk."""
 
     header: _Header
     data: Buffer | None = None
@@ -53,23 +58,31 @@ RequestFrame = Frame[steps_pb2.StreamStepsRequest]
 ResponseFrame = Frame[steps_pb2.StreamStepsResponse]
 
 
-def encode(frame: Frame[_Header]) -> bytes:
-    """The frame as the bytes of one protobuf message; the payload is copied once."""
-    header = frame.header.SerializeToString()
-    if frame.data is None:
-        return header
-    return b"".join((header, _DATA_TAG, varint(len(frame.data)), frame.data))
+def encode(header: _Message, *parts: Buffer) -> bytes:
+    """One message: the header's fields, then the parts, joined, as its `data`. Each part is copied once."""
+    head = header.SerializeToString()
+    if not parts:
+        return head
+    return b"".join((head, _DATA_TAG, varint(sum(map(len, parts))), *parts))
 
 
 def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]:
-    """A function that parses the bytes of one message of that type into a frame.
+    """A function that reads the bytes of one message of that type as a frame, whose payload is a view of them.
 
     It raises google.protobuf.message.DecodeError where they are none.
     """
+    parse: Callable[[bytes], _Header] = message.FromString  # pyright: ignore[reportFunctionMemberAccess]
 
     def decode(raw: bytes) -> Frame[_Header]:
+        tag = _data_tag(raw)
+        if tag is not None:
+            header = parse(raw[:tag])
+            if header.HasField("chunk"):
+                _, begin = _read_varint(raw, tag)
+                _, begin = _read_varint(raw, begin)
+                return Frame(header, memoryview(raw)[begin:])
         # Without a chunk, `data` stays in the header, where it is out of place and can be seen.
-        header = message.FromString(raw)  # pyright: ignore[reportFunctionMemberAccess]
+        header = parse(raw)
         if not header.HasField("chunk"):
             return Frame(header)
         data = header.data
@@ -77,6 +90,42 @@ def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]
         return Frame(header, data)
 
     return decode
+
+
+def _data_tag(raw: bytes) -> int | None:
+    """Where the tag of `data` begins, if it is the last field and the only one of its number."""
+    position, end = 0, len(raw)
+    while position < end:
+        tag_at = position
+        key, position = _read_varint(raw, position)
+        kind = key & 7
+        if kind == _LENGTH_DELIMITED:
+            size, position = _read_varint(raw, position)
+            position += size
+            if key == _DATA_KEY:
+                return tag_at if position == end else None
+        elif kind == _VARINT:
+            _, position = _read_varint(raw, position)
+        elif kind in _FIXED_BYTES:
+            position += _FIXED_BYTES[kind]
+        else:
+            # A group, or no wire type at all.
+            return None
+    return None
+
+
+def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
+    """(value, position behind it) of a varint; a position behind the end of `raw` if it is none."""
+    value = 0
+    for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
+        if position >= len(raw):
+            break
+        byte = raw[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    return 0, len(raw) + 1
 
 
 decode_request = decoder(steps_pb2.StreamStepsRequest)

@@ -1,0 +1,67 @@
+"""float16 and bfloat16 on the wire: conversions in NumPy, block by block, so that temporaries stay in the cache.
+
+NumPy has no bfloat16. Here it is BFLOAT16, unsigned integers of two bytes that hold the upper half of a float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FLOAT16 = np.dtype("<f2")
+BFLOAT16 = np.dtype("<u2")
+"""Stands for bfloat16; there are no integers on the wire."""
+
+_FLOAT32 = np.dtype("<f4")
+_BITS32 = np.dtype("<u4")
+_BLOCK = 1 << 14
+_QUIET_NAN = np.uint16(0x7FC0)
+
+
+def name_of(dtype: np.dtype) -> str:
+    """A wire dtype's name for people."""
+    return "bfloat16" if dtype == BFLOAT16 else dtype.name
+
+
+def convert(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy elements into an array of another dtype, rounding to nearest, ties to even.
+
+    float64 goes to bfloat16 by way of float32. What is too large becomes infinite; NaN stays NaN.
+
+    Args:
+        source: One-dimensional and contiguous: float64, float32, FLOAT16 or BFLOAT16.
+        target: Likewise, of the same size.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if BFLOAT16 not in (source.dtype, target.dtype):
+            np.copyto(target, source, casting="same_kind")
+            return
+        for start in range(0, source.size, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            if source.dtype == BFLOAT16:
+                _widen(source[block], target[block])
+            else:
+                _narrow(source[block], target[block])
+
+
+def _narrow(source: np.ndarray, target: np.ndarray) -> None:
+    """float32 or float64 to bfloat16."""
+    if source.dtype != _FLOAT32:
+        source = source.astype(_FLOAT32)
+    bits = source.view(_BITS32)
+    # To nearest, ties to even: add just under half of the last place kept, and one more if that place is odd.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    target[...] = rounded.view(BFLOAT16)[1::2]
+    missing = np.isnan(source)
+    if missing.any():
+        target[missing] = _QUIET_NAN
+
+
+def _widen(source: np.ndarray, target: np.ndarray) -> None:
+    """bfloat16 to float32 or float64, exactly."""
+    if target.dtype == _FLOAT32:
+        np.left_shift(source, 16, out=target.view(_BITS32), dtype=_BITS32)
+    else:
+        target[...] = (source.astype(_BITS32) << 16).view(_FLOAT32)

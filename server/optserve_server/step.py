@@ -1,0 +1,170 @@
+"""One step under way, as those see it who carry its bytes: stage, commit, reply, close."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Payload, Run
+
+_Used = TypeVar("_Used")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a commit did."""
+
+    request_id: str
+    step: int
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class ReplyChunk:
+    """A piece of the reply: the bytes, in the staging buffer itself, from one byte of one tensor on."""
+
+    tensor: int
+    offset: int
+    data: memoryview
+    last: bool
+
+
+class Holder(Protocol):
+    """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
+
+    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+        """Take a chunk whose place is known to be good."""
+        ...
+
+    def commit(self, step: Step) -> Outcome:
+        """Apply what was staged."""
+        ...
+
+    def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
+        """Let `use` have a piece of the reply."""
+        ...
+
+    def updates(self, step: Step, tensor: int) -> bytes:
+        """The update of a whole tensor."""
+        ...
+
+    def close(self, step: Step) -> None:
+        """Let another step have the staging buffer."""
+        ...
+
+
+class Step:
+    """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
+
+    def __init__(self, holder: Holder, request_id: str, payload: Payload, *, replay: bool) -> None:
+        self._holder = holder
+        self.request_id = request_id
+        self.payload = payload
+        self.replay = replay
+        self.moved_at = time.monotonic()
+        self.coverage = Coverage()
+
+    def stage(self, tensor: int, offset: int, data: memoryview | bytes) -> None:
+        """Take a chunk of the gradients. In a replay it is ignored.
+
+        Args:
+            tensor: Index of the parameter in which it begins.
+            offset: First byte within that parameter's wire bytes.
+            data: Elements; those beyond the end of the parameter belong to the next one of the step.
+
+        Raises:
+            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK, TOO_MANY_FRAGMENTS,
+                NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no further use.
+        """
+        if self.replay:
+            return
+        if tensor not in self.payload:
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"Parameter {tensor} takes no part in this step.",
+                field="tensor",
+                parameter=tensor,
+            )
+        if offset > self.payload.extent(tensor):
+            raise self._out_of_bounds(tensor, offset, "begins beyond the end of its tensor")
+        position = self.payload.position(tensor, offset)
+        if position + len(data) > self.payload.size_bytes:
+            raise self._out_of_bounds(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
+        try:
+            self._holder.stage(self, tensor, offset, data)
+        except Overlap as overlap:
+            tensor, offset = self.payload.locate(overlap.position)
+            name = self.payload.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.OVERLAPPING_CHUNK,
+                f"Byte {offset} of the gradient of {name!r} has arrived twice.",
+                field="offset",
+                parameter=name,
+                offset=offset,
+            ) from None
+        except TooManyFragments as error:
+            raise OptserveError(
+                Reason.TOO_MANY_FRAGMENTS,
+                f"The gradient arrives in {error}; send neighbouring chunks one after the other.",
+                field="offset",
+                limit=MAX_FRAGMENTS,
+            ) from None
+
+    def commit(self) -> Outcome:
+        """Apply the step to all of its tensors, or change nothing.
+
+        Raises:
+            OptserveError: MISSING_CHUNK, STEP_TAKEN_OVER or STATE_LOST.
+        """
+        return self._holder.commit(self)
+
+    def reply(self, max_chunk_bytes: int, use: Callable[[ReplyChunk], _Used]) -> Iterator[_Used]:
+        """What `use` makes of the updates of the committed step, in pieces of at most `max_chunk_bytes` bytes.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        for run in self.payload.runs:
+            stride = max_chunk_bytes // run.wire.itemsize * run.wire.itemsize
+            for begin in range(run.begin, run.end, stride):
+                yield self._holder.read(self, run, begin, min(begin + stride, run.end), use)
+
+    def updates(self, tensor: int) -> bytes:
+        """The update of one whole tensor of the committed step, in the parameter's own dtype.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        return self._holder.updates(self, tensor)
+
+    def close(self) -> None:
+        """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
+        self._holder.close(self)
+
+    def out_of_bounds(self, position: int, what: str) -> OptserveError:
+        """The error for a chunk that does not fit at a position of the payload."""
+        return self._out_of_bounds(*self.payload.locate(position), what)
+
+    def _out_of_bounds(self, tensor: int, offset: int, what: str) -> OptserveError:
+        name = self.payload.layout.parameters[tensor].name
+        return OptserveError(
+            Reason.CHUNK_OUT_OF_BOUNDS,
+            f"The chunk at byte {offset} of {name!r} {what}.",
+            field="offset",
+            parameter=name,
+            offset=offset,
+        )
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise INVALID_FIELD unless it is 1 to 64 printable ASCII characters."""
+    if not (1 <= len(request_id) <= 64 and request_id.isascii() and request_id.isprintable()):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            "request_id must be 1 to 64 printable ASCII characters; a UUID is a good one.",
+            field="request_id",
+        )
