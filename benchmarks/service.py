@@ -72,10 +72,13 @@ def measure(size: int, rounds: int) -> dict[str, Timing]:
     local = torch.optim.Adadelta([parameter], lr=1.0, rho=0.95, eps=1e-6)
     with optserve.local_server() as server, optserve.connect(server.target) as client, _echo(4 * size) as echo:
         optimizer = client.create_optimizer(f"bench-{uuid.uuid4().hex[:8]}", optserve.Adadelta(), gradient)
+        client.create_optimizer("bench-halves", optserve.Adadelta(), gradient)
+        halves = client.optimizer("bench-halves", wire_dtype="bfloat16")
         return interleaved(
             {
                 PEER: Candidate(echo),
                 "optserve, gRPC float32": Candidate(lambda: optimizer.step(gradient, out=out)),
+                "optserve, gRPC bfloat16": Candidate(lambda: halves.step(gradient, out=out)),
                 "torch.optim.Adadelta, local": Candidate(local.step),
             },
             rounds,

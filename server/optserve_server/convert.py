@@ -167,12 +167,10 @@ def updated_rule(before: Rule, message: optimizer_pb2.Optimizer, paths: list[str
 
 
 def wire_dtype(data_type: int, field: str) -> np.dtype | None:
-    """The dtype on the wire, None for each parameter's own; or raise FEATURE_UNAVAILABLE or WRONG_DATA_TYPE."""
+    """The dtype on the wire, None for each parameter's own; or raise WRONG_DATA_TYPE."""
     if data_type == optimizer_pb2.DATA_TYPE_UNSPECIFIED:
         return None
-    if data_type in (optimizer_pb2.DATA_TYPE_FLOAT16, optimizer_pb2.DATA_TYPE_BFLOAT16):
-        raise features.unavailable(service_pb2.FEATURE_HALF_PRECISION_WIRE, field)
-    dtype = wire.DTYPES.get(data_type)
+    dtype = wire.WIRE_DTYPES.get(data_type)
     if dtype is None:
         raise OptserveError(Reason.WRONG_DATA_TYPE, f"{data_type} is no data type.", field=field)
     return dtype

@@ -12,6 +12,7 @@ AVAILABLE = frozenset(
         pb.FEATURE_LIVE_UPDATES,
         pb.FEATURE_CHECKPOINTS,
         pb.FEATURE_STATE_TRANSFER,
+        pb.FEATURE_HALF_PRECISION_WIRE,
     }
 )
 

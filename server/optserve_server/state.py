@@ -78,14 +78,15 @@ class State:
             Index within `data` of the first element that is NaN, infinite or too large to be squared; None if
             there is none.
         """
-        target = self.staged[run.dtype][start : start + data.size]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(target, data, casting="same_kind")
+        staged = self.staged[run.dtype][start : start + data.size]
         limit = self._limits[run.dtype]
-        # NaN wins every max and min and loses every comparison.
-        if target.size == 0 or (target.max() <= limit and target.min() >= -limit):
+        if self._backend.take(staged, data, limit):
             return None
-        return int(np.flatnonzero(~(np.abs(target) <= limit))[0])
+        return int(np.flatnonzero(~(np.abs(staged) <= limit))[0])
+
+    def give(self, run: Run, start: int, stop: int) -> np.ndarray:
+        """A stretch of the staging buffer in the run's wire dtype; a view of it where that is its own."""
+        return self._backend.give(self.staged[run.dtype][start:stop], run.wire)
 
     def apply(self, runs: Iterable[Run]) -> None:
         """Turn the staged gradients of the runs into updates, in place, and advance the slots."""

@@ -12,6 +12,7 @@ has not moved for long. Errors name their field by itself (`tensors`, `offset`);
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from optserve import halves
 from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Payloads, Run
@@ -240,15 +242,18 @@ class Steps:
         size = run.wire.itemsize
         if (position - run.begin) % size or len(data) % size:
             raise step.out_of_bounds(position, "does not begin and end on an element")
-        bad = self._state.stage(run, run.start + (position - run.begin) // size, np.frombuffer(data, run.wire))
+        elements = np.frombuffer(data, run.wire)
+        bad = self._state.stage(run, run.start + (position - run.begin) // size, elements)
         if bad is None:
             return
         tensor, byte = step.payload.locate(position + bad * size)
-        name, value = self._state.layout.parameters[tensor].name, np.frombuffer(data, run.wire)[bad]
-        finite = bool(np.isfinite(value))
+        name = self._state.layout.parameters[tensor].name
+        value = halves.value(elements[bad : bad + 1])
+        finite = math.isfinite(value)
+        wire = f", as {halves.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
         raise OptserveError(
             Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
-            f"The gradient of {name!r} is {value} at flat index {byte // size}"
+            f"The gradient of {name!r} is {value:g} at flat index {byte // size}{wire}"
             + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
             field="data",
             parameter=name,
@@ -307,7 +312,7 @@ class Steps:
             self._hold(step)
             size = run.wire.itemsize
             start, stop = (run.start + (edge - run.begin) // size for edge in (begin, end))
-            elements = self._state.staged[run.dtype][start:stop].astype(run.wire, copy=False)
+            elements = self._state.give(run, start, stop)
             tensor, offset = step.payload.locate(begin)
             # Used under the lock: nobody writes there meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))

@@ -178,8 +178,6 @@ def test_errors_of_creation(client, name, opt):
 
 def test_what_the_server_lacks_is_a_feature_error(client, name, opt):
     with pytest.raises(optserve.FeatureUnavailableError):
-        client.optimizer(name, wire_dtype="bfloat16").step(grads())
-    with pytest.raises(optserve.FeatureUnavailableError):
         client.optimizer(name, transport="shm").step(grads())
     with pytest.raises(optserve.InvalidArgumentError):
         client.optimizer(name, wire_dtype="int8")

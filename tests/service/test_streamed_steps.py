@@ -4,7 +4,7 @@ import grpc
 import numpy as np
 import pytest
 
-from optserve.v1 import optimizer_pb2, service_pb2, steps_pb2
+from optserve.v1 import service_pb2, steps_pb2
 from service.wire_client import Request, begin, chunk, commit, create, details, gradients, refused, stream
 
 SHAPES = {"w": (4, 3), "b": (3,), "scalar": ()}
@@ -192,7 +192,6 @@ def test_an_error_carries_the_request_id_of_its_step(stub, optimizer):
         ({"name": "optimizers/nobody"}, grpc.StatusCode.NOT_FOUND, "OPTIMIZER_NOT_FOUND"),
         ({"name": "nobody"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"etag": "stale"}, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
-        ({"wire_type": optimizer_pb2.DATA_TYPE_BFLOAT16}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"transport": steps_pb2.TRANSPORT_SHARED_MEMORY}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"transport": 9}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"worker": "w1"}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import grpc
 import numpy as np
 
-from optserve import wire
+from optserve import halves, wire
 from optserve._patience import Patience
 from optserve._transport import Transport
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
@@ -23,12 +23,16 @@ class Gradients:
         indices: The parameters that take part, ascending.
         arrays: Their gradients, C-contiguous, little-endian.
         whole: Whether these are all parameters of the optimizer.
+        wire: Dtype of the payload; None for each array's own.
     """
 
-    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], *, whole: bool) -> None:
+    def __init__(
+        self, indices: Sequence[int], arrays: Sequence[np.ndarray], *, whole: bool, wire: np.dtype | None = None
+    ) -> None:
         self.indices = indices
         self.arrays = arrays
         self.whole = whole
+        self._wire = wire
 
     def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[bytes]:
         """Begin, chunks and commit; a step that fits into one chunk is one message."""
@@ -51,47 +55,72 @@ class Gradients:
         parts: list[memoryview] = []
         tensor = offset = size = 0
         for index, array in zip(self.indices, self.arrays, strict=True):
-            view = array.reshape(-1).view(np.uint8).data
+            elements, item = array.reshape(-1), (self._wire or array.dtype).itemsize
             begin = 0
-            while begin < len(view):
+            while begin < elements.size:
                 # Chunks end between elements.
-                room = (max_chunk_bytes - size) // array.itemsize * array.itemsize
+                room = (max_chunk_bytes - size) // item
                 if room == 0:
                     yield tensor, offset, parts
                     parts, size = [], 0
                     continue
                 if not parts:
-                    tensor, offset = index, begin
-                part = view[begin : begin + room]
+                    tensor, offset = index, begin * item
+                part = self._on_the_wire(elements[begin : begin + room])
                 parts.append(part)
-                begin, size = begin + len(part), size + len(part)
+                begin, size = begin + room, size + len(part)
         if parts:
             yield tensor, offset, parts
 
+    def _on_the_wire(self, elements: np.ndarray) -> memoryview:
+        if self._wire is not None and self._wire != elements.dtype:
+            converted = np.empty(elements.size, self._wire)
+            halves.convert(elements, converted)
+            elements = converted
+        return elements.view(np.uint8).data
+
 
 class Updates:
-    """The arrays that take the reply of one step, in the order of the step's tensors."""
+    """The arrays that take the reply of one step, in the order of the step's tensors.
 
-    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
+    Args:
+        indices: The parameters that take part.
+        arrays: C-contiguous, in the parameters' shapes and dtypes.
+        wire: Dtype of the payload; None for each array's own.
+    """
+
+    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], wire: np.dtype | None = None) -> None:
         self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
-        self._views = [array.reshape(-1).view(np.uint8) for array in arrays]
+        self._arrays = [array.reshape(-1) for array in arrays]
+        self._wires = [array.dtype if wire is None else wire for array in arrays]
         self.reset()
 
     def reset(self) -> None:
         """Forget what has arrived, before the reply is received once more."""
-        self._missing = sum(view.size for view in self._views)
+        self._missing = sum(a.size * wire.itemsize for a, wire in zip(self._arrays, self._wires, strict=True))
 
     def put(self, chunk: steps_pb2.Chunk, data: wire.Buffer) -> None:
-        """Copy a chunk to where it belongs; what is beyond the end of its tensor belongs to the next."""
-        source = np.frombuffer(data, np.uint8)
-        ordinal, offset = self._ordinals.get(chunk.tensor, len(self._views)), chunk.offset
-        self._missing -= source.size
-        while source.size:
-            if ordinal >= len(self._views) or self._missing < 0:
+        """Copy a chunk to where it belongs; what is beyond the end of its tensor belongs to the next.
+
+        Raises:
+            InternalError: It does not fit there.
+        """
+        ordinal, offset = self._ordinals.get(chunk.tensor, len(self._arrays)), chunk.offset
+        self._missing -= len(data)
+        while len(data):
+            if ordinal >= len(self._arrays) or self._missing < 0:
                 raise InternalError("The server's reply has more bytes than the step's tensors.")
-            part = source[: max(self._views[ordinal].size - offset, 0)]
-            self._views[ordinal][offset : offset + part.size] = part
-            source, ordinal, offset = source[part.size :], ordinal + 1, 0
+            array, wire_dtype = self._arrays[ordinal], self._wires[ordinal]
+            start, uneven = divmod(offset, wire_dtype.itemsize)
+            count = min(max(array.size - start, 0), len(data) // wire_dtype.itemsize)
+            if uneven or (not count and start < array.size):
+                raise InternalError("The server's reply is cut within an element.")
+            elements = np.frombuffer(data, wire_dtype, count)
+            if wire_dtype == array.dtype:
+                array[start : start + count] = elements
+            else:
+                halves.convert(elements, array[start : start + count])
+            data, ordinal, offset = memoryview(data)[count * wire_dtype.itemsize :], ordinal + 1, 0
 
     def check_complete(self) -> None:
         """Raise InternalError if bytes are missing."""

@@ -89,10 +89,21 @@ class AsyncClient:
         return AsyncOptimizer(made, self._threads)
 
     async def optimizer(
-        self, name: str, *, transport: sync.TransportName = "auto", wire_dtype: sync.WireDtype = "native"
+        self,
+        name: str,
+        *,
+        transport: sync.TransportName = "auto",
+        wire_dtype: sync.WireDtype = "native",
+        error_feedback: bool = False,
     ) -> AsyncOptimizer:
         """See `optserve.Client.optimizer`."""
-        found = await self._threads.run(self._connected.optimizer, name, transport=transport, wire_dtype=wire_dtype)
+        found = await self._threads.run(
+            self._connected.optimizer,
+            name,
+            transport=transport,
+            wire_dtype=wire_dtype,
+            error_feedback=error_feedback,
+        )
         return AsyncOptimizer(found, self._threads)
 
     async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:

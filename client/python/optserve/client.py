@@ -93,21 +93,32 @@ class Client:
         request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))
         return Optimizer(self._transport, self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer)
 
-    def optimizer(self, name: str, *, transport: TransportName = "auto", wire_dtype: WireDtype = "native") -> Optimizer:
+    def optimizer(
+        self,
+        name: str,
+        *,
+        transport: TransportName = "auto",
+        wire_dtype: WireDtype = "native",
+        error_feedback: bool = False,
+    ) -> Optimizer:
         """Find an existing optimizer.
 
         Args:
             name: As given to `create_optimizer`.
             transport: `grpc` sends tensors over the network, `shm` through memory shared with a server on the same
                 host; `auto` takes the fastest that works.
-            wire_dtype: Element type of gradients and updates on the way; `native` is each parameter's own.
+            wire_dtype: Element type of gradients and updates on the way; `native` is each parameter's own. State
+                keeps its own in any case.
+            error_feedback: Add to each gradient what rounding it for the wire has left out of those before.
 
         Raises:
             NotFoundError: There is none of that name.
         """
         request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
         found = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
-        return Optimizer(self._transport, found, transport=transport, wire_dtype=wire_dtype)
+        return Optimizer(
+            self._transport, found, transport=transport, wire_dtype=wire_dtype, error_feedback=error_feedback
+        )
 
     def list_optimizers(self) -> Iterator[optimizer_pb2.Optimizer]:
         """All optimizers of the server, by name, without their parameters."""

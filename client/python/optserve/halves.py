@@ -65,3 +65,10 @@ def _widen(source: np.ndarray, target: np.ndarray) -> None:
         np.left_shift(source, 16, out=target.view(_BITS32), dtype=_BITS32)
     else:
         target[...] = (source.astype(_BITS32) << 16).view(_FLOAT32)
+
+
+def value(element: np.ndarray) -> float:
+    """The number in an array of one element of any of these dtypes."""
+    wide = np.empty(1)
+    convert(element, wide)
+    return float(wide[0])

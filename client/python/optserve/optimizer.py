@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from optserve import algorithms
 from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
+from optserve._feedback import ErrorFeedback
 from optserve._patience import Patience
 from optserve._session import StepSession
 from optserve._stream import Gradients, Updates
@@ -19,7 +19,7 @@ from optserve._transport import Transport
 from optserve.errors import InvalidArgumentError
 from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
-from optserve.wire import DTYPES
+from optserve.wire import DTYPES, WIRE_DTYPES
 
 WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
 TransportName = Literal["auto", "grpc", "shm"]
@@ -41,6 +41,7 @@ class Optimizer:
         *,
         transport: TransportName = "auto",
         wire_dtype: WireDtype = "native",
+        error_feedback: bool = False,
     ) -> None:
         self._connection = connection
         open_request = steps_pb2.Open(
@@ -50,6 +51,8 @@ class Optimizer:
             max_chunk_bytes=connection.config.max_chunk_bytes,
         )
         self._session = StepSession(connection, open_request, message.step, message.lineage)
+        self._wire = WIRE_DTYPES.get(open_request.wire_type)
+        self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
         self._parameters = list(message.parameters)
         self._indices = {parameter.name: index for index, parameter in enumerate(self._parameters)}
         self._resource = message.name
@@ -107,13 +110,16 @@ class Optimizer:
         indices = self._taking_part(grads, partial=partial)
         names = [self._parameters[index].name for index in indices]
         arrays = [
-            np.ascontiguousarray(self._checked(index, np.asarray(grads[name]), "gradient"), self._wire_dtype(index))
+            np.ascontiguousarray(self._checked(index, np.asarray(grads[name]), "gradient"))
             for index, name in zip(indices, names, strict=True)
         ]
         updates = self._arrays(indices, out)
-        with self._receiving(indices, updates) as received:
-            gradients = Gradients(indices, arrays, whole=len(indices) == len(self._parameters))
-            self._session.step(gradients, received, patience)
+        if self._feedback is not None:
+            arrays = self._feedback.compensated(indices, arrays)
+        gradients = Gradients(indices, arrays, whole=len(indices) == len(self._parameters), wire=self._wire)
+        self._session.step(gradients, Updates(indices, updates, self._wire), patience)
+        if self._feedback is not None:
+            self._feedback.keep(indices, arrays)
         return dict(zip(names, updates, strict=True))
 
     def undelivered(self) -> None:
@@ -130,17 +136,14 @@ class Optimizer:
                 longer retained.
         """
         updates: dict[str, np.ndarray] = {}
-        with ExitStack() as receiving:
 
-            def make_updates(tensors: list[int]) -> Updates:
-                indices = tensors or list(range(len(self._parameters)))
-                arrays = self._arrays(indices, None)
-                updates.update(
-                    (self._parameters[index].name, array) for index, array in zip(indices, arrays, strict=True)
-                )
-                return receiving.enter_context(self._receiving(indices, arrays))
+        def make_updates(tensors: list[int]) -> Updates:
+            indices = tensors or list(range(len(self._parameters)))
+            arrays = self._arrays(indices, None)
+            updates.update((self._parameters[index].name, array) for index, array in zip(indices, arrays, strict=True))
+            return Updates(indices, arrays, self._wire)
 
-            self._session.replay(make_updates, self.patience(timeout_s))
+        self._session.replay(make_updates, self.patience(timeout_s))
         return updates
 
     def refresh(self) -> None:
@@ -242,23 +245,6 @@ class Optimizer:
     def _get(self) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
         return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
-
-    def _wire_dtype(self, index: int) -> np.dtype:
-        """The dtype in which a parameter's gradients and updates travel."""
-        own = DTYPES[self._parameters[index].data_type]
-        return DTYPES.get(self._session.open_request.wire_type, own)
-
-    @contextmanager
-    def _receiving(self, indices: list[int], updates: list[np.ndarray]) -> Iterator[Updates]:
-        """Receive into `updates`; by way of arrays of the wire's dtype where that is another."""
-        received = [
-            update if self._wire_dtype(index) == update.dtype else np.empty(update.shape, self._wire_dtype(index))
-            for index, update in zip(indices, updates, strict=True)
-        ]
-        yield Updates(indices, received)
-        for update, array in zip(updates, received, strict=True):
-            if array is not update:
-                update[...] = array
 
     def _taking_part(self, grads: Mapping[str, np.ndarray], *, partial: bool) -> list[int]:
         for name in grads:

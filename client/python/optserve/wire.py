@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from optserve import halves
 from optserve.v1 import optimizer_pb2, steps_pb2
 
 Buffer = bytes | memoryview
@@ -135,7 +136,14 @@ DTYPES: dict[int, np.dtype] = {
     optimizer_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     optimizer_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
 }
-"""NumPy dtypes of the contract's data types, as far as NumPy has them and the service takes them."""
+"""NumPy dtypes of the contract's data types that state can have."""
+
+WIRE_DTYPES: dict[int, np.dtype] = {
+    **DTYPES,
+    optimizer_pb2.DATA_TYPE_FLOAT16: halves.FLOAT16,
+    optimizer_pb2.DATA_TYPE_BFLOAT16: halves.BFLOAT16,
+}
+"""Those of payloads, which may be halves of float32 as well."""
 
 DATA_TYPES: dict[np.dtype, int] = {dtype: value for value, dtype in DTYPES.items()}
-"""The reverse."""
+"""The reverse of DTYPES."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from optserve import halves
 from optserve_server.rules import Rule
 
 Kernel = Callable[[np.ndarray, Sequence[Any], Sequence[np.generic]], None]
@@ -47,6 +48,33 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def fill(self, slot: Any, values: np.ndarray) -> None:
         """Overwrite a slot, or a slice of one, by values from host memory."""
+
+    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+        """Copy what came over the wire into the staging buffer, and check it on the way.
+
+        Args:
+            staged: A stretch of the staging buffer.
+            elements: As many in a wire dtype.
+            limit: The largest magnitude that is allowed.
+
+        Returns:
+            Whether all are numbers of at most that magnitude.
+        """
+        halves.convert(elements, staged)
+        return self.within(staged, limit)
+
+    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
+        """Whether all elements are numbers of at most that magnitude."""
+        # NaN wins every max and min and loses every comparison.
+        return staged.size == 0 or bool(staged.max() <= limit and staged.min() >= -limit)
+
+    def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
+        """Elements of the staging buffer in a wire dtype; the elements themselves where that is their own."""
+        if wire == staged.dtype:
+            return staged
+        elements = np.empty(staged.size, wire)
+        halves.convert(staged, elements)
+        return elements
 
     @abc.abstractmethod
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
+from optserve import halves
+from optserve_server.backends import numba_loops
 from optserve_server.backends.base import Kernel
 from optserve_server.backends.numpy import NumpyBackend
 from optserve_server.rules import Rule
@@ -24,6 +26,26 @@ class NumbaBackend(NumpyBackend):
     """The fast CPU backend. Its arrays are NumPy's."""
 
     name = "numba"
+
+    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+        """Copy and check in one pass; see Backend."""
+        if elements.dtype == staged.dtype:
+            return numba_loops.take(staged, elements, limit)
+        if elements.dtype == halves.BFLOAT16 and staged.dtype == np.dtype("<f4"):
+            return numba_loops.take_bfloat16(staged, elements, limit)
+        return super().take(staged, elements, limit)
+
+    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
+        """Check in one pass over all threads; see Backend."""
+        found: list[bool] = []
+        self._slices.run(staged.size, lambda a, b: found.append(numba_loops.within(staged[a:b], limit)))
+        return all(found)
+
+    def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
+        """Convert in one pass; see Backend."""
+        if wire == halves.BFLOAT16 and staged.dtype == np.dtype("<f4"):
+            return numba_loops.give_bfloat16(staged)
+        return super().give(staged, wire)
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Compile the fused loop, in about half a second."""

@@ -1,0 +1,75 @@
+"""float16 and bfloat16 on the wire: rounded as torch rounds, the same on every backend, and checked on the way in."""
+
+import numpy as np
+import pytest
+import torch
+
+from optserve import halves
+
+F4, F8 = np.dtype("f4"), np.dtype("f8")
+LIMIT = {F4: np.float32(1e19), F8: np.float64(1e150)}
+
+
+def patterns() -> np.ndarray:
+    """float32 of every exponent and sign, with bits around the places where rounding turns."""
+    upper = np.arange(0, 1 << 16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x2000], np.uint32)
+    return (upper[:, None] | lower).ravel().view(np.float32)
+
+
+def torch_half(values: np.ndarray, kind: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(values).to(kind).view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("wire", "kind"), [(halves.BFLOAT16, torch.bfloat16), (halves.FLOAT16, torch.float16)], ids=str
+)
+def test_rounding_is_torchs(backend, wire, kind):
+    values = patterns()
+    numbers = ~np.isnan(values)
+    expected = torch_half(values, kind)
+    here = np.empty(values.size, wire)
+    halves.convert(values, here)
+    for actual in (here, backend.give(values.copy(), wire)):
+        assert np.array_equal(actual.view(np.uint16)[numbers], expected[numbers])
+        back = np.empty(values.size, np.float32)
+        halves.convert(actual, back)
+        assert np.array_equal(np.isnan(back), ~numbers)
+        # And every half comes back exactly.
+        again = np.empty(values.size, wire)
+        halves.convert(back, again)
+        assert np.array_equal(again.view(np.uint16)[numbers], actual.view(np.uint16)[numbers])
+
+
+@pytest.mark.parametrize("dtype", [F4, F8], ids=str)
+@pytest.mark.parametrize("wire", [F4, F8, halves.FLOAT16, halves.BFLOAT16], ids=halves.name_of)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_comes_in_is_converted_and_checked(backend, dtype, wire, aligned):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(1000).astype(dtype)
+    sent = np.empty(1000, wire)
+    halves.convert(values, sent)
+    raw = b"x" + sent.tobytes()
+    sent = np.frombuffer(memoryview(raw)[1:] if not aligned else sent.tobytes(), wire)
+    expected, staged = np.empty(1000, dtype), np.empty(1000, dtype)
+    halves.convert(sent, expected)
+    assert backend.take(staged, sent, LIMIT[dtype])
+    assert np.array_equal(staged, expected)
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = sent.copy()
+        halves.convert(np.array([bad]), spoilt[777:778])
+        assert halves.value(spoilt[777:778]) == bad or np.isnan(bad)
+        assert not backend.take(staged, spoilt, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", [F4, F8], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 1000, 300_000])
+def test_the_limit_is_exact(backend, dtype, size):
+    limit = LIMIT[dtype]
+    staged = np.full(size, -limit, dtype)
+    assert backend.within(staged, limit)
+    for place in {0, size // 2, size - 1} if size else ():
+        for bad in (np.nextafter(limit, dtype.type(np.inf)), -np.nextafter(limit, dtype.type(np.inf)), np.nan, np.inf):
+            staged[place] = bad
+            assert not backend.within(staged, limit)
+        staged[place] = 0
