@@ -75,7 +75,7 @@ def serve(
     try:
         run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof)
     except (settings.ConfigError, JournalError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]optserve serve:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]optserve serve:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 

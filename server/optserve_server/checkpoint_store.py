@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import threading
@@ -11,6 +12,10 @@ from typing import BinaryIO, Protocol
 from optserve_server.journal import sync_folder
 
 _SUFFIX = ".safetensors"
+_TEMPORARY = ".new-"
+
+MAX_TEMPORARY = 200
+"""Checkpoints of a server without a data folder, each of which holds a file descriptor."""
 
 
 class Store(Protocol):
@@ -22,6 +27,10 @@ class Store(Protocol):
 
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:
         """Give a temporary file its place, durably; raise FileExistsError if it is taken, unless `overwrite`."""
+        ...
+
+    def settle(self, optimizer: str) -> None:
+        """Make sure that what is there of an optimizer is durable."""
         ...
 
     def tags(self, optimizer: str) -> list[str]:
@@ -47,27 +56,32 @@ class FolderStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        for leftover in path.glob("*.tmp"):
+        # No optimizer's name begins with a dot.
+        for leftover in path.glob(f"{_TEMPORARY}*"):
             leftover.unlink()
 
     def temporary(self) -> BinaryIO:  # noqa: D102 - see Store
         self._path.mkdir(exist_ok=True)
-        return tempfile.NamedTemporaryFile(dir=self._path, suffix=".tmp")  # pyright: ignore[reportReturnType]
+        return tempfile.NamedTemporaryFile(dir=self._path, prefix=_TEMPORARY)  # pyright: ignore[reportReturnType]
 
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:  # noqa: D102
         os.fsync(file.fileno())
         target = self._file(optimizer, tag)
+        # A second name, because a temporary file removes its own when it is closed.
+        second = self._path / f"{Path(file.name).name}-kept"
         with self._lock:
-            if not target.parent.is_dir():
-                target.parent.mkdir()
-                sync_folder(self._path)
             if not overwrite and target.exists():
                 raise FileExistsError(target)
-            # A second name, because a temporary file removes its own when it is closed.
-            second = self._path / f"{Path(file.name).name}.tmp"
-            os.link(file.name, second)
-            second.replace(target)
-            sync_folder(target.parent)
+            try:
+                os.link(file.name, second)
+                target.parent.mkdir(exist_ok=True)
+                second.replace(target)
+            finally:
+                second.unlink(missing_ok=True)
+            self._sync(target.parent)
+
+    def settle(self, optimizer: str) -> None:  # noqa: D102
+        self._sync(self._path / optimizer)
 
     def tags(self, optimizer: str) -> list[str]:  # noqa: D102
         return [path.name.removesuffix(_SUFFIX) for path in (self._path / optimizer).glob(f"*{_SUFFIX}")]
@@ -79,10 +93,15 @@ class FolderStore:
         path = self._file(optimizer, tag)
         with self._lock:
             path.unlink()
-            sync_folder(path.parent)
+            self._sync(path.parent)
 
     def _file(self, optimizer: str, tag: str) -> Path:
         return self._path / optimizer / f"{tag}{_SUFFIX}"
+
+    def _sync(self, folder: Path) -> None:
+        """Make the names of a folder durable, and those of the folders that it is in."""
+        for each in (folder, self._path, self._path.parent):
+            sync_folder(each)
 
 
 class TemporaryStore:
@@ -100,9 +119,14 @@ class TemporaryStore:
             before = self._files.get((optimizer, tag))
             if before is not None and not overwrite:
                 raise FileExistsError(tag)
+            if before is None and len(self._files) >= MAX_TEMPORARY:
+                raise OSError(errno.ENOSPC, f"a server without a data folder keeps {MAX_TEMPORARY} checkpoints")
             self._files[optimizer, tag] = _again(file)
         if before is not None:
             before.close()
+
+    def settle(self, optimizer: str) -> None:
+        """Nothing is durable here."""
 
     def tags(self, optimizer: str) -> list[str]:  # noqa: D102
         with self._lock:

@@ -7,10 +7,13 @@ steps again while the disk takes them. Checkpoints outlive their optimizer.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import BinaryIO
 
 from optserve_server.checkpoint_store import Store
 from optserve_server.errors import OptserveError, Reason, disk_errors
@@ -19,6 +22,9 @@ from optserve_server.state_file import Description, StateFile, StateFileError
 from optserve_server.step import check_request_id
 
 logger = logging.getLogger(__name__)
+
+MAX_TRANSFERS = 8
+"""States that are saved, exported or imported at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Checkpoints:
         self._optimizers = optimizers
         self._store = store
         self._max_checkpoints = max_checkpoints
+        self._transfers = threading.BoundedSemaphore(MAX_TRANSFERS)
+        self._seen: dict[tuple[str, str], tuple[tuple[int, ...], Checkpoint]] = {}
 
     def save(self, optimizer_id: str, tag: str, *, overwrite: bool = False, request_id: str = "") -> Checkpoint:
         """Take a checkpoint, once per request id.
@@ -92,8 +100,8 @@ class Checkpoints:
         found: list[Checkpoint] = []
         for tag in self._store.tags(optimizer_id):
             try:
-                found.append(self._read(optimizer_id, tag))
-            except OptserveError as error:
+                found.append(self._known(optimizer_id, tag))
+            except (OptserveError, OSError) as error:
                 # Deleted just now, or damaged, which a restore would say; the others are to be had.
                 logger.warning("not listed: %s", error)
         found.sort(key=lambda item: item.place)
@@ -111,10 +119,13 @@ class Checkpoints:
         if request_id:
             check_request_id(request_id)
         optimizer = self._optimizers.get(optimizer_id)
+        if optimizer.was_replaced_by(request_id):
+            return optimizer
         with self._opened(optimizer_id, tag) as file:
             description = file.description
             _check_fit(optimizer, tag, description)
-            file.verify()
+            with disk_errors():
+                file.verify()
             with file.mapped() as arrays:
                 self._optimizers.replace(optimizer, description.step, description.rule, arrays, etag, request_id)
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
@@ -123,10 +134,12 @@ class Checkpoints:
     def delete(self, optimizer_id: str, tag: str) -> None:
         """Delete a checkpoint, or raise CHECKPOINT_NOT_FOUND."""
         check_tag(tag)
-        try:
-            self._store.remove(optimizer_id, tag)
-        except FileNotFoundError:
-            raise _not_found(optimizer_id, tag) from None
+        with disk_errors():
+            try:
+                self._store.remove(optimizer_id, tag)
+            except FileNotFoundError:
+                raise _not_found(optimizer_id, tag) from None
+        self._seen.pop((optimizer_id, tag), None)
         logger.info("deleted checkpoint %s of %s", tag, optimizer_id)
 
     @contextmanager
@@ -136,7 +149,7 @@ class Checkpoints:
         Raises:
             OptserveError: NOT_DURABLE, STATE_LOST or OPTIMIZER_NOT_FOUND.
         """
-        with closing(self._store.temporary()) as file:
+        with self._place(), closing(self._temporary()) as file:
             with disk_errors(), optimizer.steps.held_still() as state:
                 optimizer.steps.check_usable()
                 description = Description(
@@ -146,20 +159,37 @@ class Checkpoints:
                 exported.fill(state)
             yield exported
 
-    def staging(self, optimizer: Optimizer) -> StateFile:
-        """A temporary file for a state of the optimizer that is on its way in.
+    @contextmanager
+    def staging(self, optimizer: Optimizer) -> Iterator[StateFile]:
+        """A temporary file for a state of the optimizer that is on its way in, for the length of a with-block.
 
         Raises:
             OptserveError: NOT_DURABLE.
         """
+        description = Description(optimizer.id, optimizer.layout, optimizer.rule, 0, datetime.now(UTC))
+        with self._place(), closing(self._temporary()) as file:
+            with disk_errors():
+                staged = StateFile.create(file, description)
+            yield staged
+
+    def _temporary(self) -> BinaryIO:
         with disk_errors():
-            description = Description(optimizer.id, optimizer.layout, optimizer.rule, 0, datetime.now(UTC))
-            file = self._store.temporary()
-            try:
-                return StateFile.create(file, description)
-            except BaseException:
-                file.close()
-                raise
+            return self._store.temporary()
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of a few places, because each takes as much room on the disk as the state."""
+        if not self._transfers.acquire(blocking=False):
+            raise OptserveError(
+                Reason.TOO_MANY_STREAMS,
+                f"{MAX_TRANSFERS} states are being saved, exported or imported, which is all that this server does at "
+                "a time; try again later.",
+                limit=MAX_TRANSFERS,
+            )
+        try:
+            yield
+        finally:
+            self._transfers.release()
 
     def put(self, optimizer: Optimizer, step: int, file: StateFile, etag: str = "", request_id: str = "") -> None:
         """Put a state in the place of an optimizer's own; its hyper-parameters stay. See `Optimizers.replace`."""
@@ -173,7 +203,23 @@ class Checkpoints:
         except OptserveError as error:
             logger.warning("not looked at: %s", error)
             return None
-        return existing if request_id and existing.request_id == request_id else None
+        if not request_id or existing.request_id != request_id:
+            return None
+        with disk_errors():
+            # The first call may have ended before that.
+            self._store.settle(optimizer_id)
+        return existing
+
+    def _known(self, optimizer_id: str, tag: str) -> Checkpoint:
+        """A checkpoint, which is read once as long as its file is the same; a head of many parameters takes long."""
+        with closing(self._open_file(optimizer_id, tag)) as file:
+            status = os.fstat(file.fileno())
+        same = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        seen, known = self._seen.get((optimizer_id, tag), (None, None))
+        if known is None or seen != same:
+            known = self._read(optimizer_id, tag)
+            self._seen[optimizer_id, tag] = same, known
+        return known
 
     def _read(self, optimizer_id: str, tag: str) -> Checkpoint:
         with self._opened(optimizer_id, tag) as file:
@@ -181,17 +227,22 @@ class Checkpoints:
 
     @contextmanager
     def _opened(self, optimizer_id: str, tag: str) -> Iterator[StateFile]:
-        try:
-            with self._store.open(optimizer_id, tag) as file:
+        with closing(self._open_file(optimizer_id, tag)) as file:
+            try:
                 yield StateFile.open(file)
-        except FileNotFoundError:
-            raise _not_found(optimizer_id, tag) from None
-        except StateFileError as error:
-            raise OptserveError(
-                Reason.CHECKPOINT_DAMAGED,
-                f"The checkpoint {tag!r} of {optimizer_id!r} cannot be read: {error}.",
-                checkpoint=tag,
-            ) from error
+            except StateFileError as error:
+                raise OptserveError(
+                    Reason.CHECKPOINT_DAMAGED,
+                    f"The checkpoint {tag!r} of {optimizer_id!r} cannot be read: {error}.",
+                    checkpoint=tag,
+                ) from error
+
+    def _open_file(self, optimizer_id: str, tag: str) -> BinaryIO:
+        with disk_errors():
+            try:
+                return self._store.open(optimizer_id, tag)
+            except FileNotFoundError:
+                raise _not_found(optimizer_id, tag) from None
 
 
 def check_tag(tag: str) -> None:

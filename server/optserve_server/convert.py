@@ -177,7 +177,12 @@ def wire_dtype(data_type: int, field: str) -> np.dtype | None:
 
 
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
-    """An optimizer as the contract shows it."""
+    """An optimizer as the contract shows it, all of one moment."""
+    with item.steps.held_still():
+        return _optimizer(item, with_parameters=with_parameters)
+
+
+def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optimizer:
     message = optimizer_pb2.Optimizer(
         name=_PREFIX + item.id,
         mode=optimizer_pb2.MODE_DELTA,

@@ -26,11 +26,23 @@ import numpy as np
 from optserve_server import recovery, snapshot
 from optserve_server.durability import CreationRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason, disk_errors
-from optserve_server.journal import Journal, JournalError, Reader, segment_paths
+from optserve_server.journal import Journal, JournalError, Reader, segment_paths, sync_folder
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Rule
 
 logger = logging.getLogger(__name__)
+
+
+UNCLEAN = "UNCLEAN"
+"""A file that says that steps which had been acknowledged may be missing here."""
+
+
+def set_unclean(folder: Path, *, unclean: bool) -> None:
+    """Make or remove the file that says so, durably."""
+    marker = folder / UNCLEAN
+    if unclean != marker.exists():
+        marker.touch() if unclean else marker.unlink()
+        sync_folder(folder)
 
 
 @dataclass
@@ -113,6 +125,7 @@ class DataFolder:
         self._interval_s = interval_s
         self._journal: Journal | _Unjournalled | None = None
         self._bytes_since_snapshot = 0
+        self._bytes_at_failure = 0
         self._counting = threading.Lock()
         self._snapshot_due = threading.Event()
         self._stopping = threading.Event()
@@ -157,9 +170,11 @@ class DataFolder:
 
     def _is_snapshot_due(self, kind: int) -> bool:
         if self._interval_s:
-            # Whatever is not a step is rare, and worth having soon.
-            return kind != recovery.STEPPED
-        return self._bytes_since_snapshot > max(self._snapshot_bytes, self._optimizers.memory_bytes)
+            # These are rare, and worth having soon.
+            return kind in (recovery.CREATED, recovery.REPLACED, recovery.DELETED)
+        limit = max(self._snapshot_bytes, self._optimizers.memory_bytes)
+        # After a failure, not before the journal has grown by as much again.
+        return self._bytes_since_snapshot > self._bytes_at_failure + limit
 
     # --- Recovery
 
@@ -181,27 +196,43 @@ class DataFolder:
             found.snapshot_lsn, saved = snapshot.read(snapshots[-1])
             for item in saved:
                 replay.load(item)
+        replayed_bytes = 0
         reader = Reader(self._path, found.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
             found.steps += record.type == recovery.STEPPED
             found.records += 1
+            replayed_bytes += len(record.meta) + len(record.payload)
             replay.redo(record)
             on_progress(reader.bytes_read, total)
         replay.finish()
         found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(optimizers)
         found.seconds = time.perf_counter() - start
-        self._bytes_since_snapshot = reader.bytes_read
+        self._bytes_since_snapshot = replayed_bytes
         self._optimizers = optimizers
+        self._open(reader)
+        self._tell_of_lost_steps()
+        for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
+            if leftover.exists():
+                _remove(leftover)
+        return found
+
+    def _open(self, reader: Reader) -> None:
+        """Begin to number and keep what comes after what was read."""
         if self._interval_s:
             self._journal = _Unjournalled(self._path, reader.next_lsn)
             if segment_paths(self._path):
                 self.snapshot()
         else:
             self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes)
-        for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
-            _remove(leftover)
-        return found
+
+    def _tell_of_lost_steps(self) -> None:
+        """Give every state a new lineage where steps may have been lost, so that clients that knew them are told."""
+        if (self._path / UNCLEAN).exists():
+            self._optimizers.renew_lineages()
+            self.snapshot()
+        # Without a journal, a crash loses steps again from here on.
+        set_unclean(self._path, unclean=bool(self._interval_s))
 
     # --- Snapshots
 
@@ -221,9 +252,10 @@ class DataFolder:
                 continue
             try:
                 self.snapshot()
-            except (OSError, OptserveError):
-                # It is tried again: at the next interval, or when the journal grows further, which has everything.
-                logger.exception("a snapshot could not be written")
+            # Whatever it was, this thread must go on: without snapshots the journal would grow for ever.
+            except Exception:
+                self._bytes_at_failure = self._bytes_since_snapshot
+                logger.exception("a snapshot could not be written; it is tried again later")
 
     def snapshot(self) -> Path:
         """Take a snapshot now, and cut what it makes superfluous."""
@@ -240,6 +272,7 @@ class DataFolder:
         self._journal.cut_before(lsn + 1)
         with self._counting:
             self._bytes_since_snapshot -= before
+            self._bytes_at_failure = 0
         logger.info("snapshot %s", path.name)
         return path
 
@@ -253,7 +286,9 @@ class DataFolder:
             try:
                 if self._bytes_since_snapshot:
                     self.snapshot()
-            except (OSError, OptserveError):
+                set_unclean(self._path, unclean=False)
+            # Stopping goes on; a journal has everything.
+            except Exception:
                 logger.exception("the last snapshot could not be written")
             self._journal.close()
             self._journal = None

@@ -171,6 +171,5 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         raise OptserveError(
             Reason.NOT_DURABLE,
-            f"The server's disk did not take the change, so it was not made: {error.strerror or error}. "
-            "Try again when it has room.",
+            f"The server's disk refused: {error.strerror or error}. Nothing was changed; try again when it has room.",
         ) from error

@@ -87,6 +87,7 @@ def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do n
             console.print(f"{damage}", highlight=False, soft_wrap=True)
             if not yes:
                 typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
+            data_folder.set_unclean(folder, unclean=True)
             removed = cut_at(folder, damage.path, damage.offset)
             console.print(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
         else:

@@ -7,8 +7,9 @@ import logging
 import re
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 CREATION_WAIT_S = 60.0
 """How long a retried creation waits for the first call, which is compiling or allocating."""
+
+MAX_REPLACEMENT_REQUESTS = 32
+"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -53,7 +57,7 @@ class Optimizer:
     create_time: datetime
     update_time: datetime
     created_lsn: int = 0
-    replacement_request_id: str = ""
+    replacement_request_ids: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
 
     @property
     def rule(self) -> Rule:
@@ -68,7 +72,12 @@ class Optimizer:
     def replaced(self, record: ReplacementRecord) -> None:
         """Take over what a replacement of the state changes outside the steps."""
         self.etag, self.update_time = record.etag, record.time
-        self.replacement_request_id = record.request_id
+        if record.request_id:
+            self.replacement_request_ids.append(record.request_id)
+
+    def was_replaced_by(self, request_id: str) -> bool:
+        """Whether a restore or an import of that request id, which may be empty, has been made."""
+        return bool(request_id) and request_id in self.replacement_request_ids
 
     def check_etag(self, etag: str) -> None:
         """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
@@ -179,6 +188,11 @@ class Optimizers:
         with self._lock:
             self._by_id.pop(optimizer_id, None)
 
+    def renew_lineages(self) -> None:
+        """Give every state a new lineage: it is not certain to be the one that clients knew."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.lineage = _token()
+
     def find(self, optimizer_id: str) -> Optimizer | None:
         """An optimizer, or None."""
         return self._by_id.get(optimizer_id)
@@ -242,7 +256,7 @@ class Optimizers:
             OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
         """
         with optimizer.steps.held_still():
-            if request_id and request_id == optimizer.replacement_request_id:
+            if optimizer.was_replaced_by(request_id):
                 return
             optimizer.check_etag(etag)
             record = ReplacementRecord(

@@ -84,7 +84,7 @@ class Replay:
         )  # fmt: skip
         item = self._optimizers.adopt(record, settings["created_lsn"])
         item.update_time = saved.time("update_time")
-        item.replacement_request_id = settings["replacement_request_id"]
+        item.replacement_request_ids.extend(settings["replacement_request_ids"])
         item.steps.step, item.steps.lsn = settings["step"], settings["lsn"]
         if settings["retained"]:
             retained = settings["retained"]
@@ -152,8 +152,7 @@ class Replay:
             item.state.set_rule(rule)
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.retained = message["lineage"], None
-            item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
-            item.replacement_request_id = message["request_id"]
+            item.replaced(_replacement(item, message))
 
     def _behind(self, name: str, dtype: np.dtype, start: int, stop: int, lsn: int) -> list[tuple[int, int]]:
         """The stretches of a part of an arena that do not contain the change `lsn` yet."""
@@ -173,6 +172,14 @@ class Replay:
             if item is not None and item.steps.retained is not None:
                 last = self._last_step.get(name, 0)
                 item.steps.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
+
+
+def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:
+    """A replacement as it was told, but for its arrays."""
+    return ReplacementRecord(
+        item.id, message["step"], rule_from(message["rule"]), message["etag"], message["lineage"],
+        message["request_id"], datetime.fromisoformat(message["time"]), (),
+    )  # fmt: skip
 
 
 def _arrays(layout: Layout, rule: Rule, payload: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -199,7 +200,11 @@ class Servicer:
         self, request: checkpoints_pb2.DeleteCheckpointRequest
     ) -> checkpoints_pb2.DeleteCheckpointResponse:
         """Delete a checkpoint."""
-        self._checkpoints.delete(*convert.checkpoint_id(request.name))
+        try:
+            self._checkpoints.delete(*convert.checkpoint_id(request.name))
+        except OptserveError as error:
+            if not (request.allow_missing and error.reason is Reason.CHECKPOINT_NOT_FOUND):
+                raise
         return checkpoints_pb2.DeleteCheckpointResponse()
 
     def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[bytes]:
@@ -210,6 +215,20 @@ class Servicer:
         """Replace an optimizer's whole state."""
         item = transfer.import_state(self._optimizers, self._checkpoints, requests)
         return checkpoints_pb2.ImportStateResponse(optimizer=convert.optimizer(item))
+
+    def not_idle(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The requests; a client that sends none for long is cut off, because others wait for its place."""
+        while True:
+            timer = threading.Timer(self._config.idle_step_s, context.cancel)
+            timer.daemon = True
+            timer.start()
+            try:
+                request = next(requests, None)
+            finally:
+                timer.cancel()
+            if request is None:
+                return
+            yield request
 
     def _find(self, name: str, field: str = "name") -> Optimizer:
         return self._optimizers.get(convert.optimizer_id(name, field))
@@ -245,7 +264,9 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             checkpoints_pb2.ExportStateRequest.FromString,
         ),
         "ImportState": grpc.stream_unary_rpc_method_handler(
-            lambda requests, _context: servicer.import_state(_decode(transfer.decode_import, raw) for raw in requests),
+            lambda requests, context: servicer.import_state(
+                _decode(transfer.decode_import, raw) for raw in servicer.not_idle(requests, context)
+            ),
             None,
             checkpoints_pb2.ImportStateResponse.SerializeToString,
         ),

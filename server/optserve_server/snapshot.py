@@ -1,7 +1,7 @@
 """Snapshots: the state of all optimizers in a folder, taken piece by piece while steps go on.
 
-    snapshot-LSN/manifest.json        what is in the files, and checksums
-    snapshot-LSN/0000.safetensors     one optimizer: each slot of each parameter, and the last updates
+    snapshot-LSN-N/manifest.json      what is in the files, and checksums
+    snapshot-LSN-N/0000.safetensors   one optimizer: each slot of each parameter, and the last updates
 
 A piece is a stretch of one arena. It is copied under the optimizer's lock, which takes a fraction of a millisecond, and
 remembers the number (lsn) of the last change that it contains. Rules are per dimension, so recovery can bring each
@@ -83,11 +83,33 @@ def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = 
     Raises:
         OptserveError: STATE_LOST: a device has failed, and there is nothing to be written of an optimizer.
     """
-    temporary = folder / f"snapshot-{lsn:020d}.tmp"
+    for item in optimizers:
+        _is_there(item)
+    temporary = folder / "snapshot.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    try:
+        lsn = _write_files(temporary, lsn, optimizers, still=still)
+        # A number of its own: the one before stays until this one has its name, also where nothing has changed.
+        same = [int(path.name.rpartition("-")[2]) for path in paths(folder) if path.name.startswith(_name(lsn))]
+        final = folder / f"{_name(lsn)}-{1 + max(same, default=0):04d}"
+        temporary.rename(final)
+    except BaseException:
+        # What is of no use must not take the room that the journal needs.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder)
+    return final
+
+
+def _name(lsn: int) -> str:
+    return f"snapshot-{lsn:020d}"
+
+
+def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool) -> int:
+    """Write all files of a snapshot, durably; returns its number."""
     described = [
-        _write_optimizer(temporary / f"{position:04d}.safetensors", item, still=still)
+        _write_optimizer(folder / f"{position:04d}.safetensors", item, still=still)
         for position, item in enumerate(optimizers)
     ]
     present = [item for item in described if item]
@@ -95,17 +117,12 @@ def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = 
         # Without a journal, numbers go on behind the highest that is known.
         lsn = max([lsn, *(item["lsn"] for item in present)])
     body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": present})
-    manifest = temporary / "manifest.json"
-    with manifest.open("w", encoding="utf-8") as file:
+    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps({"checksum": zlib.crc32(body.encode()), "body": body}))
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(temporary)
-    final = folder / f"snapshot-{lsn:020d}"
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
     sync_folder(folder)
-    return final
+    return lsn
 
 
 def _write_optimizer(path: Path, item: Optimizer, *, still: bool) -> dict[str, Any] | None:
@@ -113,26 +130,33 @@ def _write_optimizer(path: Path, item: Optimizer, *, still: bool) -> dict[str, A
     with path.open("wb") as target:
         with item.steps.held_still() if still else nullcontext():
             described = _describe(item, path.name)
-            if described is None:
+            pieces = _write_pieces(target.fileno(), item, sync=not still) if described else None
+            if described is None or pieces is None:
                 return None
-            pieces = _write_pieces(target.fileno(), item, sync=not still)
         os.fsync(target.fileno())
     return described | {"pieces": [asdict(piece) for piece in pieces]}
 
 
-def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
-    """All of an optimizer but its arrays; None if it has been deleted.
+def _is_there(item: Optimizer) -> bool:
+    """Whether there is something to be written: False if the optimizer has been deleted.
 
     Raises:
         OptserveError: STATE_LOST. A snapshot without it would take the place of the journal that can bring it back.
     """
+    try:
+        item.steps.check_usable()
+    except OptserveError as error:
+        if error.reason is Reason.OPTIMIZER_NOT_FOUND:
+            return False
+        raise
+    return True
+
+
+def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
+    """All of an optimizer but its arrays; None if it has been deleted."""
     with item.steps.held_still():
-        try:
-            item.steps.check_usable()
-        except OptserveError as error:
-            if error.reason is Reason.OPTIMIZER_NOT_FOUND:
-                return None
-            raise
+        if not _is_there(item):
+            return None
         retained = item.steps.retained
         return {
             "id": item.id,
@@ -143,7 +167,7 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "lineage": item.steps.lineage,
             "created_lsn": item.created_lsn,
             "creation_request_id": item.creation_request_id,
-            "replacement_request_id": item.replacement_request_id,
+            "replacement_request_ids": list(item.replacement_request_ids),
             "create_time": item.create_time.isoformat(),
             "update_time": item.update_time.isoformat(),
             "step": item.steps.step,
@@ -152,14 +176,16 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
         }
 
 
-def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece]:
-    """Write the arrays, a stretch at a time; sync now and then if `sync`."""
+def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece] | None:
+    """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
     plan = Plan(item.layout, (*item.rule.slots, "update"))
     write_all(descriptor, plan.head, 0)
     pieces: list[Piece] = []
     unsynced = 0
     for dtype, start, stop in _stretches(item.layout):
         with item.steps.held_still() as state:
+            if not _is_there(item):
+                return None
             parts = state.capture(dtype, start, stop)
             number = item.steps.lsn
             intact = item.steps.retained is not None and item.steps.retained.intact

@@ -56,6 +56,34 @@ class State:
         self.slots.clear()
         self.staged.clear()
 
+    def use_staging(self, arenas: dict[np.dtype, np.ndarray] | None) -> None:
+        """Move the content of the staging buffer to other arenas, or to new ones of the backend's, and use those."""
+        before = self.staged
+        self.staged = arenas or self.layout.arenas(self._backend.staging(self.layout.size_bytes))
+        for dtype, arena in self.staged.items():
+            arena[...] = before[dtype]
+
+    def take_from(self, arenas: dict[np.dtype, np.ndarray], runs: Iterable[Run]) -> tuple[Run, int] | None:
+        """Copy the runs' gradients from other arenas, or leave them where they are if those are the staging buffer.
+
+        Returns:
+            (run, element) of the first that is NaN, infinite or too large; None if there is none.
+        """
+        for run in runs:
+            staged, limit = self.staged[run.dtype][run.start : run.stop], self._limits[run.dtype]
+            source = arenas[run.dtype][run.start : run.stop]
+            here = arenas is self.staged
+            if not (self._backend.within(staged, limit) if here else self._backend.take_all(staged, source, limit)):
+                return run, int(np.flatnonzero(~(np.abs(staged) <= limit))[0])
+        return None
+
+    def give_to(self, arenas: dict[np.dtype, np.ndarray], runs: Iterable[Run]) -> None:
+        """Copy the runs' updates to other arenas, unless those are the staging buffer."""
+        if arenas is not self.staged:
+            for run in runs:
+                part = slice(run.start, run.stop)
+                self._backend.copy(self.staged[run.dtype][part], arenas[run.dtype][part])
+
     @property
     def backend_name(self) -> str:
         """Name of the backend that computes it."""

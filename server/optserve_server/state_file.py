@@ -90,11 +90,12 @@ class Description:
     step: int
     create_time: datetime
     request_id: str = ""
+    kept: str = ""
 
     @cached_property
     def text(self) -> str:
-        """As the file holds it."""
-        return json.dumps(
+        """As the file holds it: what was read, or made of the rest."""
+        return self.kept or json.dumps(
             {
                 "format": FORMAT_VERSION,
                 "optimizer": self.optimizer,
@@ -120,7 +121,7 @@ def _described_by(metadata: dict[str, str]) -> Description:
             raise StateFileError(f"it has format {version}; this server knows up to {FORMAT_VERSION}")
         return Description(
             content["optimizer"], layout_from(content["parameters"]), rule_from(content["rule"]), content["step"],
-            datetime.fromisoformat(content["create_time"]), content["request_id"],
+            datetime.fromisoformat(content["create_time"]), content["request_id"], metadata["optserve"],
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise StateFileError(f"its description is not readable ({error!r})") from error
@@ -204,10 +205,15 @@ class StateFile:
 
     def verify(self) -> None:
         """Compare the content with the checksum, or raise StateFileError."""
-        with self.mapped() as arrays:
-            checksum = zlib.crc32(self.description.text.encode())
-            for _, _, array in arrays:
-                checksum = zlib.crc32(array.data.cast("B"), checksum)
+        # Read, not mapped: a bad sector is an error then, and not the end of the process.
+        checksum = zlib.crc32(self.description.text.encode())
+        position = len(self._plan.head)
+        while position < self.size_bytes:
+            block = os.pread(self.file.fileno(), min(_BLOCK_BYTES, self.size_bytes - position), position)
+            if not block:
+                raise StateFileError("it is truncated")
+            checksum = zlib.crc32(block, checksum)
+            position += len(block)
         if f"{checksum:08x}" != self._checksum:
             raise StateFileError("its content does not fit its checksum")
 

@@ -9,26 +9,28 @@ from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFr
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.layout import Parameter, Payload
 from optserve_server.optimizers import Optimizer
+from optserve_server.state_file import StateFile
+
+MAX_STEP = 1 << 62
+"""Leaves the counter room to count on."""
 
 
 class StateImport:
     """All slots of one optimizer, in pieces of any order.
 
     Args:
-        checkpoints: Has room for the temporary file.
+        checkpoints: Put it in place.
         optimizer: Whose state is to be replaced.
-
-    Raises:
-        OptserveError: NOT_DURABLE.
+        staged: Takes the pieces.
     """
 
-    def __init__(self, checkpoints: Checkpoints, optimizer: Optimizer) -> None:
+    def __init__(self, checkpoints: Checkpoints, optimizer: Optimizer, staged: StateFile) -> None:
         self._checkpoints = checkpoints
         self._optimizer = optimizer
         self._slots = optimizer.rule.slots
         self._payload = Payload(optimizer.layout, tuple(range(len(optimizer.layout.parameters))))
         self._coverage = Coverage()
-        self._staged = checkpoints.staging(optimizer)
+        self._staged = staged
 
     def stage(self, tensor: int, slot: int, offset: int, data: bytes | memoryview) -> None:
         """Take a piece of one slot of one parameter.
@@ -73,8 +75,11 @@ class StateImport:
         """Put the state in place, once per request id.
 
         Raises:
-            OptserveError: MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
+            OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or
+                OPTIMIZER_NOT_FOUND.
         """
+        if step > MAX_STEP:
+            raise OptserveError(Reason.INVALID_FIELD, f"step must be at most {MAX_STEP}, not {step}.", field="step")
         gap = self._coverage.first_gap(len(self._slots) * self._payload.size_bytes)
         if gap is not None:
             slot, position = divmod(gap, self._payload.size_bytes)
@@ -88,10 +93,6 @@ class StateImport:
                 offset=offset,
             )
         self._checkpoints.put(self._optimizer, step, self._staged, etag, request_id)
-
-    def close(self) -> None:
-        """Let go of what was staged."""
-        self._staged.close()
 
     def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
         begin = slot * self._payload.size_bytes + self._payload.position(tensor, offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from optserve import wire
 from optserve.v1 import checkpoints_pb2, service_pb2
@@ -56,25 +57,23 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
     if start.request_id:
         check_request_id(start.request_id)
     optimizer = optimizers.get(convert.optimizer_id(start.name))
-    optimizer.check_etag(start.etag)
-    staged = StateImport(checkpoints, optimizer)
-    try:
-        frame: ImportFrame | None = first
-        while frame is not None:
+    if not optimizer.was_replaced_by(start.request_id):
+        # Looked at again at the commit; a stale client need not send everything before it is told.
+        optimizer.check_etag(start.etag)
+    with checkpoints.staging(optimizer) as staged:
+        state = StateImport(checkpoints, optimizer, staged)
+        for frame in chain((first,), frames):
             header = frame.header
             if header.HasField("chunk"):
                 if header.chunk.WhichOneof("array") == "parameter":
                     raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "chunk.parameter")
                 with fields_called(_FIELDS):
-                    staged.stage(header.chunk.tensor, header.chunk.slot, header.chunk.offset, frame.data or b"")
+                    state.stage(header.chunk.tensor, header.chunk.slot, header.chunk.offset, frame.data or b"")
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
-                staged.commit(start.step, start.etag, start.request_id)
+                state.commit(start.step, start.etag, start.request_id)
                 return optimizer
-            frame = next(frames, None)
-    finally:
-        staged.close()
     raise OptserveError(
         Reason.INVALID_FIELD, "The import ended without `commit`, so nothing was changed.", field="commit"
     )

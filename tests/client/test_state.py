@@ -283,6 +283,38 @@ def test_what_torch_cannot_continue_is_refused(client, name):
         optserve.torch.to_state_dict(still.export_state())
 
 
+def test_state_dicts_that_cannot_be_understood_are_refused():
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in PARAMETERS.items()}
+    good = torch.optim.SGD(list(parameters.values()), lr=0.1, momentum=0.9).state_dict()
+    for spoil, message in (
+        (lambda s: s["param_groups"].clear(), "no parameter group"),
+        (lambda s: s["param_groups"][0].update(trust_coefficient=0.1), "no trust_coefficient; it is 0.1"),
+        (lambda s: s["state"].update({0: {"momentum_buffer": torch.ones(3)}}), "momentum_buffer of 'w' is"),
+        (
+            lambda s: (
+                s["param_groups"][0].update(lr=0.0),
+                s["state"].update({0: {"momentum_buffer": torch.ones(PARAMETERS["w"])}}),
+            ),
+            "says nothing where the rate is 0",
+        ),
+    ):
+        spoilt = {"state": dict(good["state"]), "param_groups": [dict(group) for group in good["param_groups"]]}
+        spoil(spoilt)
+        with pytest.raises(optserve.InvalidArgumentError, match=message):
+            optserve.torch.from_state_dict(spoilt, parameters)
+    halves = {"w": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
+    with pytest.raises(optserve.InvalidArgumentError, match=r"'w' is torch\.bfloat16"):
+        optserve.torch.from_state_dict(torch.optim.SGD(list(halves.values()), lr=0.1).state_dict(), halves)
+
+
+def test_a_state_that_contradicts_itself_is_not_written(opt, tmp_path):
+    state = opt.export_state()
+    w = {slot: array.astype("f8") for slot, array in state.slots["w"].items()}
+    with pytest.raises(optserve.InvalidArgumentError, match=r"w.square_avg is not there, or not \[40, 30\] float32"):
+        changed(state, w=w).save(tmp_path / "state.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 # --- Commands
 
 

@@ -47,9 +47,9 @@ def doom(seed: int, max_calls: int) -> None:
 
         setattr(owner, name, call)
 
-    for name in ("pwritev", "pwrite", "fdatasync", "fsync", "posix_fallocate"):
+    for name in ("pwritev", "pwrite", "fdatasync", "fsync", "posix_fallocate", "link", "rmdir"):
         wrap(os, name)
-    for name in ("rename", "unlink"):
+    for name in ("rename", "replace", "unlink"):
         wrap(Path, name)
 
 

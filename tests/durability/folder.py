@@ -1,12 +1,13 @@
 """What a server keeps, without its network, and steps on it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from optserve_server import backends
 from optserve_server.config import ServerConfig
-from optserve_server.data_folder import DataFolder
+from optserve_server.data_folder import UNCLEAN, DataFolder, set_unclean
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta
@@ -30,11 +31,12 @@ class Server:
 
     def die(self) -> None:
         """Let go of the folder as a killed process does: without a last snapshot. May be called more than once."""
-        if self._dead:
-            return
-        self._dead = True
-        self.folder._bytes_since_snapshot = 0
-        self.folder.close()
+        if not self._dead:
+            self._dead = True
+            unclean = (self.folder._path / UNCLEAN).exists()
+            self.folder._bytes_since_snapshot = 0
+            self.folder.close()
+            set_unclean(self.folder._path, unclean=unclean)
 
 
 def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
@@ -52,4 +54,8 @@ def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
 
 def fingerprint(item) -> tuple:
     slots = [slot.tobytes() for arena in item.state.slots.values() for slot in arena]
-    return item.steps.step, item.steps.last_request_id, item.etag, item.rule, item.create_time, slots
+    retained = replace(item.steps.retained) if item.steps.retained else None
+    return (
+        item.steps.step, retained, item.steps.lineage, item.etag, item.rule, item.create_time, item.update_time,
+        list(item.replacement_request_ids), slots,
+    )  # fmt: skip

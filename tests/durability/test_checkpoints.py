@@ -164,20 +164,28 @@ def test_a_checkpoint_is_of_one_step_while_others_step(durable):
     size = 3_000_000
     opt = durable.create_optimizer("a", optserve.Adagrad(), {"x": optserve.TensorSpec((size,))})
     ones, stop = {"x": np.ones(size, np.float32)}, threading.Event()
-    stepper = durable.optimizer("a")
+    stepper, stepped = durable.optimizer("a"), threading.Semaphore(0)
 
     def keep_stepping() -> None:
         while not stop.is_set():
             stepper.step(ones)
+            stepped.release()
+
+    def save(tag: str) -> int:
+        for _ in range(2):
+            assert stepped.acquire(timeout=60)
+        return opt.save_checkpoint(tag).step
 
     thread = threading.Thread(target=keep_stepping)
     thread.start()
     try:
-        steps = [opt.save_checkpoint(f"c{turn}").step for turn in range(4)]
+        steps = [save(f"c{turn}") for turn in range(4)]
+        assert stepped.acquire(timeout=60)
         exported = opt.export_state()
     finally:
         stop.set()
         thread.join()
+    assert len({*steps, exported.step}) > 3  # otherwise nobody has stepped, and this shows nothing
     assert np.all(exported.slots["x"]["sum"] == exported.step)
     for turn, saved in enumerate(steps):
         opt.restore_checkpoint(f"c{turn}")
@@ -285,6 +293,90 @@ def test_a_retry_neither_saves_nor_restores_twice(folder):
     assert item.steps.step == 2
 
 
+def test_a_retry_is_known_whatever_has_happened_since(folder):
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    checkpoints.restore("a", "one", request_id="first")
+    for request_id in ("second", ""):
+        step(item, 1)
+        checkpoints.restore("a", "one", request_id=request_id)
+    step(item, 1)
+    checkpoints.delete("a", "one")
+    checkpoints.restore("a", "one", request_id="first")
+    assert item.steps.step == 2
+
+
+def test_names_that_look_like_leftovers_are_no_leftovers(tmp_path):
+    for name in ("model.tmp", "a"):
+        server = Server(tmp_path)
+        checkpoints = Checkpoints(server.optimizers, FolderStore(tmp_path / "checkpoints"), 9)
+        server.create(name)
+        checkpoints.save(name, "x.tmp")
+        assert [item.tag for item in checkpoints.page("model.tmp", 9, "")[0]] == ["x.tmp"]
+        (tmp_path / "checkpoints" / ".new-abc").write_text("of a dead server")
+        server.die()
+    FolderStore(tmp_path / "checkpoints")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["a", "model.tmp"]
+
+
+def test_a_name_that_could_not_be_made_durable_is_made_so_by_the_retry(tmp_path, folder, monkeypatch):
+    from optserve_server import checkpoint_store
+
+    server, checkpoints = folder
+    server.create()
+    synced = []
+    real = checkpoint_store.sync_folder
+
+    def fails(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_store, "sync_folder", fails)
+        for _ in range(2):
+            with pytest.raises(OptserveError, match="Input/output error"):
+                checkpoints.save("a", "one", request_id="save")
+        patch.setattr(checkpoint_store, "sync_folder", lambda path: (synced.append(path), real(path)))
+        checkpoints.save("a", "one", request_id="save")
+        assert synced == [tmp_path / "checkpoints/a", tmp_path / "checkpoints", tmp_path]
+        patch.setattr(checkpoint_store, "sync_folder", fails)
+        with pytest.raises(OptserveError, match="Input/output error"):
+            checkpoints.delete("a", "one")
+
+
+def test_a_checkpoint_from_before_a_hyperparameter_is_restored_with_its_default(folder, monkeypatch):
+    from optserve_server import state_file
+
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    real = state_file.rule_message
+    with monkeypatch.context() as patch:
+        patch.setattr(state_file, "rule_message", lambda rule: {"name": rule.name, "rho": 0.5})
+        checkpoints.save("a", "old")
+    assert real(item.rule) != {"name": "adadelta", "rho": 0.5}
+    checkpoints.restore("a", "old")
+    assert item.rule == Adadelta(rho=0.5)
+
+
+def test_only_a_few_states_are_under_way_at_a_time(folder):
+    from contextlib import ExitStack
+
+    from optserve_server.checkpoints import MAX_TRANSFERS
+
+    server, checkpoints = folder
+    item = server.create()
+    with ExitStack() as stack:
+        for turn in range(MAX_TRANSFERS):
+            stack.enter_context(checkpoints.exported(item) if turn % 2 else checkpoints.staging(item))
+        with pytest.raises(OptserveError) as caught:
+            checkpoints.save("a", "one")
+        assert caught.value.reason is Reason.TOO_MANY_STREAMS
+        assert caught.value.retry_after_s
+    checkpoints.save("a", "one")
+
+
 def test_a_retry_of_a_restore_is_known_after_a_crash(tmp_path, folder):
     server, checkpoints = folder
     item = server.create()
@@ -379,7 +471,7 @@ def test_a_full_disk_refuses_a_checkpoint_and_leaves_nothing(tmp_path, folder, m
         with pytest.raises(OptserveError, match="No space left") as caught:
             checkpoints.save("a", "one")
     assert caught.value.reason is Reason.NOT_DURABLE
-    assert not list((tmp_path / "checkpoints").rglob("*.*"))
+    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
     assert fingerprint(item) == before
     checkpoints.save("a", "one")
     with monkeypatch.context() as patch:

@@ -80,7 +80,8 @@ def test_first_chunk_and_commit_may_share_a_message(stub, name):
 
 
 def test_a_retried_import_is_made_once(stub, optimizer):
-    messages = [Import(name=optimizer, step=7, request_id="i"), *whole(exported(stub, optimizer)), COMMIT]
+    start = Import(name=optimizer, step=7, request_id="i", etag=get(stub, optimizer).etag)
+    messages = [start, *whole(exported(stub, optimizer)), COMMIT]
     first = stub.ImportState(iter(messages)).optimizer
     messages[0].step = 9
     assert stub.ImportState(iter(messages)).optimizer == first
@@ -113,6 +114,12 @@ def test_a_retried_import_is_made_once(stub, optimizer):
             "FEATURE_UNAVAILABLE",
             "chunk.parameter",
         ),
+        (
+            lambda m: [Import(name=m[0].name, step=2**62 + 1), *m[1:]],
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "step",
+        ),
         (lambda m: [Import(name="optimizers/nobody")], "NOT_FOUND", "OPTIMIZER_NOT_FOUND", "name"),
         (lambda m: [Import(name=m[0].name, etag="old"), *m[1:]], "ABORTED", "ETAG_MISMATCH", "etag"),
         (lambda m: [Import(name=m[0].name, request_id="ü"), *m[1:]], "INVALID_ARGUMENT", "INVALID_FIELD", "request_id"),
@@ -125,6 +132,28 @@ def test_a_bad_import_changes_nothing(stub, optimizer, spoil, code, reason, fiel
         stub.ImportState(iter(spoil(messages)))
     assert get(stub, optimizer) == before
     assert exported(stub, optimizer) == arrays
+
+
+def test_an_import_that_stops_moving_is_cut_off(tmp_path):
+    import queue
+
+    import optserve
+    from optserve.v1 import service_pb2_grpc
+
+    path = tmp_path / "optserve.toml"
+    path.write_text("idle_step_s = 0.2\n")
+    with (
+        optserve.local_server(backend="numpy", options=["--config", str(path)]) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        made = create(stub, "a", SHAPES)
+        messages: queue.SimpleQueue[Import | None] = queue.SimpleQueue()
+        messages.put(Import(name=made.name))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ImportState(iter(messages.get, None), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.CANCELLED
+        messages.put(None)
 
 
 def test_a_message_that_is_none_is_refused(server):
@@ -189,3 +218,9 @@ def test_checkpoint_calls_name_what_is_wrong(stub, optimizer):
     rest = stub.ListCheckpoints(pb.ListCheckpointsRequest(parent=optimizer, page_token=first.next_page_token))
     assert [item.name.rpartition("/")[2] for item in (*first.checkpoints, *rest.checkpoints)] == ["one", "two", "three"]
     assert not rest.next_page_token
+    gone = pb.DeleteCheckpointRequest(name=saved.name)
+    stub.DeleteCheckpoint(gone)
+    with refused(grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND", "name"):
+        stub.DeleteCheckpoint(gone)
+    gone.allow_missing = True
+    stub.DeleteCheckpoint(gone)

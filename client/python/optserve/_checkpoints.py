@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from optserve._transport import Transport
+from optserve._transport import Transport, is_retryable
+from optserve.errors import OptserveError
 from optserve.state import Checkpoint
 from optserve.v1 import checkpoints_pb2
 
@@ -26,8 +27,15 @@ def delete_checkpoint(connection: Transport, optimizer: str, tag: str) -> None:
     Raises:
         NotFoundError: There is no such tag.
     """
+    # A retry after a lost answer finds nothing, so whether it was there is found out by a first call without retries.
     request = checkpoints_pb2.DeleteCheckpointRequest(name=f"{optimizer}/checkpoints/{tag}")
-    connection.call(connection.stub.DeleteCheckpoint, request)
+    try:
+        connection.call_once(connection.stub.DeleteCheckpoint, request)
+    except OptserveError as error:
+        if not is_retryable(error):
+            raise
+        request.allow_missing = True
+        connection.call(connection.stub.DeleteCheckpoint, request)
 
 
 def checkpoint_from(message: checkpoints_pb2.Checkpoint) -> Checkpoint:

@@ -98,6 +98,18 @@ class Transport:
             if not is_retryable(error) or time.monotonic() + pause_s >= deadline or self._closing.wait(pause_s):
                 raise error
 
+    def call_once(self, method: Callable[..., _Response], request: Any) -> _Response:
+        """Make a unary call and do not try it again.
+
+        Raises:
+            OptserveError: The server's answer, or that it gave none.
+        """
+        self.check_usable()
+        try:
+            return method(request, timeout=self.config.timeout_s)
+        except grpc.RpcError as error:
+            raise self.translate(error, self.config.timeout_s) from None
+
     def patience(self, timeout_s: float | None) -> Patience:
         """The patience of a step that begins now.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -80,13 +81,19 @@ class OptimizerState:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; its tensors are named PARAMETER.SLOT.
 
-        The file has its name only once it is whole.
+        The file has its name only once it is whole and on disk.
+
+        Raises:
+            InvalidArgumentError: The slots do not fit `parameters`.
         """
         path = Path(path)
         specs = [(name, np.dtype(spec.dtype), tuple(spec.shape)) for name, spec in self.parameters.items()]
         slots = list(next(iter(self.slots.values()), {}))
         entries = safetensors.place(specs, slots)
         arrays = {f"{name}.{slot}": array for name, slots in self.slots.items() for slot, array in slots.items()}
+        for name, entry in entries.items():
+            if name not in arrays or (arrays[name].dtype, arrays[name].shape) != (entry.dtype, entry.shape):
+                raise InvalidArgumentError(f"{name} is not there, or not {list(entry.shape)} {entry.dtype}.")
         description = json.dumps(
             {
                 "format": FORMAT_VERSION,
@@ -99,11 +106,16 @@ class OptimizerState:
         ordered = [arrays[name] for name in entries]
         metadata = {"optserve": description, "crc32": _checksum(description, ordered)}
         temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(safetensors.encode_head(entries, metadata))
-            for array in ordered:
-                file.write(_bytes(array))
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(safetensors.encode_head(entries, metadata))
+                for array in ordered:
+                    file.write(_bytes(array))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> OptimizerState:

@@ -133,6 +133,9 @@ def from_state_dict(state_dict: Mapping[str, Any], params: Mapping[str, torch.Te
     kind, algorithm = _recognise(group)
     if len(group["params"]) != len(params):
         raise InvalidArgumentError(f"The state_dict is of {len(group['params'])} parameters, not {len(params)}.")
+    for name, parameter in params.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
     steps = {0}
     slots: dict[str, dict[str, np.ndarray]] = {}
     for index, (name, parameter) in zip(group["params"], params.items(), strict=True):
@@ -164,11 +167,15 @@ def _array(algorithm: Algorithm, tensor: torch.Tensor | None, parameter: torch.T
             f"{parameter.dtype}."
         )
     array = np.array(tensor.detach().cpu().numpy())
+    if isinstance(algorithm, Momentum) and algorithm.learning_rate == 0 and array.any():
+        raise InvalidArgumentError("torch's momentum buffer is Δx / −η, which says nothing where the rate is 0.")
     return (array * -algorithm.learning_rate).astype(array.dtype) if isinstance(algorithm, Momentum) else array
 
 
 def _one_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All groups as one, if they have the same settings."""
+    if not groups:
+        raise InvalidArgumentError("The state_dict has no parameter group.")
     settings = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups
     ]
@@ -191,7 +198,11 @@ def _recognise(group: Mapping[str, Any]) -> tuple[_Kind, Algorithm]:
         raise InvalidArgumentError(
             f"A state_dict with the settings {sorted(group)} is of none of Adadelta, Adagrad, RMSprop and SGD."
         )
-    for name, value in {**_NEUTRAL, **kind.neutral}.items():
-        if name in group and name not in _IMPLEMENTATION and group[name] != value:
-            raise InvalidArgumentError(f"The service has no {name}; it is {group[name]!r} in the state_dict.")
-    return kind, kind.algorithm({key: float(value) if key == "lr" else value for key, value in group.items()})
+    algorithm = kind.algorithm({key: float(value) if key == "lr" else value for key, value in group.items()})
+    neutral = {**_NEUTRAL, **kind.neutral}
+    own = kind.group(algorithm)
+    for name, value in group.items():
+        known = name in own or name in _IMPLEMENTATION or name == "params"
+        if not known and (name not in neutral or value != neutral[name]):
+            raise InvalidArgumentError(f"The service has no {name}; it is {value!r} in the state_dict.")
+    return kind, algorithm

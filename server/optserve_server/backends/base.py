@@ -63,6 +63,14 @@ class Backend(abc.ABC):
         halves.convert(elements, staged)
         return self.within(staged, limit)
 
+    def take_all(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+        """`take` for large arrays in memory, over as many threads as there are."""
+        return self.take(staged, elements, limit)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy large arrays in memory, over as many threads as there are."""
+        target[...] = source
+
     def within(self, staged: np.ndarray, limit: np.floating) -> bool:
         """Whether all elements are numbers of at most that magnitude."""
         # NaN wins every max and min and loses every comparison.

@@ -67,6 +67,8 @@ class CupyBackend(Backend):
         """Copy to the device."""
         with self._device:
             slot.set(values)
+            # Kernels run on streams of their own, which do not wait for this one.
+            cupy.cuda.Stream.null.synchronize()
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """One element-wise kernel; multiply-adds are not contracted, so that it agrees with the CPU's bits."""

@@ -35,11 +35,8 @@ class NumbaBackend(NumpyBackend):
             return numba_loops.take_bfloat16(staged, elements, limit)
         return super().take(staged, elements, limit)
 
-    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
-        """Check in one pass over all threads; see Backend."""
-        found: list[bool] = []
-        self._slices.run(staged.size, lambda a, b: found.append(numba_loops.within(staged[a:b], limit)))
-        return all(found)
+    def _within(self, staged: np.ndarray, limit: np.floating) -> bool:
+        return numba_loops.within(staged, limit)
 
     def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
         """Convert in one pass; see Backend."""

@@ -44,6 +44,25 @@ class NumpyBackend(Backend):
         """Copy."""
         slot[...] = values
 
+    def take_all(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+        """Slice by slice; see Backend."""
+        found: list[bool] = []
+        self._slices.run(staged.size, lambda a, b: found.append(self.take(staged[a:b], elements[a:b], limit)))
+        return all(found)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Slice by slice; see Backend."""
+        self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]))
+
+    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
+        """Slice by slice; see Backend."""
+        found: list[bool] = []
+        self._slices.run(staged.size, lambda a, b: found.append(self._within(staged[a:b], limit)))
+        return all(found)
+
+    def _within(self, staged: np.ndarray, limit: np.floating) -> bool:
+        return super().within(staged, limit)
+
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:  # noqa: ARG002 - the dtype is that of the operands
         """The formula, block by block."""
 

@@ -69,14 +69,14 @@ class Reader:
                 raise CorruptionError(path, 0, "the segment has no header")
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
                 check_segment(path, view)
-                yield from self._records(path, view, end_lsn)
+                yield from self._records(path, mapped, view, end_lsn)
 
-    def _records(self, path: Path, view: memoryview, end_lsn: int | None) -> Iterator[Record]:
+    def _records(self, path: Path, mapped: mmap.mmap, view: memoryview, end_lsn: int | None) -> Iterator[Record]:
         offset, expected = SEGMENT.size, first_lsn_of(path)
         while end_lsn is None or expected < end_lsn:
             found = parse(view, offset)
             if found is None or (found.kind != MARK and found.lsn != expected):
-                self._end(path, view, offset, expected)
+                self._end(path, mapped, view, offset, expected)
                 return
             if found.kind != MARK:
                 if found.lsn > self._after_lsn:
@@ -88,24 +88,23 @@ class Reader:
             self.bytes_read += found.end - offset
             offset = found.end
 
-    def _end(self, path: Path, view: memoryview, offset: int, expected: int) -> None:
+    def _end(self, path: Path, mapped: mmap.mmap, view: memoryview, offset: int, expected: int) -> None:
         """There is no record at `offset`: that is the end, a torn tail, or damage."""
-        durable = _durable_after(view, offset)
+        durable = _durable_after(mapped, view, offset)
         if durable >= expected:
             raise CorruptionError(path, offset, f"record {expected}, which had been acknowledged, is not readable")
         if any(view[offset : offset + RECORD.size]):
             self.torn = (path, offset)
 
 
-def _durable_after(view: memoryview, offset: int) -> int:
+def _durable_after(mapped: mmap.mmap, view: memoryview, offset: int) -> int:
     """The highest lsn that any record behind `offset` knows to be on disk; 0 if there is none."""
     durable = 0
     magic = struct.pack("<I", RECORD_MAGIC)
-    rest = bytes(view[offset:])
-    position = rest.find(magic, 1)
+    position = mapped.find(magic, offset + 1)
     while position >= 0:
-        found = parse(view, offset + position, check_payload=False)
+        found = parse(view, position, check_payload=False)
         if found is not None:
             durable = max(durable, found.durable)
-        position = rest.find(magic, position + 1)
+        position = mapped.find(magic, position + 1)
     return durable

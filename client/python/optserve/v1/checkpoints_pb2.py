@@ -27,7 +27,7 @@ from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import steps_pb2 as optserve_dot_v1_dot_steps__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"m\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"[\n\x15SaveCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"`\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x18RestoreCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x19RestoreCheckpointResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\"\n\x12\x45xportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"v\n\x13\x45xportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xad\x01\n\x12ImportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12#\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"@\n\x13ImportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"Y\n\tSlotChunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x04slot\x18\x02 \x01(\rH\x00\x12\x13\n\tparameter\x18\x03 \x01(\x08H\x00\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x42\x07\n\x05\x61rrayb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"m\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"[\n\x15SaveCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"`\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x18RestoreCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x19RestoreCheckpointResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\"\n\x12\x45xportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"v\n\x13\x45xportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xad\x01\n\x12ImportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12#\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"@\n\x13ImportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"Y\n\tSlotChunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x04slot\x18\x02 \x01(\rH\x00\x12\x13\n\tparameter\x18\x03 \x01(\x08H\x00\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x42\x07\n\x05\x61rrayb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,17 +49,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESTORECHECKPOINTRESPONSE']._serialized_start=663
   _globals['_RESTORECHECKPOINTRESPONSE']._serialized_end=733
   _globals['_DELETECHECKPOINTREQUEST']._serialized_start=735
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=774
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=776
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=802
-  _globals['_EXPORTSTATEREQUEST']._serialized_start=804
-  _globals['_EXPORTSTATEREQUEST']._serialized_end=838
-  _globals['_EXPORTSTATERESPONSE']._serialized_start=840
-  _globals['_EXPORTSTATERESPONSE']._serialized_end=958
-  _globals['_IMPORTSTATEREQUEST']._serialized_start=961
-  _globals['_IMPORTSTATEREQUEST']._serialized_end=1134
-  _globals['_IMPORTSTATERESPONSE']._serialized_start=1136
-  _globals['_IMPORTSTATERESPONSE']._serialized_end=1200
-  _globals['_SLOTCHUNK']._serialized_start=1202
-  _globals['_SLOTCHUNK']._serialized_end=1291
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=797
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=799
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=825
+  _globals['_EXPORTSTATEREQUEST']._serialized_start=827
+  _globals['_EXPORTSTATEREQUEST']._serialized_end=861
+  _globals['_EXPORTSTATERESPONSE']._serialized_start=863
+  _globals['_EXPORTSTATERESPONSE']._serialized_end=981
+  _globals['_IMPORTSTATEREQUEST']._serialized_start=984
+  _globals['_IMPORTSTATEREQUEST']._serialized_end=1157
+  _globals['_IMPORTSTATERESPONSE']._serialized_start=1159
+  _globals['_IMPORTSTATERESPONSE']._serialized_end=1223
+  _globals['_SLOTCHUNK']._serialized_start=1225
+  _globals['_SLOTCHUNK']._serialized_end=1314
 # @@protoc_insertion_point(module_scope)

@@ -31,41 +31,41 @@ from optserve.v1 import statistics_pb2 as optserve_dot_v1_dot_statistics__pb2
 from optserve.v1 import steps_pb2 as optserve_dot_v1_dot_steps__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/service.proto\x12\x0boptserve.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1doptserve/v1/checkpoints.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1aoptserve/v1/replicas.proto\x1a\x1coptserve/v1/statistics.proto\x1a\x17optserve/v1/steps.proto\"\x16\n\x14GetServerInfoRequest\"\xbd\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\ndurability\x18\x07 \x01(\t\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12,\n\x08\x66\x65\x61tures\x18\t \x03(\x0b\x32\x1a.optserve.v1.FeatureStatus\x12\x0f\n\x07methods\x18\n \x03(\t\x12\x17\n\x0foptimizer_count\x18\x0b \x01(\r\"I\n\rFeatureStatus\x12%\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0e\x32\x14.optserve.v1.Feature\x12\x11\n\tavailable\x18\x02 \x01(\x08\"m\n\x16\x43reateOptimizerRequest\x12\x14\n\x0coptimizer_id\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"D\n\x17\x43reateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"#\n\x13GetOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x15ListOptimizersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"]\n\x16ListOptimizersResponse\x12*\n\noptimizers\x18\x01 \x03(\x0b\x32\x16.optserve.v1.Optimizer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x16UpdateOptimizerRequest\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"D\n\x17UpdateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"K\n\x16\x44\x65leteOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x19\n\x17\x44\x65leteOptimizerResponse*\x8a\x03\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x41TURE_UNARY_STEPS\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STREAMED_STEPS\x10\x02\x12\x18\n\x14\x46\x45\x41TURE_LIVE_UPDATES\x10\x03\x12\x1c\n\x18\x46\x45\x41TURE_PARAMETER_GROUPS\x10\x04\x12\x15\n\x11\x46\x45\x41TURE_SCHEDULES\x10\x05\x12\x14\n\x10\x46\x45\x41TURE_CLIPPING\x10\x06\x12\x15\n\x11\x46\x45\x41TURE_CURVATURE\x10\x07\x12\x17\n\x13\x46\x45\x41TURE_HOSTED_MODE\x10\x08\x12\x13\n\x0f\x46\x45\x41TURE_WORKERS\x10\t\x12\x17\n\x13\x46\x45\x41TURE_CHECKPOINTS\x10\n\x12\x1a\n\x16\x46\x45\x41TURE_STATE_TRANSFER\x10\x0b\x12\x16\n\x12\x46\x45\x41TURE_STATISTICS\x10\x0c\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\r\x12\x1f\n\x1b\x46\x45\x41TURE_HALF_PRECISION_WIRE\x10\x0e\x32\xf2\x0c\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.optserve.v1.GetServerInfoRequest\x1a\".optserve.v1.GetServerInfoResponse\x12\\\n\x0f\x43reateOptimizer\x12#.optserve.v1.CreateOptimizerRequest\x1a$.optserve.v1.CreateOptimizerResponse\x12S\n\x0cGetOptimizer\x12 .optserve.v1.GetOptimizerRequest\x1a!.optserve.v1.GetOptimizerResponse\x12Y\n\x0eListOptimizers\x12\".optserve.v1.ListOptimizersRequest\x1a#.optserve.v1.ListOptimizersResponse\x12\\\n\x0fUpdateOptimizer\x12#.optserve.v1.UpdateOptimizerRequest\x1a$.optserve.v1.UpdateOptimizerResponse\x12\\\n\x0f\x44\x65leteOptimizer\x12#.optserve.v1.DeleteOptimizerRequest\x1a$.optserve.v1.DeleteOptimizerResponse\x12Y\n\x0e\x41pplyGradients\x12\".optserve.v1.ApplyGradientsRequest\x1a#.optserve.v1.ApplyGradientsResponse\x12T\n\x0bStreamSteps\x12\x1f.optserve.v1.StreamStepsRequest\x1a .optserve.v1.StreamStepsResponse(\x01\x30\x01\x12[\n\x0ePullParameters\x12\".optserve.v1.PullParametersRequest\x1a#.optserve.v1.PullParametersResponse0\x01\x12[\n\x0ePushParameters\x12\".optserve.v1.PushParametersRequest\x1a#.optserve.v1.PushParametersResponse(\x01\x12S\n\x0cReportWorker\x12 .optserve.v1.ReportWorkerRequest\x1a!.optserve.v1.ReportWorkerResponse\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponse\x12R\n\x0b\x45xportState\x12\x1f.optserve.v1.ExportStateRequest\x1a .optserve.v1.ExportStateResponse0\x01\x12R\n\x0bImportState\x12\x1f.optserve.v1.ImportStateRequest\x1a .optserve.v1.ImportStateResponse(\x01\x12V\n\rGetStatistics\x12!.optserve.v1.GetStatisticsRequest\x1a\".optserve.v1.GetStatisticsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/service.proto\x12\x0boptserve.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1doptserve/v1/checkpoints.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1aoptserve/v1/replicas.proto\x1a\x1coptserve/v1/statistics.proto\x1a\x17optserve/v1/steps.proto\"\x16\n\x14GetServerInfoRequest\"\xce\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\ndurability\x18\x07 \x01(\t\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12,\n\x08\x66\x65\x61tures\x18\t \x03(\x0b\x32\x1a.optserve.v1.FeatureStatus\x12\x0f\n\x07methods\x18\n \x03(\t\x12\x17\n\x0foptimizer_count\x18\x0b \x01(\r\x12\x0f\n\x07host_id\x18\x0c \x01(\t\"I\n\rFeatureStatus\x12%\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0e\x32\x14.optserve.v1.Feature\x12\x11\n\tavailable\x18\x02 \x01(\x08\"m\n\x16\x43reateOptimizerRequest\x12\x14\n\x0coptimizer_id\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"D\n\x17\x43reateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"#\n\x13GetOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x15ListOptimizersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"]\n\x16ListOptimizersResponse\x12*\n\noptimizers\x18\x01 \x03(\x0b\x32\x16.optserve.v1.Optimizer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x16UpdateOptimizerRequest\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"D\n\x17UpdateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"K\n\x16\x44\x65leteOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x19\n\x17\x44\x65leteOptimizerResponse*\x8a\x03\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x41TURE_UNARY_STEPS\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STREAMED_STEPS\x10\x02\x12\x18\n\x14\x46\x45\x41TURE_LIVE_UPDATES\x10\x03\x12\x1c\n\x18\x46\x45\x41TURE_PARAMETER_GROUPS\x10\x04\x12\x15\n\x11\x46\x45\x41TURE_SCHEDULES\x10\x05\x12\x14\n\x10\x46\x45\x41TURE_CLIPPING\x10\x06\x12\x15\n\x11\x46\x45\x41TURE_CURVATURE\x10\x07\x12\x17\n\x13\x46\x45\x41TURE_HOSTED_MODE\x10\x08\x12\x13\n\x0f\x46\x45\x41TURE_WORKERS\x10\t\x12\x17\n\x13\x46\x45\x41TURE_CHECKPOINTS\x10\n\x12\x1a\n\x16\x46\x45\x41TURE_STATE_TRANSFER\x10\x0b\x12\x16\n\x12\x46\x45\x41TURE_STATISTICS\x10\x0c\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\r\x12\x1f\n\x1b\x46\x45\x41TURE_HALF_PRECISION_WIRE\x10\x0e\x32\xf2\x0c\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.optserve.v1.GetServerInfoRequest\x1a\".optserve.v1.GetServerInfoResponse\x12\\\n\x0f\x43reateOptimizer\x12#.optserve.v1.CreateOptimizerRequest\x1a$.optserve.v1.CreateOptimizerResponse\x12S\n\x0cGetOptimizer\x12 .optserve.v1.GetOptimizerRequest\x1a!.optserve.v1.GetOptimizerResponse\x12Y\n\x0eListOptimizers\x12\".optserve.v1.ListOptimizersRequest\x1a#.optserve.v1.ListOptimizersResponse\x12\\\n\x0fUpdateOptimizer\x12#.optserve.v1.UpdateOptimizerRequest\x1a$.optserve.v1.UpdateOptimizerResponse\x12\\\n\x0f\x44\x65leteOptimizer\x12#.optserve.v1.DeleteOptimizerRequest\x1a$.optserve.v1.DeleteOptimizerResponse\x12Y\n\x0e\x41pplyGradients\x12\".optserve.v1.ApplyGradientsRequest\x1a#.optserve.v1.ApplyGradientsResponse\x12T\n\x0bStreamSteps\x12\x1f.optserve.v1.StreamStepsRequest\x1a .optserve.v1.StreamStepsResponse(\x01\x30\x01\x12[\n\x0ePullParameters\x12\".optserve.v1.PullParametersRequest\x1a#.optserve.v1.PullParametersResponse0\x01\x12[\n\x0ePushParameters\x12\".optserve.v1.PushParametersRequest\x1a#.optserve.v1.PushParametersResponse(\x01\x12S\n\x0cReportWorker\x12 .optserve.v1.ReportWorkerRequest\x1a!.optserve.v1.ReportWorkerResponse\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponse\x12R\n\x0b\x45xportState\x12\x1f.optserve.v1.ExportStateRequest\x1a .optserve.v1.ExportStateResponse0\x01\x12R\n\x0bImportState\x12\x1f.optserve.v1.ImportStateRequest\x1a .optserve.v1.ImportStateResponse(\x01\x12V\n\rGetStatistics\x12!.optserve.v1.GetStatisticsRequest\x1a\".optserve.v1.GetStatisticsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURE']._serialized_start=1408
-  _globals['_FEATURE']._serialized_end=1802
+  _globals['_FEATURE']._serialized_start=1425
+  _globals['_FEATURE']._serialized_end=1819
   _globals['_GETSERVERINFOREQUEST']._serialized_start=252
   _globals['_GETSERVERINFOREQUEST']._serialized_end=274
   _globals['_GETSERVERINFORESPONSE']._serialized_start=277
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=594
-  _globals['_FEATURESTATUS']._serialized_start=596
-  _globals['_FEATURESTATUS']._serialized_end=669
-  _globals['_CREATEOPTIMIZERREQUEST']._serialized_start=671
-  _globals['_CREATEOPTIMIZERREQUEST']._serialized_end=780
-  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_start=782
-  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_end=850
-  _globals['_GETOPTIMIZERREQUEST']._serialized_start=852
-  _globals['_GETOPTIMIZERREQUEST']._serialized_end=887
-  _globals['_GETOPTIMIZERRESPONSE']._serialized_start=889
-  _globals['_GETOPTIMIZERRESPONSE']._serialized_end=954
-  _globals['_LISTOPTIMIZERSREQUEST']._serialized_start=956
-  _globals['_LISTOPTIMIZERSREQUEST']._serialized_end=1018
-  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_start=1020
-  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_end=1113
-  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_start=1115
-  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_end=1231
-  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_start=1233
-  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_end=1301
-  _globals['_DELETEOPTIMIZERREQUEST']._serialized_start=1303
-  _globals['_DELETEOPTIMIZERREQUEST']._serialized_end=1378
-  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_start=1380
-  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_end=1405
-  _globals['_OPTIMIZERSERVICE']._serialized_start=1805
-  _globals['_OPTIMIZERSERVICE']._serialized_end=3455
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=611
+  _globals['_FEATURESTATUS']._serialized_start=613
+  _globals['_FEATURESTATUS']._serialized_end=686
+  _globals['_CREATEOPTIMIZERREQUEST']._serialized_start=688
+  _globals['_CREATEOPTIMIZERREQUEST']._serialized_end=797
+  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_start=799
+  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_end=867
+  _globals['_GETOPTIMIZERREQUEST']._serialized_start=869
+  _globals['_GETOPTIMIZERREQUEST']._serialized_end=904
+  _globals['_GETOPTIMIZERRESPONSE']._serialized_start=906
+  _globals['_GETOPTIMIZERRESPONSE']._serialized_end=971
+  _globals['_LISTOPTIMIZERSREQUEST']._serialized_start=973
+  _globals['_LISTOPTIMIZERSREQUEST']._serialized_end=1035
+  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_start=1037
+  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_end=1130
+  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_start=1132
+  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_end=1248
+  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_start=1250
+  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_end=1318
+  _globals['_DELETEOPTIMIZERREQUEST']._serialized_start=1320
+  _globals['_DELETEOPTIMIZERREQUEST']._serialized_end=1395
+  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_start=1397
+  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_end=1422
+  _globals['_OPTIMIZERSERVICE']._serialized_start=1822
+  _globals['_OPTIMIZERSERVICE']._serialized_end=3472
 # @@protoc_insertion_point(module_scope)

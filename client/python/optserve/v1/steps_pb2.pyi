@@ -145,18 +145,22 @@ class Opened(_message.Message):
     def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets")
+    __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets", "dirty_offset", "replied_offset")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NONCE_OFFSET_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     CURVATURE_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    DIRTY_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    REPLIED_OFFSET_FIELD_NUMBER: _ClassVar[int]
     segment: str
     size_bytes: int
     nonce_offset: int
     offsets: _containers.RepeatedScalarFieldContainer[int]
     curvature_offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., nonce_offset: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., curvature_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    dirty_offset: int
+    replied_offset: int
+    def __init__(self, segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., nonce_offset: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., curvature_offsets: _Optional[_Iterable[int]] = ..., dirty_offset: _Optional[int] = ..., replied_offset: _Optional[int] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
     __slots__ = ("max_chunk_bytes", "max_message_bytes", "preferred_chunk_bytes", "max_parameter_bytes", "max_parameters", "max_streams", "max_optimizers", "max_state_bytes")

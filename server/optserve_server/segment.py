@@ -1,0 +1,58 @@
+"""The memory that an optimizer shares with one client on the same host: a control page, then the staging arenas."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+
+from optserve import sysv
+from optserve_server.layout import Layout
+
+_CONTROL_BYTES = 4096
+NONCE_OFFSET, NONCE_BYTES = 0, 32
+DIRTY_OFFSET, REPLIED_OFFSET = 64, 128
+"""Words of 64 bits, on cache lines of their own."""
+
+
+class Segment:
+    """A segment that this server has made. A client writes into it whatever and whenever it likes.
+
+    Attributes:
+        name: For the client.
+        size_bytes: Of the whole.
+        nonce: What the client has to find in it.
+        arenas: Views of the staging arenas.
+        offsets: First byte of each parameter.
+
+    Raises:
+        OSError: There is no room, or no shared memory here.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.size_bytes = _CONTROL_BYTES + layout.size_bytes
+        number, memory = sysv.create(self.size_bytes)
+        self.name = f"sysv:{number}"
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        memory[NONCE_OFFSET : NONCE_OFFSET + NONCE_BYTES] = np.frombuffer(self.nonce, np.uint8)
+        self._words = memory[:_CONTROL_BYTES].view(np.uint64)
+        staging = memory[_CONTROL_BYTES:]
+        self.arenas = layout.arenas(staging)
+        starts = {dtype: arena.ctypes.data - memory.ctypes.data for dtype, arena in self.arenas.items()}
+        self.offsets = [
+            starts[parameter.dtype] + start * parameter.dtype.itemsize
+            for parameter, start in zip(layout.parameters, layout.starts, strict=True)
+        ]
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the client has, or may have, overwritten what was last put into it."""
+        return bool(self._words[DIRTY_OFFSET // 8])
+
+    def clean(self) -> None:
+        """A reply has been put into it."""
+        self._words[DIRTY_OFFSET // 8] = 0
+
+    def replying(self, step: int) -> None:
+        """The updates of that step are about to take the place of its gradients."""
+        self._words[REPLIED_OFFSET // 8] = step
