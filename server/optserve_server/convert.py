@@ -19,6 +19,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.rules import RULES, Rule
+from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
 
 _PREFIX = "optimizers/"
 _CHECKPOINTS = "/checkpoints/"
@@ -191,7 +192,7 @@ def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optim
         create_time=_timestamp(item.create_time.timestamp()),
         update_time=_timestamp(item.update_time.timestamp()),
         backend=item.state.backend_name,
-        memory_bytes=item.state.memory_bytes,
+        memory_bytes=item.memory_bytes,
         slots=item.rule.slots,
         lineage=item.steps.lineage,
     )
@@ -221,6 +222,18 @@ def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
         step=item.step,
         size_bytes=item.size_bytes,
         create_time=_timestamp(item.create_time.timestamp()),
+    )
+
+
+def shared_memory(segment: Segment) -> steps_pb2.SharedMemory:
+    """A segment as the contract shows it."""
+    return steps_pb2.SharedMemory(
+        segment=segment.name,
+        size_bytes=segment.size_bytes,
+        nonce_offset=NONCE_OFFSET,
+        offsets=segment.offsets,
+        dirty_offset=DIRTY_OFFSET,
+        replied_offset=REPLIED_OFFSET,
     )
 
 

@@ -118,6 +118,8 @@ class DataFolder:
         JournalError: It cannot be used, or another server uses it.
     """
 
+    reads_staging = True
+
     def __init__(self, path: Path, snapshot_bytes: int, segment_bytes: int, interval_s: float = 0.0) -> None:
         self._path = path
         self._snapshot_bytes = snapshot_bytes

@@ -55,7 +55,13 @@ class ReplacementRecord:
 
 
 class Durability(Protocol):
-    """Each call returns the number of what it was told once that will survive; if it raises, nothing is to change."""
+    """Each call returns the number of what it was told once that will survive; if it raises, nothing is to change.
+
+    Attributes:
+        reads_staging: Whether it reads the staging buffer, in which nobody else may write meanwhile.
+    """
+
+    reads_staging: bool
 
     def created(self, record: CreationRecord) -> int:
         """An optimizer is about to exist."""
@@ -80,6 +86,8 @@ class Durability(Protocol):
 
 class InMemory:
     """State ends with the process. Nothing is kept, and nothing numbered."""
+
+    reads_staging = False
 
     def created(self, record: CreationRecord) -> int:  # noqa: ARG002 - see Durability
         """Nothing to keep."""

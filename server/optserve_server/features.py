@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optserve import sysv
 from optserve.v1 import service_pb2 as pb
 from optserve_server.errors import OptserveError, Reason
 
@@ -14,6 +15,7 @@ AVAILABLE = frozenset(
         pb.FEATURE_STATE_TRANSFER,
         pb.FEATURE_HALF_PRECISION_WIRE,
     }
+    | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )
 
 UNAVAILABLE_METHODS = {

@@ -20,6 +20,7 @@ from optserve_server.durability import CreationRecord, Durability, ReplacementRe
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import Rule
+from optserve_server.segment import Segment
 from optserve_server.state import State
 from optserve_server.step import check_request_id
 from optserve_server.steps import Steps
@@ -69,6 +70,11 @@ class Optimizer:
         """Its parameters."""
         return self.state.layout
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.state.memory_bytes + self.steps.shared_bytes
+
     def replaced(self, record: ReplacementRecord) -> None:
         """Take over what a replacement of the state changes outside the steps."""
         self.etag, self.update_time = record.etag, record.time
@@ -109,7 +115,14 @@ class Optimizers:
     @property
     def memory_bytes(self) -> int:
         """Bytes that all of them occupy."""
-        return sum(optimizer.state.memory_bytes for optimizer in list(self._by_id.values()))
+        return sum(optimizer.memory_bytes for optimizer in list(self._by_id.values()))
+
+    def share(self, optimizer: Optimizer) -> Segment | None:
+        """Share memory with a client of an optimizer; None if it cannot be. See `Steps.share`."""
+        if self.memory_bytes + optimizer.layout.size_bytes > self._config.max_state_bytes:
+            logger.warning("%s is not shared: there is no room within max_state_bytes", optimizer.id)
+            return None
+        return optimizer.steps.share()
 
     def create(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str = "") -> Optimizer:
         """Make an optimizer with all state at 0.

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from optserve import wire
+from optserve import sysv, wire
 from optserve.v1 import checkpoints_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server import convert, features, transfer
@@ -65,6 +65,7 @@ class Servicer:
             features=features.statuses(),
             methods=list(RULES),
             optimizer_count=len(self._optimizers),
+            host_id=sysv.host_id(),
         )
         response.start_time.FromDatetime(self._start_time)
         return response

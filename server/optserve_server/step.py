@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Payload, Run
+from optserve_server.segment import Segment
 
 _Used = TypeVar("_Used")
 
@@ -60,11 +61,14 @@ class Holder(Protocol):
 class Step:
     """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
 
-    def __init__(self, holder: Holder, request_id: str, payload: Payload, *, replay: bool) -> None:
+    def __init__(
+        self, holder: Holder, request_id: str, payload: Payload, *, replay: bool, segment: Segment | None = None
+    ) -> None:
         self._holder = holder
         self.request_id = request_id
         self.payload = payload
         self.replay = replay
+        self.segment = segment
         self.moved_at = time.monotonic()
         self.coverage = Coverage()
 

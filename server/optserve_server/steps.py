@@ -28,6 +28,7 @@ from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Payloads, Run
 from optserve_server.rules import Rule
+from optserve_server.segment import Segment
 from optserve_server.state import State
 from optserve_server.step import Outcome, ReplyChunk, Step, check_request_id
 
@@ -68,6 +69,7 @@ class Steps:
         self._holder: Step | None = None
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
+        self._segment: Segment | None = None
         self.retained: Retained | None = None
         self.step = 0
         self.lsn = 0
@@ -91,6 +93,7 @@ class Steps:
         tensors: tuple[int, ...] = (),
         wire: np.dtype | None = None,
         lineage: str = "",
+        segment: Segment | None = None,
     ) -> Step:
         """Start a step and hold the staging buffer for it.
 
@@ -100,6 +103,7 @@ class Steps:
             tensors: Parameters that take part; none for all.
             wire: Dtype of the payload; None for each parameter's own.
             lineage: The state that the client knows; empty to leave it unchecked.
+            segment: Where the gradients are and the updates go; None if they come and go by `Step.stage` and `reply`.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
@@ -117,6 +121,7 @@ class Steps:
                     current_step=self.step,
                 )
             # The last step, if this request is that one once more.
+            self._note_overwritten()
             repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
                 self._evict_if_idle(self._holder)
@@ -135,9 +140,58 @@ class Steps:
                     expected_step=expected_step,
                 )
             payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
+            if segment is None:
+                # Others step as well, and must not stage where a client writes as it likes.
+                self._leave_segment()
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
-            self._holder = Step(self, request_id, payload, replay=repeated is not None)
+            self._holder = Step(self, request_id, payload, replay=repeated is not None, segment=segment)
             return self._holder
+
+    def share(self) -> Segment | None:
+        """Share memory with a client on this host; None if another client has that, or there is no room for it.
+
+        Where nothing else reads the staging buffer, it moves into the segment and gradients are computed in place;
+        otherwise they are copied, so that what is written down is what was computed with.
+        """
+        with self._lock:
+            self.check_usable()
+            if self._segment is not None:
+                return None
+            try:
+                self._segment = Segment(self._state.layout)
+            except OSError as error:
+                logger.warning("%s is not shared: %s", self._name, error)
+                return None
+            if not self._durability.reads_staging and self._holder is None:
+                self._state.use_staging(self._segment.arenas)
+            return self._segment
+
+    def unshare(self, segment: Segment) -> None:
+        """The client has gone; the segment ends when its memory of it does."""
+        with self._lock:
+            if self._segment is segment:
+                self._note_overwritten()
+                self._leave_segment()
+                self._segment = None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of a segment beyond those of the state."""
+        with self._lock:
+            return self._segment.size_bytes if self._segment and not self._in_place else 0
+
+    @property
+    def _in_place(self) -> bool:
+        return self._segment is not None and self._state.staged is self._segment.arenas
+
+    def _note_overwritten(self) -> None:
+        """Look whether the client has overwritten the retained reply, which lies where it writes."""
+        if self._segment and self.retained and self._in_place and self._segment.dirty:
+            self.retained.intact = False
+
+    def _leave_segment(self) -> None:
+        if self._in_place:
+            self._state.use_staging(None)
 
     def set_rule(self, rule: Rule, etag: str, time: datetime) -> None:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
@@ -190,6 +244,7 @@ class Steps:
                 self._evict_if_idle(self._holder)
             self._durability.deleted(self._name)
             self._fatal = reason
+            self._segment = None
             # Open streams may keep this object for long, but not its arrays.
             self._state.release()
 
@@ -244,47 +299,78 @@ class Steps:
             raise step.out_of_bounds(position, "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
         bad = self._state.stage(run, run.start + (position - run.begin) // size, elements)
-        if bad is None:
-            return
-        tensor, byte = step.payload.locate(position + bad * size)
-        name = self._state.layout.parameters[tensor].name
-        value = halves.value(elements[bad : bad + 1])
+        if bad is not None:
+            raise self._bad_value(step, run, position + bad * size, halves.value(elements[bad : bad + 1]))
+
+    def _bad_value(self, step: Step, run: Run, position: int, value: float) -> OptserveError:
+        """The error for a gradient element at a position of the payload."""
+        tensor, byte = step.payload.locate(position)
+        name, index = self._state.layout.parameters[tensor].name, byte // run.wire.itemsize
         finite = math.isfinite(value)
         wire = f", as {halves.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
-        raise OptserveError(
+        return OptserveError(
             Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
-            f"The gradient of {name!r} is {value:g} at flat index {byte // size}{wire}"
+            f"The gradient of {name!r} is {value:g} at flat index {index}{wire}"
             + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
             field="data",
             parameter=name,
-            index=byte // size,
+            index=index,
         )
+
+    def _take_shared(self, step: Step, segment: Segment) -> None:
+        """Take the gradients that a client has written into the segment."""
+        if self.retained:
+            self.retained.intact = False
+        bad = self._state.take_from(segment.arenas, step.payload.runs)
+        if bad is not None:
+            run, element = bad
+            value = float(self._state.staged[run.dtype][run.start + element])
+            raise self._bad_value(step, run, run.begin + element * run.dtype.itemsize, value)
+
+    def _give_shared(self, step: Step, segment: Segment) -> None:
+        """Put the updates where the gradients were."""
+        if not self._in_place:
+            segment.replying(self.step)
+            self._state.give_to(segment.arenas, step.payload.runs)
+        segment.clean()
 
     def commit(self, step: Step) -> Outcome:
         """See Holder."""
         with self._lock:
             self._hold(step)
             if step.replay and self.retained:
+                if step.segment:
+                    self._give_shared(step, step.segment)
                 return Outcome(step.request_id, self.retained.step, replayed=True)
-            gap = step.coverage.first_gap(step.payload.size_bytes)
-            if gap is not None:
-                tensor, offset = step.payload.locate(gap)
-                name = self._state.layout.parameters[tensor].name
-                raise OptserveError(
-                    Reason.MISSING_CHUNK,
-                    f"The gradient of {name!r} is incomplete: byte {offset} has not arrived.",
-                    field="chunk",
-                    parameter=name,
-                    offset=offset,
-                )
+            if step.segment:
+                self._take_shared(step, step.segment)
+            else:
+                self._check_complete(step)
             lsn = self._durability.stepping(self._record(step))
+            if step.segment and self._in_place:
+                step.segment.replying(self.step + 1)
             with self._changing(f"in step {self.step}"):
                 self._state.apply(step.payload.runs)
             self.lsn = lsn
             self.step += 1
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
+            if step.segment:
+                self._give_shared(step, step.segment)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False)
+
+    def _check_complete(self, step: Step) -> None:
+        gap = step.coverage.first_gap(step.payload.size_bytes)
+        if gap is not None:
+            tensor, offset = step.payload.locate(gap)
+            name = self._state.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.MISSING_CHUNK,
+                f"The gradient of {name!r} is incomplete: byte {offset} has not arrived.",
+                field="chunk",
+                parameter=name,
+                offset=offset,
+            )
 
     def _record(self, step: Step) -> StepRecord:
         gradients = [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]

@@ -20,6 +20,7 @@ from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
 
 _BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
@@ -58,6 +59,8 @@ class StepStream:
         self._optimizer: Optimizer
         self._wire: np.dtype | None = None
         self._lineage = ""
+        self._segment: Segment | None = None
+        self._proven = False
         self._reply_chunk_bytes = config.preferred_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
@@ -95,14 +98,13 @@ class StepStream:
     def close(self) -> None:
         """Discard what is under way."""
         self._end(_Phase.CLOSED)
+        self._unshare()
 
     def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         if self._phase is not _Phase.CLOSED:
             raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
         if request.worker:
             raise features.unavailable(service_pb2.FEATURE_WORKERS, "open.worker")
-        if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY:
-            raise features.unavailable(service_pb2.FEATURE_SHARED_MEMORY, "open.transport")
         convert.check_known(request, "transport", "open")
         wanted = request.max_chunk_bytes or self._config.preferred_chunk_bytes
         if wanted < 1024:
@@ -115,7 +117,10 @@ class StepStream:
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
         step, last_request_id, last_tensors, self._lineage = optimizer.steps.last()
+        if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
+            self._segment = self._optimizers.share(optimizer)
         return steps_pb2.Opened(
+            shared_memory=convert.shared_memory(self._segment) if self._segment else None,
             step=step,
             last_request_id=last_request_id,
             last_tensors=last_tensors,
@@ -139,22 +144,47 @@ class StepStream:
             raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "begin.reply")
         if request.HasField("parameters_step"):
             raise features.unavailable(service_pb2.FEATURE_WORKERS, "begin.parameters_step")
+        self._check_nonce(request.shared_memory_nonce)
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
             self._step = self._optimizer.steps.begin(
-                request.request_id, expected, tuple(request.tensors), self._wire, self._lineage
+                request.request_id, expected, tuple(request.tensors), self._wire, self._lineage, self._segment
             )
         finally:
             if self._step is None:
                 self._admission.leave()
         self._phase = _Phase.STAGING
 
+    def _check_nonce(self, nonce: bytes) -> None:
+        """At the first step, look whether the client has found the segment that it was offered."""
+        if self._segment is None or self._proven:
+            return
+        if nonce != self._segment.nonce:
+            self._unshare()
+        else:
+            self._proven = True
+        if nonce and not self._proven:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                "This is not the nonce of the segment that was offered.",
+                field="begin.shared_memory_nonce",
+            )
+
+    def _unshare(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            self._optimizer.steps.unshare(segment)
+
     def _chunk(self, chunk: steps_pb2.Chunk, data: bytes | memoryview) -> None:
         if self._phase is _Phase.FAILED:
             return
         if self._step is None:
             raise OptserveError(Reason.NO_STEP, "A chunk came outside a step; begin one first.", field="chunk")
+        if self._segment is not None:
+            raise OptserveError(
+                Reason.INVALID_FIELD, "A chunk came for a step whose gradients are in shared memory.", field="chunk"
+            )
         if chunk.operand == steps_pb2.OPERAND_CURVATURE:
             raise features.unavailable(service_pb2.FEATURE_CURVATURE, "chunk.operand")
         convert.check_known(chunk, "operand", "chunk")
@@ -177,9 +207,10 @@ class StepStream:
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse(result=result(outcome))
-        if not self._step.payload.size_bytes:
+        if self._segment is not None or not self._step.payload.size_bytes:
             yield encode(last)
-        yield from self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
+        else:
+            yield from self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
         self._end(_Phase.IDLE)
 
     def _fail(self, error: Exception) -> bytes:

@@ -14,7 +14,9 @@ import optserve
 from client.proxy import proxy
 
 SIZE = 200_000  # 800 kB each way, several chunks
-CONFIG = optserve.ClientConfig(initial_backoff_s=0.01, max_backoff_s=0.05, step_timeout_s=30, max_chunk_bytes=1 << 17)
+CONFIG = optserve.ClientConfig(
+    initial_backoff_s=0.01, max_backoff_s=0.05, step_timeout_s=30, max_chunk_bytes=1 << 17, transport="grpc"
+)
 
 
 def gradient(step: int) -> dict[str, np.ndarray]:

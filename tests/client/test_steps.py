@@ -18,9 +18,10 @@ def grads(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: np.asarray(rng.standard_normal(param.shape), param.dtype) for name, param in PARAMS.items()}
 
 
-@pytest.fixture
-def opt(client, name):
-    return client.create_optimizer(name, optserve.Adadelta(), PARAMS)
+@pytest.fixture(params=["shm", "grpc"])
+def opt(request, client, name):
+    client.create_optimizer(name, optserve.Adadelta(), PARAMS)
+    return client.optimizer(name, transport=request.param)
 
 
 def test_updates_have_the_shapes_and_dtypes_of_the_parameters(opt):
@@ -44,7 +45,7 @@ def test_updates_can_go_into_arrays_of_the_caller(client, name, opt):
 
 @pytest.mark.parametrize("chunk_bytes", [1024, 1032, 4096])
 def test_any_chunk_size_gives_the_same_bits(server, opt, name, chunk_bytes):
-    config = optserve.ClientConfig(max_chunk_bytes=chunk_bytes)
+    config = optserve.ClientConfig(max_chunk_bytes=chunk_bytes, transport="grpc")
     with optserve.connect(server.target, config) as client:
         chunked = client.create_optimizer(f"{name}-chunked", optserve.Adadelta(), PARAMS)
         for seed in range(3):
@@ -122,7 +123,7 @@ def test_replay_gets_the_last_updates_again(opt):
 
 
 def test_a_second_client_that_steps_is_noticed(client, name, opt):
-    other = client.optimizer(name)
+    other = client.optimizer(name, transport="grpc")
     other.step(grads())
     with pytest.raises(optserve.WrongStepError) as caught:
         opt.step(grads())
@@ -176,8 +177,8 @@ def test_errors_of_creation(client, name, opt):
         client.create_optimizer(f"{name}-2", optserve.Adadelta(), {"w": np.zeros(3, np.int64)})
 
 
-def test_what_the_server_lacks_is_a_feature_error(client, name, opt):
-    with pytest.raises(optserve.FeatureUnavailableError):
-        client.optimizer(name, transport="shm").step(grads())
-    with pytest.raises(optserve.InvalidArgumentError):
+def test_dtypes_and_transports_that_do_not_exist_are_refused(client, name, opt):
+    with pytest.raises(optserve.InvalidArgumentError, match="int8"):
         client.optimizer(name, wire_dtype="int8")
+    with pytest.raises(optserve.InvalidArgumentError, match="not converted"):
+        client.optimizer(name, transport="shm", wire_dtype="bfloat16")

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
     kills = KILLS // 2
     supervisor = Supervisor(tmp_path, kills, seed=1000 * max_calls, max_calls=max_calls)
     undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
-    shaky_client = optserve.connect(f"127.0.0.1:{supervisor.port}", CONFIG)
+    config = replace(CONFIG, transport="shm" if max_calls > 50 else "grpc")
+    shaky_client = optserve.connect(f"127.0.0.1:{supervisor.port}", config)
     while True:
         try:
             opt = shaky_client.create_optimizer("survivor", optserve.Adadelta(), gradient(0))

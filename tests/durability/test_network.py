@@ -7,7 +7,9 @@ from client.proxy import proxy
 
 SIZE = 20_000
 STEPS, CUTS = 500, 100
-CONFIG = optserve.ClientConfig(initial_backoff_s=0.005, max_backoff_s=0.02, step_timeout_s=60, max_chunk_bytes=1 << 14)
+CONFIG = optserve.ClientConfig(
+    initial_backoff_s=0.005, max_backoff_s=0.02, step_timeout_s=60, max_chunk_bytes=1 << 14, transport="grpc"
+)
 
 
 def test_five_hundred_steps_through_a_hundred_cuts(client, name, tmp_path):

@@ -41,7 +41,8 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
     features = {service_pb2.Feature.Name(status.feature): status.available for status in info.features}
     assert set(features) == set(service_pb2.Feature.keys()) - {"FEATURE_UNSPECIFIED"}
     assert features["FEATURE_STREAMED_STEPS"]
-    assert not features["FEATURE_SHARED_MEMORY"]
+    assert features["FEATURE_SHARED_MEMORY"]
+    assert not features["FEATURE_WORKERS"]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,6 @@ def test_an_error_carries_the_request_id_of_its_step(stub, optimizer):
         ({"name": "optimizers/nobody"}, grpc.StatusCode.NOT_FOUND, "OPTIMIZER_NOT_FOUND"),
         ({"name": "nobody"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"etag": "stale"}, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
-        ({"transport": steps_pb2.TRANSPORT_SHARED_MEMORY}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"transport": 9}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"worker": "w1"}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ({"max_chunk_bytes": 3}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),

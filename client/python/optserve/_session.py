@@ -12,11 +12,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from optserve._patience import Patience
+from optserve._shared import SharedStaging
 from optserve._stream import Gradients, StepRefused, StepStream, Updates
 from optserve._transport import Backoff, Transport, is_retryable
 from optserve.errors import (
     FailedPreconditionError,
+    FeatureUnavailableError,
     InternalError,
     NotFoundError,
     OptserveError,
@@ -24,11 +28,10 @@ from optserve.errors import (
     StateReplacedError,
     StepInDoubtError,
     StepsLostError,
+    UnavailableError,
     WrongStepError,
 )
 from optserve.v1 import steps_pb2
-
-_NO_GRADIENTS = Gradients([], [], whole=True)
 
 
 class StepSession:
@@ -40,8 +43,18 @@ class StepSession:
         lineage: Says which state these steps are of.
     """
 
-    def __init__(self, connection: Transport, open_request: steps_pb2.Open, step: int, lineage: str) -> None:
+    def __init__(
+        self,
+        connection: Transport,
+        open_request: steps_pb2.Open,
+        step: int,
+        lineage: str,
+        *,
+        must_share: bool = False,
+    ) -> None:
         self._connection = connection
+        self._must_share = must_share
+        self._has_shared = False
         self.open_request = open_request
         self.current_step = step
         self.lineage = lineage
@@ -97,7 +110,7 @@ class StepSession:
                 raise FailedPreconditionError(f"{self._name} has not been stepped, so there is nothing to replay.")
             updates = make_updates(list(opened.last_tensors))
             try:
-                self._exchange(opened.last_request_id, _NO_GRADIENTS, updates, patience)
+                self._exchange(opened.last_request_id, None, updates, patience)
             except _NotApplied as refusal:
                 raise refusal.error from None
             self._unsettled.clear()
@@ -110,6 +123,11 @@ class StepSession:
                 self._close_stream()
                 self.lineage = lineage
             self._unsettled.clear()
+
+    def stream(self, patience: Patience) -> StepStream:
+        """The stream of the next step, opened if it is not open."""
+        with self._turn(patience):
+            return self._opened(patience)
 
     def undelivered(self) -> None:
         """The updates of the last step were received, but did not reach who had asked for them."""
@@ -160,8 +178,8 @@ class StepSession:
                 "the interrupted step was applied is no longer known. Call refresh() to go on."
             )
 
-    def _exchange(self, request_id: str, gradients: Gradients, updates: Updates, patience: Patience) -> None:
-        """Send a step until it is answered.
+    def _exchange(self, request_id: str, gradients: Gradients | None, updates: Updates, patience: Patience) -> None:
+        """Send a step until it is answered; without gradients, ask for the reply of one that has been applied.
 
         Raises:
             _NotApplied: The server has refused it at the first try, so it was certainly not applied.
@@ -170,16 +188,21 @@ class StepSession:
         backoff = Backoff(self._connection.config)
         # Whether the step may have been applied: before the present try, and now.
         before = doubtful = False
+        shared: SharedStaging | None = None
         while True:
-            updates.reset()
             try:
                 stream = self._opened(patience)
                 # What has been applied is only asked for again; the gradients need not travel.
                 applied = stream.opened.last_request_id == request_id
+                if gradients is not None and not applied:
+                    self._check_intact(gradients, updates, shared)
+                if shared is not None and shared is not stream.shared:
+                    # That of a stream which is gone; errors with their frames may keep the object itself for long.
+                    shared.release()
+                updates.reset()
                 begin = steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
-                messages = (_NO_GRADIENTS if applied else gradients).messages(begin, self._chunk_bytes(stream))
-                before, doubtful = doubtful, True
-                self.current_step = stream.step(messages, updates, patience).step
+                before, doubtful, shared = doubtful, True, stream.shared
+                self.current_step = stream.step(begin, None if applied else gradients, updates, patience).step
             except StepRefused as refusal:
                 error = refusal.error
                 doubtful = before or isinstance(error, InternalError | StateLostError)
@@ -193,6 +216,8 @@ class StepSession:
                 self._close_stream()
                 raise
             else:
+                # An error that is kept keeps the frames that it came through, and with them the caller's arrays.
+                error = None
                 return
             if is_retryable(error):
                 try:
@@ -209,6 +234,17 @@ class StepSession:
             else:
                 raise error
 
+    def _check_intact(self, gradients: Gradients, updates: Updates, shared: SharedStaging | None) -> None:
+        """Raise StepInDoubtError if an earlier try has put updates where the gradients were."""
+        received = updates.begun and any(
+            np.may_share_memory(gradient, update) for gradient in gradients.arrays for update in updates.arrays
+        )
+        if received or (shared is not None and shared.has_overwritten(self.current_step + 1, gradients.arrays)):
+            raise StepInDoubtError(
+                f"The connection was lost in the middle of a step of {self._name}, whose updates had begun to take the "
+                "place of its gradients, and the server has lost that step. Call refresh() and step again."
+            )
+
     def _opened(self, patience: Patience) -> StepStream:
         if self._stream is None:
             try:
@@ -222,11 +258,20 @@ class StepSession:
                 ) from error
             try:
                 self._check_state(stream.opened)
+                self._check_transport(stream)
             except OptserveError:
                 stream.close()
                 raise
             self._stream = stream
         return self._stream
+
+    def _check_transport(self, stream: StepStream) -> None:
+        """Raise if memory must be shared and is not."""
+        if self._must_share and stream.shared is None:
+            message = f"Shared memory cannot be used: {stream.transport_reason}."
+            # The server may not have noticed yet that the stream before is gone.
+            raise UnavailableError(message) if self._has_shared else FeatureUnavailableError(message)
+        self._has_shared |= stream.shared is not None
 
     def _check_state(self, opened: steps_pb2.Opened) -> None:
         """Raise unless the server has the state that this client knows."""
@@ -257,11 +302,6 @@ class StepSession:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
-
-    def _chunk_bytes(self, stream: StepStream) -> int:
-        limits = stream.opened.limits
-        wanted = self._connection.config.max_chunk_bytes or limits.preferred_chunk_bytes
-        return min(wanted, limits.max_chunk_bytes)
 
 
 class _NotApplied(Exception):

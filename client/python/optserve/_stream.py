@@ -11,6 +11,7 @@ import numpy as np
 
 from optserve import halves, wire
 from optserve._patience import Patience
+from optserve._shared import SharedStaging
 from optserve._transport import Transport
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
@@ -37,8 +38,6 @@ class Gradients:
     def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[bytes]:
         """Begin, chunks and commit; a step that fits into one chunk is one message."""
         request = steps_pb2.StreamStepsRequest(begin=begin)
-        if not self.whole:
-            request.begin.tensors.extend(self.indices)
         pending: list[memoryview] = []
         for tensor, offset, parts in self._chunks(max_chunk_bytes):
             if pending:
@@ -91,12 +90,14 @@ class Updates:
 
     def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], wire: np.dtype | None = None) -> None:
         self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
+        self.arrays = arrays
         self._arrays = [array.reshape(-1) for array in arrays]
         self._wires = [array.dtype if wire is None else wire for array in arrays]
         self.reset()
 
     def reset(self) -> None:
         """Forget what has arrived, before the reply is received once more."""
+        self.begun = False
         self._missing = sum(a.size * wire.itemsize for a, wire in zip(self._arrays, self._wires, strict=True))
 
     def put(self, chunk: steps_pb2.Chunk, data: wire.Buffer) -> None:
@@ -107,6 +108,7 @@ class Updates:
         """
         ordinal, offset = self._ordinals.get(chunk.tensor, len(self._arrays)), chunk.offset
         self._missing -= len(data)
+        self.begun = True
         while len(data):
             if ordinal >= len(self._arrays) or self._missing < 0:
                 raise InternalError("The server's reply has more bytes than the step's tensors.")
@@ -121,6 +123,10 @@ class Updates:
             else:
                 halves.convert(elements, array[start : start + count])
             data, ordinal, offset = memoryview(data)[count * wire_dtype.itemsize :], ordinal + 1, 0
+
+    def by_index(self) -> dict[int, np.ndarray]:
+        """The arrays by index of their parameters."""
+        return {index: self.arrays[ordinal] for index, ordinal in self._ordinals.items()}
 
     def check_complete(self) -> None:
         """Raise InternalError if bytes are missing."""
@@ -172,6 +178,8 @@ class StepStream:
 
     Attributes:
         opened: The server's answer to `open`.
+        shared: Memory shared with the server, through which tensors travel then; None if they travel in messages.
+        transport_reason: Why, in words.
 
     Raises:
         OptserveError: It could not be opened.
@@ -185,19 +193,38 @@ class StepStream:
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
         try:
             self.opened: steps_pb2.Opened = self._next(patience).header.opened
+            self.shared, self.transport_reason = _shared(request, self.opened)
+            self._nonce = self.shared.nonce if self.shared else b""
         except BaseException:
             self.close()
             raise
 
-    def step(self, messages: Iterator[bytes], updates: Updates, patience: Patience) -> steps_pb2.Result:
-        """Send one step and receive its reply.
+    def step(
+        self, begin: steps_pb2.Begin, gradients: Gradients | None, updates: Updates, patience: Patience
+    ) -> steps_pb2.Result:
+        """Make one step and receive its reply.
+
+        Args:
+            begin: Its request id and expected step.
+            gradients: None to ask for the reply of a step that has been applied.
+            updates: Take the reply.
+            patience: How long to wait.
 
         Raises:
             StepRefused: The server's error about this step, after which the stream can be used again.
             UnavailableError: The connection was lost; whether the step was applied is open.
             DeadlineExceededError, StepCancelledError: Patience is at its end; likewise.
         """
-        self._outgoing.put(messages)
+        if gradients is not None and not gradients.whole:
+            begin.tensors.extend(gradients.indices)
+        begin.shared_memory_nonce, self._nonce = self._nonce, b""
+        if self.shared is not None and gradients is not None:
+            self.shared.put(dict(zip(gradients.indices, gradients.arrays, strict=True)))
+        if self.shared is not None or gradients is None:
+            request = steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit())
+            self._outgoing.put(iter([wire.encode(request)]))
+        else:
+            self._outgoing.put(gradients.messages(begin, self._chunk_bytes()))
         while True:
             frame = self._next(patience)
             if frame.header.HasField("error"):
@@ -206,8 +233,16 @@ class StepStream:
             if frame.data is not None:
                 updates.put(frame.header.chunk, frame.data)
             if frame.header.HasField("result"):
-                updates.check_complete()
+                if self.shared is not None:
+                    self.shared.get(updates.by_index())
+                else:
+                    updates.check_complete()
                 return frame.header.result
+
+    def _chunk_bytes(self) -> int:
+        limits = self.opened.limits
+        wanted = self._transport.config.max_chunk_bytes or limits.preferred_chunk_bytes
+        return min(wanted, limits.max_chunk_bytes)
 
     def close(self) -> None:
         """End the stream at once. Safe from any thread, and more than once."""
@@ -220,7 +255,8 @@ class StepStream:
             except StopIteration:
                 error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
             except grpc.RpcError as rpc_error:
-                error = self._transport.translate(rpc_error, 0.0)
+                # The call is its own error, and would keep the frames that it came through for as long as it lives.
+                error = self._transport.translate(rpc_error.with_traceback(None), 0.0)
         fault = self._outgoing.fault
         if fault is not None:
             raise InternalError(f"A message could not be made: {fault!r}") from fault
@@ -238,6 +274,18 @@ class StepRefused(Exception):
     def __init__(self, error: OptserveError) -> None:
         super().__init__(error)
         self.error = error
+
+
+def _shared(request: steps_pb2.Open, opened: steps_pb2.Opened) -> tuple[SharedStaging | None, str]:
+    """(memory shared with the server, None) or (None, why not)."""
+    if request.transport != steps_pb2.TRANSPORT_SHARED_MEMORY:
+        return None, "shared memory was not asked for"
+    if not opened.HasField("shared_memory"):
+        return None, "the server does not offer shared memory now: it has no room, or another client has it"
+    try:
+        return SharedStaging(opened.shared_memory), "the server is on this host"
+    except OSError as error:
+        return None, f"the server's shared memory cannot be reached: {error}"
 
 
 def _close(outgoing: _Outgoing, call: grpc.Call) -> None:

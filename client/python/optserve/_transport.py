@@ -48,10 +48,15 @@ def is_retryable(error: OptserveError) -> bool:
 
 
 class Transport:
-    """One connection to one server."""
+    """One connection to one server.
+
+    Attributes:
+        same_host: Whether the server can share memory with this process.
+    """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target = target
+        self.same_host = False
         self.config = config
         self._watchdog = Watchdog()
         self._closing = threading.Event()

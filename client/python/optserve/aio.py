@@ -140,6 +140,14 @@ class AsyncOptimizer:
         """Steps that the server has applied, as far as this object knows."""
         return self._optimizer.current_step
 
+    async def transport(self) -> tuple[str, str]:
+        """See `optserve.Optimizer.transport`."""
+        return await self._threads.run(lambda: self._optimizer.transport)
+
+    async def buffers(self) -> dict[str, np.ndarray]:
+        """See `optserve.Optimizer.buffers`."""
+        return await self._threads.run(self._optimizer.buffers)
+
     async def step(
         self,
         grads: Mapping[str, np.ndarray],

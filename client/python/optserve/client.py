@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from optserve import algorithms
+from optserve import algorithms, sysv
 from optserve._checkpoints import delete_checkpoint, list_checkpoints
 from optserve._transport import Transport
 from optserve.config import ClientConfig
@@ -57,7 +57,8 @@ class Client:
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._transport = Transport(target, config)
         try:
-            self.server_info(timeout_s=config.connect_timeout_s)
+            host_id = self.server_info(timeout_s=config.connect_timeout_s).host_id
+            self._transport.same_host = bool(host_id) and host_id == sysv.host_id()
         except BaseException:
             self._transport.close()
             raise
@@ -71,6 +72,11 @@ class Client:
         """What the server is, can do and accepts."""
         request = service_pb2.GetServerInfoRequest()
         return self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether tensors can travel through memory that is shared with the server."""
+        return self._transport.same_host
 
     def create_optimizer(
         self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec]

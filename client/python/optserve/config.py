@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class ClientConfig:
     """Pause before the first retry; it doubles with each."""
     max_backoff_s: float = 2.0
     """Longest pause between retries."""
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    """How tensors travel where `Client.optimizer` does not say: `auto` shares memory with a server on the same host."""
     max_chunk_bytes: int = 0
     """Largest payload of one message, either way; 0 for the server's preference. Its limit holds as well."""
     max_receive_bytes: int = 64 << 20
@@ -31,6 +34,8 @@ class ClientConfig:
         for name in ("connect_timeout_s", "timeout_s", "step_timeout_s", "initial_backoff_s", "max_backoff_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)!r}.")
+        if self.transport not in ("auto", "grpc", "shm"):
+            raise ValueError(f"transport must be auto, grpc or shm, not {self.transport!r}.")
         if self.max_receive_bytes < 8 << 20:
             raise ValueError("max_receive_bytes must be at least 8 MiB, which any server may send.")
         if self.keepalive_s < 60:

@@ -16,7 +16,7 @@ from optserve._session import StepSession
 from optserve._stream import Gradients, Updates
 from optserve._transfer import export_state, import_state
 from optserve._transport import Transport
-from optserve.errors import InvalidArgumentError
+from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve.wire import DTYPES, WIRE_DTYPES
@@ -44,13 +44,24 @@ class Optimizer:
         error_feedback: bool = False,
     ) -> None:
         self._connection = connection
+        if transport == "auto":
+            transport = connection.config.transport
+        if transport == "shm" and wire_dtype != "native":
+            raise InvalidArgumentError("In shared memory tensors are not converted; leave wire_dtype at 'native'.")
+        if transport == "shm" and not connection.same_host:
+            raise FeatureUnavailableError(
+                f"Shared memory cannot be used: {connection.target} is not on this host, or belongs to another user."
+            )
+        share = connection.same_host and transport != "grpc" and wire_dtype == "native"
         open_request = steps_pb2.Open(
             name=message.name,
             wire_type=_wire_type(wire_dtype),  # pyright: ignore[reportArgumentType]
-            transport=steps_pb2.TRANSPORT_SHARED_MEMORY if transport == "shm" else steps_pb2.TRANSPORT_STREAM,
+            transport=steps_pb2.TRANSPORT_SHARED_MEMORY if share else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
         )
-        self._session = StepSession(connection, open_request, message.step, message.lineage)
+        self._session = StepSession(
+            connection, open_request, message.step, message.lineage, must_share=transport == "shm"
+        )
         self._wire = WIRE_DTYPES.get(open_request.wire_type)
         self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
         self._parameters = list(message.parameters)
@@ -62,6 +73,32 @@ class Optimizer:
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
         return self._session.current_step
+
+    @property
+    def transport(self) -> tuple[str, str]:
+        """How tensors travel, `shm` or `grpc`, and why; opens a stream if there is none."""
+        stream = self._session.stream(self._connection.patience(self._connection.config.timeout_s))
+        return "shm" if stream.shared else "grpc", stream.transport_reason
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        """An array for each parameter, in which `step` finds gradients and leaves updates without copying either.
+
+        Where memory is shared with the server, these are its staging area. Ask for them anew before each step; after
+        a lost connection they are others, and the old ones are ordinary arrays.
+
+        Example:
+            >>> arrays = opt.buffers()                   # doctest: +SKIP
+            ... compute_gradients(into=arrays)
+            ... updates = opt.step(arrays, out=arrays)   # the same arrays
+        """
+        shared = self._session.stream(self._connection.patience(self._connection.config.timeout_s)).shared
+        arrays: dict[str, np.ndarray] = {}
+        for index, item in enumerate(self._parameters):
+            shape, dtype = tuple(item.shape), DTYPES[item.data_type]
+            arrays[item.name] = shared.array(index, shape, dtype) if shared else np.empty(shape, dtype)
+        if shared:
+            shared.touch()
+        return arrays
 
     def step(
         self,
@@ -78,7 +115,7 @@ class Optimizer:
 
         Args:
             grads: The gradient of every parameter, in the parameter's shape and dtype.
-            out: Arrays that take the updates; new ones are made by default.
+            out: Arrays that take the updates, which may be those of the gradients; new ones are made by default.
             partial: Allow parameters to be absent; they and their state stay as they are.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
 

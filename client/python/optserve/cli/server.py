@@ -64,6 +64,7 @@ def info(target: Target = DEFAULT_TARGET) -> None:
     table.add_row("backend", f"{answer.backend} on {answer.device}")
     table.add_row("", answer.backend_reason, style="dim")
     table.add_row("durability", answer.durability)
+    table.add_row("tensors from here", "shared memory" if client.shares_memory else "gRPC: not this host and user")
     table.add_row("methods", ", ".join(answer.methods))
     table.add_row("optimizers", str(answer.optimizer_count))
     for field, value in answer.limits.ListFields():

@@ -1,0 +1,77 @@
+"""The memory that a client shares with a server on the same host, instead of sending tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from optserve import sysv
+from optserve.v1 import steps_pb2
+
+NONCE_BYTES = 32
+_WORD = np.dtype(np.uint64)
+
+
+class SharedStaging:
+    """The staging area of one optimizer: gradients go in, updates come back in their place.
+
+    Args:
+        message: The server's offer.
+
+    Raises:
+        OSError: This process cannot reach the segment.
+    """
+
+    def __init__(self, message: steps_pb2.SharedMemory) -> None:
+        kind, _, number = message.segment.partition(":")
+        if kind != "sysv" or not number.isdecimal():
+            raise OSError(f"{message.segment!r} is no segment that this version knows")
+        self._memory = sysv.attach(int(number), message.size_bytes)
+        self._offsets = message.offsets
+        self._dirty = self._word(message.dirty_offset)
+        self._replied = self._word(message.replied_offset)
+        self.nonce = self._memory[message.nonce_offset : message.nonce_offset + NONCE_BYTES].tobytes()
+
+    def _word(self, offset: int) -> np.ndarray:
+        return self._memory[offset : offset + _WORD.itemsize].view(_WORD)
+
+    def array(self, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """The place of one parameter."""
+        start = self._offsets[index]
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self._memory[start : start + size].view(dtype).reshape(tuple(shape))
+
+    def put(self, gradients: Mapping[int, np.ndarray]) -> None:
+        """Write gradients by index of their parameters; one that is the place itself is there already."""
+        self.touch()
+        for index, array in gradients.items():
+            place = self.array(index, array.shape, array.dtype)
+            if not _same(place, array):
+                np.copyto(place, array)
+
+    def get(self, updates: Mapping[int, np.ndarray]) -> None:
+        """Read updates by index of their parameters."""
+        for index, array in updates.items():
+            place = self.array(index, array.shape, array.dtype)
+            if _same(place, array):
+                # They are the caller's from now on, and no longer a reply to be replayed.
+                self.touch()
+            else:
+                np.copyto(array, place)
+
+    def touch(self) -> None:
+        """Say that what is here may be overwritten from now on."""
+        self._dirty[0] = 1
+
+    def release(self) -> None:
+        """Let go of the memory, which lives on as long as somebody has an array of it."""
+        self._memory = self._dirty = self._replied = np.empty(0, np.uint8)
+
+    def has_overwritten(self, step: int, arrays: Iterable[np.ndarray]) -> bool:
+        """Whether these gradients of a step lie here, and the server has begun to put its updates in their place."""
+        return int(self._replied[0]) == step and any(np.may_share_memory(self._memory, array) for array in arrays)
+
+
+def _same(place: np.ndarray, array: np.ndarray) -> bool:
+    return place.__array_interface__["data"] == array.__array_interface__["data"]
