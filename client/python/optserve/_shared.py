@@ -42,10 +42,13 @@ class SharedStaging:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         return self._memory[start : start + size].view(dtype).reshape(tuple(shape))
 
-    def put(self, gradients: Mapping[int, np.ndarray]) -> None:
-        """Write gradients by index of their parameters; one that is the place itself is there already."""
+    def put(self, gradients: Iterable[tuple[int, np.ndarray] | None]) -> None:
+        """Write gradients (index of the parameter, array); one that is the place itself is there already."""
         self.touch()
-        for index, array in gradients.items():
+        for arrival in gradients:
+            if arrival is None:
+                continue
+            index, array = arrival
             place = self.array(index, array.shape, array.dtype)
             if not _same(place, array):
                 np.copyto(place, array)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -39,21 +40,37 @@ class Gradients:
         """Begin, chunks and commit; a step that fits into one chunk is one message."""
         request = steps_pb2.StreamStepsRequest(begin=begin)
         pending: list[memoryview] = []
-        for tensor, offset, parts in self._chunks(max_chunk_bytes):
+        for chunk in self._chunks(max_chunk_bytes):
             if pending:
                 yield wire.encode(request, *pending)
-                request = steps_pb2.StreamStepsRequest()
+                request, pending = steps_pb2.StreamStepsRequest(), []
+            if chunk is None:
+                continue
+            tensor, offset, parts = chunk
             request.chunk.tensor, request.chunk.offset = tensor, offset
             request.chunk.SetInParent()
             pending = parts
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
 
-    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
-        """(tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk."""
+    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[int, int, list[memoryview]] | None]:
+        """(tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
+
+        None where the next one may be long in coming, and what there is should be sent.
+        """
         parts: list[memoryview] = []
         tensor = offset = size = 0
-        for index, array in zip(self.indices, self.arrays, strict=True):
+        following: int | None = None
+        for arrival in self.arrivals():
+            # A chunk runs on into the next tensor of the step, and into no other.
+            if parts and (arrival is None or arrival[0] != following):
+                yield tensor, offset, parts
+                parts, size = [], 0
+            if arrival is None:
+                yield None
+                continue
+            index, array = arrival
+            following = self._after(index)
             elements, item = array.reshape(-1), (self._wire or array.dtype).itemsize
             begin = 0
             while begin < elements.size:
@@ -70,6 +87,15 @@ class Gradients:
                 begin, size = begin + room, size + len(part)
         if parts:
             yield tensor, offset, parts
+
+    def arrivals(self) -> Iterator[tuple[int, np.ndarray] | None]:
+        """(index, gradient) of each parameter; None before one that is waited for."""
+        return zip(self.indices, self.arrays, strict=True)
+
+    def _after(self, index: int) -> int | None:
+        """The parameter after that one in the step."""
+        position = bisect_right(self.indices, index)
+        return self.indices[position] if position < len(self.indices) else None
 
     def _on_the_wire(self, elements: np.ndarray) -> memoryview:
         if self._wire is not None and self._wire != elements.dtype:
@@ -219,7 +245,7 @@ class StepStream:
             begin.tensors.extend(gradients.indices)
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
-            self.shared.put(dict(zip(gradients.indices, gradients.arrays, strict=True)))
+            self.shared.put(gradients.arrivals())
         if self.shared is not None or gradients is None:
             request = steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit())
             self._outgoing.put(iter([wire.encode(request)]))

@@ -11,8 +11,9 @@ from any number of event loops, and leaves one implementation of retries and res
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from optserve import algorithms
 from optserve import client as sync
+from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
 from optserve.state import Checkpoint, OptimizerState, Progress, TensorSpec, no_progress
@@ -164,6 +166,24 @@ class AsyncOptimizer:
             if not patience.cancel():
                 self._optimizer.undelivered()
             raise
+
+    @asynccontextmanager
+    async def begin_step(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[StepUnderWay]:
+        """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
+        under_way = self._optimizer.begin_step(names, out=out, timeout_s=timeout_s)
+        step = await self._threads.run(under_way.__enter__)
+        try:
+            yield step
+        except BaseException:
+            await self._threads.run(step.abort)
+            raise
+        await self._threads.run(under_way.__exit__, None, None, None)
 
     async def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.replay`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from optserve._session import StepSession
 from optserve._stream import Gradients, Updates
 from optserve._transfer import export_state, import_state
 from optserve._transport import Transport
+from optserve._under_way import GrowingGradients, StepUnderWay
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
@@ -159,6 +161,58 @@ class Optimizer:
             self._feedback.keep(indices, arrays)
         return dict(zip(names, updates, strict=True))
 
+    @contextmanager
+    def begin_step(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[StepUnderWay]:
+        """Make a step whose gradients are sent while others are still being computed, for the length of a with-block.
+
+        Leaving the block applies the step and waits for the updates; leaving it by an exception gives the step up.
+
+        Args:
+            names: Parameters that take part; all by default.
+            out: As for `step`.
+            timeout_s: As for `step`; the time in which gradients are computed counts.
+
+        Raises:
+            OptserveError: As for `step`, from `send` or at the end of the block.
+
+        Example:
+            >>> with opt.begin_step() as step:                  # doctest: +SKIP
+            ...     for name, gradient in backward():
+            ...         step.send(name, gradient)
+            ... updates = step.updates
+        """
+        wanted = list(self._indices) if names is None else list(names)
+        indices = self._taking_part(dict.fromkeys(wanted), partial=True)
+        gradients = GrowingGradients(indices, whole=len(indices) == len(self._parameters), wire=self._wire)
+        updates = self._arrays(indices, out)
+        patience = self.patience(timeout_s)
+
+        def check(name: str, gradient: np.ndarray) -> tuple[int, np.ndarray]:
+            (index,) = self._taking_part({name: gradient}, partial=True)
+            array = np.ascontiguousarray(self._checked(index, np.asarray(gradient), "gradient"))
+            return index, array if self._feedback is None else self._feedback.compensated([index], [array])[0]
+
+        def run() -> dict[str, np.ndarray]:
+            self._session.step(gradients, Updates(indices, updates, self._wire), patience)
+            if self._feedback is not None:
+                sent = [arrival for arrival in gradients.arrivals() if arrival is not None]
+                self._feedback.keep([index for index, _ in sent], [array for _, array in sent])
+            return {self._parameters[index].name: update for index, update in zip(indices, updates, strict=True)}
+
+        step = StepUnderWay(gradients, check, {i: self._parameters[i].name for i in indices}, run, patience)
+        try:
+            yield step
+        except BaseException:
+            step.abort()
+            raise
+        step.finish()
+
     def undelivered(self) -> None:
         """The last step's updates did not reach who had asked for them; the next step will say so."""
         self._session.undelivered()
@@ -283,7 +337,7 @@ class Optimizer:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
         return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
 
-    def _taking_part(self, grads: Mapping[str, np.ndarray], *, partial: bool) -> list[int]:
+    def _taking_part(self, grads: Mapping[str, object], *, partial: bool) -> list[int]:
         for name in grads:
             if name not in self._indices:
                 raise InvalidArgumentError(f"{self.name!r} has no parameter {name!r}.", metadata={"parameter": name})
