@@ -55,9 +55,9 @@ generate: .venv/.dev ## Generate the Python stubs from the contract
 pins: .venv/.dev ## Resolve requirements/*.in anew
 	scripts/pins.sh
 
-bench: .venv/.dev ## Print the benchmark table, peers side by side in one run
+bench: .venv/.bench ## Print the benchmark table, peers side by side in one run
 	@mkdir -p out
-	$(BIN)/python -m benchmarks --json out/bench.json
+	$(BIN)/python -m benchmarks --json out/bench.json --plot out/bench.png
 
 wheels: dist/wheels/.stamp ## Collect the image's wheels, for builds without a package index
 
@@ -75,6 +75,10 @@ dist/wheels/.stamp: requirements/run.txt scripts/wheels.sh | .venv/.dev
 .venv/.dev: requirements/dev.txt pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@ .venv/.run
+
+.venv/.bench: requirements/bench.txt | .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+	@touch $@
 
 clean: ## Remove everything that was made
 	rm -rf .venv .venv-newest dist out build .pytest_cache .ruff_cache .hypothesis client/node/node_modules

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from optserve_server.config import ServerConfig
 from optserve_server.data_folder import DataFolder
 from optserve_server.optimizers import Optimizers
 
+Transport = Literal["grpc", "shm"]
+
 IN_MEMORY = "in memory"
+JOURNAL = "with a journal"
 QUIET = "no snapshot"
 SNAPSHOTTING = "snapshots all the time"
 READ = "sequential read"
@@ -27,7 +31,7 @@ _RECOVERED_BYTES = 1 << 30
 
 
 @contextmanager
-def _step(size: int, snapshot_bytes: int | None) -> Iterator[Candidate]:
+def _step(size: int, snapshot_bytes: int | None, transport: Transport) -> Iterator[Candidate]:
     """A step through a server; with a journal if `snapshot_bytes` is given."""
     gradient = {"x": np.random.default_rng(0).standard_normal(size).astype(np.float32)}
     out = {"x": np.empty(size, np.float32)}
@@ -39,19 +43,29 @@ def _step(size: int, snapshot_bytes: int | None) -> Iterator[Candidate]:
             optserve.local_server(data_dir, options=["--config", str(config)]) as server,
             optserve.connect(server.target) as client,
         ):
-            optimizer = client.create_optimizer("bench", optserve.Adadelta(), gradient)
+            client.create_optimizer("bench", optserve.Adadelta(), gradient)
+            optimizer = client.optimizer("bench", transport=transport)
             yield Candidate(lambda: optimizer.step(gradient, out=out))
 
 
-def _measure(size: int, rounds: int, servers: dict[str, int | None]) -> dict[str, Timing]:
+def _measure(size: int, rounds: int, servers: dict[str, tuple[int | None, Transport]]) -> dict[str, Timing]:
     with ExitStack() as stack:
-        candidates = {name: stack.enter_context(_step(size, limit)) for name, limit in servers.items()}
+        candidates = {name: stack.enter_context(_step(size, *options)) for name, options in servers.items()}
         return interleaved(candidates, rounds)
 
 
 def journal_cost(size: int, rounds: int) -> dict[str, Timing]:
     """A step of `size` float32 parameters in memory, and with a journal in the folder for temporary files."""
-    return _measure(size, rounds, {IN_MEMORY: None, "with a journal": NEVER})
+    return _measure(
+        size,
+        rounds,
+        {
+            IN_MEMORY: (None, "grpc"),
+            JOURNAL: (NEVER, "grpc"),
+            "in memory, shared with the client": (None, "shm"),
+            "with a journal, shared with the client": (NEVER, "shm"),
+        },
+    )
 
 
 def snapshot_stalls(size: int, rounds: int) -> dict[str, Timing]:
@@ -59,7 +73,7 @@ def snapshot_stalls(size: int, rounds: int) -> dict[str, Timing]:
 
     That is as soon as the journal has outgrown the state again.
     """
-    return _measure(size, rounds, {QUIET: NEVER, SNAPSHOTTING: 1 << 20})
+    return _measure(size, rounds, {QUIET: (NEVER, "grpc"), SNAPSHOTTING: (1 << 20, "grpc")})
 
 
 def recovery(size: int, rounds: int) -> dict[str, Timing]:

@@ -12,7 +12,8 @@ from optserve_server.rules import Adadelta
 PEER = "torch.optim.Adadelta"
 
 
-def _backend_step(name: str, gradient: np.ndarray) -> Candidate:
+def backend_step(name: str, gradient: np.ndarray) -> Candidate:
+    """A step of one of our kernels."""
     backend, rule, dtype = backends.load(name), Adadelta(), gradient.dtype
     kernel = backend.kernel(Adadelta, dtype)
     scalars = [dtype.type(scalar) for scalar in rule.scalars()]
@@ -22,7 +23,8 @@ def _backend_step(name: str, gradient: np.ndarray) -> Candidate:
     return Candidate(lambda: kernel(staged, slots, scalars), prepare=lambda: np.copyto(staged, gradient))
 
 
-def _torch_step(gradient: np.ndarray) -> Candidate:
+def torch_step(gradient: np.ndarray) -> Candidate:
+    """A step of torch's optimizer."""
     parameter = torch.nn.Parameter(torch.zeros(gradient.size))
     parameter.grad = torch.from_numpy(gradient.copy())
     return Candidate(torch.optim.Adadelta([parameter], lr=1.0, rho=0.95, eps=1e-6).step)
@@ -34,9 +36,9 @@ def measure(size: int, rounds: int) -> dict[str, Timing]:
     target = np.empty_like(gradient)
     return interleaved(
         {
-            PEER: _torch_step(gradient),
-            "optserve numba": _backend_step("numba", gradient),
-            "optserve numpy": _backend_step("numpy", gradient),
+            PEER: torch_step(gradient),
+            "optserve numba": backend_step("numba", gradient),
+            "optserve numpy": backend_step("numpy", gradient),
             "copy of the gradient": Candidate(lambda: np.copyto(target, gradient)),
         },
         rounds,

@@ -1,19 +1,19 @@
-"""One ADADELTA step through a server on this host, beside a raw gRPC echo of the same bytes."""
+"""One ADADELTA step through a server on this host, beside a raw gRPC echo of the same bytes and other servers."""
 
 from __future__ import annotations
 
 import queue
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import numpy as np
-import torch
 
 import optserve
+from benchmarks import kernels, peers
 from benchmarks.measure import Candidate, Timing, interleaved
 
 MESSAGE_BYTES = 1 << 20
@@ -63,23 +63,65 @@ def _echo(size_bytes: int) -> Iterator[Callable[[], None]]:
     process.stdout.close()
 
 
+STREAM, HALVES, SHARED, COPIED = (
+    "optserve, gRPC float32",
+    "optserve, gRPC bfloat16",
+    "optserve, shared memory",
+    "optserve, shared memory, copied in and out",
+)
+TORCH, KERNEL, COPY = "torch.optim.Adadelta, local", "our kernel, in process", "memcpy, there and back"
+RPC, RAY = "torch.distributed.rpc parameter server", "Ray actor parameter server"
+
+
 def measure(size: int, rounds: int) -> dict[str, Timing]:
     """Timings by name for `size` float32 parameters."""
-    gradient = {"x": np.random.default_rng(0).standard_normal(size).astype(np.float32)}
-    out = {"x": np.empty(size, np.float32)}
-    parameter = torch.nn.Parameter(torch.zeros(size))
-    parameter.grad = torch.from_numpy(gradient["x"].copy())
-    local = torch.optim.Adadelta([parameter], lr=1.0, rho=0.95, eps=1e-6)
+    gradient = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    given, out, target = {"x": gradient}, {"x": np.empty(size, np.float32)}, np.empty((2, size), np.float32)
     with optserve.local_server() as server, optserve.connect(server.target) as client, _echo(4 * size) as echo:
-        optimizer = client.create_optimizer(f"bench-{uuid.uuid4().hex[:8]}", optserve.Adadelta(), gradient)
-        client.create_optimizer("bench-halves", optserve.Adadelta(), gradient)
-        halves = client.optimizer("bench-halves", wire_dtype="bfloat16")
+
+        def optimizer(name: str, **options: Any) -> optserve.Optimizer:
+            client.create_optimizer(name, optserve.Adadelta(), given)
+            return client.optimizer(name, **options)
+
+        stream = optimizer("stream", transport="grpc")
+        halves = optimizer("halves", wire_dtype="bfloat16")
+        shared, copied = optimizer("shared", transport="shm"), optimizer("copied", transport="shm")
+
+        def in_place() -> None:
+            arrays = shared.buffers()
+            shared.step(arrays, out=arrays)
+
         return interleaved(
             {
                 PEER: Candidate(echo),
-                "optserve, gRPC float32": Candidate(lambda: optimizer.step(gradient, out=out)),
-                "optserve, gRPC bfloat16": Candidate(lambda: halves.step(gradient, out=out)),
-                "torch.optim.Adadelta, local": Candidate(local.step),
+                STREAM: Candidate(lambda: stream.step(given, out=out)),
+                HALVES: Candidate(lambda: halves.step(given, out=out)),
+                # The gradient is made where the server finds it; the update is left there too.
+                SHARED: Candidate(in_place, lambda: np.copyto(shared.buffers()["x"], gradient)),
+                COPIED: Candidate(lambda: copied.step(given, out=out)),
+                KERNEL: kernels.backend_step("numba", gradient),
+                TORCH: kernels.torch_step(gradient),
+                COPY: Candidate(lambda: (np.copyto(target[0], gradient), np.copyto(target[1], target[0]))),
             },
             rounds,
         )
+
+
+def beside(peer: str, size: int, rounds: int) -> dict[str, Timing]:
+    """Our step through a stream beside another parameter server, which runs for no longer than that.
+
+    Its background processes would disturb everything else.
+    """
+    gradient = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    given, out = {"x": gradient}, {"x": np.empty(size, np.float32)}
+    with (
+        {RPC: peers.torch_rpc, RAY: peers.ray_actor}[peer]() as step_of,
+        optserve.local_server() as server,
+        optserve.connect(server.target) as client,
+    ):
+        client.create_optimizer("bench", optserve.Adadelta(), given)
+        ours = client.optimizer("bench", transport="grpc")
+        candidates = {STREAM: Candidate(lambda: ours.step(given, out=out))}
+        if step_of is not None:
+            candidates[peer] = Candidate(step_of(gradient))
+        return interleaved(candidates, rounds)

@@ -3,16 +3,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() {
-    "$PYTHON" -m piptools compile -q --upgrade --strip-extras --no-emit-index-url --no-emit-find-links \
-        --no-emit-trusted-host --no-header --annotation-style=line -o "requirements/$1.txt" "requirements/$1.in"
+    "$PYTHON" -m piptools compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+        --no-header --annotation-style=line -o "requirements/$1.txt" "${@:2}" "requirements/$1.in"
     # A local build of torch carries a suffix that the package index does not know.
-    sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' "requirements/$1.txt"
+    sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/; s/, -c requirements\/.constraints\|-c requirements\/.constraints, //; s/-c requirements\/.constraints//' \
+        "requirements/$1.txt"
 }
 PYTHON=${PYTHON:-.venv/bin/python}
-compile dev
-# The demonstration runs exactly what the tests ran.
+compile dev --upgrade
+# The demonstration and the benchmarks run exactly what the tests ran.
 grep -v '^-e' requirements/dev.txt | sed 's/ *#.*//' >requirements/.constraints
 trap 'rm -f requirements/.constraints' EXIT
-"$PYTHON" -m piptools compile -q --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
-    --no-header --annotation-style=line -c requirements/.constraints -o requirements/run.txt requirements/run.in
-sed -i 's/, -c requirements\/.constraints\|-c requirements\/.constraints, //; s/-c requirements\/.constraints//' requirements/run.txt
+compile run -c requirements/.constraints
+compile bench -c requirements/.constraints
