@@ -24,6 +24,7 @@ from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ConfigError, ServerConfig
 from optserve_server.data_folder import DataFolder, describe
 from optserve_server.durability import InMemory
+from optserve_server.health import Health
 from optserve_server.interceptors import ErrorInterceptor, StreamLimiter
 from optserve_server.optimizers import Optimizers
 from optserve_server.servicer import SERVICE, Servicer, handlers
@@ -61,7 +62,7 @@ class App:
         )
         servicer = Servicer(optimizers, checkpoints, self._admission, choice, config)
         self._server.add_generic_rpc_handlers((handlers(servicer),))
-        self._health = health.HealthServicer()
+        self._health = Health(("", SERVICE.full_name))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -86,8 +87,7 @@ class App:
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
-        for name in ("", SERVICE.full_name):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s, durability %s", self.target, self._config.durability)
         if self._folder is not None:
             self._folder.start_snapshots()
@@ -96,7 +96,7 @@ class App:
 
     def stop(self) -> None:
         """Let steps under way end, refuse new ones, then close every connection."""
-        self._health.enter_graceful_shutdown()
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self._admission.drain(self._config.drain_s):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         self._server.stop(grace=1.0).wait()

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -108,6 +109,38 @@ def test_health_watchers_occupy_no_threads(tmp_path):
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=2).status == 1
         for watcher in watchers:
             watcher.cancel()
+
+
+def test_watchers_that_come_and_go_never_stop_the_server(tmp_path):
+    """grpcio-health-checking's own servicer stands still here within seconds, and the whole server with it."""
+    with optserve.local_server() as server:
+
+        def come_and_go() -> None:
+            with grpc.insecure_channel(server.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                for _ in range(60):
+                    watcher = health.Watch(health_pb2.HealthCheckRequest())
+                    assert next(watcher).status == health_pb2.HealthCheckResponse.SERVING
+                    watcher.cancel()
+
+        with ThreadPoolExecutor(6) as pool:
+            for future in [pool.submit(come_and_go) for _ in range(6)]:
+                future.result(timeout=60)
+        with grpc.insecure_channel(server.target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            unknown = stub.Watch(health_pb2.HealthCheckRequest(service="nobody"))
+            assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            last = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(8)]
+            for watcher in last:
+                assert next(watcher).status == health_pb2.HealthCheckResponse.SERVING
+            # The moment at which the two used to meet: watchers go away while they are told of the end.
+            server.process.terminate()
+            for watcher in last:
+                watcher.cancel()
+        assert server.process.wait(10) == 0
 
 
 def test_a_step_that_does_not_move_gives_way(tmp_path):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from optserve.errors import DeadlineExceededError, OptserveError, StepCancelledError
 
 
 class Watchdog:
-    """Calls an action when its deadline passes before its with-block ends. One thread serves all."""
+    """Calls an action when its deadline passes before it is disarmed. One thread serves all."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -23,23 +22,21 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    @contextmanager
-    def watch(self, deadline: float, action: Callable[[], object]) -> Iterator[None]:
-        """Call `action`, which must not block, if the block is not left before `deadline` (time.monotonic)."""
-        key = object()
+    def arm(self, key: object, deadline: float, action: Callable[[], object]) -> None:
+        """Call `action`, which must not block, unless `key` is disarmed before `deadline` (time.monotonic)."""
         with self._condition:
             self._armed[key] = (deadline, action)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="optserve-watchdog", daemon=True)
                 self._thread.start()
-            # The thread is woken for a deadline before its next look only; most blocks end long before theirs.
+            # The thread is woken for a deadline before its next look only; most waits end long before theirs.
             elif deadline < self._wakes_at:
                 self._condition.notify()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._armed.pop(key, None)
+
+    def disarm(self, key: object) -> None:
+        """Do not call the action of that key any more."""
+        with self._condition:
+            self._armed.pop(key, None)
 
     def close(self) -> None:
         """End the thread."""
@@ -72,9 +69,11 @@ class Patience:
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._settled = False
         self._action: Callable[[], object] | None = None
+        # Made when there is a pause to be cut short; most steps have none.
+        self._wake: threading.Event | None = None
 
     @property
     def left_s(self) -> float:
@@ -86,8 +85,10 @@ class Patience:
         with self._lock:
             if self._settled:
                 return False
-            self._cancelled.set()
+            self._cancelled = True
             action = self._action
+            if self._wake is not None:
+                self._wake.set()
         if action is not None:
             action()
         return True
@@ -95,37 +96,60 @@ class Patience:
     def settle(self) -> None:
         """The call has succeeded; raise StepCancelledError if it was cancelled before."""
         with self._lock:
-            self._settled = not self._cancelled.is_set()
+            self._settled = not self._cancelled
         if not self._settled:
             raise StepCancelledError("The step was cancelled when it had just been applied.")
 
     def check(self) -> None:
         """Raise StepCancelledError or DeadlineExceededError if it is at its end."""
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
         if self.left_s == 0:
             raise DeadlineExceededError(
                 f"No answer within {self._timeout_s:g} s; the step may or may not have been applied."
             )
 
-    @contextmanager
-    def watching(self, action: Callable[[], object]) -> Iterator[None]:
-        """Call `action`, which must not block, when patience ends before the block does."""
+    def watching(self, action: Callable[[], object]) -> _Watching:
+        """Call `action`, which must not block, when patience ends before the with-block does."""
+        return _Watching(self, action)
+
+    def start(self, action: Callable[[], object]) -> None:
+        """What `watching` does at its beginning."""
         with self._lock:
             self._action = action
-        try:
-            # Cancelled before the action was in place: nobody else will call it.
-            if self._cancelled.is_set():
-                action()
-            with self._watchdog.watch(self._deadline, action):
-                yield
-        finally:
-            with self._lock:
-                self._action = None
+            cancelled = self._cancelled
+        self._watchdog.arm(self, self._deadline, action)
+        # Cancelled before the action was in place: nobody else will call it.
+        if cancelled:
+            action()
+
+    def stop(self) -> None:
+        """What `watching` does at its end."""
+        self._watchdog.disarm(self)
+        with self._lock:
+            self._action = None
 
     def pause(self, seconds: float, error: OptserveError) -> None:
         """Wait before another try; raise `error` if that would be beyond the deadline."""
         if seconds >= self.left_s:
             raise error
-        self._cancelled.wait(seconds)
+        with self._lock:
+            self._wake = self._wake or threading.Event()
+            if self._cancelled:
+                self._wake.set()
+        self._wake.wait(seconds)
         self.check()
+
+
+class _Watching:
+    """The with-block of `Patience.watching`; a class, because every step goes through it."""
+
+    def __init__(self, patience: Patience, action: Callable[[], object]) -> None:
+        self._patience = patience
+        self._action = action
+
+    def __enter__(self) -> None:
+        self._patience.start(self._action)
+
+    def __exit__(self, *_: object) -> None:
+        self._patience.stop()

@@ -64,6 +64,9 @@ class StepSession:
         # Request ids of steps whose outcome is not known, or whose updates did not reach the caller.
         self._unsettled: set[str] = set()
         self._last_request_id = ""
+        # Request ids: this object's own, and a number.
+        self._id = uuid.uuid4().hex
+        self._steps_begun = 0
 
     def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> None:
         """Make one new step.
@@ -74,7 +77,8 @@ class StepSession:
         with self._turn(patience):
             if self._unsettled:
                 self._raise_if_applied(patience)
-            request_id = str(uuid.uuid4())
+            self._steps_begun += 1
+            request_id = f"{self._id}-{self._steps_begun}"
             self._unsettled.add(request_id)
             try:
                 self._exchange(request_id, gradients, updates, patience)

@@ -75,12 +75,11 @@ def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]
     parse: Callable[[bytes], _Header] = message.FromString  # pyright: ignore[reportFunctionMemberAccess]
 
     def decode(raw: bytes) -> Frame[_Header]:
-        tag = _data_tag(raw)
-        if tag is not None:
+        place = _data_place(raw)
+        if place is not None:
+            tag, begin = place
             header = parse(raw[:tag])
             if header.HasField("chunk"):
-                _, begin = _read_varint(raw, tag)
-                _, begin = _read_varint(raw, begin)
                 return Frame(header, memoryview(raw)[begin:])
         # Without a chunk, `data` stays in the header, where it is out of place and can be seen.
         header = parse(raw)
@@ -93,18 +92,29 @@ def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]
     return decode
 
 
-def _data_tag(raw: bytes) -> int | None:
-    """Where the tag of `data` begins, if it is the last field and the only one of its number."""
+def _data_place(raw: bytes) -> tuple[int, int] | None:
+    """(where the tag of `data` begins, where its content does), if it is the last field and the only one of its number.
+
+    Otherwise None, as for anything that is not certain to be right; the generated code then has the last word.
+    """
     position, end = 0, len(raw)
     while position < end:
         tag_at = position
-        key, position = _read_varint(raw, position)
+        key = raw[position]
+        position += 1
+        if key >= 0x80:
+            key, position = _read_varint(raw, tag_at)
         kind = key & 7
         if kind == _LENGTH_DELIMITED:
-            size, position = _read_varint(raw, position)
-            position += size
+            if position >= end:
+                return None
+            size = raw[position]
+            position += 1
+            if size >= 0x80:
+                size, position = _read_varint(raw, position - 1)
             if key == _DATA_KEY:
-                return tag_at if position == end else None
+                return (tag_at, position) if position + size == end else None
+            position += size
         elif kind == _VARINT:
             _, position = _read_varint(raw, position)
         elif kind in _FIXED_BYTES:
