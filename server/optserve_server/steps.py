@@ -176,9 +176,12 @@ class Steps:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of a segment beyond those of the state."""
-        with self._lock:
-            return self._segment.size_bytes if self._segment and not self._in_place else 0
+        """Bytes of a segment beyond those of the state.
+
+        Read without the lock: others ask for it in the middle of their own steps, and two would wait for each other.
+        """
+        segment = self._segment
+        return segment.size_bytes if segment is not None and self._state.staged is not segment.arenas else 0
 
     @property
     def _in_place(self) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,26 @@ def test_a_server_that_stops_and_starts_goes_on(tmp_path, client, name):
     # A server that stops in order leaves a snapshot and an empty journal.
     assert len(snapshot.paths(tmp_path)) == 1
     assert [record.lsn for record in journal.Reader(tmp_path, snapshot.read(snapshot.paths(tmp_path)[0])[0])] == []
+
+
+def test_optimizers_that_are_stepped_at_the_same_time_do_not_wait_for_each_other(tmp_path):
+    server = Server(tmp_path)
+    items = [server.create(name) for name in "abcd"]
+
+    def keep_stepping(item) -> int:
+        for index in range(60):
+            step(item, index, (1,))
+        return item.steps.step
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [future.result(timeout=60) for future in [pool.submit(keep_stepping, item) for item in items]] == [
+            60
+        ] * 4
+    before = [fingerprint(item) for item in items]
+    server.die()
+    again = Server(tmp_path)
+    assert [fingerprint(again.optimizers.get(name)) for name in "abcd"] == before
+    again.die()
 
 
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path):
