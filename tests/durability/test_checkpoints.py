@@ -279,6 +279,22 @@ def test_nobody_is_cut_off_in_the_middle_of_a_step(folder):
     checkpoints.restore("a", "one")
 
 
+def test_a_restore_that_was_the_last_thing_leaves_no_reply_after_a_crash(tmp_path, folder):
+    """The reply of the step before it belongs to a state that is gone."""
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    step(item, 1)
+    checkpoints.restore("a", "one")
+    before = fingerprint(item)
+    assert item.steps.retained is None
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
+
+
 def test_a_retry_neither_saves_nor_restores_twice(folder):
     server, checkpoints = folder
     item = server.create()
