@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from rich.console import Console
 from rich.progress import Progress
 
+from optserve import malloc
 from optserve_server import backends
 from optserve_server.admission import Admission
 from optserve_server.checkpoint_store import FolderStore, TemporaryStore
@@ -120,6 +121,7 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
         logger.info("%s: draining", signal.Signals(number).name)
         stopping.set()
 
+    malloc.keep_freed_memory()
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     app = App(config)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from optserve import wire
+from optserve import malloc, wire
 from optserve._patience import Patience, Watchdog
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -58,6 +58,8 @@ class Transport:
         self.target = target
         self.same_host = False
         self.config = config
+        if config.keep_freed_memory:
+            malloc.keep_freed_memory()
         self._watchdog = Watchdog()
         self._closing = threading.Event()
         self._pid = os.getpid()
