@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
@@ -20,6 +22,8 @@ from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.rules import RULES, Rule
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
+
+_Frame = TypeVar("_Frame")
 
 _PREFIX = "optimizers/"
 _CHECKPOINTS = "/checkpoints/"
@@ -225,8 +229,20 @@ def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
     )
 
 
-def shared_memory(segment: Segment) -> steps_pb2.SharedMemory:
-    """A segment as the contract shows it."""
+def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
+    """A message read by one of the codec's decoders.
+
+    Raises:
+        OptserveError: INVALID_FIELD, if it is none.
+    """
+    try:
+        return decoder(raw)
+    except DecodeError as error:
+        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
+
+
+def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemory:
+    """A segment, and the name of the socket that goes with it, as the contract shows them."""
     return steps_pb2.SharedMemory(
         segment=segment.name,
         size_bytes=segment.size_bytes,
@@ -234,6 +250,7 @@ def shared_memory(segment: Segment) -> steps_pb2.SharedMemory:
         offsets=segment.offsets,
         dirty_offset=DIRTY_OFFSET,
         replied_offset=REPLIED_OFFSET,
+        control_socket=control_socket,
     )
 
 

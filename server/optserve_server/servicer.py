@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from optserve import sysv, wire
@@ -27,8 +27,6 @@ from optserve_server.rules import RULES
 from optserve_server.status import to_status
 from optserve_server.step import Step
 from optserve_server.stream import StepStream, result
-
-_Frame = TypeVar("_Frame")
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
@@ -161,7 +159,7 @@ class Servicer:
         try:
             # A half-close ends the loop and commits nothing.
             for raw in requests:
-                yield from stream.handle(_decode(wire.decode_request, raw))
+                yield from stream.handle(raw)
         finally:
             stream.close()
 
@@ -266,7 +264,7 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
         ),
         "ImportState": grpc.stream_unary_rpc_method_handler(
             lambda requests, context: servicer.import_state(
-                _decode(transfer.decode_import, raw) for raw in servicer.not_idle(requests, context)
+                convert.decode(transfer.decode_import, raw) for raw in servicer.not_idle(requests, context)
             ),
             None,
             checkpoints_pb2.ImportStateResponse.SerializeToString,
@@ -280,13 +278,6 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
 
 def _snake(method: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
-
-
-def _decode(decode: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
-    try:
-        return decode(raw)
-    except DecodeError as error:
-        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
 
 
 def _tensor_index(item: Optimizer, name: str, position: int) -> int:

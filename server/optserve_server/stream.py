@@ -7,6 +7,8 @@ closed ──open──> idle ──begin──> staging ──commit──> idl
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
@@ -14,14 +16,17 @@ import numpy as np
 from google.rpc import status_pb2
 
 from optserve.v1 import service_pb2, steps_pb2
-from optserve.wire import RequestFrame, encode
+from optserve.wire import RequestFrame, decode_request, encode
 from optserve_server import convert, features
 from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
+from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
+
+logger = logging.getLogger(__name__)
 
 _BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset"}
@@ -59,18 +64,25 @@ class StepStream:
         self._optimizer: Optimizer
         self._wire: np.dtype | None = None
         self._lineage = ""
+        # Messages come through the stream, or through its control socket.
+        self._one_at_a_time = threading.Lock()
+        self._control: ControlSocket | None = None
         self._segment: Segment | None = None
         self._proven = False
         self._reply_chunk_bytes = config.preferred_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
 
-    def handle(self, frame: RequestFrame) -> Iterator[bytes]:
+    def handle(self, raw: bytes) -> Iterator[bytes]:
         """Carry out the parts of one message, in the order of their numbers.
 
         Raises:
-            OptserveError: What ends the stream: a failed `open`, or none.
+            OptserveError: What ends the stream: a failed `open`, or none; bytes that are no message.
         """
+        with self._one_at_a_time:
+            yield from self._handle(convert.decode(decode_request, raw))
+
+    def _handle(self, frame: RequestFrame) -> Iterator[bytes]:
         header = frame.header
         if header.HasField("open"):
             yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
@@ -97,8 +109,21 @@ class StepStream:
 
     def close(self) -> None:
         """Discard what is under way."""
-        self._end(_Phase.CLOSED)
-        self._unshare()
+        if self._control is not None:
+            # First, so that nothing new comes from there.
+            self._control.close()
+        with self._one_at_a_time:
+            self._end(_Phase.CLOSED)
+            self._unshare()
+
+    def _answer_packet(self, packet: bytes) -> Iterator[bytes]:
+        """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
+        try:
+            yield from self.handle(packet)
+        except OptserveError as error:
+            failure = steps_pb2.StepError(status=self._to_status(error))
+            yield encode(steps_pb2.StreamStepsResponse(error=failure))
+            raise ConnectionError("the stream cannot go on") from error
 
     def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         if self._phase is not _Phase.CLOSED:
@@ -120,7 +145,7 @@ class StepStream:
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
             self._segment = self._optimizers.share(optimizer)
         return steps_pb2.Opened(
-            shared_memory=convert.shared_memory(self._segment) if self._segment else None,
+            shared_memory=self._offer(self._segment) if self._segment else None,
             step=step,
             last_request_id=last_request_id,
             last_tensors=last_tensors,
@@ -128,6 +153,13 @@ class StepStream:
             etag=optimizer.etag,
             lineage=self._lineage,
         )
+
+    def _offer(self, segment: Segment) -> steps_pb2.SharedMemory:
+        try:
+            self._control = ControlSocket(segment.nonce, self._answer_packet)
+        except OSError as error:
+            logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
+        return convert.shared_memory(segment, self._control.name if self._control else "")
 
     def _begin(self, request: steps_pb2.Begin) -> None:
         interrupted = self._phase is _Phase.STAGING

@@ -7,9 +7,8 @@ import uuid
 import numpy as np
 import pytest
 
-from optserve import wire
 from optserve.v1 import steps_pb2
-from optserve_server import backends, servicer
+from optserve_server import backends
 from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.durability import InMemory
@@ -59,7 +58,7 @@ class Target:
         """Handle one message, as the servicer does, and compare the state with what it was."""
         applied = False
         try:
-            for answer in self.stream.handle(servicer._decode(wire.decode_request, raw)):
+            for answer in self.stream.handle(raw):
                 response = steps_pb2.StreamStepsResponse.FromString(answer)
                 applied |= response.HasField("result") and not response.result.replayed
                 self.refused += response.HasField("error")
@@ -69,7 +68,7 @@ class Target:
             self.stream = self.fresh()
             if self.refused % 8:
                 # Mostly an open one, beyond whose first message there is more to be found.
-                assert list(self.stream.handle(wire.decode_request(OPEN)))
+                assert list(self.stream.handle(OPEN))
         if applied:
             self.applied += 1
             assert self.item.steps.step == self.known[0] + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ class SharedStaging:
             raise OSError(f"{message.segment!r} is no segment that this version knows")
         self._memory = sysv.attach(int(number), message.size_bytes)
         self._offsets = message.offsets
+        self._places: dict[int, np.ndarray] = {}
         self._dirty = self._word(message.dirty_offset)
         self._replied = self._word(message.replied_offset)
         self.nonce = self._memory[message.nonce_offset : message.nonce_offset + NONCE_BYTES].tobytes()
@@ -38,9 +40,15 @@ class SharedStaging:
 
     def array(self, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """The place of one parameter."""
-        start = self._offsets[index]
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        return self._memory[start : start + size].view(dtype).reshape(tuple(shape))
+        return self._place(index, math.prod(shape), dtype).reshape(tuple(shape))
+
+    def _place(self, index: int, size: int, dtype: np.dtype) -> np.ndarray:
+        """Likewise, flat; its size and dtype are always the same."""
+        place = self._places.get(index)
+        if place is None:
+            start = self._offsets[index]
+            place = self._places[index] = self._memory[start : start + size * dtype.itemsize].view(dtype)
+        return place
 
     def put(self, gradients: Iterable[tuple[int, np.ndarray] | None]) -> None:
         """Write gradients (index of the parameter, array); one that is the place itself is there already."""
@@ -49,19 +57,19 @@ class SharedStaging:
             if arrival is None:
                 continue
             index, array = arrival
-            place = self.array(index, array.shape, array.dtype)
+            place = self._place(index, array.size, array.dtype)
             if not _same(place, array):
-                np.copyto(place, array)
+                np.copyto(place, array.reshape(-1))
 
     def get(self, updates: Mapping[int, np.ndarray]) -> None:
         """Read updates by index of their parameters."""
         for index, array in updates.items():
-            place = self.array(index, array.shape, array.dtype)
+            place = self._place(index, array.size, array.dtype)
             if _same(place, array):
                 # They are the caller's from now on, and no longer a reply to be replayed.
                 self.touch()
             else:
-                np.copyto(array, place)
+                np.copyto(array.reshape(-1), place)
 
     def touch(self) -> None:
         """Say that what is here may be overwritten from now on."""
@@ -70,6 +78,7 @@ class SharedStaging:
     def release(self) -> None:
         """Let go of the memory, which lives on as long as somebody has an array of it."""
         self._memory = self._dirty = self._replied = np.empty(0, np.uint8)
+        self._places.clear()
 
     def has_overwritten(self, step: int, arrays: Iterable[np.ndarray]) -> bool:
         """Whether these gradients of a step lie here, and the server has begun to put its updates in their place."""

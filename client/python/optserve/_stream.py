@@ -6,14 +6,17 @@ import queue
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from optserve import halves, wire
 from optserve._patience import Patience
 from optserve._shared import SharedStaging
 from optserve._transport import Transport
+from optserve.control import MAX_PACKET_BYTES, ControlConnection
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
@@ -216,14 +219,26 @@ class StepStream:
         self._outgoing = _Outgoing()
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
+        # The shorter way for messages, where memory is shared.
+        self._control: ControlConnection | None = None
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
         try:
             self.opened: steps_pb2.Opened = self._next(patience).header.opened
             self.shared, self.transport_reason = _shared(request, self.opened)
             self._nonce = self.shared.nonce if self.shared else b""
+            if self.shared is not None:
+                self._connect_control(self.shared)
         except BaseException:
             self.close()
             raise
+
+    def _connect_control(self, shared: SharedStaging) -> None:
+        try:
+            self._control = ControlConnection(self.opened.shared_memory.control_socket, shared.nonce)
+        except OSError as error:
+            self.transport_reason += f"; control takes gRPC, as its socket is not to be reached from here: {error}"
+        else:
+            weakref.finalize(self, self._control.close)
 
     def step(
         self, begin: steps_pb2.Begin, gradients: Gradients | None, updates: Updates, patience: Patience
@@ -246,13 +261,18 @@ class StepStream:
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())
+        receive = self._next
         if self.shared is not None or gradients is None:
-            request = steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit())
-            self._outgoing.put(iter([wire.encode(request)]))
+            request = wire.encode(steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit()))
+            if self._control is not None and len(request) <= MAX_PACKET_BYTES:
+                self._control.send(request)
+                receive = partial(self._next_packet, self._control)
+            else:
+                self._outgoing.put(iter([request]))
         else:
             self._outgoing.put(gradients.messages(begin, self._chunk_bytes()))
         while True:
-            frame = self._next(patience)
+            frame = receive(patience)
             if frame.header.HasField("error"):
                 self._outgoing.stop_step()
                 raise StepRefused(from_status(frame.header.error.status))
@@ -273,6 +293,19 @@ class StepStream:
     def close(self) -> None:
         """End the stream at once. Safe from any thread, and more than once."""
         self._close()
+        if self._control is not None:
+            self._control.shut()
+
+    def _next_packet(self, connection: ControlConnection, patience: Patience) -> wire.ResponseFrame:
+        with patience.watching(connection.shut):
+            packet = connection.receive()
+        if packet:
+            try:
+                return wire.decode_response(packet)
+            except DecodeError as error:
+                raise InternalError("The server's answer is no message.") from error
+        patience.check()
+        raise UnavailableError(f"{self._transport.target} closed the stream.")
 
     def _next(self, patience: Patience) -> wire.ResponseFrame:
         with patience.watching(self._call.cancel):

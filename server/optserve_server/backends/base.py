@@ -35,7 +35,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def staging(self, size_bytes: int) -> np.ndarray:
-        """A buffer of bytes in host memory that kernels can work on; its content is arbitrary."""
+        """A buffer of bytes in host memory, all 0, that kernels can work on."""
 
     @abc.abstractmethod
     def zeros(self, size: int, dtype: np.dtype) -> Any:

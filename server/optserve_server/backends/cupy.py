@@ -48,7 +48,9 @@ class CupyBackend(Backend):
         """A pinned buffer, from and to which the device copies by itself."""
         if size_bytes == 0:
             return np.empty(0, np.uint8)
-        return np.frombuffer(cupy.cuda.alloc_pinned_memory(size_bytes), np.uint8, size_bytes)
+        buffer = np.frombuffer(cupy.cuda.alloc_pinned_memory(size_bytes), np.uint8, size_bytes)
+        buffer.fill(0)
+        return buffer
 
     def zeros(self, size: int, dtype: np.dtype) -> Any:
         """A slot in device memory."""

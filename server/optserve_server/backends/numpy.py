@@ -30,7 +30,7 @@ class NumpyBackend(Backend):
 
     def staging(self, size_bytes: int) -> np.ndarray:
         """A buffer of bytes."""
-        return np.empty(size_bytes, np.uint8)
+        return np.zeros(size_bytes, np.uint8)
 
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
         """A slot."""

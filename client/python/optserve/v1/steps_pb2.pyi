@@ -145,7 +145,7 @@ class Opened(_message.Message):
     def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets", "dirty_offset", "replied_offset")
+    __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets", "dirty_offset", "replied_offset", "control_socket")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NONCE_OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class SharedMemory(_message.Message):
     CURVATURE_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     DIRTY_OFFSET_FIELD_NUMBER: _ClassVar[int]
     REPLIED_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     segment: str
     size_bytes: int
     nonce_offset: int
@@ -160,7 +161,8 @@ class SharedMemory(_message.Message):
     curvature_offsets: _containers.RepeatedScalarFieldContainer[int]
     dirty_offset: int
     replied_offset: int
-    def __init__(self, segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., nonce_offset: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., curvature_offsets: _Optional[_Iterable[int]] = ..., dirty_offset: _Optional[int] = ..., replied_offset: _Optional[int] = ...) -> None: ...
+    control_socket: str
+    def __init__(self, segment: _Optional[str] = ..., size_bytes: _Optional[int] = ..., nonce_offset: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., curvature_offsets: _Optional[_Iterable[int]] = ..., dirty_offset: _Optional[int] = ..., replied_offset: _Optional[int] = ..., control_socket: _Optional[str] = ...) -> None: ...
 
 class ServerLimits(_message.Message):
     __slots__ = ("max_chunk_bytes", "max_message_bytes", "preferred_chunk_bytes", "max_parameter_bytes", "max_parameters", "max_streams", "max_optimizers", "max_state_bytes")

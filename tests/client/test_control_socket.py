@@ -1,0 +1,270 @@
+"""The control socket: short messages beside the stream, where memory is shared."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optserve
+from optserve import control, sysv
+from optserve.v1 import steps_pb2
+from optserve.wire import encode
+from service.wire_client import begin, commit, create, details, stream
+
+MODEL = {"w": np.ones((20, 3), np.float32), "b": np.ones(3, np.float64)}
+
+
+def gradients(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(array.shape).astype(array.dtype) for name, array in MODEL.items()}
+
+
+def bits(arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+@pytest.fixture
+def own_server():
+    with optserve.local_server(backend="numpy") as server:
+        yield server
+
+
+@pytest.fixture
+def opt(own_server):
+    with optserve.connect(own_server.target) as client:
+        yield client.create_optimizer("a", optserve.Adadelta(), MODEL)
+
+
+@pytest.fixture
+def expected(client, name):
+    """What the updates of a few steps are, by way of gRPC."""
+    client.create_optimizer(name, optserve.Adadelta(), MODEL)
+    reference = client.optimizer(name, transport="grpc")
+    return [bits(reference.step(gradients(seed))) for seed in range(3)]
+
+
+@pytest.fixture
+def sent_over_grpc(monkeypatch, expected):
+    """The messages that take the stream itself, the `open` of each included."""
+    messages = []
+    put = optserve._stream._Outgoing.put
+
+    def record(outgoing, step):
+        step = list(step)
+        messages.extend(steps_pb2.StreamStepsRequest.FromString(message) for message in step)
+        put(outgoing, iter(step))
+
+    monkeypatch.setattr(optserve._stream._Outgoing, "put", record)
+    return messages
+
+
+def test_steps_errors_and_replays_take_it(sent_over_grpc, opt, expected):
+    assert bits(opt.step(gradients(0))) == expected[0]
+    bad = gradients(1)
+    bad["b"][1] = np.nan
+    with pytest.raises(optserve.InvalidArgumentError, match="'b' is nan at flat index 1"):
+        opt.step(bad)
+    updates = opt.step(gradients(1))
+    assert bits(updates) == expected[1]
+    assert [message.HasField("open") for message in sent_over_grpc] == [True]
+    # A replay asks the server first what its last step was, by opening another stream.
+    assert bits(opt.replay()) == bits(updates)
+    assert all(message.HasField("open") for message in sent_over_grpc)
+
+
+def test_where_it_cannot_be_reached_control_takes_the_stream_and_info_says_so(
+    sent_over_grpc, own_server, opt, expected, monkeypatch
+):
+    monkeypatch.setattr("optserve.control.socket.AF_UNIX", socket.AF_INET)
+    for seed in range(2):
+        assert bits(opt.step(gradients(seed))) == expected[seed]
+    transport, reason = opt.transport
+    assert transport == "shm"
+    assert "control takes gRPC" in reason
+    assert [message.HasField("commit") for message in sent_over_grpc] == [False, True, True]
+
+
+def test_a_message_too_long_for_a_packet_takes_the_stream(sent_over_grpc, opt, expected, monkeypatch):
+    opt.step(gradients(0))
+    monkeypatch.setattr("optserve._stream.MAX_PACKET_BYTES", 10)
+    assert bits(opt.step(gradients(1))) == expected[1]
+    monkeypatch.undo()
+    assert bits(opt.step(gradients(2))) == expected[2]
+    assert len(sent_over_grpc) == 2
+
+
+def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(own_server, opt, expected):
+    opt.step(gradients(0))
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(optserve.DeadlineExceededError):
+            opt.step(gradients(1), timeout_s=0.2)
+    finally:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+    # The message had been sent, and was found when the server went on, or not.
+    try:
+        updates = opt.step(gradients(1))
+    except optserve.StepInDoubtError:
+        updates = opt.replay()
+    assert bits(updates) == expected[1]
+    assert opt.current_step == 2
+
+
+def test_a_step_that_waits_can_be_cancelled(own_server, opt):
+    opt.step(gradients(0))
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    try:
+        patience = opt.patience()
+        failures = []
+
+        def step():
+            try:
+                opt.step_patiently(patience, gradients(1))
+            except optserve.OptserveError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=step)
+        thread.start()
+        assert patience.cancel()
+        thread.join(20)
+        assert isinstance(failures[0], optserve.StepCancelledError)
+    finally:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+
+
+def test_a_killed_server_is_noticed_at_once(own_server, opt):
+    opt.step(gradients(0))
+    os.kill(own_server.process.pid, signal.SIGKILL)
+    own_server.process.wait()
+    begun = time.monotonic()
+    with pytest.raises(optserve.UnavailableError):
+        opt.step(gradients(1), timeout_s=2)
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_nothing_is_left_behind_by_streams_that_end(own_server, reachable, monkeypatch):
+    if not reachable:
+        monkeypatch.setattr("optserve.control.socket.AF_UNIX", socket.AF_INET)
+    threads, files = (Path(f"/proc/{own_server.process.pid}/{kind}") for kind in ("task", "fd"))
+    held = []
+    with optserve.connect(own_server.target) as client:
+        client.create_optimizer("a", optserve.Adadelta(), MODEL)
+        # This one insists, where the server has not yet noticed that the stream before has ended.
+        opt = client.optimizer("a", transport="shm")
+        for seed in range(30):
+            opt.step(gradients(seed))
+            held.append([len(list(kind.iterdir())) for kind in (threads, files)])
+            opt.close()
+    # At most the one that has just ended is still there, and it may have been at either time.
+    assert all(late <= early + 2 for early, late in zip(held[9], held[-1], strict=True)), held
+
+
+# --- The contract
+
+
+@pytest.fixture
+def offered(stub, name):
+    """An open stream on an optimizer of two elements, its offer, and the nonce."""
+    optimizer = create(stub, name, {"x": (2,)}).name
+    with stream(stub) as steps:
+        offer = steps.open(optimizer, transport=steps_pb2.TRANSPORT_SHARED_MEMORY).shared_memory
+        memory = sysv.attach(int(offer.segment.removeprefix("sysv:")), offer.size_bytes)
+        yield steps, offer.control_socket, memory[offer.nonce_offset :][:32].tobytes()
+
+
+def packets(name: str, first: bytes) -> socket.socket:
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.settimeout(10)
+    try:
+        end.connect(f"\0{name}")
+        end.send(first)
+    except OSError:
+        end.close()
+        raise
+    return end
+
+
+def whole_step() -> steps_pb2.StreamStepsRequest:
+    message = begin()
+    message.commit.SetInParent()
+    return message
+
+
+def request(message: steps_pb2.StreamStepsRequest, nonce: bytes) -> bytes:
+    message.begin.shared_memory_nonce = nonce
+    return encode(message)
+
+
+def test_a_client_without_the_nonce_is_turned_away_and_the_next_one_is_not(offered):
+    _, name, nonce = offered
+    for wrong in (b"x" * 32, nonce[:31], nonce + b"x", b"x" * 100_000):
+        with closing(packets(name, wrong)) as end:
+            assert end.recv(100) == b""
+    with closing(packets(name, nonce)) as end:
+        end.send(request(whole_step(), nonce))
+        answer = steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16))
+        assert answer.result.step == 1
+
+
+def test_messages_may_take_either_way_one_at_a_time(offered):
+    steps, name, nonce = offered
+    with closing(packets(name, nonce)) as end:
+        end.send(request(begin(), nonce))
+        # Begun there, committed here.
+        end.send(encode(commit()))
+        assert steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16)).result.step == 1
+        steps.send(begin(), commit())
+        assert steps.reply()[1].step == 2
+
+
+@pytest.mark.parametrize("bad", [b"\xff" * 40, encode(steps_pb2.StreamStepsRequest(open=steps_pb2.Open(name="x")))])
+def test_a_message_that_would_end_the_stream_is_answered_and_ends_the_connection(offered, bad):
+    steps, name, nonce = offered
+    with closing(packets(name, nonce)) as end:
+        end.send(bad)
+        answer = steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16))
+        assert details(answer.error.status)[0] in ("INVALID_FIELD", "ALREADY_OPEN")
+        assert end.recv(100) == b""
+    steps.send(begin(shared_memory_nonce=nonce), commit())
+    assert steps.reply()[1].step == 1
+
+
+def test_a_packet_that_is_too_long_ends_the_connection_and_changes_nothing(offered):
+    steps, name, nonce = offered
+    with closing(packets(name, nonce)) as end:
+        end.send(b"\x12" * (control.MAX_PACKET_BYTES + 1))
+        assert end.recv(100) == b""
+    steps.send(begin(shared_memory_nonce=nonce), commit())
+    assert steps.reply()[1].step == 1
+
+
+def test_it_ends_with_its_stream(offered):
+    steps, name, nonce = offered
+    with closing(packets(name, nonce)) as end:
+        steps.half_close()
+        assert end.recv(100) == b""
+    with pytest.raises(ConnectionRefusedError):
+        packets(name, nonce)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_turned_away_even_with_the_nonce(offered):
+    _, name, nonce = offered
+    program = (
+        "import os, socket; os.setuid(65534); end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        f"end.connect('\\0{name}'); end.send(bytes.fromhex('{nonce.hex()}')); print(end.recv(100))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "b''" or "BrokenPipe" in run.stderr or "ConnectionReset" in run.stderr, run.stderr
+    with closing(packets(name, nonce)) as end:
+        end.send(request(whole_step(), nonce))
+        assert steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16)).result.step == 1
