@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 QUEUED_CALLS_PER_THREAD = 8
 """Unary calls that may wait for each unary thread; more are refused by gRPC."""
 
+LOOKS_PER_IDLE_TIME = 4
+"""How often `idle_step_s` is looked for steps that have not moved for so long."""
+
 
 class App:
     """A server that is listening from `start` to `stop`.
@@ -46,9 +49,10 @@ class App:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._admission = Admission()
+        self._stopping = threading.Event()
         choice = backends.choose(config.backend, config.threads)
         self._folder = _data_folder(config)
-        optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
+        self._optimizers = optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
         if self._folder is not None:
             self._recover(self._folder, optimizers)
         store = FolderStore(Path(config.data_dir) / "checkpoints") if self._folder else TemporaryStore()
@@ -88,6 +92,7 @@ class App:
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
+        threading.Thread(target=self._discard_idle_steps, name="idle steps", daemon=True).start()
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s, durability %s", self.target, self._config.durability)
         if self._folder is not None:
@@ -95,8 +100,13 @@ class App:
         elif self._config.data_dir:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
 
+    def _discard_idle_steps(self) -> None:
+        while not self._stopping.wait(self._config.idle_step_s / LOOKS_PER_IDLE_TIME):
+            self._optimizers.discard_idle_steps()
+
     def stop(self) -> None:
         """Let steps under way end, refuse new ones, then close every connection."""
+        self._stopping.set()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         if not self._admission.drain(self._config.drain_s):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)

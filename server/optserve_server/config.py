@@ -64,7 +64,7 @@ class ServerConfig:
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
     idle_step_s: float = 60.0
-    """A step that has not moved for so long gives way to another."""
+    """A step that has not moved for so long is discarded."""
     keepalive_s: int = 60
     """A connection that is silent for so long is probed; clients may probe twice as often."""
     drain_s: float = 20.0

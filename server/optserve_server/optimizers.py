@@ -124,6 +124,11 @@ class Optimizers:
             return None
         return optimizer.steps.share()
 
+    def discard_idle_steps(self) -> None:
+        """Discard the steps that have not moved for `idle_step_s`."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.discard_idle()
+
     def create(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str = "") -> Optimizer:
         """Make an optimizer with all state at 0.
 

@@ -55,7 +55,7 @@ class Steps:
         state: Its arrays.
         durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
         lineage: Says which state this is; changes when it is replaced.
-        idle_step_s: After so many seconds without a move, a step gives way to another.
+        idle_step_s: After so many seconds without a move, a step is discarded.
     """
 
     def __init__(
@@ -252,13 +252,28 @@ class Steps:
             self._state.release()
 
     def _evict_if_idle(self, holder: Step) -> None:
-        if time.monotonic() - holder.moved_at < self._idle_step_s:
+        if not self._discard_if_idle(holder):
             raise OptserveError(
                 Reason.STEP_IN_PROGRESS,
                 f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
             )
+
+    def _discard_if_idle(self, holder: Step) -> bool:
+        if time.monotonic() - holder.moved_at < self._idle_step_s:
+            return False
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
         self._holder = None
+        return True
+
+    def discard_idle(self) -> None:
+        """Discard the step under way if it has not moved for long, though nobody wants its place."""
+        # Where the lock is taken, something moves.
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._holder:
+                    self._discard_if_idle(self._holder)
+            finally:
+                self._lock.release()
 
     def check_usable(self) -> None:
         """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -163,6 +164,21 @@ def test_a_step_that_does_not_move_gives_way(tmp_path):
             assert details(idle.error())[0] == "STEP_TAKEN_OVER"
 
 
+def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path):
+    options = config_file(tmp_path, idle_step_s=0.2)
+    with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        name = create(stub, "a", {"x": (2,)}).name
+        with stream(stub, name) as idle:
+            idle.send(begin(), chunk(0, 0, bytes(4)))
+            _wait_until_under_way(stub, name)
+            _wait_until_logged(server.process.pid, "has not moved for long")
+            idle.send(chunk(0, 4, bytes(4)))
+            assert details(idle.error())[0] == "STEP_TAKEN_OVER"
+            idle.send(commit(), begin(), chunk(0, 0, bytes(8)), commit())
+            assert idle.reply()[1].step == 1
+
+
 def test_a_step_of_many_small_tensors_takes_linear_time(stub, name):
     """Alternating dtypes, so that no two tensors are neighbours: 8,000 chunks of one element."""
     count = 8000
@@ -223,6 +239,13 @@ def _wait_until_under_way(stub, name: str) -> None:
             if details(probe.error())[0] == "STEP_IN_PROGRESS":
                 return
     pytest.fail("no step came under way")
+
+
+def _wait_until_logged(pid: int, text: str) -> None:
+    """Wait for a line on a process's standard error, which is a file."""
+    deadline = time.monotonic() + 20
+    while text not in Path(f"/proc/{pid}/fd/2").read_text():
+        assert time.monotonic() < deadline, f"nothing logged {text!r}"
 
 
 def peak_rss_bytes(pid: int) -> int:
