@@ -34,8 +34,15 @@ class ErrorFeedback:
     def keep(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
         """The step of these compensated gradients has been applied: remember what they lost on the way."""
         for index, array in zip(indices, arrays, strict=True):
-            elements = array.reshape(-1)
-            sent, received = np.empty(elements.size, self._wire), np.empty_like(elements)
-            halves.convert(elements, sent)
-            halves.convert(sent, received)
-            self._errors[index] = np.subtract(elements, received, out=received).reshape(array.shape)
+            if index not in self._errors:
+                self._errors[index] = np.empty_like(array)
+            errors = self._errors[index]
+            for start in range(0, array.size, halves.BLOCK):
+                block = slice(start, start + halves.BLOCK)
+                self._note_errors(array.reshape(-1)[block], errors.reshape(-1)[block])
+
+    def _note_errors(self, elements: np.ndarray, errors: np.ndarray) -> None:
+        sent = np.empty(elements.size, self._wire)
+        halves.convert(elements, sent)
+        halves.convert(sent, errors)
+        np.subtract(elements, errors, out=errors)

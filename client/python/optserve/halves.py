@@ -13,7 +13,8 @@ BFLOAT16 = np.dtype("<u2")
 
 _FLOAT32 = np.dtype("<f4")
 _BITS32 = np.dtype("<u4")
-_BLOCK = 1 << 14
+BLOCK = 1 << 14
+"""Elements whose temporaries stay in the cache."""
 _QUIET_NAN = np.uint16(0x7FC0)
 
 
@@ -35,8 +36,8 @@ def convert(source: np.ndarray, target: np.ndarray) -> None:
         if BFLOAT16 not in (source.dtype, target.dtype):
             np.copyto(target, source, casting="same_kind")
             return
-        for start in range(0, source.size, _BLOCK):
-            block = slice(start, start + _BLOCK)
+        for start in range(0, source.size, BLOCK):
+            block = slice(start, start + BLOCK)
             if source.dtype == BFLOAT16:
                 _widen(source[block], target[block])
             else:
