@@ -150,3 +150,54 @@ def test_the_gpu_profile_reserves_a_device(engine):
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert service["build"]["target"] == "cuda"
+
+
+SHARING = """
+import sys
+import numpy as np
+import optserve
+
+gradients = {"w": np.linspace(-1, 1, 100_000, dtype=np.float32)}
+with optserve.connect(sys.argv[1]) as client:
+    updates = []
+    for name, transport in (("near", "auto"), ("far", "grpc")):
+        client.create_optimizer(name, optserve.Adadelta(), gradients)
+        opt = client.optimizer(name, transport=transport)
+        updates.append([opt.step(gradients)["w"].tobytes() for _ in range(3)])
+        if transport == "auto":
+            print(": ".join(opt.transport))
+        client.delete_optimizer(name)
+assert updates[0] == updates[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def shareable(engine: Engine, image: str) -> Iterator[tuple[str, str]]:
+    """(container, network) of a server that shares its IPC namespace."""
+    network, name = "optserve-sharing", "optserve-shareable"
+    engine("network", "create", network)
+    options = ["--name", name, "--network", network, "--ipc", "shareable"]
+    engine("run", "--detach", *options, image, "serve", "--host", "0.0.0.0")  # noqa: S104 - of its container
+    try:
+        yield name, network
+    finally:
+        engine("rm", "--force", name)
+        engine("network", "rm", network)
+
+
+@pytest.mark.parametrize(
+    ("joined", "transport"),
+    [
+        (("ipc", "network"), "shm: the server is on this host"),
+        (("ipc",), "shm: the server is on this host; control takes gRPC"),
+        (("network",), "grpc: shared memory was not asked for"),
+    ],
+)
+def test_containers_that_join_the_servers_ipc_namespace_share_its_memory(engine, image, shareable, joined, transport):
+    server, network = shareable
+    options = [part for kind in joined for part in (f"--{kind}", f"container:{server}")]
+    options += [] if "network" in joined else ["--network", network]
+    target = "127.0.0.1:50051" if "network" in joined else f"{server}:50051"
+    log = engine("run", "--rm", *options, "--entrypoint", "python", image, "-c", SHARING, target)
+    lines = [line for line in log.splitlines() if line.startswith(("shm", "grpc"))]
+    assert lines[0].partition(", as its socket")[0] == transport, log
