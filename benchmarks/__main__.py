@@ -100,7 +100,7 @@ STEP_BARS = {
         Bar(service.SHARED, service.TORCH, 1 / 4),
     ),
     MNIST: (Bar(service.SHARED, service.TORCH, 1 / 1.5),),
-    SMALL: (Bar(service.STREAM, service.PEER, 1.5),),
+    SMALL: (Bar(service.STREAM, service.PEER, 1.5), Bar(service.COPIED, service.PEER, 1.5)),
 }
 ROUNDS = {SMALL: 400, 10_000: 200, 100_000: 100, MNIST: 60, 1_000_000: 30, 4_000_000: 15, 64_000_000: 5}
 
@@ -153,6 +153,23 @@ def plans() -> Iterator[Plan]:
         (Bar("recovery", durability.READ, 2.0),),
         rounds=5,
     )
+
+
+def costs_per_parameter(sections: list[Section]) -> Section:
+    """What a million parameters cost in steps of different sizes; must not rise with the size."""
+    small, large = 1_000_000, 64_000_000
+    steps = dict(zip(SIZES, (section for section in sections if section.title.startswith(STEP)), strict=True))
+    timings = {
+        f"{name}, {size:,}": Timing(tuple(seconds * 1e6 / size for seconds in section.timings[name].seconds))
+        for name in (service.STREAM, service.HALVES, service.SHARED)
+        for size, section in steps.items()
+        if size >= small
+    }
+    bars = [
+        Bar(f"{name}, {large:,}", f"{name}, {small:,}", 1.15)
+        for name in (service.STREAM, service.HALVES, service.SHARED)
+    ]
+    return Section("A million parameters, in steps of", f"{service.STREAM}, {small:,}", timings, tuple(bars))
 
 
 def show_bars(sections: list[Section]) -> bool:
@@ -223,6 +240,8 @@ def main(
         section = Section(plan.title, plan.peer, timings, plan.bars, plan.statistic)
         section.show()
         sections.append(section)
+    sections.append(costs_per_parameter(sections))
+    sections[-1].show()
     good = show_bars(sections)
     if json_file:
         content = {"machine": machine(), "rounds": rounds, "sections": [section.as_json() for section in sections]}

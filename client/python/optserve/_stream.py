@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import grpc
 import numpy as np
@@ -30,6 +30,9 @@ class Gradients:
         whole: Whether these are all parameters of the optimizer.
         wire: Dtype of the payload; None for each array's own.
     """
+
+    grow = False
+    """Whether some may have to be waited for."""
 
     def __init__(
         self, indices: Sequence[int], arrays: Sequence[np.ndarray], *, whole: bool, wire: np.dtype | None = None
@@ -223,7 +226,8 @@ class StepStream:
         self._control: ControlConnection | None = None
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
         try:
-            self.opened: steps_pb2.Opened = self._next(patience).header.opened
+            with patience.watching(self._interrupt):
+                self.opened: steps_pb2.Opened = self._next(patience).header.opened
             self.shared, self.transport_reason = _shared(request, self.opened)
             self._nonce = self.shared.nonce if self.shared else b""
             if self.shared is not None:
@@ -261,29 +265,36 @@ class StepStream:
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())
-        receive = self._next
-        if self.shared is not None or gradients is None:
-            request = wire.encode(steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit()))
-            if self._control is not None and len(request) <= MAX_PACKET_BYTES:
-                self._control.send(request)
-                receive = partial(self._next_packet, self._control)
-            else:
-                self._outgoing.put(iter([request]))
+        with patience.watching(self._interrupt):
+            receive = self._send(begin, gradients)
+            while True:
+                frame = receive(patience)
+                if frame.header.HasField("error"):
+                    self._outgoing.stop_step()
+                    raise StepRefused(from_status(frame.header.error.status))
+                if frame.data is not None:
+                    updates.put(frame.header.chunk, frame.data)
+                if frame.header.HasField("result"):
+                    break
+        if self.shared is not None:
+            self.shared.get(updates.by_index())
         else:
-            self._outgoing.put(gradients.messages(begin, self._chunk_bytes()))
-        while True:
-            frame = receive(patience)
-            if frame.header.HasField("error"):
-                self._outgoing.stop_step()
-                raise StepRefused(from_status(frame.header.error.status))
-            if frame.data is not None:
-                updates.put(frame.header.chunk, frame.data)
-            if frame.header.HasField("result"):
-                if self.shared is not None:
-                    self.shared.get(updates.by_index())
-                else:
-                    updates.check_complete()
-                return frame.header.result
+            updates.check_complete()
+        return frame.header.result
+
+    def _send(self, begin: steps_pb2.Begin, gradients: Gradients | None) -> Callable[[Patience], wire.ResponseFrame]:
+        """Send a step's messages, or let them be sent; gives what its answer is received with."""
+        if self.shared is None and gradients is not None:
+            messages = gradients.messages(begin, self._chunk_bytes())
+            # Made here, while the sending thread need not be woken for it.
+            self._outgoing.put(messages if gradients.grow else chain([next(messages)], messages))
+            return self._next
+        request = wire.encode(steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit()))
+        if self._control is not None and len(request) <= MAX_PACKET_BYTES:
+            self._control.send(request)
+            return self._next_packet
+        self._outgoing.put(iter([request]))
+        return self._next
 
     def _chunk_bytes(self) -> int:
         limits = self.opened.limits
@@ -296,9 +307,14 @@ class StepStream:
         if self._control is not None:
             self._control.shut()
 
-    def _next_packet(self, connection: ControlConnection, patience: Patience) -> wire.ResponseFrame:
-        with patience.watching(connection.shut):
-            packet = connection.receive()
+    def _interrupt(self) -> None:
+        """Let whoever waits for a message go on; the stream is of no further use."""
+        self._call.cancel()
+        if self._control is not None:
+            self._control.shut()
+
+    def _next_packet(self, patience: Patience) -> wire.ResponseFrame:
+        packet = self._control.receive() if self._control is not None else b""
         if packet:
             try:
                 return wire.decode_response(packet)
@@ -308,14 +324,13 @@ class StepStream:
         raise UnavailableError(f"{self._transport.target} closed the stream.")
 
     def _next(self, patience: Patience) -> wire.ResponseFrame:
-        with patience.watching(self._call.cancel):
-            try:
-                return next(self._call)
-            except StopIteration:
-                error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
-            except grpc.RpcError as rpc_error:
-                # The call is its own error, and would keep the frames that it came through for as long as it lives.
-                error = self._transport.translate(rpc_error.with_traceback(None), 0.0)
+        try:
+            return next(self._call)
+        except StopIteration:
+            error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
+        except grpc.RpcError as rpc_error:
+            # The call is its own error, and would keep the frames that it came through for as long as it lives.
+            error = self._transport.translate(rpc_error.with_traceback(None), 0.0)
         fault = self._outgoing.fault
         if fault is not None:
             raise InternalError(f"A message could not be made: {fault!r}") from fault

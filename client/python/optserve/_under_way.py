@@ -21,6 +21,8 @@ class GrowingGradients(Gradients):
         wire: Dtype of the payload; None for each array's own.
     """
 
+    grow = True
+
     def __init__(self, indices: Sequence[int], *, whole: bool, wire: np.dtype | None) -> None:
         super().__init__(indices, [], whole=whole, wire=wire)
         self._grown = threading.Condition()

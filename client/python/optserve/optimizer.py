@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,12 @@ WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
 TransportName = Literal["auto", "grpc", "shm"]
 
 _Response = TypeVar("_Response")
+
+
+class _Parameter(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class Optimizer:
@@ -66,7 +72,9 @@ class Optimizer:
         )
         self._wire = WIRE_DTYPES.get(open_request.wire_type)
         self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
-        self._parameters = list(message.parameters)
+        self._parameters = [
+            _Parameter(item.name, tuple(item.shape), DTYPES[item.data_type]) for item in message.parameters
+        ]
         self._indices = {parameter.name: index for index, parameter in enumerate(self._parameters)}
         self._resource = message.name
         self.name = message.name.removeprefix("optimizers/")
@@ -96,8 +104,9 @@ class Optimizer:
         shared = self._session.stream(self._connection.patience(self._connection.config.timeout_s)).shared
         arrays: dict[str, np.ndarray] = {}
         for index, item in enumerate(self._parameters):
-            shape, dtype = tuple(item.shape), DTYPES[item.data_type]
-            arrays[item.name] = shared.array(index, shape, dtype) if shared else np.empty(shape, dtype)
+            arrays[item.name] = (
+                shared.array(index, item.shape, item.dtype) if shared else np.empty(item.shape, item.dtype)
+            )
         if shared:
             shared.touch()
         return arrays
@@ -354,15 +363,14 @@ class Optimizer:
     def _checked(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
         """`array`, if it has the parameter's shape and dtype."""
         parameter = self._parameters[index]
-        dtype = DTYPES[parameter.data_type]
-        if array.shape != tuple(parameter.shape):
+        if array.shape != parameter.shape:
             raise InvalidArgumentError(
                 f"The {what} of {parameter.name!r} has shape {list(array.shape)}, not {list(parameter.shape)}.",
                 metadata={"parameter": parameter.name},
             )
-        if array.dtype != dtype:
+        if array.dtype != parameter.dtype:
             raise InvalidArgumentError(
-                f"The {what} of {parameter.name!r} is {array.dtype}, not {dtype}; convert it with .astype.",
+                f"The {what} of {parameter.name!r} is {array.dtype}, not {parameter.dtype}; convert it with .astype.",
                 metadata={"parameter": parameter.name},
             )
         return array
@@ -371,7 +379,7 @@ class Optimizer:
         """Arrays for the updates: those of `out`, checked, or new ones."""
         if out is None:
             parameters = [self._parameters[index] for index in indices]
-            return [np.empty(tuple(item.shape), DTYPES[item.data_type]) for item in parameters]
+            return [np.empty(item.shape, item.dtype) for item in parameters]
         arrays = []
         for index in indices:
             name = self._parameters[index].name
