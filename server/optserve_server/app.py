@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from rich.console import Console
 from rich.progress import Progress
 
-from optserve import malloc
+from optserve import malloc, wire
 from optserve_server import backends
 from optserve_server.admission import Admission
 from optserve_server.checkpoint_store import FolderStore, TemporaryStore
@@ -161,6 +161,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_frame_bytes),
         ("grpc.max_send_message_length", config.max_frame_bytes),
+        *wire.window_options(),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 1000 * config.keepalive_s),
         # Clients that probe more often than this are cut off by gRPC ("too_many_pings"), so allow for twice ours.

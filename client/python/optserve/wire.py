@@ -139,6 +139,18 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
     return 0, len(raw) + 1
 
 
+WINDOW_BYTES = 8 << 20
+"""How much of a stream may be on its way to a side that has not taken it yet."""
+
+
+def window_options() -> list[tuple[str, int]]:
+    """The options of a gRPC channel or server that hold WINDOW_BYTES.
+
+    By itself gRPC estimates the window from the times of pings, and on a busy machine takes a hundred MiB for it.
+    """
+    return [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", WINDOW_BYTES)]
+
+
 decode_request = decoder(steps_pb2.StreamStepsRequest)
 decode_response = decoder(steps_pb2.StreamStepsResponse)
 
