@@ -127,7 +127,7 @@ class Checkpoints:
             with disk_errors():
                 file.verify()
             with file.mapped() as arrays:
-                self._optimizers.replace(optimizer, description.step, description.rule, arrays, etag, request_id)
+                self._optimizers.replace(optimizer, description.step, description.settings, arrays, etag, request_id)
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
 
@@ -153,7 +153,12 @@ class Checkpoints:
             with disk_errors(), optimizer.steps.held_still() as state:
                 optimizer.steps.check_usable()
                 description = Description(
-                    optimizer.id, optimizer.layout, optimizer.rule, optimizer.steps.step, datetime.now(UTC), request_id
+                    optimizer.id,
+                    optimizer.layout,
+                    optimizer.settings,
+                    optimizer.steps.step,
+                    datetime.now(UTC),
+                    request_id,
                 )
                 exported = StateFile.create(file, description)
                 exported.fill(state)
@@ -166,7 +171,7 @@ class Checkpoints:
         Raises:
             OptserveError: NOT_DURABLE.
         """
-        description = Description(optimizer.id, optimizer.layout, optimizer.rule, 0, datetime.now(UTC))
+        description = Description(optimizer.id, optimizer.layout, optimizer.settings, 0, datetime.now(UTC))
         with self._place(), closing(self._temporary()) as file:
             with disk_errors():
                 staged = StateFile.create(file, description)

@@ -22,6 +22,7 @@ from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.rules import RULES, Rule
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
+from optserve_server.settings import Settings
 
 _Frame = TypeVar("_Frame")
 
@@ -98,6 +99,11 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
     return Layout(tuple(parameters))
 
 
+def settings(message: optimizer_pb2.Optimizer) -> Settings:
+    """The settings of a new optimizer, or raise INVALID_FIELD or FEATURE_UNAVAILABLE."""
+    return Settings(rule(message.algorithm))
+
+
 def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:
     """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD or FEATURE_UNAVAILABLE.
 
@@ -108,8 +114,8 @@ def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -
         raise OptserveError(Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path)
     if name not in RULES:
         raise features.unavailable(service_pb2.FEATURE_CURVATURE, f"{path}.{name}")
-    settings = getattr(message, name)
-    values = {item.name: getattr(settings, item.name) for item in fields(RULES[name]) if settings.HasField(item.name)}
+    given = getattr(message, name)
+    values = {item.name: getattr(given, item.name) for item in fields(RULES[name]) if given.HasField(item.name)}
     return RULES[name](**values)
 
 
@@ -140,9 +146,9 @@ def check_known(message: Message, field: str, path: str) -> None:
         )
 
 
-def updated_rule(before: Rule, message: optimizer_pb2.Optimizer, paths: list[str]) -> Rule:
-    """`before` with the fields named by an update mask taken from `message`, or raise INVALID_FIELD."""
-    after = rule(message.algorithm)
+def updated_settings(present: Settings, message: optimizer_pb2.Optimizer, paths: list[str]) -> Settings:
+    """The settings with the fields named by an update mask taken from `message`, or raise INVALID_FIELD."""
+    before, after = present.rule, rule(message.algorithm)
     names = [item.name for item in fields(before)]
     prefix = f"algorithm.{before.name}"
     if not paths:
@@ -168,7 +174,7 @@ def updated_rule(before: Rule, message: optimizer_pb2.Optimizer, paths: list[str
                 f"{path!r} cannot be updated; these can: {', '.join(f'{prefix}.{name}' for name in names)}.",
                 field="update_mask",
             )
-    return replace(before, **{name: getattr(after, name) for name in changed})
+    return replace(present, rule=replace(before, **{name: getattr(after, name) for name in changed}))
 
 
 def wire_dtype(data_type: int, field: str) -> np.dtype | None:

@@ -28,7 +28,7 @@ from optserve_server.durability import CreationRecord, ReplacementRecord, StepRe
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.journal import Journal, JournalError, Reader, segment_paths, sync_folder
 from optserve_server.optimizers import Optimizers
-from optserve_server.rules import Rule
+from optserve_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ class DataFolder:
         """Keep a creation."""
         return self._append(recovery.CREATED, recovery.creation(record))
 
-    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:
+    def updated(self, optimizer: str, settings: Settings, etag: str, time: datetime) -> int:
         """Keep a change of hyper-parameters."""
-        return self._append(recovery.UPDATED, recovery.update(optimizer, rule, etag, time))
+        return self._append(recovery.UPDATED, recovery.update(optimizer, settings, etag, time))
 
     def replaced(self, record: ReplacementRecord) -> int:
         """Keep a state that takes the place of another."""

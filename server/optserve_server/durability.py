@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from optserve_server.layout import Layout
-from optserve_server.rules import Rule
+from optserve_server.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CreationRecord:
 
     optimizer: str
     layout: Layout
-    rule: Rule
+    settings: Settings
     etag: str
     lineage: str
     request_id: str
@@ -46,7 +46,7 @@ class ReplacementRecord:
 
     optimizer: str
     step: int
-    rule: Rule
+    settings: Settings
     etag: str
     lineage: str
     request_id: str
@@ -67,7 +67,7 @@ class Durability(Protocol):
         """An optimizer is about to exist."""
         ...
 
-    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:
+    def updated(self, optimizer: str, settings: Settings, etag: str, time: datetime) -> int:
         """An optimizer is about to get other hyper-parameters."""
         ...
 
@@ -93,7 +93,7 @@ class InMemory:
         """Nothing to keep."""
         return 0
 
-    def updated(self, optimizer: str, rule: Rule, etag: str, time: datetime) -> int:  # noqa: ARG002
+    def updated(self, optimizer: str, settings: Settings, etag: str, time: datetime) -> int:  # noqa: ARG002
         """Nothing to keep."""
         return 0
 

@@ -21,6 +21,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import Rule
 from optserve_server.segment import Segment
+from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.step import check_request_id
 from optserve_server.steps import Steps
@@ -61,9 +62,14 @@ class Optimizer:
     replacement_request_ids: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
 
     @property
-    def rule(self) -> Rule:
+    def settings(self) -> Settings:
         """The method with its present hyper-parameters."""
-        return self.state.rule
+        return self.state.settings
+
+    @property
+    def rule(self) -> Rule:
+        """The method."""
+        return self.settings.rule
 
     @property
     def layout(self) -> Layout:
@@ -129,7 +135,7 @@ class Optimizers:
         for optimizer in list(self._by_id.values()):
             optimizer.steps.discard_idle()
 
-    def create(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str = "") -> Optimizer:
+    def create(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str = "") -> Optimizer:
         """Make an optimizer with all state at 0.
 
         Raises:
@@ -161,10 +167,10 @@ class Optimizers:
                     field="optimizer_id",
                     optimizer=optimizer_id,
                 )
-            self._reserve(optimizer_id, request_id, State.required_bytes(layout, rule))
+            self._reserve(optimizer_id, request_id, State.required_bytes(layout, settings.rule))
         # Compiling and allocating take their time, so not under the lock.
         try:
-            optimizer = self._make(optimizer_id, layout, rule, request_id)
+            optimizer = self._make(optimizer_id, layout, settings, request_id)
             with self._lock:
                 self._by_id[optimizer_id] = optimizer
         except MemoryError as error:
@@ -176,18 +182,18 @@ class Optimizers:
                 del self._reserved[optimizer_id]
                 self._lock.notify_all()
         logger.info(
-            "created %s: %s, %d parameters, %d bytes", optimizer_id, rule, len(layout.parameters), layout.size_bytes
+            "created %s: %s, %d parameters, %d bytes", optimizer_id, settings, len(layout.parameters), layout.size_bytes
         )
         return optimizer
 
-    def _make(self, optimizer_id: str, layout: Layout, rule: Rule, request_id: str) -> Optimizer:
-        record = CreationRecord(optimizer_id, layout, rule, _token(), _token(), request_id, datetime.now(UTC))
+    def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
+        record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, datetime.now(UTC))
         optimizer = self._build(record)
         optimizer.steps.lsn = optimizer.created_lsn = self._durability.created(record)
         return optimizer
 
     def _build(self, record: CreationRecord) -> Optimizer:
-        state = State(record.layout, record.rule, self.backend)
+        state = State(record.layout, record.settings, self.backend)
         steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s)
         return Optimizer(
             record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
@@ -236,8 +242,8 @@ class Optimizers:
             start = bisect.bisect_right(ids, after)
             return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
 
-    def update(self, optimizer_id: str, change: Callable[[Rule], Rule], etag: str = "") -> Optimizer:
-        """Change hyper-parameters: `change` makes the new rule of the present one.
+    def update(self, optimizer_id: str, change: Callable[[Settings], Settings], etag: str = "") -> Optimizer:
+        """Change hyper-parameters: `change` makes the new settings of the present ones.
 
         Raises:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
@@ -246,16 +252,16 @@ class Optimizers:
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
             new_etag, now = _token(), datetime.now(UTC)
-            optimizer.steps.set_rule(change(optimizer.rule), new_etag, now)
+            optimizer.steps.set(change(optimizer.settings), new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
-        logger.info("updated %s: %s", optimizer_id, optimizer.rule)
+        logger.info("updated %s: %s", optimizer_id, optimizer.settings)
         return optimizer
 
     def replace(
         self,
         optimizer: Optimizer,
         step: int,
-        rule: Rule | None,
+        settings: Settings | None,
         arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
         etag: str = "",
         request_id: str = "",
@@ -265,7 +271,7 @@ class Optimizers:
         Args:
             optimizer: Whose layout the arrays have.
             step: Its step counter from then on.
-            rule: Its method from then on, of the same kind; None for the present one.
+            settings: Its settings from then on, with a method of the same kind; None for the present ones.
             arrays: (dtype, slot, arena) of every slot.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
@@ -278,7 +284,7 @@ class Optimizers:
                 return
             optimizer.check_etag(etag)
             record = ReplacementRecord(
-                optimizer.id, step, rule or optimizer.rule, _token(), _token(), request_id, datetime.now(UTC), arrays
+                optimizer.id, step, settings or optimizer.settings, _token(), _token(), request_id, datetime.now(UTC), arrays
             )  # fmt: skip
             optimizer.steps.replace(record)
             optimizer.replaced(record)

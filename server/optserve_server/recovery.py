@@ -18,7 +18,8 @@ from optserve_server.journal import Record
 from optserve_server.layout import Layout, Payload, Run
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import Rule
-from optserve_server.state_file import Plan, layout_from, layout_message, rule_from, rule_message
+from optserve_server.settings import Settings
+from optserve_server.state_file import Plan, layout_from, layout_message
 from optserve_server.steps import Retained
 
 CREATED, UPDATED, DELETED, STEPPED, REPLACED = 1, 2, 3, 4, 5
@@ -29,7 +30,7 @@ def creation(record: CreationRecord) -> dict[str, Any]:
     """The message of a creation."""
     return {
         "optimizer": record.optimizer,
-        "rule": rule_message(record.rule),
+        **record.settings.to_json(),
         "parameters": layout_message(record.layout),
         "etag": record.etag,
         "lineage": record.lineage,
@@ -38,9 +39,9 @@ def creation(record: CreationRecord) -> dict[str, Any]:
     }
 
 
-def update(optimizer: str, rule: Rule, etag: str, time: datetime) -> dict[str, Any]:
+def update(optimizer: str, settings: Settings, etag: str, time: datetime) -> dict[str, Any]:
     """The message of a change of hyper-parameters."""
-    return {"optimizer": optimizer, "rule": rule_message(rule), "etag": etag, "time": time.isoformat()}
+    return {"optimizer": optimizer, **settings.to_json(), "etag": etag, "time": time.isoformat()}
 
 
 def step(record: StepRecord) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def replacement(record: ReplacementRecord) -> dict[str, Any]:
     return {
         "optimizer": record.optimizer,
         "step": record.step,
-        "rule": rule_message(record.rule),
+        **record.settings.to_json(),
         "etag": record.etag,
         "lineage": record.lineage,
         "request_id": record.request_id,
@@ -77,17 +78,17 @@ class Replay:
 
     def load(self, saved: snapshot.Saved) -> None:
         """Bring an optimizer of the snapshot back."""
-        settings = saved.settings
+        header = saved.header
         record = CreationRecord(
-            settings["id"], saved.layout, saved.rule, settings["etag"], settings["lineage"],
-            settings["creation_request_id"], saved.time("create_time"),
+            header["id"], saved.layout, saved.settings, header["etag"], header["lineage"],
+            header["creation_request_id"], saved.time("create_time"),
         )  # fmt: skip
-        item = self._optimizers.adopt(record, settings["created_lsn"])
+        item = self._optimizers.adopt(record, header["created_lsn"])
         item.update_time = saved.time("update_time")
-        item.replacement_request_ids.extend(settings["replacement_request_ids"])
-        item.steps.step, item.steps.lsn = settings["step"], settings["lsn"]
-        if settings["retained"]:
-            retained = settings["retained"]
+        item.replacement_request_ids.extend(header["replacement_request_ids"])
+        item.steps.step, item.steps.lsn = header["step"], header["lsn"]
+        if header["retained"]:
+            retained = header["retained"]
             item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
         with item.steps.held_still() as state:
             saved.load(state)
@@ -110,7 +111,7 @@ class Replay:
         elif record.type == REPLACED and item is not None:
             self._replace(item, message, record)
         elif record.type == UPDATED and item is not None and not known:
-            item.state.set_rule(rule_from(message["rule"]))
+            item.state.set(Settings.from_json(message))
             item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
             item.steps.lsn = record.lsn
         elif record.type == DELETED and not known:
@@ -120,7 +121,7 @@ class Replay:
 
     def _create(self, message: dict[str, Any], lsn: int) -> None:
         created = CreationRecord(
-            message["optimizer"], layout_from(message["parameters"]), rule_from(message["rule"]), message["etag"],
+            message["optimizer"], layout_from(message["parameters"]), Settings.from_json(message), message["etag"],
             message["lineage"], message["request_id"], datetime.fromisoformat(message["time"]),
         )  # fmt: skip
         self._optimizers.adopt(created, lsn)
@@ -143,13 +144,13 @@ class Replay:
 
     def _replace(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
         """Put the state in place, in each piece that does not contain it yet."""
-        rule = rule_from(message["rule"])
+        settings = Settings.from_json(message)
         with item.steps.held_still() as state:
-            for dtype, slot, values in _arrays(item.layout, rule, record.payload):
+            for dtype, slot, values in _arrays(item.layout, settings.rule, record.payload):
                 for start, stop in self._behind(item.id, dtype, 0, values.size, record.lsn):
                     state.write(dtype, slot, start, values[start:stop])
         if record.lsn > item.steps.lsn:
-            item.state.set_rule(rule)
+            item.state.set(settings)
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.retained = message["lineage"], None
             item.replaced(_replacement(item, message))
@@ -177,7 +178,7 @@ class Replay:
 def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:
     """A replacement as it was told, but for its arrays."""
     return ReplacementRecord(
-        item.id, message["step"], rule_from(message["rule"]), message["etag"], message["lineage"],
+        item.id, message["step"], Settings.from_json(message), message["etag"], message["lineage"],
         message["request_id"], datetime.fromisoformat(message["time"]), (),
     )  # fmt: skip
 

@@ -71,8 +71,8 @@ class Servicer:
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
         """Make an optimizer."""
         convert.reject_unavailable(request.optimizer)
-        rule, layout = convert.rule(request.optimizer.algorithm), convert.layout(request.optimizer)
-        item = self._optimizers.create(request.optimizer_id, layout, rule, request.request_id)
+        settings, layout = convert.settings(request.optimizer), convert.layout(request.optimizer)
+        item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
         return pb.CreateOptimizerResponse(optimizer=convert.optimizer(item))
 
     def get_optimizer(self, request: pb.GetOptimizerRequest) -> pb.GetOptimizerResponse:
@@ -93,7 +93,9 @@ class Servicer:
         optimizer_id = convert.optimizer_id(request.optimizer.name, "optimizer.name")
         paths = list(request.update_mask.paths)
         item = self._optimizers.update(
-            optimizer_id, lambda before: convert.updated_rule(before, request.optimizer, paths), request.optimizer.etag
+            optimizer_id,
+            lambda before: convert.updated_settings(before, request.optimizer, paths),
+            request.optimizer.etag,
         )
         return pb.UpdateOptimizerResponse(optimizer=convert.optimizer(item))
 

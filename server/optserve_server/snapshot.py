@@ -27,15 +27,13 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.journal import JournalError, sync_folder
 from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer
-from optserve_server.rules import Rule
+from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.state_file import (
     Plan,
     dtype_of,
     layout_from,
     layout_message,
-    rule_from,
-    rule_message,
     write_all,
 )
 
@@ -161,7 +159,7 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
         return {
             "id": item.id,
             "file": file,
-            "rule": rule_message(item.rule),
+            **item.settings.to_json(),
             "parameters": layout_message(item.layout),
             "etag": item.etag,
             "lineage": item.steps.lineage,
@@ -209,25 +207,25 @@ def _stretches(layout: Layout) -> Iterator[tuple[np.dtype, int, int]]:
 
 @dataclass(frozen=True)
 class Saved:
-    """One optimizer in a snapshot: its settings, and its pieces to be loaded."""
+    """One optimizer in a snapshot: all but its arrays, and its pieces to be loaded."""
 
     path: Path
-    settings: dict[str, Any]
+    header: dict[str, Any]
     pieces: list[Piece]
 
     @property
     def layout(self) -> Layout:
         """Its parameters."""
-        return layout_from(self.settings["parameters"])
+        return layout_from(self.header["parameters"])
 
     @property
-    def rule(self) -> Rule:
-        """Its method."""
-        return rule_from(self.settings["rule"])
+    def settings(self) -> Settings:
+        """Its method and what it is set to."""
+        return Settings.from_json(self.header)
 
     def time(self, name: str) -> datetime:
         """`create_time` or `update_time`."""
-        return datetime.fromisoformat(self.settings[name])
+        return datetime.fromisoformat(self.header[name])
 
     def load(self, state: State) -> None:
         """Bring the pieces into a fresh state.
@@ -244,7 +242,7 @@ class Saved:
             pass
 
     def _read(self) -> Iterator[tuple[Piece, list[bytes]]]:
-        layout, slots = self.layout, self.rule.slots
+        layout, slots = self.layout, self.settings.rule.slots
         plan = Plan(layout, (*slots, "update"))
         with self.path.open("rb") as source:
             for piece in self.pieces:

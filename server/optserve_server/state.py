@@ -13,6 +13,7 @@ import numpy as np
 from optserve_server.backends import Backend
 from optserve_server.layout import Layout, Run
 from optserve_server.rules import Rule
+from optserve_server.settings import Settings
 
 Buffer = bytes | memoryview
 
@@ -26,11 +27,12 @@ class State:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
     """
 
-    def __init__(self, layout: Layout, rule: Rule, backend: Backend) -> None:
+    def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self._backend = backend
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
-        self.set_rule(rule)
+        self.set(settings)
+        rule = settings.rule
         for dtype in self._dtypes:
             backend.kernel(type(rule), dtype)
         self.slots: dict[np.dtype, list[Any]] = {
@@ -38,11 +40,17 @@ class State:
         }
         self.staged = layout.arenas(backend.staging(layout.size_bytes))
 
-    def set_rule(self, rule: Rule) -> None:
-        """Change the hyper-parameters; refused as a whole where one is out of range."""
+    @property
+    def rule(self) -> Rule:
+        """The method with its present hyper-parameters."""
+        return self.settings.rule
+
+    def set(self, settings: Settings) -> None:
+        """Change the settings; refused as a whole where one is out of range."""
+        rule = settings.rule
         for dtype in self._dtypes or list(self.layout.sizes):
             rule.check(dtype)
-        self.rule = rule
+        self.settings = settings
         self._scalars = {dtype: [dtype.type(scalar) for scalar in rule.scalars()] for dtype in self._dtypes}
         self._limits = {dtype: dtype.type(rule.gradient_limit(dtype)) for dtype in self._dtypes}
 

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -20,7 +20,8 @@ import numpy as np
 
 from optserve import safetensors
 from optserve_server.layout import STATE_DTYPES, Layout, Parameter
-from optserve_server.rules import RULES, Rule
+from optserve_server.rules import Rule
+from optserve_server.settings import Settings
 from optserve_server.state import Buffer, State
 
 FORMAT_VERSION = 1
@@ -30,17 +31,6 @@ _NO_CHECKSUM = "00000000"
 
 class StateFileError(Exception):
     """A file that cannot be read as a state. The message says why."""
-
-
-def rule_message(rule: Rule) -> dict[str, Any]:
-    """A rule as JSON."""
-    return {"name": rule.name, **asdict(rule)}
-
-
-def rule_from(message: dict[str, Any]) -> Rule:
-    """The reverse of `rule_message`."""
-    values = dict(message)
-    return RULES[values.pop("name")](**values)
 
 
 def layout_message(layout: Layout) -> list[list[Any]]:
@@ -86,11 +76,16 @@ class Description:
 
     optimizer: str
     layout: Layout
-    rule: Rule
+    settings: Settings
     step: int
     create_time: datetime
     request_id: str = ""
     kept: str = ""
+
+    @property
+    def rule(self) -> Rule:
+        """The method."""
+        return self.settings.rule
 
     @cached_property
     def text(self) -> str:
@@ -99,7 +94,7 @@ class Description:
             {
                 "format": FORMAT_VERSION,
                 "optimizer": self.optimizer,
-                "rule": rule_message(self.rule),
+                **self.settings.to_json(),
                 "parameters": layout_message(self.layout),
                 "slots": self.rule.slots,
                 "step": self.step,
@@ -120,7 +115,7 @@ def _described_by(metadata: dict[str, str]) -> Description:
         if version > FORMAT_VERSION:
             raise StateFileError(f"it has format {version}; this server knows up to {FORMAT_VERSION}")
         return Description(
-            content["optimizer"], layout_from(content["parameters"]), rule_from(content["rule"]), content["step"],
+            content["optimizer"], layout_from(content["parameters"]), Settings.from_json(content), content["step"],
             datetime.fromisoformat(content["create_time"]), content["request_id"], metadata["optserve"],
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:

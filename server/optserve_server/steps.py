@@ -27,8 +27,8 @@ from optserve import halves
 from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Payloads, Run
-from optserve_server.rules import Rule
 from optserve_server.segment import Segment
+from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.step import Outcome, ReplyChunk, Step, check_request_id
 
@@ -196,22 +196,22 @@ class Steps:
         if self._in_place:
             self._state.use_staging(None)
 
-    def set_rule(self, rule: Rule, etag: str, time: datetime) -> None:
+    def set(self, settings: Settings, etag: str, time: datetime) -> None:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             self.check_usable()
-            with self._ruled_by(rule):
-                self.lsn = self._durability.updated(self._name, rule, etag, time)
+            with self._set_to(settings):
+                self.lsn = self._durability.updated(self._name, settings, etag, time)
 
     @contextmanager
-    def _ruled_by(self, rule: Rule) -> Iterator[None]:
+    def _set_to(self, settings: Settings) -> Iterator[None]:
         """Take other hyper-parameters, if they are good and the block succeeds."""
-        rule_before = self._state.rule
-        self._state.set_rule(rule)
+        before = self._state.settings
+        self._state.set(settings)
         try:
             yield
         except Exception:
-            self._state.set_rule(rule_before)
+            self._state.set(before)
             raise
 
     def replace(self, record: ReplacementRecord) -> None:
@@ -225,7 +225,7 @@ class Steps:
                 raise self._fatal.again()
             if self._holder:
                 self._evict_if_idle(self._holder)
-            with self._ruled_by(record.rule):
+            with self._set_to(record.settings):
                 self.lsn = self._durability.replaced(record)
             self._fatal = None
             with self._changing("while the state was replaced"):

@@ -11,6 +11,7 @@ from optserve_server.data_folder import UNCLEAN, DataFolder, set_unclean
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta
+from optserve_server.settings import Settings
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))
@@ -27,7 +28,7 @@ class Server:
         self.recovered = self.folder.recover(self.optimizers, lambda _done, _total: None)
 
     def create(self, name: str = "a"):
-        return self.optimizers.create(name, Layout(PARAMETERS), Adadelta(), "creation")
+        return self.optimizers.create(name, Layout(PARAMETERS), Settings(Adadelta()), "creation")
 
     def die(self) -> None:
         """Let go of the folder as a killed process does: without a last snapshot. May be called more than once."""

@@ -16,6 +16,7 @@ from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
 from optserve_server.rules import Adadelta, Momentum
+from optserve_server.settings import Settings
 
 
 def gradient(seed: int) -> dict[str, np.ndarray]:
@@ -362,16 +363,14 @@ def test_a_name_that_could_not_be_made_durable_is_made_so_by_the_retry(tmp_path,
 
 
 def test_a_checkpoint_from_before_a_hyperparameter_is_restored_with_its_default(folder, monkeypatch):
-    from optserve_server import state_file
-
     server, checkpoints = folder
     item = server.create()
     step(item, 0)
-    real = state_file.rule_message
+    before = {"rule": {"name": "adadelta", "rho": 0.5}}
+    assert item.settings.to_json() != before
     with monkeypatch.context() as patch:
-        patch.setattr(state_file, "rule_message", lambda rule: {"name": rule.name, "rho": 0.5})
+        patch.setattr(Settings, "to_json", lambda _settings: before)
         checkpoints.save("a", "old")
-    assert real(item.rule) != {"name": "adadelta", "rho": 0.5}
     checkpoints.restore("a", "old")
     assert item.rule == Adadelta(rho=0.5)
 
@@ -559,7 +558,7 @@ def test_optimizers_of_any_rule_and_layout_can_be_saved(folder):
         ]
     ):
         name = f"o{position}"
-        item = server.optimizers.create(name, Layout(parameters), rule)
+        item = server.optimizers.create(name, Layout(parameters), Settings(rule))
         under_way = item.steps.begin("request")
         for tensor, parameter in enumerate(parameters):
             under_way.stage(tensor, 0, np.full(parameter.size, 0.5, parameter.dtype).tobytes())

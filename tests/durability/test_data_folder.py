@@ -21,6 +21,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta, Momentum
+from optserve_server.settings import Settings
 
 
 def full(*_arguments):
@@ -32,7 +33,7 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
     item = server.create()
     for index in range(4):
         reply = step(item, index)
-    server.optimizers.update("a", lambda rule: Adadelta(rho=0.5, eps=rule.eps))
+    server.optimizers.update("a", lambda before: Settings(Adadelta(rho=0.5, eps=before.rule.eps)))
     reply = step(item, 4, (1,))
     before = fingerprint(item)
     server.die()
@@ -62,7 +63,7 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
             yield stretch
             step(item, next(turn), (0,) if position % 2 else ())
             if position == 1:
-                server.optimizers.update("a", lambda rule: Adadelta(rho=0.7))
+                server.optimizers.update("a", lambda _before: Settings(Adadelta(rho=0.7)))
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "_stretches", stretches)
@@ -109,7 +110,7 @@ def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch, momen
     def change():
         step(old, 1, (0, 1))
         server.optimizers.delete("b")
-        server.optimizers.create("b", Layout((Parameter("w", (3, 7), F4),)), Momentum(), "creation")
+        server.optimizers.create("b", Layout((Parameter("w", (3, 7), F4),)), Settings(Momentum()), "creation")
         server.create("c")
 
     def settled(optimizers):
@@ -281,7 +282,7 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
         for change in (
             lambda: step(item, 1),
             lambda: server.create("b"),
-            lambda: server.optimizers.update("a", lambda rule: Adadelta(rho=0.5)),
+            lambda: server.optimizers.update("a", lambda _before: Settings(Adadelta(rho=0.5))),
             lambda: server.optimizers.delete("a"),
         ):
             with pytest.raises(OptserveError, match="No space left") as caught:

@@ -9,6 +9,7 @@ import torch
 from optserve_server import backends
 from optserve_server.layout import Layout, Parameter, Payload
 from optserve_server.rules import RULES, Adadelta
+from optserve_server.settings import Settings
 from optserve_server.state import State
 from table import ROWS
 
@@ -31,7 +32,7 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
     """The sum of all updates, in float64, and the slots at the end."""
     dtype = given[0].dtype
     layout = Layout((Parameter("x", given[0].shape, dtype),))
-    state = State(layout, rule, backend)
+    state = State(layout, Settings(rule), backend)
     (run,) = Payload(layout, (0,)).runs
     x = np.zeros(given[0].shape)
     for g in given:

@@ -16,6 +16,7 @@ from optserve_server.errors import OptserveError
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta
+from optserve_server.settings import Settings
 from optserve_server.status import to_status
 from optserve_server.stream import StepStream
 
@@ -37,7 +38,7 @@ class Target:
     def __init__(self) -> None:
         self.config = ServerConfig(max_chunk_bytes=1024, preferred_chunk_bytes=1024)
         self.optimizers = Optimizers(backends.load("numpy"), InMemory(), self.config)
-        self.item = self.optimizers.create("a", Layout(PARAMETERS), Adadelta())
+        self.item = self.optimizers.create("a", Layout(PARAMETERS), Settings(Adadelta()))
         self.stream = self.fresh()
         self.known = self.state()
         self.applied = self.refused = 0

@@ -6,6 +6,7 @@ from optserve_server import backends
 from optserve_server.durability import InMemory
 from optserve_server.layout import Layout, Parameter
 from optserve_server.rules import Adadelta, Rule
+from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.steps import Steps
 
@@ -14,7 +15,7 @@ F4, F8 = np.dtype("f4"), np.dtype("f8")
 
 def make_steps(*parameters: Parameter, rule: Rule | None = None, durability=None) -> Steps:
     """A fresh optimizer of these parameters."""
-    state = State(Layout(parameters), rule or Adadelta(), backends.load("numpy", 1))
+    state = State(Layout(parameters), Settings(rule or Adadelta()), backends.load("numpy", 1))
     return Steps("test", state, durability or InMemory())
 
 
