@@ -284,7 +284,8 @@ class Optimizers:
                 return
             optimizer.check_etag(etag)
             record = ReplacementRecord(
-                optimizer.id, step, settings or optimizer.settings, _token(), _token(), request_id, datetime.now(UTC), arrays
+                optimizer.id, step, settings or optimizer.settings, _token(), _token(), request_id,
+                datetime.now(UTC), arrays,
             )  # fmt: skip
             optimizer.steps.replace(record)
             optimizer.replaced(record)
