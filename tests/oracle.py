@@ -46,3 +46,27 @@ def windowed_rms(gradients, learning_rate, rho, eps, outer_eps):
         mean_square_g = np.tensordot(weights, np.square(gradients[: t + 1]), axes=1)
         x = x - learning_rate * gradients[t] / (np.sqrt(mean_square_g + eps) + outer_eps)
     return x
+
+
+def diagonal_hessian(gradients, curvatures, mu, learning_rate):
+    return -learning_rate * sum(g / (np.abs(h) + mu) for g, h in zip(gradients, curvatures, strict=True))
+
+
+def vsgd(gradients, curvatures, eps, initial_overestimate, initial_steps):
+    """Element by element, with the slow start as its own loop: no arithmetic in common with the server's."""
+    x = np.zeros_like(gradients[0])
+    for i in np.ndindex(x.shape):
+        gs, hs = [g[i] for g in gradients], [abs(h[i]) for h in curvatures]
+        n = initial_steps
+        g_bar = sum(gs[:n]) / n
+        v_bar = initial_overestimate * sum(g * g for g in gs[:n]) / n
+        h_bar = initial_overestimate * sum(hs[:n]) / n
+        tau = float(n)
+        for g, h in zip(gs[n:], hs[n:], strict=True):
+            g_bar = (1 - 1 / tau) * g_bar + g / tau
+            v_bar = (1 - 1 / tau) * v_bar + g * g / tau
+            h_bar = (1 - 1 / tau) * h_bar + h / tau
+            signal = g_bar**2 / v_bar if v_bar else 0.0
+            x[i] -= signal / (h_bar + eps) * g
+            tau = (1 - signal) * tau + 1
+    return x

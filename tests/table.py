@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import oracle
-from optserve_server.rules import Adadelta, Adagrad, Momentum, Rule, Sgd, WindowedRms
+from optserve_server.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Rule, Sgd, Vsgd, WindowedRms
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,9 @@ ROWS = {
     "windowed-rms-default": Row(
         WindowedRms(), oracle.windowed_rms, None, "eps is inside the root, equation 9; torch has it outside."
     ),
+    "diagonal-hessian": Row(
+        DiagonalHessian(mu=0.5, learning_rate=0.1), oracle.diagonal_hessian, None, "torch has none."
+    ),
+    "vsgd": Row(Vsgd(), oracle.vsgd, None, "torch has none."),
+    "vsgd-slow": Row(Vsgd(eps=1e-6, initial_overestimate=1.0, initial_steps=37), oracle.vsgd, None, "torch has none."),
 }

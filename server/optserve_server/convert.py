@@ -18,7 +18,7 @@ from optserve_server import features
 from optserve_server.checkpoints import Checkpoint
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Parameter
+from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.rules import RULES, Rule
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
@@ -105,15 +105,13 @@ def settings(message: optimizer_pb2.Optimizer) -> Settings:
 
 
 def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:
-    """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD or FEATURE_UNAVAILABLE.
+    """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD.
 
     Ranges are checked where the dtype is known, by `Rule.check`.
     """
     name = message.WhichOneof("method")
     if name is None:
         raise OptserveError(Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path)
-    if name not in RULES:
-        raise features.unavailable(service_pb2.FEATURE_CURVATURE, f"{path}.{name}")
     given = getattr(message, name)
     values = {item.name: getattr(given, item.name) for item in fields(RULES[name]) if given.HasField(item.name)}
     return RULES[name](**values)
@@ -253,7 +251,8 @@ def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemo
         segment=segment.name,
         size_bytes=segment.size_bytes,
         nonce_offset=NONCE_OFFSET,
-        offsets=segment.offsets,
+        offsets=segment.offsets[Operand.GRADIENT],
+        curvature_offsets=segment.offsets.get(Operand.CURVATURE),
         dirty_offset=DIRTY_OFFSET,
         replied_offset=REPLIED_OFFSET,
         control_socket=control_socket,

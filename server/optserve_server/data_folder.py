@@ -155,7 +155,7 @@ class DataFolder:
 
     def stepping(self, record: StepRecord) -> int:
         """Keep the gradients of a step."""
-        return self._append(recovery.STEPPED, recovery.step(record), record.gradients)
+        return self._append(recovery.STEPPED, recovery.step(record), record.operands)
 
     def _append(self, kind: int, message: dict[str, Any], payload: Sequence[np.ndarray] = ()) -> int:
         if self._journal is None:

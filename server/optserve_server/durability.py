@@ -18,13 +18,18 @@ from optserve_server.settings import Settings
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step that is about to be applied. `tensors` is empty for all."""
+    """A step that is about to be applied.
+
+    Attributes:
+        tensors: Indices of the parameters that take part; empty for all.
+        operands: The gradients, run by run, and then the curvature if there is one.
+    """
 
     optimizer: str
     step: int
     request_id: str
     tensors: tuple[int, ...]
-    gradients: Sequence[np.ndarray]
+    operands: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)

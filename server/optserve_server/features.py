@@ -14,6 +14,7 @@ AVAILABLE = frozenset(
         pb.FEATURE_CHECKPOINTS,
         pb.FEATURE_STATE_TRANSFER,
         pb.FEATURE_HALF_PRECISION_WIRE,
+        pb.FEATURE_CURVATURE,
     }
     | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )

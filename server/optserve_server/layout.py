@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,17 @@ FLOAT32 = np.dtype("<f4")
 FLOAT64 = np.dtype("<f8")
 STATE_DTYPES = (FLOAT64, FLOAT32)
 """Dtypes of state; the wider first, which keeps both arenas of a buffer aligned."""
+
+
+class Operand(Enum):
+    """What a step brings for each parameter; the gradient's place is taken by the update."""
+
+    GRADIENT = "gradient"
+    CURVATURE = "curvature"
+
+
+Operands = dict[Operand, dict[np.dtype, np.ndarray]]
+"""The arenas of each operand, the gradient first."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def update(optimizer: str, settings: Settings, etag: str, time: datetime) -> dic
 
 
 def step(record: StepRecord) -> dict[str, Any]:
-    """The message of a step; the gradients are its payload."""
+    """The message of a step; the operands are its payload."""
     return {
         "optimizer": record.optimizer,
         "step": record.step,
@@ -132,10 +132,13 @@ class Replay:
         with item.steps.held_still() as state:
             behind: list[Run] = []
             for run in payload.runs:
-                gradient = np.frombuffer(record.payload[run.begin : run.end], run.dtype)
-                for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, record.lsn):
-                    state.staged[run.dtype][start:stop] = gradient[start - run.start : stop - run.start]
-                    behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
+                stretches = self._behind(item.id, run.dtype, run.start, run.stop, record.lsn)
+                behind += [Run(0, 0, run.dtype, run.wire, start, stop) for start, stop in stretches]
+                for turn, arenas in enumerate(state.operands.values()):
+                    begin = turn * payload.size_bytes + run.begin
+                    given = np.frombuffer(record.payload[begin : begin + run.end - run.begin], run.dtype)
+                    for start, stop in stretches:
+                        arenas[run.dtype][start:stop] = given[start - run.start : stop - run.start]
             state.apply(behind)
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 
 import numpy as np
 
 from optserve import sysv
-from optserve_server.layout import Layout
+from optserve_server.layout import Layout, Operand, Operands
 
 _CONTROL_BYTES = 4096
+_ALIGNMENT = 64
 NONCE_OFFSET, NONCE_BYTES = 0, 32
 DIRTY_OFFSET, REPLIED_OFFSET = 64, 128
 """Words of 64 bits, on cache lines of their own."""
@@ -22,27 +24,31 @@ class Segment:
         name: For the client.
         size_bytes: Of the whole.
         nonce: What the client has to find in it.
-        arenas: Views of the staging arenas.
-        offsets: First byte of each parameter.
+        operands: Views of the staging arenas.
+        offsets: First byte of each parameter, for each operand.
 
     Raises:
         OSError: There is no room, or no shared memory here.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.size_bytes = _CONTROL_BYTES + layout.size_bytes
+    def __init__(self, layout: Layout, operands: Collection[Operand]) -> None:
+        self.size_bytes = _CONTROL_BYTES + len(operands) * _aligned(layout.size_bytes)
         number, memory = sysv.create(self.size_bytes)
         self.name = f"sysv:{number}"
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         memory[NONCE_OFFSET : NONCE_OFFSET + NONCE_BYTES] = np.frombuffer(self.nonce, np.uint8)
         self._words = memory[:_CONTROL_BYTES].view(np.uint64)
-        staging = memory[_CONTROL_BYTES:]
-        self.arenas = layout.arenas(staging)
-        starts = {dtype: arena.ctypes.data - memory.ctypes.data for dtype, arena in self.arenas.items()}
-        self.offsets = [
-            starts[parameter.dtype] + start * parameter.dtype.itemsize
-            for parameter, start in zip(layout.parameters, layout.starts, strict=True)
-        ]
+        begin = _CONTROL_BYTES
+        self.operands: Operands = {}
+        self.offsets: dict[Operand, list[int]] = {}
+        for operand in operands:
+            arenas = self.operands[operand] = layout.arenas(memory[begin : begin + layout.size_bytes])
+            starts = {dtype: arena.ctypes.data - memory.ctypes.data for dtype, arena in arenas.items()}
+            self.offsets[operand] = [
+                starts[parameter.dtype] + start * parameter.dtype.itemsize
+                for parameter, start in zip(layout.parameters, layout.starts, strict=True)
+            ]
+            begin += _aligned(layout.size_bytes)
 
     @property
     def dirty(self) -> bool:
@@ -56,3 +62,8 @@ class Segment:
     def replying(self, step: int) -> None:
         """The updates of that step are about to take the place of its gradients."""
         self._words[REPLIED_OFFSET // 8] = step
+
+
+def _aligned(size_bytes: int) -> int:
+    """That many bytes, up to the next cache line."""
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT

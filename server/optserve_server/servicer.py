@@ -22,6 +22,7 @@ from optserve_server.backends import Choice
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason, fields_called
+from optserve_server.layout import Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import RULES
 from optserve_server.status import to_status
@@ -297,8 +298,6 @@ def _tensor_index(item: Optimizer, name: str, position: int) -> int:
 def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, path: str) -> None:
     """Check one gradient of a unary step against its parameter and stage it."""
     parameter = item.layout.parameters[index]
-    if gradient.curvature:
-        raise features.unavailable(pb.FEATURE_CURVATURE, f"{path}.curvature")
     if gradient.shape and tuple(gradient.shape) != parameter.shape:
         raise OptserveError(
             Reason.WRONG_SHAPE,
@@ -317,17 +316,24 @@ def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, 
             field=f"{path}.data_type",
             parameter=parameter.name,
         )
-    expected = parameter.size * parameter.dtype.itemsize
-    if len(gradient.data) != expected:
-        raise OptserveError(
-            Reason.WRONG_BYTE_COUNT,
-            f"{parameter.name!r} needs {expected} bytes of {parameter.dtype.name}, not {len(gradient.data)}.",
-            field=f"{path}.data",
-            parameter=parameter.name,
-            expected=expected,
-            actual=len(gradient.data),
-        )
-    step.stage(index, 0, gradient.data)
+    size = parameter.size * parameter.dtype.itemsize
+    curvature_size = size if item.rule.takes_curvature else 0
+    for name, data, expected, operand in (
+        ("data", gradient.data, size, Operand.GRADIENT),
+        ("curvature", gradient.curvature, curvature_size, Operand.CURVATURE),
+    ):
+        if len(data) != expected:
+            raise OptserveError(
+                Reason.WRONG_BYTE_COUNT,
+                f"{item.rule.name} needs {expected} bytes of {parameter.dtype.name} in the {operand.value} of "
+                f"{parameter.name!r}, not {len(data)}.",
+                field=f"{path}.{name}",
+                parameter=parameter.name,
+                expected=expected,
+                actual=len(data),
+            )
+        if expected:
+            step.stage(index, 0, data, operand)
 
 
 def _reply_bytes(item: Optimizer, index: int) -> int:

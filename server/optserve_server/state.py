@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 
 from optserve_server.backends import Backend
-from optserve_server.layout import Layout, Run
+from optserve_server.layout import Layout, Operand, Operands, Run
 from optserve_server.rules import Rule
 from optserve_server.settings import Settings
 
 Buffer = bytes | memoryview
 
 
+def operands_of(rule: Rule) -> tuple[Operand, ...]:
+    """What a step of that rule brings."""
+    return (Operand.GRADIENT, Operand.CURVATURE) if rule.takes_curvature else (Operand.GRADIENT,)
+
+
 class State:
     """Slots, all 0 at first, and one staging buffer, which takes a gradient and is overwritten by the update.
 
-    Memory is (slots + 1) × the bytes of the parameters.
+    Memory is (slots + 1) × the bytes of the parameters, and once more where the rule takes curvature.
 
     Raises:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
@@ -38,7 +43,7 @@ class State:
         self.slots: dict[np.dtype, list[Any]] = {
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
         }
-        self.staged = layout.arenas(backend.staging(layout.size_bytes))
+        self.operands = self._operands()
 
     @property
     def rule(self) -> Rule:
@@ -57,40 +62,51 @@ class State:
     @staticmethod
     def required_bytes(layout: Layout, rule: Rule) -> int:
         """Bytes that a state of this layout and rule occupies."""
-        return (len(rule.slots) + 1) * layout.size_bytes
+        return (len(rule.slots) + len(operands_of(rule))) * layout.size_bytes
 
     def release(self) -> None:
         """Let go of the arrays; the state is of no further use."""
         self.slots.clear()
-        self.staged.clear()
+        self.operands = {operand: {} for operand in self.operands}
 
-    def use_staging(self, arenas: dict[np.dtype, np.ndarray] | None) -> None:
+    def _operands(self) -> Operands:
+        size = self.layout.size_bytes
+        return {operand: self.layout.arenas(self._backend.staging(size)) for operand in operands_of(self.rule)}
+
+    @property
+    def staged(self) -> dict[np.dtype, np.ndarray]:
+        """The arenas that take the gradient and are overwritten by the update."""
+        return self.operands[Operand.GRADIENT]
+
+    def use_staging(self, operands: Operands | None) -> None:
         """Move the content of the staging buffer to other arenas, or to new ones of the backend's, and use those."""
-        before = self.staged
-        self.staged = arenas or self.layout.arenas(self._backend.staging(self.layout.size_bytes))
-        for dtype, arena in self.staged.items():
-            arena[...] = before[dtype]
+        before, self.operands = self.operands, operands or self._operands()
+        for operand, arenas in self.operands.items():
+            for dtype, arena in arenas.items():
+                arena[...] = before[operand][dtype]
 
-    def take_from(self, arenas: dict[np.dtype, np.ndarray], runs: Iterable[Run]) -> tuple[Run, int] | None:
-        """Copy the runs' gradients from other arenas, or leave them where they are if those are the staging buffer.
+    def take_from(self, operands: Operands, runs: Sequence[Run]) -> tuple[Operand, Run, int] | None:
+        """Copy what the runs take from other arenas, or leave it where it is if those are the staging buffer.
 
         Returns:
-            (run, element) of the first that is NaN, infinite or too large; None if there is none.
+            (operand, run, element) of the first that is NaN, infinite or too large; None if there is none.
         """
-        for run in runs:
-            staged, limit = self.staged[run.dtype][run.start : run.stop], self._limits[run.dtype]
-            source = arenas[run.dtype][run.start : run.stop]
-            here = arenas is self.staged
-            if not (self._backend.within(staged, limit) if here else self._backend.take_all(staged, source, limit)):
-                return run, int(np.flatnonzero(~(np.abs(staged) <= limit))[0])
+        here = operands is self.operands
+        for operand, arenas in self.operands.items():
+            for run in runs:
+                staged, limit = arenas[run.dtype][run.start : run.stop], self._limits[run.dtype]
+                source = operands[operand][run.dtype][run.start : run.stop]
+                if not (self._backend.within(staged, limit) if here else self._backend.take_all(staged, source, limit)):
+                    return operand, run, int(np.flatnonzero(~(np.abs(staged) <= limit))[0])
         return None
 
-    def give_to(self, arenas: dict[np.dtype, np.ndarray], runs: Iterable[Run]) -> None:
+    def give_to(self, operands: Operands, runs: Iterable[Run]) -> None:
         """Copy the runs' updates to other arenas, unless those are the staging buffer."""
-        if arenas is not self.staged:
+        if operands is not self.operands:
             for run in runs:
                 part = slice(run.start, run.stop)
-                self._backend.copy(self.staged[run.dtype][part], arenas[run.dtype][part])
+                target = operands[Operand.GRADIENT][run.dtype][part]
+                self._backend.copy(self.staged[run.dtype][part], target)
 
     @property
     def backend_name(self) -> str:
@@ -102,10 +118,11 @@ class State:
         """Bytes that it occupies."""
         return self.required_bytes(self.layout, self.rule)
 
-    def stage(self, run: Run, start: int, data: np.ndarray) -> int | None:
+    def stage(self, operand: Operand, run: Run, start: int, data: np.ndarray) -> int | None:
         """Copy wire elements into the staging buffer and check them.
 
         Args:
+            operand: What they are.
             run: Where the elements belong.
             start: First element, within the arena.
             data: Elements in the run's wire dtype.
@@ -114,7 +131,7 @@ class State:
             Index within `data` of the first element that is NaN, infinite or too large to be squared; None if
             there is none.
         """
-        staged = self.staged[run.dtype][start : start + data.size]
+        staged = self.operands[operand][run.dtype][start : start + data.size]
         limit = self._limits[run.dtype]
         if self._backend.take(staged, data, limit):
             return None
@@ -130,7 +147,8 @@ class State:
             part = slice(run.start, run.stop)
             kernel = self._backend.kernel(type(self.rule), run.dtype)
             slots = [slot[part] for slot in self.slots[run.dtype]]
-            kernel(self.staged[run.dtype][part], slots, self._scalars[run.dtype])
+            staged, *inputs = (arenas[run.dtype][part] for arenas in self.operands.values())
+            kernel(staged, slots, self._scalars[run.dtype], *inputs)
 
     def read(self, dtype: np.dtype, slot: int, start: int, stop: int) -> np.ndarray:
         """A stretch of one arena of one slot, in host memory; to be used while nothing changes."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Payload, Run
+from optserve_server.layout import Operand, Payload, Run
 from optserve_server.segment import Segment
 
 _Used = TypeVar("_Used")
@@ -37,7 +37,7 @@ class ReplyChunk:
 class Holder(Protocol):
     """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
 
-    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
         """Take a chunk whose place is known to be good."""
         ...
 
@@ -62,7 +62,14 @@ class Step:
     """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
 
     def __init__(
-        self, holder: Holder, request_id: str, payload: Payload, *, replay: bool, segment: Segment | None = None
+        self,
+        holder: Holder,
+        request_id: str,
+        payload: Payload,
+        operands: Iterable[Operand],
+        *,
+        replay: bool,
+        segment: Segment | None = None,
     ) -> None:
         self._holder = holder
         self.request_id = request_id
@@ -70,22 +77,28 @@ class Step:
         self.replay = replay
         self.segment = segment
         self.moved_at = time.monotonic()
-        self.coverage = Coverage()
+        self.coverage = {operand: Coverage() for operand in operands}
 
-    def stage(self, tensor: int, offset: int, data: memoryview | bytes) -> None:
-        """Take a chunk of the gradients. In a replay it is ignored.
+    def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
+        """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
 
         Args:
             tensor: Index of the parameter in which it begins.
             offset: First byte within that parameter's wire bytes.
             data: Elements; those beyond the end of the parameter belong to the next one of the step.
+            operand: What they are.
 
         Raises:
-            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK, TOO_MANY_FRAGMENTS,
-                NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no further use.
+            OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
+                TOO_MANY_FRAGMENTS, NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no
+                further use.
         """
         if self.replay:
             return
+        if operand not in self.coverage:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"The method of this optimizer takes no {operand.value}.", field="operand"
+            )
         if tensor not in self.payload:
             raise OptserveError(
                 Reason.UNKNOWN_PARAMETER,
@@ -99,13 +112,13 @@ class Step:
         if position + len(data) > self.payload.size_bytes:
             raise self._out_of_bounds(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
         try:
-            self._holder.stage(self, tensor, offset, data)
+            self._holder.stage(self, tensor, offset, data, operand)
         except Overlap as overlap:
             tensor, offset = self.payload.locate(overlap.position)
             name = self.payload.layout.parameters[tensor].name
             raise OptserveError(
                 Reason.OVERLAPPING_CHUNK,
-                f"Byte {offset} of the gradient of {name!r} has arrived twice.",
+                f"Byte {offset} of the {operand.value} of {name!r} has arrived twice.",
                 field="offset",
                 parameter=name,
                 offset=offset,
@@ -113,7 +126,7 @@ class Step:
         except TooManyFragments as error:
             raise OptserveError(
                 Reason.TOO_MANY_FRAGMENTS,
-                f"The gradient arrives in {error}; send neighbouring chunks one after the other.",
+                f"The {operand.value} arrives in {error}; send neighbouring chunks one after the other.",
                 field="offset",
                 limit=MAX_FRAGMENTS,
             ) from None

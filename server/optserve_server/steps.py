@@ -26,7 +26,7 @@ import numpy as np
 from optserve import halves
 from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Payloads, Run
+from optserve_server.layout import Operand, Payloads, Run
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
 from optserve_server.state import State
@@ -144,7 +144,9 @@ class Steps:
                 # Others step as well, and must not stage where a client writes as it likes.
                 self._leave_segment()
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
-            self._holder = Step(self, request_id, payload, replay=repeated is not None, segment=segment)
+            self._holder = Step(
+                self, request_id, payload, self._state.operands, replay=repeated is not None, segment=segment
+            )
             return self._holder
 
     def share(self) -> Segment | None:
@@ -158,12 +160,12 @@ class Steps:
             if self._segment is not None:
                 return None
             try:
-                self._segment = Segment(self._state.layout)
+                self._segment = Segment(self._state.layout, self._state.operands)
             except OSError as error:
                 logger.warning("%s is not shared: %s", self._name, error)
                 return None
             if not self._durability.reads_staging and self._holder is None:
-                self._state.use_staging(self._segment.arenas)
+                self._state.use_staging(self._segment.operands)
             return self._segment
 
     def unshare(self, segment: Segment) -> None:
@@ -181,11 +183,11 @@ class Steps:
         Read without the lock: others ask for it in the middle of their own steps, and two would wait for each other.
         """
         segment = self._segment
-        return segment.size_bytes if segment is not None and self._state.staged is not segment.arenas else 0
+        return segment.size_bytes if segment is not None and self._state.operands is not segment.operands else 0
 
     @property
     def _in_place(self) -> bool:
-        return self._segment is not None and self._state.staged is self._segment.arenas
+        return self._segment is not None and self._state.operands is self._segment.operands
 
     def _note_overwritten(self) -> None:
         """Look whether the client has overwritten the retained reply, which lies where it writes."""
@@ -297,38 +299,38 @@ class Steps:
             )
         step.moved_at = time.monotonic()
 
-    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes) -> None:
+    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
         with self._lock:
             self._hold(step)
             payload = step.payload
             begin = payload.position(tensor, offset)
             end = begin + len(data)
-            step.coverage.add(begin, end)
+            step.coverage[operand].add(begin, end)
             if self.retained:
                 self.retained.intact = False
             for run in payload.runs_between(begin, end):
                 low, high = max(begin, run.begin), min(end, run.end)
-                self._stage_run(step, run, low, memoryview(data)[low - begin : high - begin])
+                self._stage_run(step, operand, run, low, memoryview(data)[low - begin : high - begin])
 
-    def _stage_run(self, step: Step, run: Run, position: int, data: memoryview) -> None:
+    def _stage_run(self, step: Step, operand: Operand, run: Run, position: int, data: memoryview) -> None:
         size = run.wire.itemsize
         if (position - run.begin) % size or len(data) % size:
             raise step.out_of_bounds(position, "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
-        bad = self._state.stage(run, run.start + (position - run.begin) // size, elements)
+        bad = self._state.stage(operand, run, run.start + (position - run.begin) // size, elements)
         if bad is not None:
-            raise self._bad_value(step, run, position + bad * size, halves.value(elements[bad : bad + 1]))
+            raise self._bad_value(step, operand, run, position + bad * size, halves.value(elements[bad : bad + 1]))
 
-    def _bad_value(self, step: Step, run: Run, position: int, value: float) -> OptserveError:
-        """The error for a gradient element at a position of the payload."""
+    def _bad_value(self, step: Step, operand: Operand, run: Run, position: int, value: float) -> OptserveError:
+        """The error for an element at a position of the payload."""
         tensor, byte = step.payload.locate(position)
         name, index = self._state.layout.parameters[tensor].name, byte // run.wire.itemsize
         finite = math.isfinite(value)
         wire = f", as {halves.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
         return OptserveError(
             Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
-            f"The gradient of {name!r} is {value:g} at flat index {index}{wire}"
+            f"The {operand.value} of {name!r} is {value:g} at flat index {index}{wire}"
             + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
             field="data",
             parameter=name,
@@ -339,17 +341,17 @@ class Steps:
         """Take the gradients that a client has written into the segment."""
         if self.retained:
             self.retained.intact = False
-        bad = self._state.take_from(segment.arenas, step.payload.runs)
+        bad = self._state.take_from(segment.operands, step.payload.runs)
         if bad is not None:
-            run, element = bad
-            value = float(self._state.staged[run.dtype][run.start + element])
-            raise self._bad_value(step, run, run.begin + element * run.dtype.itemsize, value)
+            operand, run, element = bad
+            value = float(self._state.operands[operand][run.dtype][run.start + element])
+            raise self._bad_value(step, operand, run, run.begin + element * run.dtype.itemsize, value)
 
     def _give_shared(self, step: Step, segment: Segment) -> None:
         """Put the updates where the gradients were."""
         if not self._in_place:
             segment.replying(self.step)
-            self._state.give_to(segment.arenas, step.payload.runs)
+            self._state.give_to(segment.operands, step.payload.runs)
         segment.clean()
 
     def commit(self, step: Step) -> Outcome:
@@ -378,22 +380,27 @@ class Steps:
             return Outcome(step.request_id, self.step, replayed=False)
 
     def _check_complete(self, step: Step) -> None:
-        gap = step.coverage.first_gap(step.payload.size_bytes)
-        if gap is not None:
-            tensor, offset = step.payload.locate(gap)
-            name = self._state.layout.parameters[tensor].name
-            raise OptserveError(
-                Reason.MISSING_CHUNK,
-                f"The gradient of {name!r} is incomplete: byte {offset} has not arrived.",
-                field="chunk",
-                parameter=name,
-                offset=offset,
-            )
+        for operand, coverage in step.coverage.items():
+            gap = coverage.first_gap(step.payload.size_bytes)
+            if gap is not None:
+                tensor, offset = step.payload.locate(gap)
+                name = self._state.layout.parameters[tensor].name
+                raise OptserveError(
+                    Reason.MISSING_CHUNK,
+                    f"The {operand.value} of {name!r} is incomplete: byte {offset} has not arrived.",
+                    field="chunk",
+                    parameter=name,
+                    offset=offset,
+                )
 
     def _record(self, step: Step) -> StepRecord:
-        gradients = [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
+        operands = [
+            arenas[run.dtype][run.start : run.stop]
+            for arenas in self._state.operands.values()
+            for run in step.payload.runs
+        ]
         tensors = self._payloads.named(step.payload.tensors)
-        return StepRecord(self._name, self.step, step.request_id, tensors, gradients)
+        return StepRecord(self._name, self.step, step.request_id, tensors, operands)
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:

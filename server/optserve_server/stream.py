@@ -22,6 +22,7 @@ from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
+from optserve_server.layout import Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
@@ -29,7 +30,7 @@ from optserve_server.step import Outcome, ReplyChunk, Step
 logger = logging.getLogger(__name__)
 
 _BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
-_CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset"}
+_CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
 
 
 class _Phase(Enum):
@@ -169,8 +170,12 @@ class StepStream:
             raise OptserveError(
                 Reason.STEP_NOT_ENDED, "A step was begun inside another; both are discarded.", field="begin"
             )
-        if request.with_curvature:
-            raise features.unavailable(service_pb2.FEATURE_CURVATURE, "begin.with_curvature")
+        rule = self._optimizer.rule
+        if request.with_curvature != rule.takes_curvature:
+            needs = "needs" if rule.takes_curvature else "takes no"
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{rule.name} {needs} curvature, diag(H).", field="begin.with_curvature"
+            )
         convert.check_known(request, "reply", "begin")
         if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
             raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "begin.reply")
@@ -217,8 +222,6 @@ class StepStream:
             raise OptserveError(
                 Reason.INVALID_FIELD, "A chunk came for a step whose gradients are in shared memory.", field="chunk"
             )
-        if chunk.operand == steps_pb2.OPERAND_CURVATURE:
-            raise features.unavailable(service_pb2.FEATURE_CURVATURE, "chunk.operand")
         convert.check_known(chunk, "operand", "chunk")
         if len(data) > self._config.max_chunk_bytes:
             raise OptserveError(
@@ -228,7 +231,8 @@ class StepStream:
                 limit_bytes=self._config.max_chunk_bytes,
                 actual_bytes=len(data),
             )
-        self._step.stage(chunk.tensor, chunk.offset, data)
+        operand = Operand.CURVATURE if chunk.operand == steps_pb2.OPERAND_CURVATURE else Operand.GRADIENT
+        self._step.stage(chunk.tensor, chunk.offset, data, operand)
 
     def _commit(self) -> Iterator[bytes]:
         if self._phase is _Phase.FAILED:

@@ -12,11 +12,13 @@ from optserve_server.rules import RULES
 
 PUBLIC = [
     "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Checkpoint", "CheckpointDamagedError",
-    "Client", "ClientConfig", "ClientUseError", "DeadlineExceededError", "EtagMismatchError",
+    "Client", "ClientConfig", "ClientUseError", "DeadlineExceededError", "DiagonalHessian",
+    "EtagMismatchError",
     "FailedPreconditionError", "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer",
     "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Sgd",
     "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError",
-    "StepsLostError", "TensorSpec", "UnavailableError", "WindowedRms", "WrongStepError", "connect", "local_server",
+    "StepsLostError", "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms", "WrongStepError", "connect",
+    "local_server",
 ]  # fmt: skip
 
 

@@ -51,9 +51,11 @@ def test_the_generated_source_computes_the_rule_bit_for_bit(rule, code, tmp_path
     rng = np.random.default_rng(3)
     slots, reference_slots = ([np.zeros(1001, dtype) for _ in rule.slots] for _ in range(2))
     for _ in range(20):
-        staged = rng.standard_normal(1001).astype(dtype)
+        staged, curvature = rng.standard_normal((2, 1001)).astype(dtype)
+        inputs = [curvature] if rule.takes_curvature else []
         expected = staged.copy()
-        reference(expected, reference_slots, scalars)
-        loop(staged.size, *(array.ctypes.data for array in (staged, *slots)), *(scalar.item() for scalar in scalars))
+        reference(expected, reference_slots, scalars, *inputs)
+        arrays = [staged, *inputs, *slots]
+        loop(staged.size, *(array.ctypes.data for array in arrays), *(scalar.item() for scalar in scalars))
         assert staged.tobytes() == expected.tobytes()
     assert [slot.tobytes() for slot in slots] == [slot.tobytes() for slot in reference_slots]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optserve_server import backends
-from optserve_server.layout import Layout, Parameter, Payload
+from optserve_server.layout import Layout, Operand, Parameter, Payload
 from optserve_server.rules import RULES, Adadelta
 from optserve_server.settings import Settings
 from optserve_server.state import State
@@ -28,15 +28,26 @@ def gradients(dtype: np.dtype, steps: int = STEPS, size: int = SIZE) -> list[np.
     return [(rng.standard_normal(size) * scale).astype(dtype) for _ in range(steps)]
 
 
+def curvatures(dtype: np.dtype, steps: int = STEPS, size: int = SIZE) -> list[np.ndarray]:
+    """Random curvatures of either sign and very different sizes; some are always 0."""
+    rng = np.random.default_rng(1988)
+    scale = np.logspace(2, -6, size)
+    scale[:: size // 10 + 1] = 0
+    return [(rng.standard_normal(size) * scale).astype(dtype) for _ in range(steps)]
+
+
 def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The sum of all updates, in float64, and the slots at the end."""
+    diagonals = curvatures(given[0].dtype, len(given), given[0].size)
     dtype = given[0].dtype
     layout = Layout((Parameter("x", given[0].shape, dtype),))
     state = State(layout, Settings(rule), backend)
     (run,) = Payload(layout, (0,)).runs
     x = np.zeros(given[0].shape)
-    for g in given:
-        assert state.stage(run, 0, g) is None
+    for g, h in zip(given, diagonals, strict=True):
+        assert state.stage(Operand.GRADIENT, run, 0, g) is None
+        if rule.takes_curvature:
+            assert state.stage(Operand.CURVATURE, run, 0, h) is None
         state.apply([run])
         x += state.staged[dtype]
     return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]
@@ -46,7 +57,9 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_two_hundred_steps_agree_with_the_equations(backend, row, dtype):
     given = gradients(dtype)
-    expected = row.oracle([g.astype(np.float64) for g in given], **asdict(row.rule))
+    operands = [given, curvatures(dtype)] if row.rule.takes_curvature else [given]
+    wide = ([array.astype(np.float64) for array in operand] for operand in operands)
+    expected = row.oracle(*wide, **asdict(row.rule))
     actual, _ = accumulate(backend, row.rule, given)
     assert np.abs(actual - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
 
@@ -104,9 +117,11 @@ def test_the_learning_rate_of_adadelta_leaves_the_state_alone(backend):
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_gradient_of_zero_from_the_start_moves_nothing(backend, row):
-    x, slots = accumulate(backend, row.rule, [np.zeros(5, np.float32)] * 3)
+    x, slots = accumulate(backend, row.rule, [np.zeros(5, np.float32)] * 30)
     assert not x.any()
-    assert not any(slot.any() for slot in slots)
+    assert all(np.isfinite(slot).all() for slot in slots)
+    if not row.rule.takes_curvature:
+        assert not any(slot.any() for slot in slots)
 
 
 @pytest.mark.parametrize("size", [0, 1, 131_071, 131_072, 131_073, 1_000_003])

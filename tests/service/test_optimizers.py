@@ -155,7 +155,6 @@ def test_a_model_that_is_too_large_is_refused(stub, name, shape):
         ({"schedule": algorithms_pb2.Schedule()}, "SCHEDULES"),
         ({"clipping": optimizer_pb2.Clipping(norm=1.0)}, "CLIPPING"),
         ({"groups": [optimizer_pb2.ParameterGroup()]}, "PARAMETER_GROUPS"),
-        ({"algorithm": algorithms_pb2.Algorithm(vsgd=algorithms_pb2.Vsgd())}, "CURVATURE"),
     ],
 )
 def test_settings_that_this_server_lacks_are_unimplemented_and_named(stub, name, settings, feature):

@@ -22,6 +22,7 @@ from optserve.v1 import (
     service_pb2_grpc,
     statistics_pb2,
 )
+from optserve_server.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
 MIB = 1 << 20
@@ -39,7 +40,7 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
     assert info.backend == "numba"
     assert info.backend_reason == "asked for by name"
     assert info.durability == "memory"
-    assert set(info.methods) == {"adadelta", "sgd", "momentum", "adagrad", "windowed_rms"}
+    assert set(info.methods) == set(RULES)
     features = {service_pb2.Feature.Name(status.feature): status.available for status in info.features}
     assert set(features) == set(service_pb2.Feature.keys()) - {"FEATURE_UNSPECIFIED"}
     assert features["FEATURE_STREAMED_STEPS"]

@@ -126,7 +126,7 @@ def test_a_retry_on_another_stream_gets_the_same_bytes(stub, optimizer):
             "MESSAGE_TOO_LARGE",
         ),
         ([begin("\n"), chunk(0, 0, PAYLOAD), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
-        ([begin(with_curvature=True), commit()], grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
+        ([begin(with_curvature=True), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ([begin(reply=steps_pb2.REPLY_PARAMETERS), commit()], grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
         ([begin(), Request(data=bytes(4)), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         (

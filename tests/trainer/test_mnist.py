@@ -53,6 +53,17 @@ def test_the_papers_network_reaches_the_papers_error_on_the_real_mnist(tmp_path)
     assert f"Test error {100 * result['test_error']:.2f} % after 6 epochs: 3,600 steps" in done.stdout
 
 
+@pytest.mark.mnist
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("mnist")
+@pytest.mark.parametrize("algorithm", ["vsgd", "diagonal_hessian"])
+def test_the_methods_that_take_curvature_train_the_real_mnist_without_a_tuned_rate(tmp_path, algorithm):
+    report = tmp_path / "report.json"
+    done = optserve("mnist", "--algorithm", algorithm, "--epochs", "6", "--json", report, timeout=390)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(report.read_text())["test_error"] < 0.04
+
+
 @pytest.mark.parametrize("algorithm", MethodName.__args__)
 def test_every_method_learns(server, small, tmp_path, algorithm):
     report = tmp_path / "report.json"

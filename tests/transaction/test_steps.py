@@ -204,7 +204,7 @@ def test_a_step_that_cannot_be_made_durable_is_not_applied():
         def stepping(self, record):
             if self.full:
                 raise OSError("no space left on device")
-            self.seen = [gradient.tobytes() for gradient in record.gradients]
+            self.seen = [gradient.tobytes() for gradient in record.operands]
             return 1
 
     disk = Full()

@@ -6,7 +6,16 @@ with optserve.connect("127.0.0.1:50051") as client:
         params[name] += update
 """
 
-from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
+from optserve.algorithms import (
+    Adadelta,
+    Adagrad,
+    Algorithm,
+    DiagonalHessian,
+    Momentum,
+    Sgd,
+    Vsgd,
+    WindowedRms,
+)
 from optserve.client import Client, connect
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -48,6 +57,7 @@ __all__ = [
     "ClientConfig",
     "ClientUseError",
     "DeadlineExceededError",
+    "DiagonalHessian",
     "EtagMismatchError",
     "FailedPreconditionError",
     "FeatureUnavailableError",
@@ -69,6 +79,7 @@ __all__ = [
     "StepsLostError",
     "TensorSpec",
     "UnavailableError",
+    "Vsgd",
     "WindowedRms",
     "WrongStepError",
     "connect",

@@ -51,9 +51,11 @@ class StepSession:
         lineage: str,
         *,
         must_share: bool = False,
+        takes_curvature: bool = False,
     ) -> None:
         self._connection = connection
         self._must_share = must_share
+        self._takes_curvature = takes_curvature
         self._has_shared = False
         self.open_request = open_request
         self.current_step = step
@@ -252,7 +254,9 @@ class StepSession:
     def _opened(self, patience: Patience) -> StepStream:
         if self._stream is None:
             try:
-                stream = StepStream(self._connection, self.open_request, patience)
+                stream = StepStream(
+                    self._connection, self.open_request, patience, takes_curvature=self._takes_curvature
+                )
             except NotFoundError as error:
                 if self.current_step == 0:
                     raise
@@ -260,6 +264,10 @@ class StepSession:
                     f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
                     "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
                 ) from error
+            except OptserveError:
+                # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
+                self._has_shared = True
+                raise
             try:
                 self._check_state(stream.opened)
                 self._check_transport(stream)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from optserve import sysv
 from optserve.v1 import steps_pb2
+
+GRADIENT, CURVATURE = steps_pb2.OPERAND_GRADIENT, steps_pb2.OPERAND_CURVATURE
+Operand: TypeAlias = "steps_pb2.Operand"
+Arrival: TypeAlias = "tuple[Operand, int, np.ndarray]"
+"""Something that a step brings: what it is, the index of the parameter, the array."""
 
 NONCE_BYTES = 32
 _WORD = np.dtype(np.uint64)
@@ -29,8 +35,8 @@ class SharedStaging:
         if kind != "sysv" or not number.isdecimal():
             raise OSError(f"{message.segment!r} is no segment that this version knows")
         self._memory = sysv.attach(int(number), message.size_bytes)
-        self._offsets = message.offsets
-        self._places: dict[int, np.ndarray] = {}
+        self._offsets = {GRADIENT: message.offsets, CURVATURE: message.curvature_offsets}
+        self._places: dict[tuple[Operand, int], np.ndarray] = {}
         self._dirty = self._word(message.dirty_offset)
         self._replied = self._word(message.replied_offset)
         self.nonce = self._memory[message.nonce_offset : message.nonce_offset + NONCE_BYTES].tobytes()
@@ -38,33 +44,33 @@ class SharedStaging:
     def _word(self, offset: int) -> np.ndarray:
         return self._memory[offset : offset + _WORD.itemsize].view(_WORD)
 
-    def array(self, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    def array(self, operand: Operand, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """The place of one parameter."""
-        return self._place(index, math.prod(shape), dtype).reshape(tuple(shape))
+        return self._place(operand, index, math.prod(shape), dtype).reshape(tuple(shape))
 
-    def _place(self, index: int, size: int, dtype: np.dtype) -> np.ndarray:
+    def _place(self, operand: Operand, index: int, size: int, dtype: np.dtype) -> np.ndarray:
         """Likewise, flat; its size and dtype are always the same."""
-        place = self._places.get(index)
+        place = self._places.get((operand, index))
         if place is None:
-            start = self._offsets[index]
-            place = self._places[index] = self._memory[start : start + size * dtype.itemsize].view(dtype)
+            start = self._offsets[operand][index]
+            place = self._places[operand, index] = self._memory[start : start + size * dtype.itemsize].view(dtype)
         return place
 
-    def put(self, gradients: Iterable[tuple[int, np.ndarray] | None]) -> None:
-        """Write gradients (index of the parameter, array); one that is the place itself is there already."""
+    def put(self, arrivals: Iterable[Arrival | None]) -> None:
+        """Write what a step brings; an array that is the place itself is there already."""
         self.touch()
-        for arrival in gradients:
+        for arrival in arrivals:
             if arrival is None:
                 continue
-            index, array = arrival
-            place = self._place(index, array.size, array.dtype)
+            operand, index, array = arrival
+            place = self._place(operand, index, array.size, array.dtype)
             if not _same(place, array):
                 np.copyto(place, array.reshape(-1))
 
     def get(self, updates: Mapping[int, np.ndarray]) -> None:
         """Read updates by index of their parameters."""
         for index, array in updates.items():
-            place = self._place(index, array.size, array.dtype)
+            place = self._place(GRADIENT, index, array.size, array.dtype)
             if _same(place, array):
                 # They are the caller's from now on, and no longer a reply to be replayed.
                 self.touch()

@@ -6,7 +6,7 @@ import queue
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 
 import grpc
 import numpy as np
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from optserve import halves, wire
 from optserve._patience import Patience
-from optserve._shared import SharedStaging
+from optserve._shared import CURVATURE, GRADIENT, Arrival, Operand, SharedStaging
 from optserve._transport import Transport
 from optserve.control import MAX_PACKET_BYTES, ControlConnection
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
@@ -29,15 +29,23 @@ class Gradients:
         arrays: Their gradients, C-contiguous, little-endian.
         whole: Whether these are all parameters of the optimizer.
         wire: Dtype of the payload; None for each array's own.
+        curvature: The diagonals of the Hessian, like `arrays`, for the methods that take them.
     """
 
     grow = False
     """Whether some may have to be waited for."""
 
     def __init__(
-        self, indices: Sequence[int], arrays: Sequence[np.ndarray], *, whole: bool, wire: np.dtype | None = None
+        self,
+        indices: Sequence[int],
+        arrays: Sequence[np.ndarray],
+        *,
+        whole: bool,
+        wire: np.dtype | None = None,
+        curvature: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.indices = indices
+        self._curvature = curvature
         self.arrays = arrays
         self.whole = whole
         self._wire = wire
@@ -52,38 +60,37 @@ class Gradients:
                 request, pending = steps_pb2.StreamStepsRequest(), []
             if chunk is None:
                 continue
-            tensor, offset, parts = chunk
-            request.chunk.tensor, request.chunk.offset = tensor, offset
+            operand, tensor, offset, pending = chunk
+            request.chunk.tensor, request.chunk.offset, request.chunk.operand = tensor, offset, operand
             request.chunk.SetInParent()
-            pending = parts
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
 
-    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[int, int, list[memoryview]] | None]:
-        """(tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
+    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[Operand, int, int, list[memoryview]] | None]:
+        """(operand, tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
 
         None where the next one may be long in coming, and what there is should be sent.
         """
         parts: list[memoryview] = []
-        tensor = offset = size = 0
-        following: int | None = None
+        operand, tensor, offset, size = GRADIENT, 0, 0, 0
+        following: tuple[Operand, int | None] = operand, None
         for arrival in self.arrivals():
             # A chunk runs on into the next tensor of the step, and into no other.
-            if parts and (arrival is None or arrival[0] != following):
-                yield tensor, offset, parts
+            if parts and (arrival is None or arrival[:2] != following):
+                yield operand, tensor, offset, parts
                 parts, size = [], 0
             if arrival is None:
                 yield None
                 continue
-            index, array = arrival
-            following = self._after(index)
+            operand, index, array = arrival
+            following = operand, self._after(index)
             elements, item = array.reshape(-1), (self._wire or array.dtype).itemsize
             begin = 0
             while begin < elements.size:
                 # Chunks end between elements.
                 room = (max_chunk_bytes - size) // item
                 if room == 0:
-                    yield tensor, offset, parts
+                    yield operand, tensor, offset, parts
                     parts, size = [], 0
                     continue
                 if not parts:
@@ -92,11 +99,18 @@ class Gradients:
                 parts.append(part)
                 begin, size = begin + room, size + len(part)
         if parts:
-            yield tensor, offset, parts
+            yield operand, tensor, offset, parts
 
-    def arrivals(self) -> Iterator[tuple[int, np.ndarray] | None]:
-        """(index, gradient) of each parameter; None before one that is waited for."""
-        return zip(self.indices, self.arrays, strict=True)
+    @property
+    def with_curvature(self) -> bool:
+        """Whether there is a diagonal of the Hessian as well."""
+        return self._curvature is not None
+
+    def arrivals(self) -> Iterator[Arrival | None]:
+        """Each parameter's gradient, then each one's curvature; None before one that is waited for."""
+        yield from zip(repeat(GRADIENT), self.indices, self.arrays, strict=False)
+        if self._curvature is not None:
+            yield from zip(repeat(CURVATURE), self.indices, self._curvature, strict=False)
 
     def _after(self, index: int) -> int | None:
         """The parameter after that one in the step."""
@@ -217,8 +231,11 @@ class StepStream:
         OptserveError: It could not be opened.
     """
 
-    def __init__(self, transport: Transport, request: steps_pb2.Open, patience: Patience) -> None:
+    def __init__(
+        self, transport: Transport, request: steps_pb2.Open, patience: Patience, *, takes_curvature: bool = False
+    ) -> None:
         self._transport = transport
+        self._takes_curvature = takes_curvature
         self._outgoing = _Outgoing()
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
@@ -262,6 +279,7 @@ class StepStream:
         """
         if gradients is not None and not gradients.whole:
             begin.tensors.extend(gradients.indices)
+        begin.with_curvature = self._takes_curvature
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())

@@ -154,6 +154,7 @@ class AsyncOptimizer:
         self,
         grads: Mapping[str, np.ndarray],
         *,
+        curvature: Mapping[str, np.ndarray] | None = None,
         out: Mapping[str, np.ndarray] | None = None,
         partial: bool = False,
         timeout_s: float | None = None,
@@ -161,7 +162,9 @@ class AsyncOptimizer:
         """See `optserve.Optimizer.step`."""
         patience = self._optimizer.patience(timeout_s)
         try:
-            return await self._threads.run(self._optimizer.step_patiently, patience, grads, out=out, partial=partial)
+            return await self._threads.run(
+                self._optimizer.step_patiently, patience, grads, curvature=curvature, out=out, partial=partial
+            )
         except asyncio.CancelledError:
             if not patience.cancel():
                 self._optimizer.undelivered()

@@ -17,6 +17,7 @@ class Algorithm:
     """One method with its hyper-parameters. Use a subclass."""
 
     name: ClassVar[str]
+    takes_curvature: ClassVar[bool] = False
 
     def to_message(self) -> algorithms_pb2.Algorithm:
         """The contract's form."""
@@ -113,7 +114,48 @@ class WindowedRms(Algorithm):
     outer_eps: float = 0.0
 
 
-ALGORITHMS: dict[str, type[Algorithm]] = {kind.name: kind for kind in (Adadelta, Sgd, Momentum, Adagrad, WindowedRms)}
+@dataclass(frozen=True)
+class DiagonalHessian(Algorithm):
+    """The diagonal Hessian method of Becker and LeCun, equation 6: Δx = −η g / (|h| + μ). No slots.
+
+    Each step brings the curvature h = diag(H), which may have either sign.
+
+    Args:
+        mu: Keeps the quotient finite where the curvature is 0, positive.
+        learning_rate: η, not negative.
+    """
+
+    name = "diagonal_hessian"
+    takes_curvature = True
+
+    mu: float = 3.0
+    learning_rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Vsgd(Algorithm):
+    """vSGD of Schaul, Zhang and LeCun, equation 7: Δx = −(1 / E[|h|]) (E[g]² / E[g²]) g. It has no learning rate.
+
+    Each step brings the curvature h = diag(H), which may have either sign. Slots `grad_avg`, `square_avg`,
+    `curvature_avg` and `tau`.
+
+    Args:
+        eps: Conditioning constant added to E[|h|], positive.
+        initial_overestimate: Factor on the first estimates of E[g²] and E[|h|], 1 to 1e6.
+        initial_steps: Steps in which nothing moves and the first estimates are made, 2 to 1e6.
+    """
+
+    name = "vsgd"
+    takes_curvature = True
+
+    eps: float = 1e-2
+    initial_overestimate: float = 100.0
+    initial_steps: int = 10
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    kind.name: kind for kind in (Adadelta, Sgd, Momentum, Adagrad, WindowedRms, DiagonalHessian, Vsgd)
+}
 """Every method by its name in the contract."""
 
 

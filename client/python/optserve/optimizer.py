@@ -5,15 +5,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from optserve import algorithms
 from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
 from optserve._feedback import ErrorFeedback
+from optserve._model import Model
 from optserve._patience import Patience
 from optserve._session import StepSession
+from optserve._shared import GRADIENT
 from optserve._stream import Gradients, Updates
 from optserve._transfer import export_state, import_state
 from optserve._transport import Transport
@@ -21,18 +23,12 @@ from optserve._under_way import GrowingGradients, StepUnderWay
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
-from optserve.wire import DTYPES, WIRE_DTYPES
+from optserve.wire import WIRE_DTYPES
 
 WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
 TransportName = Literal["auto", "grpc", "shm"]
 
 _Response = TypeVar("_Response")
-
-
-class _Parameter(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class Optimizer:
@@ -67,15 +63,22 @@ class Optimizer:
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if share else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
         )
+        method = algorithms.ALGORITHMS.get(message.algorithm.WhichOneof("method") or "")
+        self._model = Model(
+            message.name.removeprefix("optimizers/"),
+            message.parameters,
+            takes_curvature=method is not None and method.takes_curvature,
+        )
         self._session = StepSession(
-            connection, open_request, message.step, message.lineage, must_share=transport == "shm"
+            connection,
+            open_request,
+            message.step,
+            message.lineage,
+            must_share=transport == "shm",
+            takes_curvature=self._model.takes_curvature,
         )
         self._wire = WIRE_DTYPES.get(open_request.wire_type)
         self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
-        self._parameters = [
-            _Parameter(item.name, tuple(item.shape), DTYPES[item.data_type]) for item in message.parameters
-        ]
-        self._indices = {parameter.name: index for index, parameter in enumerate(self._parameters)}
         self._resource = message.name
         self.name = message.name.removeprefix("optimizers/")
 
@@ -83,6 +86,11 @@ class Optimizer:
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
         return self._session.current_step
+
+    @property
+    def takes_curvature(self) -> bool:
+        """Whether each step brings the diagonal of the Hessian as well."""
+        return self._model.takes_curvature
 
     @property
     def transport(self) -> tuple[str, str]:
@@ -103,9 +111,9 @@ class Optimizer:
         """
         shared = self._session.stream(self._connection.patience(self._connection.config.timeout_s)).shared
         arrays: dict[str, np.ndarray] = {}
-        for index, item in enumerate(self._parameters):
+        for index, item in enumerate(self._model.parameters):
             arrays[item.name] = (
-                shared.array(index, item.shape, item.dtype) if shared else np.empty(item.shape, item.dtype)
+                shared.array(GRADIENT, index, item.shape, item.dtype) if shared else np.empty(item.shape, item.dtype)
             )
         if shared:
             shared.touch()
@@ -115,6 +123,7 @@ class Optimizer:
         self,
         grads: Mapping[str, np.ndarray],
         *,
+        curvature: Mapping[str, np.ndarray] | None = None,
         out: Mapping[str, np.ndarray] | None = None,
         partial: bool = False,
         timeout_s: float | None = None,
@@ -126,6 +135,7 @@ class Optimizer:
 
         Args:
             grads: The gradient of every parameter, in the parameter's shape and dtype.
+            curvature: The diagonal of the Hessian for each of them, likewise, for the methods that take it.
             out: Arrays that take the updates, which may be those of the gradients; new ones are made by default.
             partial: Allow parameters to be absent; they and their state stay as they are.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
@@ -140,7 +150,7 @@ class Optimizer:
             UnavailableError, DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became
                 of the step.
         """
-        return self.step_patiently(self.patience(timeout_s), grads, out=out, partial=partial)
+        return self.step_patiently(self.patience(timeout_s), grads, curvature=curvature, out=out, partial=partial)
 
     def patience(self, timeout_s: float | None = None) -> Patience:
         """A patience for `step_patiently`, which ends after `timeout_s` or when it is cancelled."""
@@ -151,20 +161,23 @@ class Optimizer:
         patience: Patience,
         grads: Mapping[str, np.ndarray],
         *,
+        curvature: Mapping[str, np.ndarray] | None = None,
         out: Mapping[str, np.ndarray] | None = None,
         partial: bool = False,
     ) -> dict[str, np.ndarray]:
         """`step` with a patience that the caller can end; what `optserve.aio` is made of."""
-        indices = self._taking_part(grads, partial=partial)
-        names = [self._parameters[index].name for index in indices]
+        indices = self._model.taking_part(grads, partial=partial)
+        names = [self._model.parameters[index].name for index in indices]
         arrays = [
-            np.ascontiguousarray(self._checked(index, np.asarray(grads[name]), "gradient"))
-            for index, name in zip(indices, names, strict=True)
+            self._model.contiguous(index, grads[name], "gradient") for index, name in zip(indices, names, strict=True)
         ]
-        updates = self._arrays(indices, out)
+        diagonals = self._model.diagonals(indices, curvature)
+        updates = self._model.outputs(indices, out)
         if self._feedback is not None:
             arrays = self._feedback.compensated(indices, arrays)
-        gradients = Gradients(indices, arrays, whole=len(indices) == len(self._parameters), wire=self._wire)
+        gradients = Gradients(
+            indices, arrays, whole=len(indices) == len(self._model), wire=self._wire, curvature=diagonals
+        )
         self._session.step(gradients, Updates(indices, updates, self._wire), patience)
         if self._feedback is not None:
             self._feedback.keep(indices, arrays)
@@ -196,25 +209,35 @@ class Optimizer:
             ...         step.send(name, gradient)
             ... updates = step.updates
         """
-        wanted = list(self._indices) if names is None else list(names)
-        indices = self._taking_part(dict.fromkeys(wanted), partial=True)
-        gradients = GrowingGradients(indices, whole=len(indices) == len(self._parameters), wire=self._wire)
-        updates = self._arrays(indices, out)
+        wanted = self._model.names if names is None else list(names)
+        indices = self._model.taking_part(dict.fromkeys(wanted), partial=True)
+        gradients = GrowingGradients(
+            indices,
+            whole=len(indices) == len(self._model),
+            wire=self._wire,
+            with_curvature=self._model.takes_curvature,
+        )
+        updates = self._model.outputs(indices, out)
         patience = self.patience(timeout_s)
 
-        def check(name: str, gradient: np.ndarray) -> tuple[int, np.ndarray]:
-            (index,) = self._taking_part({name: gradient}, partial=True)
-            array = np.ascontiguousarray(self._checked(index, np.asarray(gradient), "gradient"))
-            return index, array if self._feedback is None else self._feedback.compensated([index], [array])[0]
+        def check(
+            name: str, gradient: np.ndarray, curvature: np.ndarray | None
+        ) -> tuple[int, np.ndarray, np.ndarray | None]:
+            (index,) = self._model.taking_part({name: gradient}, partial=True)
+            array = self._model.contiguous(index, gradient, "gradient")
+            if self._feedback is not None:
+                (array,) = self._feedback.compensated([index], [array])
+            diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
+            return index, array, diagonals[0] if diagonals else None
 
         def run() -> dict[str, np.ndarray]:
             self._session.step(gradients, Updates(indices, updates, self._wire), patience)
             if self._feedback is not None:
-                sent = [arrival for arrival in gradients.arrivals() if arrival is not None]
-                self._feedback.keep([index for index, _ in sent], [array for _, array in sent])
-            return {self._parameters[index].name: update for index, update in zip(indices, updates, strict=True)}
+                sent = [arrival for arrival in gradients.arrivals() if arrival and arrival[0] == GRADIENT]
+                self._feedback.keep([index for _, index, _ in sent], [array for _, _, array in sent])
+            return {self._model.parameters[index].name: update for index, update in zip(indices, updates, strict=True)}
 
-        step = StepUnderWay(gradients, check, {i: self._parameters[i].name for i in indices}, run, patience)
+        step = StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
         try:
             yield step
         except BaseException:
@@ -238,9 +261,11 @@ class Optimizer:
         updates: dict[str, np.ndarray] = {}
 
         def make_updates(tensors: list[int]) -> Updates:
-            indices = tensors or list(range(len(self._parameters)))
-            arrays = self._arrays(indices, None)
-            updates.update((self._parameters[index].name, array) for index, array in zip(indices, arrays, strict=True))
+            indices = tensors or list(range(len(self._model)))
+            arrays = self._model.outputs(indices, None)
+            updates.update(
+                (self._model.parameters[index].name, array) for index, array in zip(indices, arrays, strict=True)
+            )
             return Updates(indices, arrays, self._wire)
 
         self._session.replay(make_updates, self.patience(timeout_s))
@@ -345,53 +370,6 @@ class Optimizer:
     def _get(self) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
         return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
-
-    def _taking_part(self, grads: Mapping[str, object], *, partial: bool) -> list[int]:
-        for name in grads:
-            if name not in self._indices:
-                raise InvalidArgumentError(f"{self.name!r} has no parameter {name!r}.", metadata={"parameter": name})
-        missing = [name for name in self._indices if name not in grads]
-        if missing and not partial:
-            raise InvalidArgumentError(
-                f"There is no gradient for {missing[0]!r}; pass partial=True to leave parameters out of a step.",
-                metadata={"parameter": missing[0]},
-            )
-        if not grads:
-            raise InvalidArgumentError("A step needs at least one gradient.")
-        return sorted(self._indices[name] for name in grads)
-
-    def _checked(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
-        """`array`, if it has the parameter's shape and dtype."""
-        parameter = self._parameters[index]
-        if array.shape != parameter.shape:
-            raise InvalidArgumentError(
-                f"The {what} of {parameter.name!r} has shape {list(array.shape)}, not {list(parameter.shape)}.",
-                metadata={"parameter": parameter.name},
-            )
-        if array.dtype != parameter.dtype:
-            raise InvalidArgumentError(
-                f"The {what} of {parameter.name!r} is {array.dtype}, not {parameter.dtype}; convert it with .astype.",
-                metadata={"parameter": parameter.name},
-            )
-        return array
-
-    def _arrays(self, indices: list[int], out: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
-        """Arrays for the updates: those of `out`, checked, or new ones."""
-        if out is None:
-            parameters = [self._parameters[index] for index in indices]
-            return [np.empty(item.shape, item.dtype) for item in parameters]
-        arrays = []
-        for index in indices:
-            name = self._parameters[index].name
-            if name not in out:
-                raise InvalidArgumentError(f"`out` has no array for {name!r}.", metadata={"parameter": name})
-            array = self._checked(index, out[name], "output")
-            if not (array.flags.c_contiguous and array.flags.writeable):
-                raise InvalidArgumentError(
-                    f"The output of {name!r} must be a writeable, C-contiguous array.", metadata={"parameter": name}
-                )
-            arrays.append(array)
-        return arrays
 
 
 def _wire_type(wire_dtype: WireDtype) -> int:

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from optserve import halves
 from optserve_server.rules import Rule
 
-Kernel = Callable[[np.ndarray, Sequence[Any], Sequence[np.generic]], None]
-"""kernel(staged, slots, scalars): `staged` holds g on entry and the update on return; `slots` change in place."""
+
+class Kernel(Protocol):
+    """A rule compiled for one dtype."""
+
+    def __call__(
+        self, staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic], *inputs: np.ndarray
+    ) -> None:
+        """Make one step.
+
+        Args:
+            staged: Holds g on entry and the update on return.
+            slots: Change in place.
+            scalars: The rule's, in that dtype.
+            inputs: What the rule takes besides g, in host memory: the curvature, or nothing.
+        """
+        ...
 
 
 class Backend(abc.ABC):

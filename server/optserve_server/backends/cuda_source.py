@@ -45,13 +45,17 @@ class _Symbol:
     def __truediv__(self, other: _Symbol) -> _Symbol:
         return self.trace.emit(f"{self.name} / {other.name}")
 
+    def __abs__(self) -> _Symbol:
+        return self.trace.emit(f"fabs({self.name})")
+
     def __neg__(self) -> _Symbol:
         return self.trace.emit(f"-{self.name}")
 
 
 def operands(rule: type[Rule]) -> tuple[list[str], list[str]]:
-    """Names of the arrays (staged, then the slots) and of the scalars in the source of `rule`."""
-    arrays = ["staged", *(f"slot{i}" for i in range(len(rule.slots)))]
+    """Names of the arrays (staged, the curvature if it takes one, the slots) and of the scalars in the source."""
+    inputs = ["curvature"] if rule.takes_curvature else []
+    arrays = ["staged", *inputs, *(f"slot{i}" for i in range(len(rule.slots)))]
     return arrays, [f"scalar{i}" for i in range(len(rule().scalars()))]
 
 
@@ -61,6 +65,7 @@ def source(rule: type[Rule]) -> str:
     trace = _Trace()
     results: Any = rule.update(trace.sqrt, *(_Symbol(trace, name) for name in [*arrays, *scalars]))
     assigned = results if rule.slots else (results,)
+    changing = [array for array in arrays if array != "curvature"]
     return "\n".join(
-        [*trace.statements, *(f"{array} = {value.name};" for array, value in zip(arrays, assigned, strict=True))]
+        [*trace.statements, *(f"{array} = {value.name};" for array, value in zip(changing, assigned, strict=True))]
     )

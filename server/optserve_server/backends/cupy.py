@@ -84,17 +84,22 @@ class CupyBackend(Backend):
             options=("--fmad=false",),
         )
 
-        def kernel(staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic]) -> None:
+        def kernel(
+            staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic], *inputs: np.ndarray
+        ) -> None:
+            given = (staged, *inputs)
             with self._device:
                 streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-                buffers = [cupy.empty(min(BLOCK, staged.size), dtype) for _ in streams]
+                buffers = [[cupy.empty(min(BLOCK, staged.size), dtype) for _ in given] for _ in streams]
                 for turn, low in enumerate(range(0, staged.size, BLOCK)):
-                    host = staged[low : low + BLOCK]
-                    stream, block = streams[turn % 2], buffers[turn % 2][: host.size]
+                    part = slice(low, min(low + BLOCK, staged.size))
+                    stream = streams[turn % 2]
+                    blocks = [buffer[: part.stop - low] for buffer in buffers[turn % 2]]
                     with stream:
-                        block.set(host, stream=stream)
-                        fused(*scalars, block, *(slot[low : low + BLOCK] for slot in slots))
-                        block.get(out=host, stream=stream, blocking=False)
+                        for block, host in zip(blocks, given, strict=True):
+                            block.set(host[part], stream=stream)
+                        fused(*scalars, *blocks, *(slot[part] for slot in slots))
+                        blocks[0].get(out=staged[part], stream=stream, blocking=False)
                 for stream in streams:
                     stream.synchronize()
 

@@ -18,7 +18,7 @@ from optserve_server.rules import Rule
 _LOOP = """
 def loop({operands}{scalars}):
     for i in range(staged.size):
-        {elements} = update(sqrt, {elements}{scalars})
+        {results} = update(sqrt, {elements}{scalars})
 """
 
 
@@ -46,12 +46,14 @@ class NumbaBackend(NumpyBackend):
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Compile the fused loop, in about half a second."""
-        names = ["staged", *(f"slot{i}" for i in range(len(rule.slots)))]
+        slot_names = [f"slot{i}" for i in range(len(rule.slots))]
+        names = ["staged", *(["curvature"] if rule.takes_curvature else []), *slot_names]
         constants = [f"scalar{i}" for i in range(len(rule().scalars()))]
         source = _LOOP.format(
             operands=", ".join(names),
             scalars="".join(f", {constant}" for constant in constants),
             elements=", ".join(f"{name}[i]" for name in names),
+            results=", ".join(f"{name}[i]" for name in ("staged", *slot_names)),
         )
         # Without the numpy error model a division is guarded by a branch, and the loop is not vectorised.
         namespace = {"update": numba.njit(error_model="numpy")(rule.update), "sqrt": np.sqrt}
@@ -60,9 +62,13 @@ class NumbaBackend(NumpyBackend):
         signature = numba.void(*(element[::1] for _ in names), *(element for _ in constants))
         loop = numba.njit(signature, nogil=True, error_model="numpy")(namespace["loop"])
 
-        def kernel(staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic]) -> None:
+        def kernel(
+            staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
+        ) -> None:
+            arrays = (staged, *inputs, *slots)
+
             def work(start: int, stop: int) -> None:
-                loop(staged[start:stop], *(slot[start:stop] for slot in slots), *scalars)
+                loop(*(array[start:stop] for array in arrays), *scalars)
 
             self._slices.run(staged.size, work)
 

@@ -66,13 +66,16 @@ class NumpyBackend(Backend):
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:  # noqa: ARG002 - the dtype is that of the operands
         """The formula, block by block."""
 
-        def kernel(staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic]) -> None:
+        def kernel(
+            staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
+        ) -> None:
             def work(start: int, stop: int) -> None:
                 with np.errstate(all="ignore"):
                     for low in range(start, stop, BLOCK):
                         block = slice(low, min(low + BLOCK, stop))
                         views = [staged[block], *(slot[block] for slot in slots)]
-                        results = rule.update(np.sqrt, *views, *scalars)
+                        given = (views[0], *(array[block] for array in inputs), *views[1:])
+                        results = rule.update(np.sqrt, *given, *scalars)
                         for view, result in zip(views, results if slots else (results,), strict=True):
                             view[...] = result
 

@@ -3,11 +3,15 @@
 from optserve_server.rules.adadelta import Adadelta
 from optserve_server.rules.adagrad import Adagrad
 from optserve_server.rules.base import Rule
+from optserve_server.rules.diagonal_hessian import DiagonalHessian
 from optserve_server.rules.momentum import Momentum
 from optserve_server.rules.sgd import Sgd
+from optserve_server.rules.vsgd import Vsgd
 from optserve_server.rules.windowed_rms import WindowedRms
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Adadelta, Sgd, Momentum, Adagrad, WindowedRms)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (Adadelta, Sgd, Momentum, Adagrad, WindowedRms, DiagonalHessian, Vsgd)
+}
 """Every method by its field name in `optserve.v1.Algorithm`."""
 
-__all__ = ["RULES", "Adadelta", "Adagrad", "Momentum", "Rule", "Sgd", "WindowedRms"]
+__all__ = ["RULES", "Adadelta", "Adagrad", "DiagonalHessian", "Momentum", "Rule", "Sgd", "Vsgd", "WindowedRms"]

@@ -26,7 +26,7 @@ class Range:
         return above and below
 
 
-def hyperparameter(default: float, interval: str) -> Any:
+def hyperparameter(default: Any, interval: str) -> Any:
     """A dataclass field with a default and the interval in which its values must lie."""
     return field(default=default, metadata={"range": Range(interval)})
 
@@ -39,14 +39,17 @@ class Rule:
         name: The method's field in `optserve.v1.Algorithm`.
         slots: Names of the state tensors, all starting at 0.
         signed_slots: Those that may be negative; the others are averages or sums of squares.
+        takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
-        update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots.
-            Plain arithmetic on whatever the backend passes: numbers in a compiled loop, arrays otherwise.
+        update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots; with
+            curvature (sqrt, g, h, *slots, *scalars). Plain arithmetic, and abs, on whatever the backend passes:
+            numbers in a compiled loop, arrays otherwise.
     """
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]
     signed_slots: ClassVar[tuple[str, ...]] = ()
+    takes_curvature: ClassVar[bool] = False
     squares_gradient: ClassVar[bool]
     update: ClassVar[Callable[..., Any]]
 
@@ -80,7 +83,10 @@ class Rule:
                 )
 
     def gradient_limit(self, dtype: np.dtype) -> float:
-        """The largest magnitude of a gradient element whose square, if the rule squares it, is finite in `dtype`."""
+        """The largest magnitude of an element of the gradient, and of the curvature, that keeps the state finite.
+
+        Where the rule squares gradients, that is about the root of the largest number of `dtype`.
+        """
         largest = float(np.finfo(dtype).max)
         # Rounded towards 0 in the dtype itself, so that limit * limit does not overflow there.
         return float(np.nextafter(dtype.type(math.sqrt(largest)), dtype.type(0))) if self.squares_gradient else largest

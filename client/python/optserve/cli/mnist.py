@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optserve.examples.mnist.data import Dataset
     from optserve.examples.mnist.train import Report
 
-MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms"]
+MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
 ActivationName = Literal["tanh", "relu"]
 
 

@@ -77,12 +77,14 @@ class DiagonalHessian(_message.Message):
     def __init__(self, mu: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class Vsgd(_message.Message):
-    __slots__ = ("eps", "initial_overestimate")
+    __slots__ = ("eps", "initial_overestimate", "initial_steps")
     EPS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_OVERESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     eps: float
     initial_overestimate: float
-    def __init__(self, eps: _Optional[float] = ..., initial_overestimate: _Optional[float] = ...) -> None: ...
+    initial_steps: int
+    def __init__(self, eps: _Optional[float] = ..., initial_overestimate: _Optional[float] = ..., initial_steps: _Optional[int] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("constant", "inverse_time", "exponential", "step", "cosine", "warmup_steps")

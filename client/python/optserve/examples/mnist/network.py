@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ import numpy as np
 
 
 class Activation(NamedTuple):
-    """A hidden unit: its function, in place; its derivative, from its output; and its initial weights' variance."""
+    """A hidden unit: its function, in place; two derivatives, from its output; and its initial weights' variance."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     derivative: Callable[[np.ndarray], np.ndarray]
+    second_derivative: Callable[[np.ndarray], np.ndarray | float]
     variance: Callable[[int, int], float]
 
 
@@ -26,8 +28,8 @@ def _he(fan_in: int, _fan_out: int) -> float:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "tanh": Activation(lambda z: np.tanh(z, out=z), lambda a: 1 - a * a, _glorot),
-    "relu": Activation(lambda z: np.maximum(z, 0, out=z), lambda a: (a > 0).astype(a.dtype), _he),
+    "tanh": Activation(lambda z: np.tanh(z, out=z), lambda a: 1 - a * a, lambda a: -2 * a * (1 - a * a), _glorot),
+    "relu": Activation(lambda z: np.maximum(z, 0, out=z), lambda a: (a > 0).astype(a.dtype), lambda _: 0.0, _he),
 }
 
 HIDDEN = (500, 300)
@@ -57,17 +59,24 @@ class Network:
             self.params[f"b{layer}"] = np.zeros(fan_out, np.float32)
         self.grads = {name: np.zeros_like(param) for name, param in self.params.items()}
 
-    def loss_and_gradients(self, images: np.ndarray, labels: np.ndarray) -> float:
+    def loss_and_gradients(self, images: np.ndarray, labels: np.ndarray, *, with_curvature: bool = False) -> float:
         """The mean cross-entropy of a batch; its gradients go to `grads`, which is overwritten.
+
+        With curvature, the diagonal of its Hessian goes to `curvature` as well, by the propagation of Becker and LeCun,
+        "Improving the convergence of back-propagation learning with second order methods", 1988: second derivatives
+        with respect to different units of one layer are neglected.
 
         Args:
             images: float32, of shape (batch, pixels).
             labels: Integers, of shape (batch,).
+            with_curvature: For the methods that take it; costs about as much again.
         """
         outputs = self._forward(images)
         rows = np.arange(len(labels))
         probabilities = _softmax(outputs.pop())
         loss = float(-np.log(np.maximum(probabilities[rows, labels], np.float32(1e-30))).mean())
+        # Derivatives of the loss with respect to the sums that go into a layer's units.
+        second = probabilities * (1 - probabilities) / len(labels) if with_curvature else None
         delta = probabilities
         delta[rows, labels] -= 1
         delta /= len(labels)
@@ -75,9 +84,28 @@ class Network:
             below = outputs.pop()
             np.matmul(below.T, delta, out=self.grads[f"w{layer}"])
             np.sum(delta, axis=0, out=self.grads[f"b{layer}"])
+            if second is not None:
+                np.matmul((below * below).T, second, out=self.curvature[f"w{layer}"])
+                np.sum(second, axis=0, out=self.curvature[f"b{layer}"])
             if layer > 1:
-                delta = (delta @ self.params[f"w{layer}"].T) * self._activation.derivative(below)
+                delta, second = self._propagate(layer, below, delta, second)
         return loss
+
+    def _propagate(
+        self, layer: int, below: np.ndarray, delta: np.ndarray, second: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """First and second derivatives with respect to the layer before, whose output is `below`."""
+        weights, slope = self.params[f"w{layer}"], self._activation.derivative(below)
+        back = delta @ weights.T
+        if second is not None:
+            second = (second @ (weights * weights).T) * slope * slope
+            second += back * self._activation.second_derivative(below)
+        return back * slope, second
+
+    @cached_property
+    def curvature(self) -> dict[str, np.ndarray]:
+        """The diagonal of the Hessian, like `grads`; made when it is first asked for."""
+        return {name: np.zeros_like(param) for name, param in self.params.items()}
 
     def error(self, images: np.ndarray, labels: np.ndarray, batch: int = 1000) -> float:
         """The share of images that are classified wrongly, in [0, 1]."""

@@ -109,8 +109,11 @@ def train(
         total = 0.0
         for batch in range(batches):
             chosen = order[batch * BATCH : (batch + 1) * BATCH]
-            total += network.loss_and_gradients(images[chosen], labels[chosen])
-            optimizer.step(network.grads, out=updates)
+            total += network.loss_and_gradients(
+                images[chosen], labels[chosen], with_curvature=optimizer.takes_curvature
+            )
+            curvature = network.curvature if optimizer.takes_curvature else None
+            optimizer.step(network.grads, curvature=curvature, out=updates)
             for name, update in updates.items():
                 network.params[name] += update
             report.steps += 1

@@ -1,0 +1,75 @@
+"""vSGD: Schaul, Zhang and LeCun, "No More Pesky Learning Rates", arXiv:1206.1106; the paper's equation 7."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optserve_server.rules.base import Rule, hyperparameter
+
+_TINY = 1e-30
+"""Keeps 0 / 0 out where every gradient so far was 0; far below any square of a gradient that matters."""
+
+
+@dataclass(frozen=True)
+class Vsgd(Rule):
+    """Δx = −(1 / E[|h|]) (E[g]² / E[g²]) g, h = diag(H), over a window of τ steps that adapts per dimension.
+
+    Each average y takes y ← (1 − 1/τ) E[y] + y / τ, and then τ ← (1 − E[g]² / E[g²]) τ + 1. The first
+    `initial_steps` steps move nothing: they make the first estimates, plain means, of which E[g²] and E[|h|] are
+    enlarged by `initial_overestimate` (the authors' slow start). E[|h|] has ε added to it.
+
+    While it makes its first estimates, the slot τ holds minus the number of steps so far.
+    """
+
+    name = "vsgd"
+    takes_curvature = True
+    slots = ("grad_avg", "square_avg", "curvature_avg", "tau")
+    signed_slots = ("grad_avg", "tau")
+    squares_gradient = True
+
+    eps: float = hyperparameter(1e-2, "(0, inf)")
+    initial_overestimate: float = hyperparameter(100.0, "[1, 1e6]")
+    initial_steps: int = hyperparameter(10, "[2, 1e6]")
+
+    def scalars(self) -> tuple[float, ...]:
+        """ε, the overestimate less 1, the initial steps, 1, 1/2 and a tiny number."""
+        return self.eps, self.initial_overestimate - 1.0, self.initial_steps, 1.0, 0.5, _TINY
+
+    def gradient_limit(self, dtype: np.dtype) -> float:
+        """As for every rule; the enlarged square has to be finite as well."""
+        return super().gradient_limit(dtype) / math.sqrt(self.initial_overestimate)
+
+    @staticmethod
+    def update(
+        sqrt: Any,  # noqa: ARG004
+        g: Any,
+        h: Any,
+        grad_avg: Any,
+        square_avg: Any,
+        curvature_avg: Any,
+        tau: Any,
+        eps: Any,
+        overestimate_less_one: Any,
+        initial_steps: Any,
+        one: Any,
+        half: Any,
+        tiny: Any,
+    ) -> Any:
+        """Equation 7, without branches: `starting` and `last` are 1 or 0, by (|y| − |y − 1| + 1) / 2."""
+        starting = half * (abs(one - tau) - abs(tau) + one)
+        seen = abs(tau)
+        past = seen + one + one - initial_steps
+        last = starting * (half * (abs(past) - abs(past - one) + one))
+        weight = one / (seen + starting)
+        enlarged = one + overestimate_less_one * last
+        grad_avg = grad_avg + weight * (g - grad_avg)
+        square_avg = enlarged * (square_avg + weight * (g * g - square_avg))
+        curvature_avg = enlarged * (curvature_avg + weight * (abs(h) - curvature_avg))
+        signal = grad_avg * grad_avg / (square_avg + tiny)
+        started = one - starting
+        tau = starting * (last * (initial_steps + seen + one) - (seen + one)) + started * ((one - signal) * tau + one)
+        return -(started * (signal / (curvature_avg + eps))) * g, grad_avg, square_avg, curvature_avg, tau
