@@ -101,7 +101,7 @@ class ServerConfig:
         self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
         self._require("threads", self.threads >= 0, "must not be negative")
         self._require("drain_s", self.drain_s >= 0, "must not be negative")
-        self._require("idle_step_s", self.idle_step_s > 0, "must be positive")
+        self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
         self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
         if self.max_state_bytes == 0:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)

@@ -6,15 +6,14 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
 
-from optserve.control import MAX_PACKET_BYTES, receive, shut
+from optserve.control import MAX_PACKET_BYTES, PROOF_TIMEOUT_S, peer_uid, receive, shut
 
 logger = logging.getLogger(__name__)
 
-_PROOF_TIMEOUT_S = 10.0
+_BACKLOG = 8
 
 
 class ControlSocket:
@@ -28,67 +27,88 @@ class ControlSocket:
         name: Of the socket, which is in no file system (an abstract one), and ends with this process.
 
     Raises:
-        OSError: There are no such sockets here.
+        OSError: There are no such sockets here, or no thread to be had.
     """
 
-    def __init__(self, nonce: bytes, answer: Callable[[bytes], Iterable[bytes]]) -> None:
+    def __init__(self, nonce: bytes, answer: Callable[[bytes], Generator[bytes]]) -> None:
         self.name = f"optserve-{secrets.token_hex(16)}"
         self._nonce = nonce
         self._answer = answer
+        # Held while a socket is closed or shut, so that its number is that of no other by then.
         self._lock = threading.Lock()
         self._closed = False
+        self._refused = False
         self._peer: socket.socket | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(f"\0{self.name}")
-        self._listener.listen(1)
-        threading.Thread(target=self._run, name="control", daemon=True).start()
+        try:
+            self._listener.bind(f"\0{self.name}")
+            self._listener.listen(_BACKLOG)
+            threading.Thread(target=self._run, name="control", daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            self._listener.close()
+            raise OSError(f"a control socket cannot be had: {error}") from error
 
     def close(self) -> None:
         """End the connection, from any thread; a message that is being answered is answered to nobody."""
         with self._lock:
             self._closed = True
             for end in (self._listener, self._peer):
-                if end is not None:
+                if end is not None and end.fileno() >= 0:
                     shut(end)
 
     def _run(self) -> None:
-        with self._listener:
-            try:
-                while not self._closed:
-                    peer, _ = self._listener.accept()
-                    with peer:
-                        if self._proves_itself(peer) and self._take(peer):
-                            self._listener.close()
-                            self._serve(peer)
-                            return
-            # A socket that is shut or gone in the middle of a call: the end, from either side.
-            except OSError as error:
-                logger.debug("%s ends: %s", self.name, error)
-
-    def _proves_itself(self, peer: socket.socket) -> bool:
-        _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if uid != os.geteuid():
-            logger.warning("user %s is refused at %s", uid, self.name)
-            return False
-        peer.settimeout(_PROOF_TIMEOUT_S)
         try:
-            proven = secrets.compare_digest(peer.recv(len(self._nonce) + 1), self._nonce)
-        except OSError:
-            proven = False
-        peer.settimeout(None)
-        return proven
+            while not self._closed:
+                peer, _ = self._listener.accept()
+                try:
+                    if self._take(peer) and self._proves_itself(peer):
+                        self._end(self._listener)
+                        self._serve(peer)
+                        return
+                finally:
+                    self._end(peer)
+        # A socket that is shut or gone in the middle of a call: the end, from either side.
+        except OSError as error:
+            logger.debug("%s ends: %s", self.name, error)
+        finally:
+            self._end(self._listener)
+
+    def _end(self, end: socket.socket) -> None:
+        with self._lock:
+            end.close()
+            if end is self._peer:
+                self._peer = None
 
     def _take(self, peer: socket.socket) -> bool:
         with self._lock:
-            if not self._closed:
-                self._peer = peer
+            self._peer = peer
             return not self._closed
+
+    def _proves_itself(self, peer: socket.socket) -> bool:
+        uid = peer_uid(peer)
+        if uid != os.geteuid():
+            # Once for each socket: anybody can knock as often as they like.
+            logger.log(logging.DEBUG if self._refused else logging.WARNING, "user %s is refused at %s", uid, self.name)
+            self._refused = True
+            return False
+        peer.settimeout(PROOF_TIMEOUT_S)
+        try:
+            proven = secrets.compare_digest(peer.recv(len(self._nonce) + 1), self._nonce)
+        except OSError as error:
+            logger.debug("nobody proves itself at %s: %s", self.name, error)
+            return False
+        peer.settimeout(None)
+        return proven
 
     def _serve(self, peer: socket.socket) -> None:
         while packet := receive(peer):
-            for message in self._answer(packet):
-                if len(message) > MAX_PACKET_BYTES:
-                    raise ConnectionError(f"an answer has {len(message)} bytes")
-                peer.send(message)
-        with self._lock:
-            self._peer = None
+            answers = self._answer(packet)
+            try:
+                for message in answers:
+                    if len(message) > MAX_PACKET_BYTES:
+                        raise ConnectionError(f"an answer has {len(message)} bytes")
+                    # A client that does not read its answers is cut off, not waited for.
+                    peer.send(message, socket.MSG_DONTWAIT)
+            finally:
+                # Also where it is in the middle, with a lock held.
+                answers.close()

@@ -1,5 +1,7 @@
 """The control socket: short messages beside the stream, where memory is shared."""
 
+import collections
+import itertools
 import os
 import signal
 import socket
@@ -168,6 +170,66 @@ def test_nothing_is_left_behind_by_streams_that_end(own_server, reachable, monke
     assert all(late <= early + 2 for early, late in zip(held[9], held[-1], strict=True)), held
 
 
+def test_closing_the_client_releases_a_step_that_waits(own_server):
+    client = optserve.connect(own_server.target)
+    opt = client.create_optimizer("a", optserve.Adadelta(), MODEL)
+    opt.step(gradients(0))
+    failures = []
+
+    def step():
+        try:
+            opt.step(gradients(1), timeout_s=60)
+        except optserve.OptserveError as error:
+            failures.append(error)
+
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    try:
+        thread = threading.Thread(target=step)
+        thread.start()
+        while opt._session._patience is None:
+            time.sleep(0.001)
+        client.close()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert isinstance(failures[0], optserve.ClientUseError)
+    finally:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+
+
+def test_the_programs_default_time_out_of_sockets_does_not_hold(sent_over_grpc, own_server):
+    with optserve.connect(own_server.target) as client:
+        opt = client.create_optimizer("a", optserve.Adadelta(), {"x": np.ones(2_000_000, np.float32)})
+        socket.setdefaulttimeout(0.0005)
+        try:
+            for _ in range(3):
+                opt.step({"x": np.ones(2_000_000, np.float32)})
+        finally:
+            socket.setdefaulttimeout(None)
+        assert len(sent_over_grpc) == 1
+
+
+def test_a_socket_that_the_server_does_not_name_is_not_looked_for():
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with listener:
+        listener.bind("\0")
+        listener.listen()
+        with pytest.raises(OSError, match="the server has none"):
+            control.ControlConnection("", bytes(32))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_server_of_another_user_is_not_trusted(tmp_path):
+    program = (
+        "import os, socket; os.setuid(65534); end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        f"end.bind('\\0{tmp_path}'); end.listen(); print('ready', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout.readline() == b"ready\n"
+        with pytest.raises(PermissionError, match="another user"):
+            control.ControlConnection(str(tmp_path), bytes(32))
+        stranger.communicate(b"\n")
+
+
 # --- The contract
 
 
@@ -245,6 +307,45 @@ def test_a_packet_that_is_too_long_ends_the_connection_and_changes_nothing(offer
         assert end.recv(100) == b""
     steps.send(begin(shared_memory_nonce=nonce), commit())
     assert steps.reply()[1].step == 1
+
+
+def test_a_step_whose_answer_nobody_takes_is_applied_once_and_is_over(offered):
+    steps, name, nonce = offered
+    message = whole_step()
+    message.begin.shared_memory_nonce = nonce
+    with closing(packets(name, nonce)) as end:
+        # The server finds nobody on the other side when it answers.
+        end.shutdown(socket.SHUT_RD)
+        end.send(encode(message))
+        assert end.recv(100) == b""
+    # Neither a second commit nor another begin finds a step under way.
+    steps.send(commit())
+    assert details(steps.error())[0] == "NO_STEP"
+    message.begin.shared_memory_nonce = b""
+    steps.send(message)
+    _, result = steps.reply()
+    assert (result.step, result.replayed) == (1, True)
+
+
+def test_a_client_that_does_not_read_its_answers_is_cut_off(offered):
+    steps, name, nonce = offered
+    with closing(packets(name, nonce)) as end:
+        end.settimeout(0.5)
+        unread = itertools.repeat(encode(commit()), 100_000)
+        with pytest.raises(OSError, match=r"timed out|Broken pipe|reset"):
+            collections.deque(map(end.send, unread), maxlen=0)
+        steps.send(begin(shared_memory_nonce=nonce), commit())
+        assert steps.reply()[1].step == 1
+
+
+def test_clients_that_prove_nothing_hold_nobody_up_for_long(offered):
+    _, name, nonce = offered
+    silent = [packets(name, b"") for _ in range(3)]
+    with closing(packets(name, nonce)) as end:
+        end.send(request(whole_step(), nonce))
+        assert steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16)).result.step == 1
+    for end in silent:
+        end.close()
 
 
 def test_it_ends_with_its_stream(offered):

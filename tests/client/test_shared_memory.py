@@ -278,6 +278,18 @@ def test_a_client_that_scribbles_all_the_time_harms_nobody_else(near, machine, t
             assert bits(later.optimizer("good").replay()) == bits(expected)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_arrays_of_any_size_are_copied_out_of_the_segment(tmp_path, backend):
+    """From two times 131,072 elements on, several threads share the work."""
+    with optserve.local_server(tmp_path, backend=backend) as server, optserve.connect(server.target) as near:
+        for size in (100_000, 262_143, 262_144, 1_000_003):
+            gradient = {"x": np.random.default_rng(size).standard_normal(size).astype(np.float32)}
+            for transport in ("shm", "grpc"):
+                near.create_optimizer(f"{transport}-{size}", optserve.Adadelta(), gradient)
+            shared, far = (near.optimizer(f"{transport}-{size}", transport=transport) for transport in ("shm", "grpc"))
+            assert bits(shared.step(gradient, timeout_s=30)) == bits(far.step(gradient, timeout_s=30))
+
+
 # --- The contract
 
 

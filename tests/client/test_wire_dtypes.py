@@ -66,6 +66,19 @@ def test_a_gradient_that_is_too_large_for_the_wire_is_named(client, name):
     client.optimizer(name, wire_dtype="bfloat16").step(large)
 
 
+def test_error_feedback_is_the_same_where_updates_take_the_gradients_place(client, name):
+    first = {"x": np.linspace(-1, 1, 1001, dtype=np.float32)}
+    updates = []
+    for which in ("apart", "in-place"):
+        client.create_optimizer(f"{name}-{which}", optserve.Sgd(), first)
+        opt = client.optimizer(f"{name}-{which}", wire_dtype="bfloat16", error_feedback=True)
+        for _ in range(3):
+            gradient = {"x": first["x"].copy()}
+            out = gradient if which == "in-place" else None
+            updates.append(opt.step(gradient, out=out)["x"].tobytes())
+    assert updates[:3] == updates[3:]
+
+
 def test_error_feedback_loses_nothing_over_many_steps(client, name):
     """Plain gradient descent of rate 1: the updates sum up to what was sent."""
     client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), {"x": optserve.TensorSpec((1000,))})

@@ -180,6 +180,20 @@ def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path)
             assert idle.reply()[1].step == 1
 
 
+def test_a_client_that_has_stalled_goes_on_with_the_same_step(tmp_path):
+    options = config_file(tmp_path, idle_step_s=0.2)
+    first, second = np.float32([1, 2]), np.float32([3])
+    with optserve.local_server(options=options) as server, optserve.connect(server.target) as client:
+        client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), {"x": first, "y": second})
+        opt = client.optimizer("a", transport="grpc")
+        with opt.begin_step() as step:
+            step.send("x", first)
+            _wait_until_logged(server.process.pid, "has not moved for long")
+            step.send("y", second)
+        assert [update.tolist() for update in step.updates.values()] == [[-1, -2], [-3]]
+        assert opt.current_step == 1
+
+
 def test_a_step_of_many_small_tensors_takes_linear_time(stub, name):
     """Alternating dtypes, so that no two tensors are neighbours: 8,000 chunks of one element."""
     count = 8000

@@ -25,9 +25,10 @@ class ErrorFeedback:
         self._errors: dict[int, np.ndarray] = {}
 
     def compensated(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The gradients with the errors of the steps before."""
+        """New arrays: the gradients with the errors of the steps before."""
+        # Also where there is none yet: the caller's own array may take the updates.
         return [
-            array + self._errors[index] if index in self._errors else array
+            array + self._errors[index] if index in self._errors else array.copy()
             for index, array in zip(indices, arrays, strict=True)
         ]
 

@@ -23,15 +23,21 @@ class Watchdog:
         self._closed = False
 
     def arm(self, key: object, deadline: float, action: Callable[[], object]) -> None:
-        """Call `action`, which must not block, unless `key` is disarmed before `deadline` (time.monotonic)."""
+        """Call `action`, which must not block, unless `key` is disarmed before `deadline` (time.monotonic).
+
+        Once this is closed it is called at once.
+        """
         with self._condition:
-            self._armed[key] = (deadline, action)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="optserve-watchdog", daemon=True)
-                self._thread.start()
-            # The thread is woken for a deadline before its next look only; most waits end long before theirs.
-            elif deadline < self._wakes_at:
-                self._condition.notify()
+            if not self._closed:
+                self._armed[key] = (deadline, action)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="optserve-watchdog", daemon=True)
+                    self._thread.start()
+                # The thread is woken for a deadline before its next look only; most waits end long before theirs.
+                elif deadline < self._wakes_at:
+                    self._condition.notify()
+                return
+        action()
 
     def disarm(self, key: object) -> None:
         """Do not call the action of that key any more."""
@@ -39,7 +45,7 @@ class Watchdog:
             self._armed.pop(key, None)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and call every action that is armed."""
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -54,6 +60,8 @@ class Watchdog:
                         action()
                 self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
                 self._condition.wait(self._wakes_at - now)
+            for _, action in self._armed.values():
+                action()
 
 
 class Patience:

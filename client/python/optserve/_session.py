@@ -225,7 +225,8 @@ class StepSession:
                 # An error that is kept keeps the frames that it came through, and with them the caller's arrays.
                 error = None
                 return
-            if is_retryable(error):
+            # A step that has not moved for long is discarded; under the same id it is the same step.
+            if is_retryable(error) or error.reason == "STEP_TAKEN_OVER":
                 try:
                     patience.pause(backoff.next_s(error), error)
                 except OptserveError as ended:

@@ -6,12 +6,17 @@ It takes a quarter of the time that gRPC takes for a message and its answer.
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import struct
 
 logger = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = 64 << 10
 """Longer messages go through the stream itself."""
+
+PROOF_TIMEOUT_S = 1.0
+"""How long a connection may take to be made and proven."""
 
 
 class ControlConnection:
@@ -22,14 +27,22 @@ class ControlConnection:
         nonce: Proves that memory is shared.
 
     Raises:
-        OSError: The socket cannot be reached from here, for example from another network namespace.
+        OSError: There is none, or it cannot be reached from here, for example from another network namespace.
     """
 
     def __init__(self, name: str, nonce: bytes) -> None:
+        if not name:
+            raise OSError("the server has none")
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            self._end.settimeout(PROOF_TIMEOUT_S)
             self._end.connect(f"\0{name}")
+            # Anybody may have bound a name; our own user is trusted anyhow.
+            if peer_uid(self._end) != os.geteuid():
+                raise PermissionError("it belongs to another user")
             self._end.send(nonce)
+            # Whoever waits for an answer has a patience of their own.
+            self._end.settimeout(None)
         except BaseException:
             self._end.close()
             raise
@@ -68,6 +81,12 @@ def receive(end: socket.socket) -> bytes:
     if len(packet) > MAX_PACKET_BYTES:
         raise OSError(f"a packet has more than {MAX_PACKET_BYTES} bytes")
     return packet
+
+
+def peer_uid(end: socket.socket) -> int:
+    """The user on the other side of a connection."""
+    _, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return uid
 
 
 def shut(end: socket.socket) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from optserve import halves
 from optserve_server.backends.base import Backend, Kernel
 from optserve_server.backends.slices import Slices
 from optserve_server.rules import Rule
@@ -43,6 +44,11 @@ class NumpyBackend(Backend):
     def fill(self, slot: np.ndarray, values: np.ndarray) -> None:
         """Copy."""
         slot[...] = values
+
+    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+        """On the calling thread, which may be one of the kernel's own; see Backend."""
+        halves.convert(elements, staged)
+        return self._within(staged, limit)
 
     def take_all(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
         """Slice by slice; see Backend."""
