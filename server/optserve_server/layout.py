@@ -144,6 +144,11 @@ class Payload:
         end = self.begins[ordinal + 1] if ordinal + 1 < len(self.begins) else self.size_bytes
         return end - self.begins[ordinal]
 
+    def tensors_of(self, run: Run) -> tuple[int, ...]:
+        """The tensors of a run, in their order; empty ones may be missing."""
+        first, end = bisect_left(self.begins, run.begin), bisect_left(self.begins, run.end)
+        return self.tensors[first:end]
+
     def runs_between(self, begin: int, end: int) -> tuple[Run, ...]:
         """The runs that have bytes in [begin, end)."""
         if begin == end:

@@ -130,16 +130,17 @@ class Replay:
         tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
         payload = Payload(item.layout, tensors)
         with item.steps.held_still() as state:
+            given = list(_operands(payload, record.payload, len(state.operands)))
+            # A norm is that of the whole step, of which some parts may not be behind.
+            state.clip(payload, given[0])
             behind: list[Run] = []
-            for run in payload.runs:
+            for position, run in enumerate(payload.runs):
                 stretches = self._behind(item.id, run.dtype, run.start, run.stop, record.lsn)
                 behind += [Run(0, 0, run.dtype, run.wire, start, stop) for start, stop in stretches]
-                for turn, arenas in enumerate(state.operands.values()):
-                    begin = turn * payload.size_bytes + run.begin
-                    given = np.frombuffer(record.payload[begin : begin + run.end - run.begin], run.dtype)
+                for arenas, arrays in zip(state.operands.values(), given, strict=True):
                     for start, stop in stretches:
-                        arenas[run.dtype][start:stop] = given[start - run.start : stop - run.start]
-            state.apply(behind)
+                        arenas[run.dtype][start:stop] = arrays[position][start - run.start : stop - run.start]
+            state.apply(behind, message["step"])
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
             item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
@@ -176,6 +177,13 @@ class Replay:
             if item is not None and item.steps.retained is not None:
                 last = self._last_step.get(name, 0)
                 item.steps.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
+
+
+def _operands(payload: Payload, data: memoryview, count: int) -> Iterator[list[np.ndarray]]:
+    """Copies of the operands of a step, each run by run."""
+    for turn in range(count):
+        start = turn * payload.size_bytes
+        yield [np.frombuffer(data[start + run.begin : start + run.end], run.dtype).copy() for run in payload.runs]
 
 
 def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:

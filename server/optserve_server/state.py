@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.backends import Backend
-from optserve_server.layout import Layout, Operand, Operands, Run
+from optserve_server.layout import Layout, Operand, Operands, Payload, Run
 from optserve_server.rules import Rule
 from optserve_server.settings import Settings
 
@@ -52,12 +52,36 @@ class State:
 
     def set(self, settings: Settings) -> None:
         """Change the settings; refused as a whole where one is out of range."""
-        rule = settings.rule
+        settings.check()
+        rules = settings.rules()
         for dtype in self._dtypes or list(self.layout.sizes):
-            rule.check(dtype)
+            for rule in rules:
+                rule.check(dtype)
         self.settings = settings
-        self._scalars = {dtype: [dtype.type(scalar) for scalar in rule.scalars()] for dtype in self._dtypes}
-        self._limits = {dtype: dtype.type(rule.gradient_limit(dtype)) for dtype in self._dtypes}
+        self._limits = {dtype: dtype.type(min(rule.gradient_limit(dtype) for rule in rules)) for dtype in self._dtypes}
+        self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
+        # Without a schedule the constants are always the same.
+        self._constants = None if settings.schedule else self._scalars(0)
+
+    def _stretches_of(self, dtype: np.dtype) -> list[tuple[int, int, int]]:
+        """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""
+        position_of = {
+            index: position for position, group in enumerate(self.settings.groups, 1) for index in group.parameters
+        }
+        stretches: list[tuple[int, int, int]] = []
+        for index, parameter in enumerate(self.layout.parameters):
+            if parameter.dtype != dtype or not parameter.size:
+                continue
+            start, position = self.layout.starts[index], position_of.get(index, 0)
+            if stretches and stretches[-1][2] == position:
+                start = stretches.pop()[0]
+            stretches.append((start, self.layout.starts[index] + parameter.size, position))
+        return stretches
+
+    def _scalars(self, step: int) -> dict[np.dtype, list[list[np.generic]]]:
+        """The constants of each rule at a step."""
+        rules = [self.settings.at(rule, step) for rule in self.settings.rules()]
+        return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
 
     @staticmethod
     def required_bytes(layout: Layout, rule: Rule) -> int:
@@ -141,14 +165,27 @@ class State:
         """A stretch of the staging buffer in the run's wire dtype; a view of it where that is its own."""
         return self._backend.give(self.staged[run.dtype][start:stop], run.wire)
 
-    def apply(self, runs: Iterable[Run]) -> None:
-        """Turn the staged gradients of the runs into updates, in place, and advance the slots."""
+    def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
+        """Keep a step's gradients, given run by run, within the bounds that are set; see Clipping.clip."""
+        clipping = self.settings.clipping
+        return None if clipping is None else clipping.clip(payload, gradients)
+
+    def apply(self, runs: Iterable[Run], step: int) -> None:
+        """Turn the staged gradients of the runs into updates, in place, and advance the slots.
+
+        Args:
+            runs: What takes part.
+            step: Number of steps applied before, by which the learning rate is scheduled.
+        """
+        scalars = self._constants or self._scalars(step)
         for run in runs:
-            part = slice(run.start, run.stop)
             kernel = self._backend.kernel(type(self.rule), run.dtype)
-            slots = [slot[part] for slot in self.slots[run.dtype]]
-            staged, *inputs = (arenas[run.dtype][part] for arenas in self.operands.values())
-            kernel(staged, slots, self._scalars[run.dtype], *inputs)
+            for start, stop, position in self._stretches[run.dtype]:
+                part = slice(max(start, run.start), min(stop, run.stop))
+                if part.start < part.stop:
+                    slots = [slot[part] for slot in self.slots[run.dtype]]
+                    staged, *inputs = (arenas[run.dtype][part] for arenas in self.operands.values())
+                    kernel(staged, slots, scalars[run.dtype][position], *inputs)
 
     def read(self, dtype: np.dtype, slot: int, start: int, stop: int) -> np.ndarray:
         """A stretch of one arena of one slot, in host memory; to be used while nothing changes."""

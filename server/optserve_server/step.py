@@ -17,11 +17,12 @@ _Used = TypeVar("_Used")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a commit did."""
+    """What a commit did. The norm is that over all tensors before clipping, where clipping needed it."""
 
     request_id: str
     step: int
     replayed: bool
+    gradient_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Step:
         self.payload = payload
         self.replay = replay
         self.segment = segment
+        self.committed = False
         self.moved_at = time.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}
 

@@ -272,7 +272,8 @@ class Steps:
         # Where the lock is taken, something moves.
         if self._lock.acquire(blocking=False):
             try:
-                if self._holder:
+                # One that is committed has only its reply left to be read.
+                if self._holder and not self._holder.committed:
                     self._discard_if_idle(self._holder)
             finally:
                 self._lock.release()
@@ -370,14 +371,16 @@ class Steps:
             if step.segment and self._in_place:
                 step.segment.replying(self.step + 1)
             with self._changing(f"in step {self.step}"):
-                self._state.apply(step.payload.runs)
+                norm = self._state.clip(step.payload, self._gradients(step))
+                self._state.apply(step.payload.runs, self.step)
             self.lsn = lsn
             self.step += 1
+            step.committed = True
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
             if step.segment:
                 self._give_shared(step, step.segment)
             step.moved_at = time.monotonic()
-            return Outcome(step.request_id, self.step, replayed=False)
+            return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
 
     def _check_complete(self, step: Step) -> None:
         for operand, coverage in step.coverage.items():
@@ -392,6 +395,9 @@ class Steps:
                     parameter=name,
                     offset=offset,
                 )
+
+    def _gradients(self, step: Step) -> list[np.ndarray]:
+        return [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
 
     def _record(self, step: Step) -> StepRecord:
         operands = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from enum import Enum, auto
 
 import numpy as np
@@ -100,6 +100,11 @@ class StepStream:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
                 yield from self._commit()
+        except GeneratorExit:
+            # Nobody takes the answer any more; a step that was committed has ended nevertheless.
+            if header.HasField("commit"):
+                self._end(_Phase.IDLE)
+            raise
         # Every failure is answered in the stream, which lives on.
         except Exception as error:  # noqa: BLE001
             yield self._fail(error)
@@ -117,7 +122,7 @@ class StepStream:
             self._end(_Phase.CLOSED)
             self._unshare()
 
-    def _answer_packet(self, packet: bytes) -> Iterator[bytes]:
+    def _answer_packet(self, packet: bytes) -> Generator[bytes]:
         """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
         try:
             yield from self.handle(packet)
@@ -264,7 +269,12 @@ class StepStream:
 
 def result(outcome: Outcome) -> steps_pb2.Result:
     """A step's outcome as the contract shows it."""
-    return steps_pb2.Result(request_id=outcome.request_id, step=outcome.step, replayed=outcome.replayed)
+    return steps_pb2.Result(
+        request_id=outcome.request_id,
+        step=outcome.step,
+        replayed=outcome.replayed,
+        gradient_norm=outcome.gradient_norm,
+    )
 
 
 def _message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:

@@ -44,11 +44,11 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
     state = State(layout, Settings(rule), backend)
     (run,) = Payload(layout, (0,)).runs
     x = np.zeros(given[0].shape)
-    for g, h in zip(given, diagonals, strict=True):
+    for step, (g, h) in enumerate(zip(given, diagonals, strict=True)):
         assert state.stage(Operand.GRADIENT, run, 0, g) is None
         if rule.takes_curvature:
             assert state.stage(Operand.CURVATURE, run, 0, h) is None
-        state.apply([run])
+        state.apply([run], step)
         x += state.staged[dtype]
     return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]
 
