@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,16 +12,15 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
-from optserve.v1 import algorithms_pb2, checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve_server import features
 from optserve_server.checkpoints import Checkpoint
 from optserve_server.config import ServerConfig
+from optserve_server.convert_settings import set_settings
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.optimizers import Optimizer, is_id
-from optserve_server.rules import RULES, Rule
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
-from optserve_server.settings import Settings
 
 _Frame = TypeVar("_Frame")
 
@@ -99,31 +97,10 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
     return Layout(tuple(parameters))
 
 
-def settings(message: optimizer_pb2.Optimizer) -> Settings:
-    """The settings of a new optimizer, or raise INVALID_FIELD or FEATURE_UNAVAILABLE."""
-    return Settings(rule(message.algorithm))
-
-
-def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:
-    """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD.
-
-    Ranges are checked where the dtype is known, by `Rule.check`.
-    """
-    name = message.WhichOneof("method")
-    if name is None:
-        raise OptserveError(Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path)
-    given = getattr(message, name)
-    values = {item.name: getattr(given, item.name) for item in fields(RULES[name]) if given.HasField(item.name)}
-    return RULES[name](**values)
-
-
 def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
     """Raise FEATURE_UNAVAILABLE for the first setting that this server does not have."""
     check_known(message, "mode", "optimizer")
     for is_set, feature, field in (
-        (bool(message.groups), service_pb2.FEATURE_PARAMETER_GROUPS, "groups"),
-        (message.HasField("schedule"), service_pb2.FEATURE_SCHEDULES, "schedule"),
-        (message.HasField("clipping"), service_pb2.FEATURE_CLIPPING, "clipping"),
         (message.weight_decay != 0, service_pb2.FEATURE_HOSTED_MODE, "weight_decay"),
         (message.mode == optimizer_pb2.MODE_HOSTED, service_pb2.FEATURE_HOSTED_MODE, "mode"),
         (message.HasField("consistency"), service_pb2.FEATURE_WORKERS, "consistency"),
@@ -142,37 +119,6 @@ def check_known(message: Message, field: str, path: str) -> None:
             f"{value} is none of the values of {field} that this server knows.",
             field=f"{path}.{field}",
         )
-
-
-def updated_settings(present: Settings, message: optimizer_pb2.Optimizer, paths: list[str]) -> Settings:
-    """The settings with the fields named by an update mask taken from `message`, or raise INVALID_FIELD."""
-    before, after = present.rule, rule(message.algorithm)
-    names = [item.name for item in fields(before)]
-    prefix = f"algorithm.{before.name}"
-    if not paths:
-        raise OptserveError(
-            Reason.INVALID_FIELD, f"Name the fields to change, such as {prefix}.{names[0]}.", field="update_mask"
-        )
-    if type(after) is not type(before):
-        raise OptserveError(
-            Reason.INVALID_FIELD,
-            f"The method is fixed at creation; it is {before.name}, not {after.name}.",
-            field="optimizer.algorithm",
-        )
-    changed: set[str] = set()
-    for path in paths:
-        name = path.removeprefix(f"{prefix}.")
-        if path in ("algorithm", prefix):
-            changed.update(names)
-        elif name in names:
-            changed.add(name)
-        else:
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"{path!r} cannot be updated; these can: {', '.join(f'{prefix}.{name}' for name in names)}.",
-                field="update_mask",
-            )
-    return replace(present, rule=replace(before, **{name: getattr(after, name) for name in changed}))
 
 
 def wire_dtype(data_type: int, field: str) -> np.dtype | None:
@@ -204,7 +150,7 @@ def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optim
         slots=item.rule.slots,
         lineage=item.steps.lineage,
     )
-    set_algorithm(message.algorithm, item.rule)
+    set_settings(message, item.settings, item.layout)
     if with_parameters:
         for parameter in item.layout.parameters:
             message.parameters.add(
@@ -213,14 +159,6 @@ def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optim
                 data_type=wire.DATA_TYPES[parameter.dtype],
             )
     return message
-
-
-def set_algorithm(message: algorithms_pb2.Algorithm, rule: Rule) -> None:
-    """Make a message say a rule with all of its hyper-parameters."""
-    settings = getattr(message, rule.name)
-    settings.SetInParent()
-    for name, value in asdict(rule).items():
-        setattr(settings, name, value)
 
 
 def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:

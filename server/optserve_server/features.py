@@ -15,6 +15,9 @@ AVAILABLE = frozenset(
         pb.FEATURE_STATE_TRANSFER,
         pb.FEATURE_HALF_PRECISION_WIRE,
         pb.FEATURE_CURVATURE,
+        pb.FEATURE_SCHEDULES,
+        pb.FEATURE_CLIPPING,
+        pb.FEATURE_PARAMETER_GROUPS,
     }
     | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )

@@ -242,7 +242,7 @@ class Optimizers:
             start = bisect.bisect_right(ids, after)
             return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
 
-    def update(self, optimizer_id: str, change: Callable[[Settings], Settings], etag: str = "") -> Optimizer:
+    def update(self, optimizer_id: str, change: Callable[[Settings, Layout], Settings], etag: str = "") -> Optimizer:
         """Change hyper-parameters: `change` makes the new settings of the present ones.
 
         Raises:
@@ -252,7 +252,7 @@ class Optimizers:
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
             new_etag, now = _token(), datetime.now(UTC)
-            optimizer.steps.set(change(optimizer.settings), new_etag, now)
+            optimizer.steps.set(change(optimizer.settings, optimizer.layout), new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
         logger.info("updated %s: %s", optimizer_id, optimizer.settings)
         return optimizer

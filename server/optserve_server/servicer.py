@@ -16,15 +16,16 @@ from google.protobuf.message_factory import GetMessageClass
 from optserve import sysv, wire
 from optserve.v1 import checkpoints_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
-from optserve_server import convert, features, transfer
+from optserve_server import convert, convert_settings, features, transfer
 from optserve_server.admission import Admission
 from optserve_server.backends import Choice
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason, fields_called
-from optserve_server.layout import Operand
+from optserve_server.layout import Layout, Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import RULES
+from optserve_server.settings import Settings
 from optserve_server.status import to_status
 from optserve_server.step import Step
 from optserve_server.stream import StepStream, result
@@ -72,7 +73,8 @@ class Servicer:
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
         """Make an optimizer."""
         convert.reject_unavailable(request.optimizer)
-        settings, layout = convert.settings(request.optimizer), convert.layout(request.optimizer)
+        layout = convert.layout(request.optimizer)
+        settings = convert_settings.settings(request.optimizer, layout)
         item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
         return pb.CreateOptimizerResponse(optimizer=convert.optimizer(item))
 
@@ -93,11 +95,11 @@ class Servicer:
         """Change hyper-parameters."""
         optimizer_id = convert.optimizer_id(request.optimizer.name, "optimizer.name")
         paths = list(request.update_mask.paths)
-        item = self._optimizers.update(
-            optimizer_id,
-            lambda before: convert.updated_settings(before, request.optimizer, paths),
-            request.optimizer.etag,
-        )
+
+        def change(present: Settings, layout: Layout) -> Settings:
+            return convert_settings.updated_settings(present, layout, request.optimizer, paths)
+
+        item = self._optimizers.update(optimizer_id, change, request.optimizer.etag)
         return pb.UpdateOptimizerResponse(optimizer=convert.optimizer(item))
 
     def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:

@@ -7,7 +7,7 @@ from itertools import chain
 
 from optserve import wire
 from optserve.v1 import checkpoints_pb2, service_pb2
-from optserve_server import convert, features
+from optserve_server import convert, convert_settings, features
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -27,7 +27,9 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         message = convert.optimizer(optimizer)
         # The optimizer may have been stepped since.
         message.step = file.description.step
-        convert.set_algorithm(message.algorithm, file.description.rule)
+        for field in ("schedule", "clipping", "groups"):
+            message.ClearField(field)
+        convert_settings.set_settings(message, file.description.settings, optimizer.layout)
         yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
         with file.mapped() as mapped:
             arenas = {(dtype, slot): array for dtype, slot, array in mapped}

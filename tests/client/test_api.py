@@ -11,14 +11,14 @@ from optserve import algorithms
 from optserve_server.rules import RULES
 
 PUBLIC = [
-    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Checkpoint", "CheckpointDamagedError",
-    "Client", "ClientConfig", "ClientUseError", "DeadlineExceededError", "DiagonalHessian",
-    "EtagMismatchError",
-    "FailedPreconditionError", "FeatureUnavailableError", "InternalError", "InvalidArgumentError", "LocalServer",
-    "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Sgd",
-    "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError",
-    "StepsLostError", "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms", "WrongStepError", "connect",
-    "local_server",
+    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "AtSteps", "Checkpoint",
+    "CheckpointDamagedError", "Client", "ClientConfig", "ClientUseError", "Clipping", "Constant", "Cosine",
+    "DeadlineExceededError", "DiagonalHessian", "EtagMismatchError", "Exponential", "FailedPreconditionError",
+    "FeatureUnavailableError", "Group", "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer",
+    "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError",
+    "Schedule", "Sgd", "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError",
+    "StepInProgressError", "StepsLostError", "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms",
+    "WrongStepError", "connect", "local_server",
 ]  # fmt: skip
 
 

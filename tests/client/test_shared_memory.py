@@ -364,3 +364,16 @@ def test_no_connection_is_made_for_grpc_alone(server, name):
         opt.step(gradients(0))
         assert opt.transport == ("grpc", "shared memory was not asked for")
         assert len(segments(server.process.pid)) <= before
+
+
+def test_memory_is_shared_again_by_a_stream_that_follows_while_the_last_one_still_ends(near):
+    opt = near.create_optimizer("a", optserve.Adadelta(), gradients(0))
+    opt.step(gradients(0))
+    opt.close()
+    # Stands for a stream whose end the server has not noticed yet.
+    last = near.optimizer("a", transport="shm")
+    assert last.transport[0] == "shm"
+    ending = threading.Timer(0.05, last.close)
+    ending.start()
+    assert opt.transport[0] == "shm"
+    ending.join()

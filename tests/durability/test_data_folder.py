@@ -33,7 +33,7 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
     item = server.create()
     for index in range(4):
         reply = step(item, index)
-    server.optimizers.update("a", lambda before: Settings(Adadelta(rho=0.5, eps=before.rule.eps)))
+    server.optimizers.update("a", lambda before, _layout: Settings(Adadelta(rho=0.5, eps=before.rule.eps)))
     reply = step(item, 4, (1,))
     before = fingerprint(item)
     server.die()
@@ -63,7 +63,7 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
             yield stretch
             step(item, next(turn), (0,) if position % 2 else ())
             if position == 1:
-                server.optimizers.update("a", lambda _before: Settings(Adadelta(rho=0.7)))
+                server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.7)))
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "_stretches", stretches)
@@ -282,7 +282,7 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
         for change in (
             lambda: step(item, 1),
             lambda: server.create("b"),
-            lambda: server.optimizers.update("a", lambda _before: Settings(Adadelta(rho=0.5))),
+            lambda: server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.5))),
             lambda: server.optimizers.delete("a"),
         ):
             with pytest.raises(OptserveError, match="No space left") as caught:

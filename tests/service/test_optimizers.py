@@ -152,9 +152,7 @@ def test_a_model_that_is_too_large_is_refused(stub, name, shape):
         ({"mode": optimizer_pb2.MODE_HOSTED}, "HOSTED_MODE"),
         ({"weight_decay": 0.1}, "HOSTED_MODE"),
         ({"consistency": optimizer_pb2.Consistency()}, "WORKERS"),
-        ({"schedule": algorithms_pb2.Schedule()}, "SCHEDULES"),
-        ({"clipping": optimizer_pb2.Clipping(norm=1.0)}, "CLIPPING"),
-        ({"groups": [optimizer_pb2.ParameterGroup()]}, "PARAMETER_GROUPS"),
+        ({"groups": [optimizer_pb2.ParameterGroup(parameters=["x"], weight_decay=0.1)]}, "HOSTED_MODE"),
     ],
 )
 def test_settings_that_this_server_lacks_are_unimplemented_and_named(stub, name, settings, feature):

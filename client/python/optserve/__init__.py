@@ -43,6 +43,7 @@ from optserve.errors import (
 )
 from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
+from optserve.settings import AtSteps, Clipping, Constant, Cosine, Exponential, Group, InverseTime, Schedule
 from optserve.state import Checkpoint, OptimizerState, TensorSpec
 
 __all__ = [
@@ -51,18 +52,25 @@ __all__ = [
     "Adagrad",
     "Algorithm",
     "AlreadyExistsError",
+    "AtSteps",
     "Checkpoint",
     "CheckpointDamagedError",
     "Client",
     "ClientConfig",
     "ClientUseError",
+    "Clipping",
+    "Constant",
+    "Cosine",
     "DeadlineExceededError",
     "DiagonalHessian",
     "EtagMismatchError",
+    "Exponential",
     "FailedPreconditionError",
     "FeatureUnavailableError",
+    "Group",
     "InternalError",
     "InvalidArgumentError",
+    "InverseTime",
     "LocalServer",
     "Momentum",
     "NotFoundError",
@@ -70,6 +78,7 @@ __all__ = [
     "OptimizerState",
     "OptserveError",
     "ResourceExhaustedError",
+    "Schedule",
     "Sgd",
     "StateLostError",
     "StateReplacedError",

@@ -33,6 +33,9 @@ from optserve.errors import (
 )
 from optserve.v1 import steps_pb2
 
+_SHARE_AGAIN_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16)
+"""Pauses between tries to share memory again, before tensors take the stream."""
+
 
 class StepSession:
     """One optimizer's stream and what is known of its steps. Safe to use from several threads.
@@ -254,29 +257,42 @@ class StepSession:
 
     def _opened(self, patience: Patience) -> StepStream:
         if self._stream is None:
-            try:
-                stream = StepStream(
-                    self._connection, self.open_request, patience, takes_curvature=self._takes_curvature
-                )
-            except NotFoundError as error:
-                if self.current_step == 0:
-                    raise
-                raise StepsLostError(
-                    f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
-                    "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
-                ) from error
-            except OptserveError:
-                # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
-                self._has_shared = True
-                raise
-            try:
-                self._check_state(stream.opened)
-                self._check_transport(stream)
-            except OptserveError:
+            pauses = iter(_SHARE_AGAIN_AFTER_S)
+            while not self._shared_as_before(stream := self._open(patience)):
+                # The server may not have noticed yet that the stream before is gone.
+                pause_s = next(pauses, None)
+                if pause_s is None:
+                    break
                 stream.close()
-                raise
+                patience.pause(pause_s, UnavailableError(f"Memory is not shared again: {stream.transport_reason}."))
             self._stream = stream
         return self._stream
+
+    def _shared_as_before(self, stream: StepStream) -> bool:
+        asked = self.open_request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY
+        return stream.shared is not None or not (asked and self._has_shared)
+
+    def _open(self, patience: Patience) -> StepStream:
+        try:
+            stream = StepStream(self._connection, self.open_request, patience, takes_curvature=self._takes_curvature)
+        except NotFoundError as error:
+            if self.current_step == 0:
+                raise
+            raise StepsLostError(
+                f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
+                "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
+            ) from error
+        except OptserveError:
+            # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
+            self._has_shared = True
+            raise
+        try:
+            self._check_state(stream.opened)
+            self._check_transport(stream)
+        except OptserveError:
+            stream.close()
+            raise
+        return stream
 
     def _check_transport(self, stream: StepStream) -> None:
         """Raise if memory must be shared and is not."""

@@ -11,15 +11,15 @@ from any number of event loops, and leaves one implementation of retries and res
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 import numpy as np
 
-from optserve import algorithms
+from optserve import algorithms, settings
 from optserve import client as sync
 from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
@@ -84,10 +84,25 @@ class AsyncClient:
         return await self._threads.run(self._connected.server_info)
 
     async def create_optimizer(
-        self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, sync.ArrayLike | TensorSpec]
+        self,
+        name: str,
+        algorithm: algorithms.Algorithm,
+        params: Mapping[str, sync.ArrayLike | TensorSpec],
+        *,
+        schedule: settings.Schedule | None = None,
+        clipping: settings.Clipping | None = None,
+        groups: Sequence[settings.Group] = (),
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
-        made = await self._threads.run(self._connected.create_optimizer, name, algorithm, params)
+        made = await self._threads.run(
+            self._connected.create_optimizer,
+            name,
+            algorithm,
+            params,
+            schedule=schedule,
+            clipping=clipping,
+            groups=groups,
+        )
         return AsyncOptimizer(made, self._threads)
 
     async def optimizer(
@@ -196,9 +211,16 @@ class AsyncOptimizer:
         """See `optserve.Optimizer.refresh`."""
         await self._threads.run(self._optimizer.refresh)
 
-    async def update(self, algorithm: algorithms.Algorithm) -> None:
+    async def update(
+        self,
+        algorithm: algorithms.Algorithm | None = None,
+        *,
+        schedule: settings.Schedule | EllipsisType | None = ...,
+        clipping: settings.Clipping | EllipsisType | None = ...,
+        groups: Sequence[settings.Group] | EllipsisType = ...,
+    ) -> None:
         """See `optserve.Optimizer.update`."""
-        await self._threads.run(self._optimizer.update, algorithm)
+        await self._threads.run(self._optimizer.update, algorithm, schedule=schedule, clipping=clipping, groups=groups)
 
     async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """See `optserve.Optimizer.save_checkpoint`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from optserve import algorithms, sysv
+from optserve import algorithms, settings, sysv
 from optserve._checkpoints import delete_checkpoint, list_checkpoints
 from optserve._transport import Transport
 from optserve.config import ClientConfig
@@ -79,7 +79,14 @@ class Client:
         return self._transport.same_host
 
     def create_optimizer(
-        self, name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec]
+        self,
+        name: str,
+        algorithm: algorithms.Algorithm,
+        params: Mapping[str, ArrayLike | TensorSpec],
+        *,
+        schedule: settings.Schedule | None = None,
+        clipping: settings.Clipping | None = None,
+        groups: Sequence[settings.Group] = (),
     ) -> Optimizer:
         """Make an optimizer with all state at 0.
 
@@ -87,13 +94,21 @@ class Client:
             name: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
             algorithm: The method.
             params: The model's parameters by name: arrays, or anything else with a shape and a dtype.
+            schedule: Of the learning rate; constant by default.
+            clipping: Of the gradient; none by default.
+            groups: Parameters whose hyper-parameters differ.
 
         Raises:
             AlreadyExistsError: The name is taken.
             InvalidArgumentError: A name, shape, dtype or hyper-parameter that cannot be used.
             ResourceExhaustedError: The model is too large for the server.
         """
-        message = optimizer_pb2.Optimizer(algorithm=algorithm.to_message())
+        message = optimizer_pb2.Optimizer(
+            algorithm=algorithm.to_message(),
+            schedule=schedule.to_message() if schedule else None,
+            clipping=clipping.to_message() if clipping else None,
+            groups=settings.group_messages(groups, algorithm.name),
+        )
         for parameter, spec in params.items():
             message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
         request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import EllipsisType
 from typing import Literal, TypeVar
 
 import numpy as np
 
-from optserve import algorithms
+from optserve import algorithms, settings
 from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
 from optserve._feedback import ErrorFeedback
 from optserve._model import Model
@@ -63,7 +64,8 @@ class Optimizer:
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if share else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
         )
-        method = algorithms.ALGORITHMS.get(message.algorithm.WhichOneof("method") or "")
+        self._method = message.algorithm.WhichOneof("method") or ""
+        method = algorithms.ALGORITHMS.get(self._method)
         self._model = Model(
             message.name.removeprefix("optimizers/"),
             message.parameters,
@@ -280,22 +282,62 @@ class Optimizer:
 
         self._session.refresh(read)
 
-    def update(self, algorithm: algorithms.Algorithm) -> None:
-        """Change hyper-parameters from the next step on; the state stays.
+    def update(
+        self,
+        algorithm: algorithms.Algorithm | None = None,
+        *,
+        schedule: settings.Schedule | EllipsisType | None = ...,
+        clipping: settings.Clipping | EllipsisType | None = ...,
+        groups: Sequence[settings.Group] | EllipsisType = ...,
+    ) -> None:
+        """Change settings from the next step on; the state stays, and so does what is not given.
+
+        Args:
+            algorithm: The same method with other hyper-parameters.
+            schedule: Another one, or None for a constant learning rate.
+            clipping: Another bound, or None for none.
+            groups: All of them anew.
 
         Raises:
             InvalidArgumentError: Another method, or a value out of range.
         """
-        request = service_pb2.UpdateOptimizerRequest(
-            optimizer=optimizer_pb2.Optimizer(name=self._resource, algorithm=algorithm.to_message())
-        )
-        request.update_mask.paths.append("algorithm")
+        request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=self._resource))
+        message, paths = request.optimizer, request.update_mask.paths
+        if algorithm is not None:
+            message.algorithm.CopyFrom(algorithm.to_message())
+            paths.append("algorithm")
+        if schedule is not ...:
+            paths.append("schedule")
+            if schedule is not None:
+                message.schedule.CopyFrom(schedule.to_message())
+        if clipping is not ...:
+            paths.append("clipping")
+            if clipping is not None:
+                message.clipping.CopyFrom(clipping.to_message())
+        if groups is not ...:
+            paths.append("groups")
+            message.groups.extend(settings.group_messages(groups, self._method))
         self._connection.call(self._connection.stub.UpdateOptimizer, request)
 
     @property
     def algorithm(self) -> algorithms.Algorithm:
         """The method with its present hyper-parameters, as the server has them."""
         return algorithms.from_message(self._get().algorithm)
+
+    @property
+    def schedule(self) -> settings.Schedule | None:
+        """The present schedule of the learning rate, as the server has it."""
+        return settings.schedule_from(self._get())
+
+    @property
+    def clipping(self) -> settings.Clipping | None:
+        """The present bound on the gradient, as the server has it."""
+        return settings.clipping_from(self._get())
+
+    @property
+    def groups(self) -> tuple[settings.Group, ...]:
+        """The present groups of parameters, as the server has them."""
+        return settings.groups_from(self._get())
 
     def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """Take a named copy of the state and the hyper-parameters, durable as far as the server is.

@@ -1,0 +1,201 @@
+"""What goes with the method of an optimizer: annealing, clipping, and groups of parameters that differ.
+
+What they compute is on the server, which checks ranges; its `InvalidArgumentError` names the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from optserve.errors import InvalidArgumentError
+from optserve.v1 import algorithms_pb2, optimizer_pb2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A factor on the learning rate over the steps, evaluated by the server. Use a subclass.
+
+    Args:
+        warmup_steps: Steps in which the factor rises linearly to 1 before the schedule starts.
+    """
+
+    kind: ClassVar[str]
+
+    warmup_steps: int = 0
+
+    def to_message(self) -> algorithms_pb2.Schedule:
+        """The contract's form."""
+        values = asdict(self)
+        message = algorithms_pb2.Schedule(warmup_steps=values.pop("warmup_steps"))
+        chosen = getattr(message, self.kind)
+        chosen.SetInParent()
+        chosen.MergeFrom(type(chosen)(**values))
+        return message
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Always 1."""
+
+    kind = "constant"
+
+
+@dataclass(frozen=True)
+class InverseTime(Schedule):
+    """1 / (1 + decay t): 1 / t annealing, Robbins and Monro.
+
+    Args:
+        decay: Per step, positive.
+    """
+
+    kind = "inverse_time"
+
+    decay: float
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """rate ^ (t / period_steps).
+
+    Args:
+        rate: In (0, 1].
+        period_steps: Steps in which the factor falls by `rate`.
+    """
+
+    kind = "exponential"
+
+    rate: float
+    period_steps: int = 1
+
+
+@dataclass(frozen=True)
+class AtSteps(Schedule):
+    """rate ^ (number of milestones that are at most t).
+
+    Args:
+        rate: In (0, 1].
+        milestones: Steps, strictly increasing.
+    """
+
+    kind = "step"
+
+    rate: float
+    milestones: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """floor + (1 − floor) (1 + cos(π t / period_steps)) / 2, and floor from period_steps on.
+
+    Args:
+        period_steps: Steps until the factor is `floor`.
+        floor: In [0, 1].
+    """
+
+    kind = "cosine"
+
+    period_steps: int
+    floor: float = 0.0
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    kind.kind: kind for kind in (Constant, InverseTime, Exponential, AtSteps, Cosine)
+}
+"""Every schedule by its name in the contract."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """A bound on the gradient, applied by the server before the method. Give one of the three.
+
+    Args:
+        value: Every element into [−value, value].
+        norm: Every tensor's Euclidean norm to at most this.
+        global_norm: The Euclidean norm over all tensors of a step to at most this.
+    """
+
+    value: float | None = None
+    norm: float | None = None
+    global_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidArgumentError unless one of the three is given."""
+        if len(self._given()) != 1:
+            raise InvalidArgumentError("Clipping takes one of value, norm and global_norm.")
+
+    def _given(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def to_message(self) -> optimizer_pb2.Clipping:
+        """The contract's form."""
+        return optimizer_pb2.Clipping(**self._given())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose hyper-parameters differ from the optimizer's.
+
+    Args:
+        parameters: Their names; no parameter is in two groups.
+        overrides: Hyper-parameters of the optimizer's method by name; the others are the optimizer's.
+
+    Example:
+        >>> Group(("b1", "b2"), {"learning_rate": 0.1})
+        Group(parameters=('b1', 'b2'), overrides={'learning_rate': 0.1})
+    """
+
+    parameters: Sequence[str]
+    overrides: Mapping[str, Any] = field(hash=False)
+
+    def to_message(self, method: str) -> optimizer_pb2.ParameterGroup:
+        """The contract's form, for a method by its name there.
+
+        Raises:
+            InvalidArgumentError: The method has no such hyper-parameter.
+        """
+        message = optimizer_pb2.ParameterGroup(parameters=self.parameters)
+        settings = getattr(message.algorithm, method)
+        settings.SetInParent()
+        known = settings.DESCRIPTOR.fields_by_name
+        for name, value in self.overrides.items():
+            if name not in known:
+                raise InvalidArgumentError(f"{method} has no {name!r}; it has {', '.join(known)}.")
+            setattr(settings, name, value)
+        return message
+
+
+def schedule_from(message: optimizer_pb2.Optimizer) -> Schedule | None:
+    """The schedule of an optimizer; None for a constant learning rate."""
+    name = message.schedule.WhichOneof("kind")
+    if name is None:
+        return None
+    kind, given = SCHEDULES[name], getattr(message.schedule, name)
+    values: dict[str, Any] = {item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields}
+    if "milestones" in values:
+        values["milestones"] = tuple(values["milestones"])
+    known = {item.name for item in fields(kind)}
+    return kind(
+        warmup_steps=message.schedule.warmup_steps, **{key: value for key, value in values.items() if key in known}
+    )
+
+
+def clipping_from(message: optimizer_pb2.Optimizer) -> Clipping | None:
+    """The bound on the gradients of an optimizer; None for none."""
+    kind = message.clipping.WhichOneof("bound")
+    return Clipping(**{kind: getattr(message.clipping, kind)}) if kind else None
+
+
+def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
+    """The groups of an optimizer."""
+    groups = []
+    for group in message.groups:
+        settings = getattr(group.algorithm, group.algorithm.WhichOneof("method") or "adadelta")
+        groups.append(Group(tuple(group.parameters), {item.name: value for item, value in settings.ListFields()}))
+    return tuple(groups)
+
+
+def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
+    """The contract's form of all groups."""
+    return [group.to_message(method) for group in groups]
