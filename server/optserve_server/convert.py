@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
-from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, statistics_pb2, steps_pb2
 from optserve_server import features
 from optserve_server.checkpoints import Checkpoint
 from optserve_server.config import ServerConfig
@@ -21,6 +21,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
+from optserve_server.statistics import TensorStatistics
 
 _Frame = TypeVar("_Frame")
 
@@ -169,6 +170,24 @@ def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
         size_bytes=item.size_bytes,
         create_time=_timestamp(item.create_time.timestamp()),
     )
+
+
+def statistics(item: TensorStatistics) -> statistics_pb2.TensorStatistics:
+    """Statistics as the contract shows them."""
+    message = statistics_pb2.TensorStatistics(
+        tensor=item.tensor,
+        rms_gradient=item.rms_gradient,
+        rms_update=item.rms_update,
+        effective_rate_quantiles=item.rate_quantiles,
+    )
+    for position, index in enumerate(item.indices):
+        message.elements.add(
+            index=int(index),
+            effective_rate=None if item.rates is None else item.rates[position],
+            update=None if item.updates is None else item.updates[position],
+            slots=[slot[position] for slot in item.slots],
+        )
+    return message
 
 
 def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:

@@ -18,6 +18,7 @@ AVAILABLE = frozenset(
         pb.FEATURE_SCHEDULES,
         pb.FEATURE_CLIPPING,
         pb.FEATURE_PARAMETER_GROUPS,
+        pb.FEATURE_STATISTICS,
     }
     | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )
@@ -26,7 +27,6 @@ UNAVAILABLE_METHODS = {
     "PullParameters": pb.FEATURE_HOSTED_MODE,
     "PushParameters": pb.FEATURE_HOSTED_MODE,
     "ReportWorker": pb.FEATURE_WORKERS,
-    "GetStatistics": pb.FEATURE_STATISTICS,
 }
 """Methods of the service that answer UNIMPLEMENTED, with the feature that they belong to."""
 

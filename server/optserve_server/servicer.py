@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from optserve import sysv, wire
-from optserve.v1 import checkpoints_pb2, steps_pb2
+from optserve.v1 import checkpoints_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server import convert, convert_settings, features, transfer
 from optserve_server.admission import Admission
@@ -26,6 +26,7 @@ from optserve_server.layout import Layout, Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.rules import RULES
 from optserve_server.settings import Settings
+from optserve_server.statistics import QUANTILES, Query, statistics
 from optserve_server.status import to_status
 from optserve_server.step import Step
 from optserve_server.stream import StepStream, result
@@ -219,6 +220,14 @@ class Servicer:
         """Replace an optimizer's whole state."""
         item = transfer.import_state(self._optimizers, self._checkpoints, requests)
         return checkpoints_pb2.ImportStateResponse(optimizer=convert.optimizer(item))
+
+    def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:
+        """Look at an optimizer between two steps."""
+        query = Query(
+            request.tensors, request.quantiles or QUANTILES, request.indices, request.random_indices, request.seed
+        )
+        step, tensors = statistics(self._find(request.name), query)
+        return statistics_pb2.GetStatisticsResponse(step=step, tensors=map(convert.statistics, tensors))
 
     def not_idle(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The requests; a client that sends none for long is cut off, because others wait for its place."""

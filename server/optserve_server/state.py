@@ -187,6 +187,18 @@ class State:
                     staged, *inputs = (arenas[run.dtype][part] for arenas in self.operands.values())
                     kernel(staged, slots, scalars[run.dtype][position], *inputs)
 
+    def rule_of(self, tensor: int) -> Rule:
+        """The rule that a parameter follows."""
+        groups = self.settings.groups
+        position = next((turn for turn, group in enumerate(groups, 1) if tensor in group.parameters), 0)
+        return self.settings.rules()[position]
+
+    def look(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
+        """A copy of elements of one arena of one slot, in float64."""
+        if dtype not in self.slots:
+            return np.empty(0)
+        return self._backend.to_host(self.slots[dtype][slot][where]).astype(np.float64)
+
     def read(self, dtype: np.dtype, slot: int, start: int, stop: int) -> np.ndarray:
         """A stretch of one arena of one slot, in host memory; to be used while nothing changes."""
         return np.ascontiguousarray(self._backend.to_host(self.slots[dtype][slot][start:stop]))

@@ -20,7 +20,6 @@ from optserve.v1 import (
     replicas_pb2,
     service_pb2,
     service_pb2_grpc,
-    statistics_pb2,
 )
 from optserve_server.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
@@ -54,7 +53,6 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
         ("PullParameters", replicas_pb2.PullParametersRequest()),
         ("PushParameters", iter([replicas_pb2.PushParametersRequest()])),
         ("ReportWorker", replicas_pb2.ReportWorkerRequest()),
-        ("GetStatistics", statistics_pb2.GetStatisticsRequest()),
     ],
 )
 def test_calls_that_this_server_lacks_are_unimplemented_and_name_the_feature(stub, method, request_message):

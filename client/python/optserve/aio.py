@@ -25,6 +25,7 @@ from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
 from optserve.state import Checkpoint, OptimizerState, Progress, TensorSpec, no_progress
+from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import optimizer_pb2, service_pb2
 
 MAX_CONCURRENT_CALLS = 32
@@ -221,6 +222,25 @@ class AsyncOptimizer:
     ) -> None:
         """See `optserve.Optimizer.update`."""
         await self._threads.run(self._optimizer.update, algorithm, schedule=schedule, clipping=clipping, groups=groups)
+
+    async def statistics(
+        self,
+        names: Sequence[str] = (),
+        *,
+        quantiles: Sequence[float] = QUANTILES,
+        indices: Sequence[int] = (),
+        random_indices: int = 0,
+        seed: int = 0,
+    ) -> Statistics:
+        """See `optserve.Optimizer.statistics`."""
+        return await self._threads.run(
+            self._optimizer.statistics,
+            names,
+            quantiles=quantiles,
+            indices=indices,
+            random_indices=random_indices,
+            seed=seed,
+        )
 
     async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """See `optserve.Optimizer.save_checkpoint`."""

@@ -23,7 +23,8 @@ from optserve._transport import Transport
 from optserve._under_way import GrowingGradients, StepUnderWay
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import Checkpoint, OptimizerState, Progress, no_progress
-from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.statistics import QUANTILES, Statistics, statistics_from
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, statistics_pb2, steps_pb2
 from optserve.wire import WIRE_DTYPES
 
 WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
@@ -81,6 +82,7 @@ class Optimizer:
         )
         self._wire = WIRE_DTYPES.get(open_request.wire_type)
         self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
+        self._slots = list(message.slots)
         self._resource = message.name
         self.name = message.name.removeprefix("optimizers/")
 
@@ -301,22 +303,7 @@ class Optimizer:
         Raises:
             InvalidArgumentError: Another method, or a value out of range.
         """
-        request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=self._resource))
-        message, paths = request.optimizer, request.update_mask.paths
-        if algorithm is not None:
-            message.algorithm.CopyFrom(algorithm.to_message())
-            paths.append("algorithm")
-        if schedule is not ...:
-            paths.append("schedule")
-            if schedule is not None:
-                message.schedule.CopyFrom(schedule.to_message())
-        if clipping is not ...:
-            paths.append("clipping")
-            if clipping is not None:
-                message.clipping.CopyFrom(clipping.to_message())
-        if groups is not ...:
-            paths.append("groups")
-            message.groups.extend(settings.group_messages(groups, self._method))
+        request = settings.update_request(self._resource, self._method, algorithm, schedule, clipping, groups)
         self._connection.call(self._connection.stub.UpdateOptimizer, request)
 
     @property
@@ -338,6 +325,38 @@ class Optimizer:
     def groups(self) -> tuple[settings.Group, ...]:
         """The present groups of parameters, as the server has them."""
         return settings.groups_from(self._get())
+
+    def statistics(
+        self,
+        names: Sequence[str] = (),
+        *,
+        quantiles: Sequence[float] = QUANTILES,
+        indices: Sequence[int] = (),
+        random_indices: int = 0,
+        seed: int = 0,
+    ) -> Statistics:
+        """Look at the state between two steps, which go on meanwhile.
+
+        Args:
+            names: Parameters to look at; all by default.
+            quantiles: Of the effective learning rate, each in [0, 1].
+            indices: Flat indices of elements to look at, of each parameter.
+            random_indices: Instead of them, how many to draw of each.
+            seed: Of the draw.
+
+        Raises:
+            InvalidArgumentError: There is no such parameter, element or quantile.
+        """
+        request = statistics_pb2.GetStatisticsRequest(
+            name=self._resource,
+            tensors=self._model.taking_part(dict.fromkeys(names), partial=True) if names else (),
+            quantiles=quantiles,
+            indices=indices,
+            random_indices=random_indices,
+            seed=seed,
+        )
+        response = self._connection.call(self._connection.stub.GetStatistics, request)
+        return statistics_from(response, self._model.names, self._slots, list(quantiles) or QUANTILES)
 
     def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """Take a named copy of the state and the hyper-parameters, durable as far as the server is.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from types import EllipsisType
 from typing import Any, ClassVar
 
+from optserve.algorithms import Algorithm
 from optserve.errors import InvalidArgumentError
-from optserve.v1 import algorithms_pb2, optimizer_pb2
+from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,3 +201,40 @@ def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
 def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
     """The contract's form of all groups."""
     return [group.to_message(method) for group in groups]
+
+
+def update_request(
+    resource: str,
+    method: str,
+    algorithm: Algorithm | None,
+    schedule: Schedule | EllipsisType | None,
+    clipping: Clipping | EllipsisType | None,
+    groups: Sequence[Group] | EllipsisType,
+) -> service_pb2.UpdateOptimizerRequest:
+    """The request that changes the settings of an optimizer; what is not given stays.
+
+    Args:
+        resource: `optimizers/…`.
+        method: Name of its method in the contract.
+        algorithm: See `optserve.Optimizer.update`, here and below.
+        schedule: Another, or None to take it away.
+        clipping: Another, or None to take it away.
+        groups: All of them anew.
+    """
+    request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
+    message, paths = request.optimizer, request.update_mask.paths
+    if algorithm is not None:
+        message.algorithm.CopyFrom(algorithm.to_message())
+        paths.append("algorithm")
+    if schedule is not ...:
+        paths.append("schedule")
+        if schedule is not None:
+            message.schedule.CopyFrom(schedule.to_message())
+    if clipping is not ...:
+        paths.append("clipping")
+        if clipping is not None:
+            message.clipping.CopyFrom(clipping.to_message())
+    if groups is not ...:
+        paths.append("groups")
+        message.groups.extend(group_messages(groups, method))
+    return request

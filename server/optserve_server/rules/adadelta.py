@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from optserve_server.rules.base import Rule, hyperparameter
 
@@ -15,6 +18,8 @@ class Adadelta(Rule):
     name = "adadelta"
     slots = ("square_avg", "acc_delta")
     squares_gradient = True
+    gradient_square_slot = "square_avg"
+    update_square_slot = "acc_delta"
 
     rho: float = hyperparameter(0.95, "[0, 1)")
     eps: float = hyperparameter(1e-6, "(0, inf)")
@@ -23,6 +28,10 @@ class Adadelta(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, 1−ρ, ε, learning rate."""
         return self.rho, 1.0 - self.rho, self.eps, self.learning_rate
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+        """RMS[Δx] / RMS[g], times the learning rate."""
+        return self.learning_rate * np.sqrt((slots["acc_delta"] + self.eps) / (slots["square_avg"] + self.eps))
 
     @staticmethod
     def update(

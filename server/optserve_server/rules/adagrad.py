@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from optserve_server.rules.base import Rule, hyperparameter
 
@@ -26,6 +29,10 @@ class Adagrad(Rule):
     def scalars(self) -> tuple[float, ...]:
         """−η, ε."""
         return -self.learning_rate, self.eps
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+        """η / (√(Σ g²) + ε)."""
+        return self.learning_rate / (np.sqrt(slots["sum"]) + self.eps)
 
     @staticmethod
     def update(sqrt: Any, g: Any, total: Any, minus_learning_rate: Any, eps: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -41,6 +41,8 @@ class Rule:
         signed_slots: Those that may be negative; the others are averages or sums of squares.
         takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
+        gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²], where there are such.
+        eps_in_root: Whether `eps` is added to these before a root is drawn.
         update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots; with
             curvature (sqrt, g, h, *slots, *scalars). Plain arithmetic, and abs, on whatever the backend passes:
             numbers in a compiled loop, arrays otherwise.
@@ -51,11 +53,18 @@ class Rule:
     signed_slots: ClassVar[tuple[str, ...]] = ()
     takes_curvature: ClassVar[bool] = False
     squares_gradient: ClassVar[bool]
+    gradient_square_slot: ClassVar[str | None] = None
+    update_square_slot: ClassVar[str | None] = None
+    eps_in_root: ClassVar[bool] = True
     update: ClassVar[Callable[..., Any]]
 
     def scalars(self) -> tuple[float, ...]:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
         raise NotImplementedError
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
+        """The factor on −g, in float64, that slots in float64 stand for; None if it does not depend on them alone."""
+        return None
 
     def check(self, dtype: np.dtype) -> None:
         """Refuse hyper-parameters that are out of range, or become so when rounded to `dtype`.

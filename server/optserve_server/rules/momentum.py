@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from optserve_server.rules.base import Rule, hyperparameter
 
@@ -27,6 +30,10 @@ class Momentum(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, η."""
         return self.rho, self.learning_rate
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
+        """η."""
+        return self.learning_rate
 
     @staticmethod
     def update(sqrt: Any, g: Any, momentum: Any, rho: Any, learning_rate: Any) -> Any:  # noqa: ARG004

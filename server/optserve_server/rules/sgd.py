@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from optserve_server.rules.base import Rule, hyperparameter
 
@@ -21,6 +24,10 @@ class Sgd(Rule):
     def scalars(self) -> tuple[float, ...]:
         """−η."""
         return (-self.learning_rate,)
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
+        """η."""
+        return self.learning_rate
 
     @staticmethod
     def update(sqrt: Any, g: Any, minus_learning_rate: Any) -> Any:  # noqa: ARG004 - every rule is given a root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ class Vsgd(Rule):
     slots = ("grad_avg", "square_avg", "curvature_avg", "tau")
     signed_slots = ("grad_avg", "tau")
     squares_gradient = True
+    gradient_square_slot = "square_avg"
+    eps_in_root = False
 
     eps: float = hyperparameter(1e-2, "(0, inf)")
     initial_overestimate: float = hyperparameter(100.0, "[1, 1e6]")
@@ -42,6 +45,11 @@ class Vsgd(Rule):
     def gradient_limit(self, dtype: np.dtype) -> float:
         """As for every rule; the enlarged square has to be finite as well."""
         return super().gradient_limit(dtype) / math.sqrt(self.initial_overestimate)
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+        """E[g]² / (E[g²] E[|h|]); 0 while the first estimates are made."""
+        signal = slots["grad_avg"] ** 2 / (slots["square_avg"] + _TINY)
+        return (slots["tau"] > 0) * signal / (slots["curvature_avg"] + self.eps)
 
     @staticmethod
     def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class WindowedRms(Rule):
     name = "windowed_rms"
     slots = ("square_avg",)
     squares_gradient = True
+    gradient_square_slot = "square_avg"
 
     learning_rate: float = hyperparameter(0.01, "[0, inf)")
     rho: float = hyperparameter(0.9, "[0, 1)")
@@ -41,6 +43,10 @@ class WindowedRms(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, 1−ρ, ε, ε_outer, −η."""
         return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+        """η / RMS[g]."""
+        return self.learning_rate / (np.sqrt(slots["square_avg"] + self.eps) + self.outer_eps)
 
     @staticmethod
     def update(

@@ -47,6 +47,24 @@ def show(name: str, target: Target = DEFAULT_TARGET) -> None:
 
 
 @app.command()
+def statistics(name: str, target: Target = DEFAULT_TARGET) -> None:
+    """Show root mean squares and effective learning rates, parameter by parameter."""
+    from optserve import connect
+    from optserve.statistics import QUANTILES
+
+    with failing_clearly(), connect(target) as client:
+        found = client.optimizer(name).statistics()
+    table = Table(title=f"{name} at step {found.step:,}", title_justify="left", title_style="bold")
+    table.add_column("parameter")
+    for column in (r"RMS\[g]", r"RMS\[Δx]", "rate: least", "quarter", "median", "three quarters", "most"):
+        table.add_column(column, justify="right")
+    for parameter, item in found.parameters.items():
+        cells = [item.rms_gradient, item.rms_update, *(item.rates.get(quantile) for quantile in QUANTILES)]
+        table.add_row(parameter, *("" if cell is None else f"{cell:.3g}" for cell in cells))
+    console.print(table)
+
+
+@app.command()
 def delete(
     name: str,
     target: Target = DEFAULT_TARGET,

@@ -1,0 +1,100 @@
+"""What an optimizer on the server is doing: root mean squares, effective learning rates, single elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optserve.v1 import statistics_pb2
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Single elements of one parameter, in the order in which they were asked for; arrays are float64.
+
+    Attributes:
+        indices: Their flat indices.
+        rates: Effective learning rates: the factor on −g; None before the first step, and for methods whose factor
+            does not depend on the state alone.
+        updates: The last Δx; None where the server has it no more.
+        slots: The state, slot by slot.
+    """
+
+    indices: np.ndarray
+    rates: np.ndarray | None
+    updates: np.ndarray | None
+    slots: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Statistics of one parameter; of at most 2^20 of its elements, evenly spread.
+
+    Attributes:
+        rms_gradient: √(mean(E[g²]) + ε); None where the method has no such average.
+        rms_update: √(mean(E[Δx²]) + ε), likewise.
+        rates: Quantiles of the effective learning rate; empty before the first step.
+        elements: Those asked for.
+    """
+
+    rms_gradient: float | None
+    rms_update: float | None
+    rates: dict[float, float]
+    elements: Elements
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of one step.
+
+    Attributes:
+        step: Steps applied.
+        parameters: By name.
+    """
+
+    step: int
+    parameters: dict[str, TensorStatistics]
+
+
+def statistics_from(
+    message: statistics_pb2.GetStatisticsResponse,
+    names: Sequence[str],
+    slots: Sequence[str],
+    quantiles: Sequence[float],
+) -> Statistics:
+    """The statistics that a message holds.
+
+    Args:
+        message: The server's answer.
+        names: Of all parameters of the optimizer.
+        slots: Names of the method's slots.
+        quantiles: Those that were asked for.
+    """
+    parameters = {
+        names[tensor.tensor]: TensorStatistics(
+            tensor.rms_gradient if tensor.HasField("rms_gradient") else None,
+            tensor.rms_update if tensor.HasField("rms_update") else None,
+            # Without rates there are no quantiles of them.
+            dict(zip(quantiles, tensor.effective_rate_quantiles, strict=False)),
+            _elements(tensor.elements, slots),
+        )
+        for tensor in message.tensors
+    }
+    return Statistics(message.step, parameters)
+
+
+def _elements(messages: Sequence[statistics_pb2.ElementStatistics], slots: Sequence[str]) -> Elements:
+    def values(field: str) -> np.ndarray | None:
+        there = all(message.HasField(field) for message in messages)
+        return np.array([getattr(message, field) for message in messages]) if there else None
+
+    return Elements(
+        np.array([message.index for message in messages], np.int64),
+        values("effective_rate"),
+        values("update"),
+        {slot: np.array([message.slots[turn] for message in messages]) for turn, slot in enumerate(slots)},
+    )

@@ -1,0 +1,155 @@
+"""What an optimizer is doing, looked at for a moment between two steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.optimizers import Optimizer
+from optserve_server.state import State
+
+MAX_SAMPLE = 1 << 20
+"""Elements of a tensor that its statistics are made of: all, or so many, evenly spread. Nobody steps meanwhile."""
+
+MAX_ELEMENTS = 100_000
+"""Elements that can be asked for at a time, over all tensors."""
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked for.
+
+    Attributes:
+        tensors: Indices of parameters; none for all.
+        quantiles: Of the effective learning rate, each in [0, 1].
+        indices: Flat indices of elements, of every tensor.
+        random_indices: Instead of them, how many to draw per tensor.
+        seed: Of the draw.
+    """
+
+    tensors: Sequence[int] = ()
+    quantiles: Sequence[float] = QUANTILES
+    indices: Sequence[int] = ()
+    random_indices: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Of one tensor. Arrays are float64; `rates` and `updates` are None where there are none."""
+
+    tensor: int
+    rms_gradient: float | None
+    rms_update: float | None
+    rate_quantiles: list[float]
+    indices: np.ndarray
+    rates: np.ndarray | None
+    updates: np.ndarray | None
+    slots: list[np.ndarray] = field(default_factory=list)
+
+
+def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStatistics]]:
+    """(number of steps applied, statistics of each tensor), all of one step.
+
+    Raises:
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, or what steps are refused with.
+    """
+    layout = optimizer.layout
+    tensors = list(query.tensors) or list(range(len(layout.parameters)))
+    wanted = {tensor: _indices(optimizer, tensor, query) for tensor in tensors}
+    for quantile in query.quantiles:
+        if not 0 <= quantile <= 1:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"A quantile lies in [0, 1], not at {quantile!r}.", field="quantiles"
+            )
+    if sum(map(len, wanted.values())) > MAX_ELEMENTS:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} elements can be asked for at a time.", field="indices"
+        )
+    with optimizer.steps.held_still() as state:
+        optimizer.steps.check_usable()
+        step = optimizer.steps.step
+        looks = [_Look(optimizer, state, tensor, wanted[tensor]) for tensor in tensors]
+    # The arithmetic is done when others may step again.
+    return step, [look.statistics(query.quantiles) for look in looks]
+
+
+def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
+    parameters = optimizer.layout.parameters
+    if tensor >= len(parameters):
+        raise OptserveError(
+            Reason.UNKNOWN_PARAMETER,
+            f"There is no parameter {tensor}; the model has {len(parameters)}.",
+            field="tensors",
+            parameter=tensor,
+        )
+    size = parameters[tensor].size
+    if query.random_indices:
+        if query.indices:
+            raise OptserveError(
+                Reason.INVALID_FIELD, "Name indices or a number to draw, not both.", field="random_indices"
+            )
+        if query.random_indices > MAX_ELEMENTS:
+            raise OptserveError(Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} can be drawn.", field="random_indices")
+        rng = np.random.default_rng([query.seed, tensor])
+        return np.sort(rng.choice(size, min(query.random_indices, size), replace=False))
+    for index in query.indices:
+        if index >= size:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{parameters[tensor].name!r} has {size} elements, so there is no index {index}.",
+                field="indices",
+                parameter=parameters[tensor].name,
+            )
+    return np.array(query.indices, np.int64)
+
+
+class _Look:
+    """Copies of what the statistics of one tensor need, taken while nobody steps."""
+
+    def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray) -> None:
+        parameter, start = state.layout.parameters[tensor], state.layout.starts[tensor]
+        steps = optimizer.steps
+        self.tensor, self.indices = tensor, indices
+        self.rule = state.settings.at(state.rule_of(tensor), steps.step)
+        self.stepped = steps.step > 0
+        stride = max(1, -(-parameter.size // MAX_SAMPLE))
+        part = slice(start, start + parameter.size, stride)
+        slots = range(len(self.rule.slots))
+        self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]
+        self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
+        retained = steps.retained
+        there = retained is not None and retained.intact and tensor in retained.tensors
+        self.updates = state.staged[parameter.dtype][start + indices].astype(np.float64) if there else None
+
+    def statistics(self, quantiles: Sequence[float]) -> TensorStatistics:
+        rates = self._rates(self.sample) if self.stepped else None
+        return TensorStatistics(
+            self.tensor,
+            self._rms(self.rule.gradient_square_slot),
+            self._rms(self.rule.update_square_slot),
+            np.quantile(rates, quantiles).tolist() if rates is not None and rates.size else [],
+            self.indices,
+            self._rates(self.elements) if self.stepped else None,
+            self.updates,
+            self.elements,
+        )
+
+    def _rates(self, slots: list[np.ndarray]) -> np.ndarray | None:
+        with np.errstate(all="ignore"):
+            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)))
+        size = slots[0].size if slots else max(self.indices.size, 1)
+        return None if rates is None else np.broadcast_to(np.asarray(rates, np.float64), (size,))
+
+    def _rms(self, slot: str | None) -> float | None:
+        if slot is None:
+            return None
+        squares = self.sample[self.rule.slots.index(slot)]
+        mean = float(squares.mean()) if squares.size else 0.0
+        return math.sqrt(mean + getattr(self.rule, "eps", 0.0) * self.rule.eps_in_root)

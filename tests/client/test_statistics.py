@@ -1,0 +1,173 @@
+"""Statistics of an optimizer: what they say, that they are of one step, and what cannot be asked."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import optserve
+from optserve.v1 import statistics_pb2
+from service.wire_client import create, refused
+
+SHAPES = {"w": ((30, 7), "float32"), "b": ((9,), "float64"), "none": ((0, 3), "float32")}
+
+
+def gradients(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in SHAPES.items()}
+
+
+def stepped(client, name: str, algorithm: optserve.Algorithm, steps: int = 3, **options) -> optserve.Optimizer:
+    opt = client.create_optimizer(name, algorithm, gradients(0), **options)
+    for seed in range(steps):
+        if algorithm.takes_curvature:
+            opt.step(gradients(seed), curvature=gradients(100 + seed))
+        else:
+            opt.step(gradients(seed))
+    return opt
+
+
+def test_adadeltas_root_mean_squares_and_rates_are_those_of_its_slots(client, name):
+    opt = stepped(client, name, optserve.Adadelta(rho=0.9, eps=1e-4))
+    found, slots = opt.statistics(quantiles=[0.0, 0.5, 1.0]), opt.export_state().slots
+    assert found.step == 3
+    assert list(found.parameters) == list(SHAPES)
+    for parameter in ("w", "b"):
+        item = found.parameters[parameter]
+        square, delta = (slots[parameter][slot].astype(np.float64) for slot in ("square_avg", "acc_delta"))
+        assert item.rms_gradient == pytest.approx(np.sqrt(square.mean() + 1e-4), rel=1e-12)
+        assert item.rms_update == pytest.approx(np.sqrt(delta.mean() + 1e-4), rel=1e-12)
+        rates = np.sqrt((delta + 1e-4) / (square + 1e-4))
+        assert list(item.rates) == [0.0, 0.5, 1.0]
+        assert list(item.rates.values()) == pytest.approx(np.quantile(rates, [0, 0.5, 1]).tolist(), rel=1e-12)
+    assert found.parameters["none"].rates == {}
+
+
+EXPECTED_RATES = {
+    "sgd": (optserve.Sgd(learning_rate=0.25), lambda _s: 0.25),
+    "momentum": (optserve.Momentum(learning_rate=0.25), lambda _s: 0.25),
+    "adagrad": (optserve.Adagrad(learning_rate=0.25), lambda s: 0.25 / (np.sqrt(s["sum"]) + 1e-10)),
+    "windowed_rms": (
+        optserve.WindowedRms(learning_rate=0.25, outer_eps=1e-3),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] + 1e-6) + 1e-3),
+    ),
+    "vsgd": (
+        optserve.Vsgd(initial_steps=2),
+        lambda s: s["grad_avg"] ** 2 / s["square_avg"] / (s["curvature_avg"] + 1e-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", EXPECTED_RATES)
+def test_the_rates_of_every_method_are_the_factors_on_the_gradient(client, name, method):
+    algorithm, expected = EXPECTED_RATES[method]
+    opt = stepped(client, name, algorithm)
+    elements = opt.statistics(["b"], indices=[0, 8, 3]).parameters["b"].elements
+    slots = {slot: array[[0, 8, 3]] for slot, array in opt.export_state().slots["b"].items()}
+    assert elements.indices.tolist() == [0, 8, 3]
+    np.testing.assert_allclose(elements.rates, np.broadcast_to(expected(slots), 3), rtol=1e-9)
+    for slot, array in slots.items():
+        np.testing.assert_array_equal(elements.slots[slot], array)
+
+
+def test_the_rate_of_the_diagonal_hessian_depends_on_the_curvature_and_is_absent(client, name):
+    item = stepped(client, name, optserve.DiagonalHessian()).statistics(indices=[1], names=["w"]).parameters["w"]
+    assert (item.rates, item.elements.rates, item.rms_gradient) == ({}, None, None)
+    assert item.elements.updates is not None
+
+
+def test_rates_follow_schedules_and_groups(client, name):
+    opt = stepped(
+        client, name, optserve.Sgd(learning_rate=1.0), schedule=optserve.InverseTime(decay=1.0),
+        groups=[optserve.Group(["b"], {"learning_rate": 8.0})],
+    )  # fmt: skip
+    found = opt.statistics(quantiles=[0.5]).parameters
+    assert found["w"].rates == {0.5: 0.25}
+    assert found["b"].rates == {0.5: 2.0}
+
+
+def test_elements_have_the_last_update_as_long_as_it_is_retained(client, name):
+    client.create_optimizer(name, optserve.Adadelta(), gradients(0))
+    opt = client.optimizer(name, transport="grpc")
+    assert opt.statistics(indices=[0], names=["w"]).parameters["w"].elements.rates is None
+    updates = opt.step(gradients(0))
+    elements = opt.statistics(["w"], random_indices=10, seed=7).parameters["w"].elements
+    np.testing.assert_array_equal(elements.updates, updates["w"].reshape(-1)[elements.indices])
+    opt.step({"b": gradients(1)["b"]}, partial=True)
+    assert opt.statistics(["w"], indices=[0]).parameters["w"].elements.updates is None
+    assert opt.statistics(["b"], indices=[0]).parameters["b"].elements.updates is not None
+
+
+def test_a_draw_depends_on_its_seed_alone(client, name):
+    opt = stepped(client, name, optserve.Adadelta())
+
+    def drawn(seed: int) -> list[list[int]]:
+        found = opt.statistics(random_indices=20, seed=seed).parameters
+        return [item.elements.indices.tolist() for item in found.values()]
+
+    first = drawn(1)
+    assert [len(indices) for indices in first] == [20, 9, 0]
+    assert all(indices == sorted(set(indices)) for indices in first)
+    assert first == drawn(1) != drawn(2)
+
+
+def test_all_of_it_is_of_one_step_while_steps_go_on(client, name):
+    """With rho 0 both parameters' averages are the square of their last gradient, which is the same for both."""
+    ones = {name: np.ones(50_000, np.float32) for name in ("a", "b")}
+    client.create_optimizer(name, optserve.Adadelta(rho=0.0, eps=1e-30), ones)
+    opt, looking = client.optimizer(name), client.optimizer(name)
+    ended = threading.Event()
+
+    def step() -> None:
+        for turn in range(1, 400):
+            opt.step({key: turn * array for key, array in ones.items()})
+        ended.set()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    looks = []
+    while not ended.is_set():
+        found = looking.statistics(indices=[3])
+        looks.append(found.step)
+        squares = [item.elements.slots["square_avg"][0] for item in found.parameters.values()]
+        assert squares == [found.step**2] * 2
+    thread.join()
+    assert opt.current_step == 399
+    assert len(set(looks)) > 3
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"names": ["x"]}, "has no parameter 'x'"),
+        ({"indices": [9], "names": ["b"]}, "'b' has 9 elements, so there is no index 9"),
+        ({"quantiles": [1.5]}, r"A quantile lies in \[0, 1\], not at 1.5"),
+        ({"quantiles": [float("nan")]}, "not at nan"),
+        ({"indices": [0], "random_indices": 3, "names": ["b"]}, "not both"),
+        ({"random_indices": 1 << 30}, "At most 100000"),
+        ({"indices": [0] * 60_000, "names": ["w", "b"]}, "At most 100000"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(client, name, question, message):
+    opt = client.create_optimizer(name, optserve.Adadelta(), gradients(0))
+    with pytest.raises(optserve.InvalidArgumentError, match=message):
+        opt.statistics(**question)
+
+
+def test_a_parameter_that_is_not_there_is_named(stub, name):
+    resource = create(stub, name, {"x": (2,)}).name
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "UNKNOWN_PARAMETER", "tensors"):
+        stub.GetStatistics(statistics_pb2.GetStatisticsRequest(name=resource, tensors=[1]))
+
+
+def test_the_command_line_shows_them(server, client, name):
+    stepped(client, name, optserve.Adadelta())
+    command = [Path(sys.executable).with_name("optserve"), "optimizers", "statistics", name, "--target", server.target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    assert "at step 3" in done.stdout
+    assert "RMS[g]" in done.stdout
