@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import optserve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+TEN_LINES, MOVING, ANNEALED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_ten_lines_run():
-    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", TEN_LINES], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("100 [")
 
@@ -21,15 +25,24 @@ def test_the_ten_lines_run():
 def test_a_run_moves_as_it_is_shown(client, name):
     import torch
 
-    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = torch.nn.Linear(3, 2)
     torch_optimizer = torch.optim.Adadelta(model.parameters(), rho=0.95)
     opt = client.create_optimizer(name, optserve.Adadelta(), dict(model.named_parameters()))
     opt.step({key: parameter.detach().numpy() for key, parameter in model.named_parameters()})
     shown = {"opt": opt, "client": client, "model": model, "torch_optimizer": torch_optimizer}
-    exec(example.replace('"theirs"', f'"{name}-2"'), shown)  # noqa: S102
+    exec(MOVING.replace('"theirs"', f'"{name}-2"'), shown)  # noqa: S102
     assert shown["opt"].current_step == 1
     client.delete_optimizer(f"{name}-2")
+
+
+def test_settings_are_as_they_are_shown(client, name, capsys):
+    shown = {"optserve": optserve, "client": client, "params": {"w": np.ones((3, 2)), "b": np.ones(2)}}
+    first, rest = ANNEALED.replace('"annealed"', f'"{name}"').split("opt.update(", 1)
+    exec(first, shown)  # noqa: S102
+    shown["opt"].step(shown["params"])
+    exec(f"opt.update({rest}", shown)  # noqa: S102
+    assert capsys.readouterr().out.startswith("{0.0: 0.1")
+    assert shown["opt"].schedule is None
 
 
 def test_every_link_within_the_project_leads_somewhere():
