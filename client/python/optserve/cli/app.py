@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from optserve.cli import checkpoints, mnist, optimizers, server
+from optserve.cli import checkpoints, mnist, optimizers, paper, server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 app.command(context_settings=_PASSED_ON)(server.serve)
 app.command(context_settings=_PASSED_ON)(server.journal)
 app.command(name="mnist")(mnist.command)
+app.command(name="paper")(paper.command)
 app.command()(server.health)
 app.command()(server.info)
 app.add_typer(optimizers.app, name="optimizers")

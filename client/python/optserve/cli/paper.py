@@ -1,0 +1,106 @@
+"""optserve paper: run the paper's experiments again."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from optserve.cli.console import console, fail, failing_clearly
+
+ExperimentName = Literal["table1", "table2", "figure1", "figure2", "mnist-tanh", "annealing", "all"]
+
+
+def command(
+    experiment: Annotated[ExperimentName, typer.Argument(help="What to run.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few short runs, to see that all of it works; not comparable.")
+    ] = False,
+    seeds: Annotated[
+        Optional[int], typer.Option(min=1, max=100, help="Runs of each setting.", show_default="the experiment's")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, max=256, help="Runs at a time; 0 for one per core.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for results; runs that are in it are not made again.")] = Path(
+        "out/paper"
+    ),
+    target: Annotated[
+        Optional[str], typer.Option(help="Server, HOST:PORT. Without it a local server is started and stopped.")
+    ] = None,
+    data_dir: Annotated[
+        Optional[Path], typer.Option(help="Folder with the four IDX files, plain or .gz. Default: fetched and cached.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend of the local server.")] = "auto",
+) -> None:
+    """Run experiments of the ADADELTA paper through the service and set its numbers beside ours.
+
+    All runs share one server; each is an optimizer of its own. What was run before with the same settings is not run
+    again, so an interrupted command goes on where it was.
+    """
+    from optserve import local_server
+    from optserve.examples.mnist.data import DataError, load
+    from optserve.examples.paper.plan import EXPERIMENTS
+
+    if find_spec("matplotlib") is None or find_spec("threadpoolctl") is None:
+        fail("The experiments need matplotlib and threadpoolctl: pip install 'optserve[plots]'.", 2)
+    try:
+        # Fetched once, before many processes want it.
+        load(data_dir, lambda line: console.print(line, style="dim"))
+    except DataError as error:
+        fail(str(error))
+    names = list(EXPERIMENTS) if experiment == "all" else [experiment]
+    with failing_clearly(), ExitStack() as stack:
+        if target is None:
+            target = stack.enter_context(local_server(backend=backend)).target
+        for name in names:
+            count = 1 if quick else seeds or EXPERIMENTS[name].seeds
+            _run(name, count, jobs or _cores(), out / ("quick" if quick else ""), target, data_dir, quick=quick)
+
+
+def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Path | None, *, quick: bool) -> None:
+    from optserve.examples.paper import figures, report
+    from optserve.examples.paper import jobs as at_work
+    from optserve.examples.paper.plan import EXPERIMENTS, STEPS_PER_EPOCH
+
+    experiment = EXPERIMENTS[name]
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [plan for seed in range(seeds) for plan in experiment.runs(seed, quick)]
+    results = {plan.key: at_work.kept(folder, plan) for plan in plans}
+    missing = [plan for plan in plans if results[plan.key] is None]
+    if len(missing) < len(plans):
+        console.print(f"{len(plans) - len(missing)} of {len(plans)} runs of {name} were made before.", style="dim")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        steps = {plan.key: 0 for plan in missing}
+        task = progress.add_task(name, total=sum(plan.epochs * STEPS_PER_EPOCH for plan in missing))
+
+        def on_step(key: str, step: int) -> None:
+            steps[key] = step
+            progress.update(task, completed=sum(steps.values()))
+
+        for result in at_work.carry_out(missing, folder, target, min(jobs, max(len(missing), 1)), data_dir, on_step):
+            results[result.key] = result
+            ended = "diverged" if result.diverged else f"{result.test_errors[-1]:.2f} %"
+            progress.console.print(f"{name} {result.key}: {ended} in {result.seconds:.0f} s", style="dim")
+    there = [result for result in results.values() if result is not None]
+    # Label by label, in the order of the plan, whatever the order in which they ended.
+    table = report.rows(experiment, there)
+    files = report.write(experiment, table, out, quick=quick) + figures.draw(experiment, there, out)
+    console.print(Markdown(report.markdown(experiment, table, quick=quick)))
+    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

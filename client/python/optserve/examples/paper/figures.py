@@ -1,0 +1,63 @@
+"""The paper's figures, drawn on its axes so that the two can be laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from optserve.examples.paper.plan import Experiment
+from optserve.examples.paper.training import WATCHED, Result
+
+_NAMES = {"sgd": "SGD", "momentum": "MOMENTUM", "adagrad": "ADAGRAD", "adadelta": "ADADELTA"}
+
+
+def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> list[Path]:
+    """Draw what there is to be drawn of an experiment as PNG and SVG; gives the files."""
+    if any(result.looks for result in results):
+        figure = _rates_and_updates(results[0])
+    elif max(len(result.test_errors) for result in results) > 1:
+        figure = _errors(results)
+    else:
+        return []
+    figure.suptitle(experiment.title)
+    paths = [folder / f"{experiment.name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths
+
+
+def _errors(results: Sequence[Result]) -> Any:
+    """Test error against epoch, the median over the seeds; Figure 1 goes from 1 to 6 %."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for label in dict.fromkeys(result.label for result in results):
+        curves = [result.test_errors for result in results if result.label == label]
+        errors = [median(at_epoch) for at_epoch in zip(*curves, strict=False)]
+        axes.plot(range(1, len(errors) + 1), errors, label=_NAMES.get(label, label))
+    axes.set(xlabel="epoch", ylabel="test error, %", ylim=(1, 6))
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _rates_and_updates(result: Result) -> Any:
+    """Figure 2: a row for each weight matrix; rates from 0 to 1 on the left, updates within 0.01 on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    grid = figure.subplots(len(WATCHED), 2, sharex=True)
+    for row, name in zip(grid, WATCHED, strict=True):
+        for axes, values, label, limits in (
+            (row[0], result.rates[name], "effective rate", (0, 1)),
+            (row[1], result.updates[name], "Δx", (-0.01, 0.01)),
+        ):
+            axes.plot(result.looks, values, lw=0.7)
+            axes.set(ylim=limits, ylabel=f"{name}: {label}")
+            axes.grid(visible=True, alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("steps")
+    return figure
