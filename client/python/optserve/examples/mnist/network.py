@@ -46,15 +46,16 @@ class Network:
         sizes: Units of each layer, input and output included.
         activation: Of the hidden layers, a key of ACTIVATIONS.
         rng: Source of the initial weights.
+        small: Take weights within 1 / √fan_in instead, a variance of 1 / (3 fan_in).
     """
 
-    def __init__(self, sizes: Sequence[int], activation: str, rng: np.random.Generator) -> None:
+    def __init__(self, sizes: Sequence[int], activation: str, rng: np.random.Generator, *, small: bool = False) -> None:
         self._activation = ACTIVATIONS[activation]
         self._layers = len(sizes) - 1
         self.params: dict[str, np.ndarray] = {}
         for layer, (fan_in, fan_out) in enumerate(pairwise(sizes), 1):
             variance = self._activation.variance if layer < self._layers else _glorot
-            bound = (3.0 * variance(fan_in, fan_out)) ** 0.5
+            bound = fan_in**-0.5 if small else (3.0 * variance(fan_in, fan_out)) ** 0.5
             self.params[f"w{layer}"] = rng.uniform(-bound, bound, (fan_in, fan_out)).astype(np.float32)
             self.params[f"b{layer}"] = np.zeros(fan_out, np.float32)
         self.grads = {name: np.zeros_like(param) for name, param in self.params.items()}

@@ -70,10 +70,10 @@ class Report:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def new_network(dataset: Dataset, activation: str, seed: int) -> Network:
-    """The paper's network for the images and classes of a data set."""
+def new_network(dataset: Dataset, activation: str, seed: int, *, small: bool = False) -> Network:
+    """The paper's network for the images and classes of a data set; see Network for `small`."""
     sizes = (dataset.train_images.shape[1], *HIDDEN, dataset.classes)
-    return Network(sizes, activation, np.random.default_rng([seed, 0]))
+    return Network(sizes, activation, np.random.default_rng([seed, 0]), small=small)
 
 
 def train(

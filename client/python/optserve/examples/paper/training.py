@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from optserve.optimizer import Optimizer
 WATCHED = ("w1", "w2", "w3")
 ELEMENTS = 10
 """As many dimensions of each weight matrix as Figure 2 shows."""
+
+PIXEL_STD = 0.5
+"""Standard deviation of the pixels, whose mean is 0.
+
+The paper states neither its input scaling nor its initial weights. This, and weights within 1 / √fan_in, were chosen
+because plain gradient descent then behaves as in Table 1: with larger pixels or weights it diverges at a rate of 1,
+where the paper's does not, and ADADELTA with ε = 1e-2, whose effective rate is near 1, does badly.
+"""
 
 _DIVERGED = ("NON_FINITE_VALUE", "GRADIENT_OVERFLOW")
 
@@ -76,10 +84,10 @@ def run(client: Client, name: str, plan: Run, dataset: Dataset, on_step: Callabl
         client: Of the server that keeps the optimizer.
         name: Of the optimizer, which is deleted in the end.
         plan: What is run.
-        dataset: MNIST.
+        dataset: MNIST, its pixels scaled to PIXEL_STD.
         on_step: Told how many steps have been made.
     """
-    network = new_network(dataset, plan.activation, plan.seed)
+    network = new_network(dataset, plan.activation, plan.seed, small=True)
     settings = settings_of(plan)
     report, result = Report(settings), Result(plan.label, plan.seed, settings)
     optimizer = client.create_optimizer(name, plan.algorithm, network.params, schedule=plan.schedule)
@@ -118,8 +126,16 @@ def settings_of(plan: Run) -> dict[str, Any]:
         "epochs": plan.epochs,
         "schedule": schedule,
         "look_every": plan.look_every,
+        "pixel_std": PIXEL_STD,
+        "initial_weights": "uniform within 1 / sqrt(fan_in)",
     }
     return json.loads(json.dumps(content))
+
+
+def scaled(dataset: Dataset) -> Dataset:
+    """The data set, whose pixels have standard deviation 1, with PIXEL_STD instead."""
+    scale = np.float32(PIXEL_STD)
+    return replace(dataset, train_images=scale * dataset.train_images, test_images=scale * dataset.test_images)
 
 
 class _Watch:
