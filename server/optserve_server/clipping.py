@@ -52,11 +52,11 @@ class Clipping:
                 bound = gradient.dtype.type(self.bound)
                 np.clip(gradient, -bound, bound, out=gradient)
             return None
-        tensors = list(_tensors(payload, gradients))
-        squares = [_sum_of_squares(tensor) for tensor in tensors]
-        total = math.sqrt(math.fsum(squares))
-        for tensor, square in zip(tensors, squares, strict=True):
-            norm = total if self.kind == "global_norm" else math.sqrt(square)
+        tensors = _tensors(payload, gradients)
+        norms = [_norm(tensor) for tensor in tensors]
+        total = math.hypot(*norms)
+        for tensor, own in zip(tensors, norms, strict=True):
+            norm = total if self.kind == "global_norm" else own
             if norm > self.bound:
                 np.multiply(tensor, tensor.dtype.type(self.bound / norm), out=tensor)
         return total
@@ -72,6 +72,18 @@ def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> list[np.ndarr
     return parts
 
 
-def _sum_of_squares(array: np.ndarray) -> float:
+def _norm(array: np.ndarray) -> float:
+    """The Euclidean norm."""
+    norm = math.sqrt(_sum_of_squares(array, 1.0))
+    if math.isfinite(norm):
+        return norm
+    # The squares are beyond float64, which the norm itself need not be.
+    largest = float(np.abs(array).max())
+    return largest * math.sqrt(_sum_of_squares(array, largest))
+
+
+def _sum_of_squares(array: np.ndarray, unit: float) -> float:
+    """That of the elements in a unit. Not fsum, which raises where the sum is infinite."""
     blocks = (array[start : start + BLOCK].astype(np.float64) for start in range(0, array.size, BLOCK))
-    return math.fsum(float(np.square(block).sum()) for block in blocks)
+    with np.errstate(over="ignore"):
+        return sum(float(np.square(block / unit).sum()) for block in blocks)

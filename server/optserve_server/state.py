@@ -165,10 +165,18 @@ class State:
         """A stretch of the staging buffer in the run's wire dtype; a view of it where that is its own."""
         return self._backend.give(self.staged[run.dtype][start:stop], run.wire)
 
-    def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
-        """Keep a step's gradients, given run by run, within the bounds that are set; see Clipping.clip."""
-        clipping = self.settings.clipping
-        return None if clipping is None else clipping.clip(payload, gradients)
+    def clip(self, payload: Payload, gradients: Sequence[np.ndarray] | None = None) -> float | None:
+        """Keep a step's gradients within the bound that is set, if there is one; see Clipping.clip.
+
+        Args:
+            payload: Of the step.
+            gradients: Run by run; those that are staged by default.
+        """
+        if self.settings.clipping is None:
+            return None
+        if gradients is None:
+            gradients = [self.staged[run.dtype][run.start : run.stop] for run in payload.runs]
+        return self.settings.clipping.clip(payload, gradients)
 
     def apply(self, runs: Iterable[Run], step: int) -> None:
         """Turn the staged gradients of the runs into updates, in place, and advance the slots.

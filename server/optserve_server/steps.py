@@ -371,7 +371,7 @@ class Steps:
             if step.segment and self._in_place:
                 step.segment.replying(self.step + 1)
             with self._changing(f"in step {self.step}"):
-                norm = self._state.clip(step.payload, self._gradients(step))
+                norm = self._state.clip(step.payload)
                 self._state.apply(step.payload.runs, self.step)
             self.lsn = lsn
             self.step += 1
@@ -395,9 +395,6 @@ class Steps:
                     parameter=name,
                     offset=offset,
                 )
-
-    def _gradients(self, step: Step) -> list[np.ndarray]:
-        return [self._state.staged[run.dtype][run.start : run.stop] for run in step.payload.runs]
 
     def _record(self, step: Step) -> StepRecord:
         operands = [

@@ -112,6 +112,16 @@ def test_a_gradient_within_the_bound_is_not_touched(client, name):
         plain = client.create_optimizer(name, optserve.Adadelta(), gradients(0))
 
 
+@pytest.mark.parametrize("kind", ["norm", "global_norm"])
+def test_a_gradient_whose_squares_overflow_is_clipped_as_any_other(client, name, kind):
+    gradient = {"x": np.array([3e200, -4e200])}
+    opt = client.create_optimizer(
+        name, optserve.Sgd(learning_rate=1.0), gradient, clipping=optserve.Clipping(**{kind: 10.0})
+    )
+    np.testing.assert_allclose(opt.step(gradient)["x"], [-6.0, 8.0], rtol=1e-14)
+    np.testing.assert_allclose(opt.step({"x": np.array([3.0, 4.0])})["x"], [-3.0, -4.0])
+
+
 def test_groups_have_hyperparameters_of_their_own(client, name):
     groups = (optserve.Group(("b",), {"rho": 0.5}), optserve.Group(("v",), {"eps": 1e-2, "learning_rate": 0.1}))
     opt = client.create_optimizer(name, optserve.Adadelta(), gradients(0), groups=groups)
