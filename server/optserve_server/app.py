@@ -125,11 +125,14 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
         announce: Print `ready TARGET` on standard output once the server answers.
         exit_on_eof: Stop as well when standard input ends, that is, when the parent process is gone.
     """
-    stopping = threading.Event()
+    # The system may give a signal to any thread, which leaves a main thread that waits for an event asleep. The wakeup
+    # descriptor is written whichever thread it is.
+    wish_to_stop, stop = os.pipe()
+    os.set_blocking(stop, False)
+    signal.set_wakeup_fd(stop, warn_on_full_buffer=False)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         logger.info("%s: draining", signal.Signals(number).name)
-        stopping.set()
 
     malloc.keep_freed_memory()
     signal.signal(signal.SIGTERM, on_signal)
@@ -139,15 +142,15 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
     if announce:
         print(f"ready {app.target}", flush=True)
     if exit_on_eof:
-        threading.Thread(target=_wait_for_eof, args=(stopping,), daemon=True).start()
-    stopping.wait()
+        threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+    os.read(wish_to_stop, 1)
     app.stop()
 
 
-def _wait_for_eof(stopping: threading.Event) -> None:
+def _wait_for_eof(stop: int) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    stopping.set()
+    os.write(stop, b"\0")
 
 
 def _data_folder(config: ServerConfig) -> DataFolder | None:

@@ -1,5 +1,6 @@
 """The server as a process: what it says of itself, its limits, its memory, its end."""
 
+import ctypes
 import signal
 import threading
 import time
@@ -242,6 +243,15 @@ def test_sigterm_lets_a_step_under_way_end_and_refuses_new_ones():
             assert retry_s
             under_way.send(chunk(0, 4, bytes(4)), commit())
             assert under_way.reply()[1].step == 1
+        assert server.process.wait(10) == 0
+
+
+def test_a_signal_that_another_thread_takes_stops_the_server_too():
+    # As the system does where the main thread has only just been woken, for example after a SIGCONT.
+    with optserve.local_server() as server:
+        pid = server.process.pid
+        thread = next(tid for tid in (int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()) if tid != pid)
+        assert ctypes.CDLL(None, use_errno=True).tgkill(pid, thread, signal.SIGTERM) == 0
         assert server.process.wait(10) == 0
 
 
