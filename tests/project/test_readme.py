@@ -36,13 +36,15 @@ def test_a_run_moves_as_it_is_shown(client, name):
 
 
 def test_settings_are_as_they_are_shown(client, name, capsys):
-    shown = {"optserve": optserve, "client": client, "params": {"w": np.ones((3, 2)), "b": np.ones(2)}}
+    params = {"w": np.ones((3, 2)), "b": np.ones(2)}
+    shown = {"optserve": optserve, "client": client, "params": params, "grads": params}
     first, rest = ANNEALED.replace('"annealed"', f'"{name}"').split("opt.update(", 1)
     exec(first, shown)  # noqa: S102
     shown["opt"].step(shown["params"])
     exec(f"opt.update({rest}", shown)  # noqa: S102
     assert capsys.readouterr().out.startswith("{0.0: 0.1")
     assert shown["opt"].schedule is None
+    assert shown["grads"]["w"][0, 0] == 1 + 1e-4
 
 
 def test_every_link_within_the_project_leads_somewhere():

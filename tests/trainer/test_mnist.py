@@ -5,12 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from optserve import DiagonalHessian, Sgd
 from optserve.cli.mnist import ActivationName, MethodName
+from optserve.examples.mnist.data import load
+from optserve.examples.mnist.train import BATCH, Report, new_network, train
 from trainer.test_data import write_idx
 
 
@@ -88,6 +92,38 @@ def test_the_same_seed_gives_the_same_run(server, small, tmp_path):
     assert reports[0] != reports[2]
 
 
+@pytest.mark.parametrize("method", [Sgd(learning_rate=0.5), DiagonalHessian(mu=2.0)], ids=["sgd", "diagonal_hessian"])
+def test_weight_decay_acts_on_the_weights_and_not_on_the_biases(client, name, small, method):
+    dataset = load(small, lambda _line: None)
+    dataset = replace(dataset, train_images=dataset.train_images[:BATCH], train_labels=dataset.train_labels[:BATCH])
+    network, alike = (new_network(dataset, "tanh", seed=0) for _ in range(2))
+    optimizer = client.create_optimizer(name, method, network.params)
+    report = Report({})
+    train(network, optimizer, dataset, report, epochs=1, seed=0, on_progress=lambda _: None, weight_decay=0.25)
+    assert report.steps == 1
+    alike.loss_and_gradients(dataset.train_images, dataset.train_labels, with_curvature=True)
+    for key, param in alike.params.items():
+        decay = 0.25 if key.startswith("w") else 0.0
+        curvature = np.abs(alike.curvature[key] + decay)
+        rate = 0.5 if method.name == "sgd" else 1 / (curvature + 2)
+        expected = param - rate * (alike.grads[key] + decay * param)
+        np.testing.assert_allclose(network.params[key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_decay_is_an_option_and_in_the_report(server, small, tmp_path):
+    losses = {}
+    for decay in (0, 0.01):
+        path = tmp_path / "report.json"
+        done = optserve(
+            "mnist", "--target", server.target, "--weight-decay", decay, "--data-dir", small, "--json", path
+        )
+        assert done.returncode == 0, done.stderr
+        report = json.loads(path.read_text())
+        assert report["settings"]["weight_decay"] == decay
+        losses[decay] = report["epochs"][-1]["loss"]
+    assert losses[0.01] > losses[0]
+
+
 def test_nothing_is_left_behind_on_the_server(server, client, small):
     assert optserve("mnist", "--target", server.target, "--epochs", 1, "--data-dir", small).returncode == 0
     assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
@@ -126,6 +162,7 @@ def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small,
         (["--json", "/nonexistent/report.json"], "There is no folder /nonexistent"),
         (["--plot", "plot.bmp"], "--plot draws .png, .svg or .pdf"),
         (["--epochs", "0"], "--epochs"),
+        (["--weight-decay", "-1"], "--weight-decay"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line_before_anything_is_trained(small, arguments, message):

@@ -45,6 +45,7 @@ from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
 from optserve.settings import AtSteps, Clipping, Constant, Cosine, Exponential, Group, InverseTime, Schedule
 from optserve.state import Checkpoint, OptimizerState, TensorSpec
+from optserve.weight_decay import with_weight_decay
 
 __all__ = [
     "AbortedError",
@@ -93,4 +94,5 @@ __all__ = [
     "WrongStepError",
     "connect",
     "local_server",
+    "with_weight_decay",
 ]

@@ -32,6 +32,7 @@ def command(
     rho: Annotated[Optional[float], typer.Option(help="Decay constant; the method's default.")] = None,
     eps: Annotated[Optional[float], typer.Option(help="Conditioning constant; the method's default.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate; the method's default.")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Times the weights, added to their gradient.")] = 0.0,
     activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
     epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,
@@ -59,6 +60,7 @@ def command(
         settings={
             "algorithm": {"name": method.name, **asdict(method)},
             "activation": activation,
+            "weight_decay": weight_decay,
             "epochs": epochs,
             "seed": seed,
             "data": dataset.source,
@@ -155,6 +157,7 @@ def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report:
                 epochs=settings["epochs"],
                 seed=settings["seed"],
                 on_progress=on_progress,
+                weight_decay=settings["weight_decay"],
             )
     finally:
         # A server that is gone has nothing to be tidied, and must not hide why the training ended.

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from optserve.cli.console import console, fail, failing_clearly
 
-ExperimentName = Literal["table1", "table2", "figure1", "figure2", "mnist-tanh", "annealing", "all"]
+ExperimentName = Literal["table1", "table2", "figure1", "figure2", "mnist-tanh", "curvature", "annealing", "all"]
 
 
 def command(

@@ -14,6 +14,7 @@ import numpy as np
 from optserve.examples.mnist.data import Dataset
 from optserve.examples.mnist.network import HIDDEN, Network
 from optserve.optimizer import Optimizer
+from optserve.weight_decay import with_weight_decay
 
 BATCH = 100
 """Images per step, as in the paper."""
@@ -85,6 +86,7 @@ def train(
     epochs: int,
     seed: int,
     on_progress: Callable[[Progress], None],
+    weight_decay: float = 0.0,
 ) -> None:
     """Train for some epochs, each in an order of its own that depends on the seed alone.
 
@@ -96,7 +98,9 @@ def train(
         epochs: How many.
         seed: Of the order of the images.
         on_progress: Called after every step.
+        weight_decay: Of the weight matrices; biases keep out of it.
     """
+    decay = {name: weight_decay for name, param in network.params.items() if param.ndim > 1}
     rng = np.random.default_rng([seed, 1])
     updates = {name: np.empty_like(param) for name, param in network.params.items()}
     images, labels = dataset.train_images, dataset.train_labels
@@ -112,8 +116,12 @@ def train(
             total += network.loss_and_gradients(
                 images[chosen], labels[chosen], with_curvature=optimizer.takes_curvature
             )
-            curvature = network.curvature if optimizer.takes_curvature else None
-            optimizer.step(network.grads, curvature=curvature, out=updates)
+            grads, curvature = with_weight_decay(network.grads, network.params, decay), None
+            if optimizer.takes_curvature:
+                curvature = network.curvature
+                for name, rate in decay.items():
+                    curvature[name] += rate
+            optimizer.step(grads, curvature=curvature, out=updates)
             for name, update in updates.items():
                 network.params[name] += update
             report.steps += 1

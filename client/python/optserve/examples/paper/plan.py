@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd
+from optserve.algorithms import Adadelta, Adagrad, Algorithm, DiagonalHessian, Momentum, Sgd, Vsgd
 from optserve.settings import Cosine, Schedule
 
 STEPS_PER_EPOCH = 600
@@ -110,12 +110,17 @@ def _figure1(seed: int, quick: bool) -> list[Run]:
 
 
 def _figure2(seed: int, quick: bool) -> list[Run]:
-    epochs = 2 if quick else 25
-    return [Run("adadelta", BEST["adadelta"], "tanh", epochs, seed, look_every=20 * epochs)]
+    epochs, look_every = (2, 40) if quick else (25, 25)
+    return [Run("adadelta", BEST["adadelta"], "tanh", epochs, seed, look_every=look_every)]
 
 
 def _mnist_tanh(seed: int, quick: bool) -> list[Run]:
     return [Run("adadelta", BEST["adadelta"], "tanh", 1 if quick else 6, seed)]
+
+
+def _curvature(seed: int, quick: bool) -> list[Run]:
+    algorithms = {"vsgd": Vsgd(), "diagonal-hessian": DiagonalHessian()}
+    return [Run(label, algorithm, "tanh", 1 if quick else 6, seed) for label, algorithm in algorithms.items()]
 
 
 def _annealing(seed: int, quick: bool) -> list[Run]:
@@ -139,6 +144,7 @@ EXPERIMENTS = {
         Experiment("figure1", "Figure 1: test error of four methods over 50 epochs", 1, _figure1, {}),
         Experiment("figure2", "Figure 2: effective learning rates and updates of ADADELTA", 1, _figure2, {}),
         Experiment("mnist-tanh", "Section 4.1: ADADELTA, tanh, 6 epochs", 5, _mnist_tanh, {"adadelta": 2.0}),
+        Experiment("curvature", "Equations 6 and 7: methods with curvature, tanh", 3, _curvature, {"vsgd": 2.1}),
         Experiment("annealing", "Section 5: ADADELTA with annealing, beside Momentum, 50 epochs", 3, _annealing, {}),
     )
 }

@@ -1,0 +1,60 @@
+"""Weight decay where the server does not see the weights: added to the gradient, before it is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from optserve.errors import InvalidArgumentError
+
+
+def with_weight_decay(
+    grads: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray], weight_decay: float | Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """The gradients of the loss with λ ‖x‖² / 2 added: g + λ x, as `weight_decay` of torch.optim has it.
+
+    Args:
+        grads: By name; not changed.
+        params: The present parameters x, at least those that have a gradient.
+        weight_decay: λ, finite and not negative, for all parameters, or by name; it is 0 for those not named.
+
+    Returns:
+        New arrays in the dtypes of the gradients; the gradient itself where λ is 0.
+
+    Raises:
+        InvalidArgumentError: A λ out of range or of an unknown parameter, or a gradient without a parameter of its
+            shape and dtype.
+
+    Example:
+        >>> grads, params = {"w": np.ones(2), "b": np.ones(1)}, {"w": np.full(2, 10.0), "b": np.ones(1)}
+        >>> with_weight_decay(grads, params, {"w": 0.01})
+        {'w': array([1.1, 1.1]), 'b': array([1.])}
+    """
+    by_name = dict(weight_decay) if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
+    for name, value in by_name.items():
+        if name not in params:
+            raise InvalidArgumentError(f"There is no parameter {name!r}.", metadata={"parameter": name})
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidArgumentError(
+                f"weight_decay of {name!r} must be finite and not negative; it is {value}.",
+                metadata={"parameter": name},
+            )
+    return {name: _decayed(name, gradient, params, by_name.get(name, 0.0)) for name, gradient in grads.items()}
+
+
+def _decayed(name: str, gradient: np.ndarray, params: Mapping[str, np.ndarray], rate: float) -> np.ndarray:
+    if not rate:
+        return gradient
+    param = params[name]
+    if (param.shape, param.dtype) != (gradient.shape, gradient.dtype):
+        raise InvalidArgumentError(
+            f"The gradient of {name!r} is {gradient.dtype}{list(gradient.shape)}, "
+            f"the parameter {param.dtype}{list(param.shape)}.",
+            metadata={"parameter": name},
+        )
+    # One new array, and no other.
+    decayed = np.multiply(param, param.dtype.type(rate))
+    decayed += gradient
+    return decayed
