@@ -161,6 +161,17 @@ class Payload:
         ordinal = bisect_right(self.begins, position) - 1
         return self.tensors[ordinal], position - self.begins[ordinal]
 
+    def misfit(self, tensor: int, offset: int, what: str) -> OptserveError:
+        """The error for a chunk at a byte of a tensor that does not fit there."""
+        name = self.layout.parameters[tensor].name
+        return OptserveError(
+            Reason.CHUNK_OUT_OF_BOUNDS,
+            f"The chunk at byte {offset} of {name!r} {what}.",
+            field="offset",
+            parameter=name,
+            offset=offset,
+        )
+
 
 class Payloads:
     """The payloads of one model's steps; those of all parameters are made once."""

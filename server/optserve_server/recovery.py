@@ -91,7 +91,7 @@ class Replay:
             retained = header["retained"]
             item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
         with item.steps.held_still() as state:
-            saved.load(state)
+            saved.load(state, item.steps.staging)
         self._pieces[item.id] = saved.pieces
         self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
 
@@ -130,17 +130,18 @@ class Replay:
         tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
         payload = Payload(item.layout, tensors)
         with item.steps.held_still() as state:
-            given = list(_operands(payload, record.payload, len(state.operands)))
+            operands = item.steps.staging.operands
+            given = list(_operands(payload, record.payload, len(operands)))
             # A norm is that of the whole step, of which some parts may not be behind.
             state.clip(payload, given[0])
             behind: list[Run] = []
             for position, run in enumerate(payload.runs):
                 stretches = self._behind(item.id, run.dtype, run.start, run.stop, record.lsn)
                 behind += [Run(0, 0, run.dtype, run.wire, start, stop) for start, stop in stretches]
-                for arenas, arrays in zip(state.operands.values(), given, strict=True):
+                for arenas, arrays in zip(operands.values(), given, strict=True):
                     for start, stop in stretches:
                         arenas[run.dtype][start:stop] = arrays[position][start - run.start : stop - run.start]
-            state.apply(behind, message["step"])
+            state.apply(operands, behind, message["step"])
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
             item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)

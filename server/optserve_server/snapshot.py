@@ -28,6 +28,7 @@ from optserve_server.journal import JournalError, sync_folder
 from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer
 from optserve_server.settings import Settings
+from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.state_file import (
     Plan,
@@ -184,7 +185,8 @@ def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece
         with item.steps.held_still() as state:
             if not _is_there(item):
                 return None
-            parts = state.capture(dtype, start, stop)
+            parts = [state.read(dtype, slot, start, stop).tobytes() for slot in range(len(state.rule.slots))]
+            parts.append(item.steps.staging.updates[dtype][start:stop].tobytes())
             number = item.steps.lsn
             intact = item.steps.retained is not None and item.steps.retained.intact
         for array, part in enumerate(parts):
@@ -227,14 +229,17 @@ class Saved:
         """`create_time` or `update_time`."""
         return datetime.fromisoformat(self.header[name])
 
-    def load(self, state: State) -> None:
-        """Bring the pieces into a fresh state.
+    def load(self, state: State, staging: Staging) -> None:
+        """Bring the pieces into a fresh state and its staging buffer.
 
         Raises:
             JournalError: The file is damaged.
         """
         for piece, parts in self._read():
-            state.restore(dtype_of(piece.dtype), piece.start, piece.stop, parts)
+            arrays = [np.frombuffer(part, dtype_of(piece.dtype)) for part in parts]
+            for slot, values in enumerate(arrays[:-1]):
+                state.write(values.dtype, slot, piece.start, values)
+            staging.updates[arrays[-1].dtype][piece.start : piece.stop] = arrays[-1]
 
     def verify(self) -> None:
         """Read all pieces, or raise JournalError."""

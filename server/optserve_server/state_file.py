@@ -22,7 +22,7 @@ from optserve import safetensors
 from optserve_server.layout import STATE_DTYPES, Layout, Parameter
 from optserve_server.rules import Rule
 from optserve_server.settings import Settings
-from optserve_server.state import Buffer, State
+from optserve_server.state import State
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 20
@@ -232,7 +232,7 @@ class StateFile:
         self.file.close()
 
 
-def write_all(descriptor: int, data: Buffer, position: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
     """Write all bytes at a position of a file, however few the disk takes at a time."""
     view = memoryview(data)
     while view:

@@ -126,7 +126,7 @@ class _Look:
         self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
         retained = steps.retained
         there = retained is not None and retained.intact and tensor in retained.tensors
-        self.updates = state.staged[parameter.dtype][start + indices].astype(np.float64) if there else None
+        self.updates = steps.staging.updates[parameter.dtype][start + indices].astype(np.float64) if there else None
 
     def statistics(self, quantiles: Sequence[float]) -> TensorStatistics:
         rates = self._rates(self.sample) if self.stepped else None

@@ -109,10 +109,10 @@ class Step:
                 parameter=tensor,
             )
         if offset > self.payload.extent(tensor):
-            raise self._out_of_bounds(tensor, offset, "begins beyond the end of its tensor")
+            raise self.payload.misfit(tensor, offset, "begins beyond the end of its tensor")
         position = self.payload.position(tensor, offset)
         if position + len(data) > self.payload.size_bytes:
-            raise self._out_of_bounds(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
+            raise self.payload.misfit(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
         try:
             self._holder.stage(self, tensor, offset, data, operand)
         except Overlap as overlap:
@@ -132,6 +132,21 @@ class Step:
                 field="offset",
                 limit=MAX_FRAGMENTS,
             ) from None
+
+    def check_complete(self) -> None:
+        """Raise MISSING_CHUNK unless every byte of every operand has arrived."""
+        for operand, coverage in self.coverage.items():
+            gap = coverage.first_gap(self.payload.size_bytes)
+            if gap is not None:
+                tensor, offset = self.payload.locate(gap)
+                name = self.payload.layout.parameters[tensor].name
+                raise OptserveError(
+                    Reason.MISSING_CHUNK,
+                    f"The {operand.value} of {name!r} is incomplete: byte {offset} has not arrived.",
+                    field="chunk",
+                    parameter=name,
+                    offset=offset,
+                )
 
     def commit(self) -> Outcome:
         """Apply the step to all of its tensors, or change nothing.
@@ -163,20 +178,6 @@ class Step:
     def close(self) -> None:
         """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
         self._holder.close(self)
-
-    def out_of_bounds(self, position: int, what: str) -> OptserveError:
-        """The error for a chunk that does not fit at a position of the payload."""
-        return self._out_of_bounds(*self.payload.locate(position), what)
-
-    def _out_of_bounds(self, tensor: int, offset: int, what: str) -> OptserveError:
-        name = self.payload.layout.parameters[tensor].name
-        return OptserveError(
-            Reason.CHUNK_OUT_OF_BOUNDS,
-            f"The chunk at byte {offset} of {name!r} {what}.",
-            field="offset",
-            parameter=name,
-            offset=offset,
-        )
 
 
 def check_request_id(request_id: str) -> None:

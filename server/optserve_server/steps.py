@@ -12,7 +12,6 @@ has not moved for long. Errors name their field by itself (`tensors`, `offset`);
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +22,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from optserve import halves
 from optserve_server.durability import Durability, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Operand, Payloads, Run
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
+from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, ReplyChunk, Step, check_request_id
 
@@ -69,7 +68,7 @@ class Steps:
         self._holder: Step | None = None
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
-        self._segment: Segment | None = None
+        self.staging = Staging(state)
         self.retained: Retained | None = None
         self.step = 0
         self.lsn = 0
@@ -142,10 +141,10 @@ class Steps:
             payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
             if segment is None:
                 # Others step as well, and must not stage where a client writes as it likes.
-                self._leave_segment()
+                self.staging.leave_segment()
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
             self._holder = Step(
-                self, request_id, payload, self._state.operands, replay=repeated is not None, segment=segment
+                self, request_id, payload, self.staging.operands, replay=repeated is not None, segment=segment
             )
             return self._holder
 
@@ -157,46 +156,27 @@ class Steps:
         """
         with self._lock:
             self.check_usable()
-            if self._segment is not None:
+            if self.staging.segment is not None:
                 return None
+            in_place = not self._durability.reads_staging and self._holder is None
             try:
-                self._segment = Segment(self._state.layout, self._state.operands)
+                return self.staging.share(in_place=in_place)
             except OSError as error:
                 logger.warning("%s is not shared: %s", self._name, error)
                 return None
-            if not self._durability.reads_staging and self._holder is None:
-                self._state.use_staging(self._segment.operands)
-            return self._segment
 
     def unshare(self, segment: Segment) -> None:
         """The client has gone; the segment ends when its memory of it does."""
         with self._lock:
-            if self._segment is segment:
+            if self.staging.segment is segment:
                 self._note_overwritten()
-                self._leave_segment()
-                self._segment = None
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of a segment beyond those of the state.
-
-        Read without the lock: others ask for it in the middle of their own steps, and two would wait for each other.
-        """
-        segment = self._segment
-        return segment.size_bytes if segment is not None and self._state.operands is not segment.operands else 0
-
-    @property
-    def _in_place(self) -> bool:
-        return self._segment is not None and self._state.operands is self._segment.operands
+                self.staging.unshare()
 
     def _note_overwritten(self) -> None:
         """Look whether the client has overwritten the retained reply, which lies where it writes."""
-        if self._segment and self.retained and self._in_place and self._segment.dirty:
+        segment = self.staging.segment
+        if segment and self.retained and self.staging.in_place and segment.dirty:
             self.retained.intact = False
-
-    def _leave_segment(self) -> None:
-        if self._in_place:
-            self._state.use_staging(None)
 
     def set(self, settings: Settings, etag: str, time: datetime) -> None:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
@@ -249,8 +229,8 @@ class Steps:
                 self._evict_if_idle(self._holder)
             self._durability.deleted(self._name)
             self._fatal = reason
-            self._segment = None
             # Open streams may keep this object for long, but not its arrays.
+            self.staging.release()
             self._state.release()
 
     def _evict_if_idle(self, holder: Step) -> None:
@@ -304,56 +284,11 @@ class Steps:
         """See Holder."""
         with self._lock:
             self._hold(step)
-            payload = step.payload
-            begin = payload.position(tensor, offset)
-            end = begin + len(data)
-            step.coverage[operand].add(begin, end)
+            position = step.payload.position(tensor, offset)
+            step.coverage[operand].add(position, position + len(data))
             if self.retained:
                 self.retained.intact = False
-            for run in payload.runs_between(begin, end):
-                low, high = max(begin, run.begin), min(end, run.end)
-                self._stage_run(step, operand, run, low, memoryview(data)[low - begin : high - begin])
-
-    def _stage_run(self, step: Step, operand: Operand, run: Run, position: int, data: memoryview) -> None:
-        size = run.wire.itemsize
-        if (position - run.begin) % size or len(data) % size:
-            raise step.out_of_bounds(position, "does not begin and end on an element")
-        elements = np.frombuffer(data, run.wire)
-        bad = self._state.stage(operand, run, run.start + (position - run.begin) // size, elements)
-        if bad is not None:
-            raise self._bad_value(step, operand, run, position + bad * size, halves.value(elements[bad : bad + 1]))
-
-    def _bad_value(self, step: Step, operand: Operand, run: Run, position: int, value: float) -> OptserveError:
-        """The error for an element at a position of the payload."""
-        tensor, byte = step.payload.locate(position)
-        name, index = self._state.layout.parameters[tensor].name, byte // run.wire.itemsize
-        finite = math.isfinite(value)
-        wire = f", as {halves.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
-        return OptserveError(
-            Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
-            f"The {operand.value} of {name!r} is {value:g} at flat index {index}{wire}"
-            + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
-            field="data",
-            parameter=name,
-            index=index,
-        )
-
-    def _take_shared(self, step: Step, segment: Segment) -> None:
-        """Take the gradients that a client has written into the segment."""
-        if self.retained:
-            self.retained.intact = False
-        bad = self._state.take_from(segment.operands, step.payload.runs)
-        if bad is not None:
-            operand, run, element = bad
-            value = float(self._state.operands[operand][run.dtype][run.start + element])
-            raise self._bad_value(step, operand, run, run.begin + element * run.dtype.itemsize, value)
-
-    def _give_shared(self, step: Step, segment: Segment) -> None:
-        """Put the updates where the gradients were."""
-        if not self._in_place:
-            segment.replying(self.step)
-            self._state.give_to(segment.operands, step.payload.runs)
-        segment.clean()
+            self.staging.stage(step.payload, operand, position, data)
 
     def commit(self, step: Step) -> Outcome:
         """See Holder."""
@@ -361,45 +296,35 @@ class Steps:
             self._hold(step)
             if step.replay and self.retained:
                 if step.segment:
-                    self._give_shared(step, step.segment)
+                    self.staging.give_to(step.segment, step.payload, self.step)
                 return Outcome(step.request_id, self.retained.step, replayed=True)
+            runs = step.payload.runs
             if step.segment:
-                self._take_shared(step, step.segment)
+                if self.retained:
+                    self.retained.intact = False
+                self.staging.take_from(step.segment, step.payload)
             else:
-                self._check_complete(step)
+                step.check_complete()
             lsn = self._durability.stepping(self._record(step))
-            if step.segment and self._in_place:
+            if step.segment and self.staging.in_place:
                 step.segment.replying(self.step + 1)
             with self._changing(f"in step {self.step}"):
-                norm = self._state.clip(step.payload)
-                self._state.apply(step.payload.runs, self.step)
+                gradients = [self.staging.updates[run.dtype][run.start : run.stop] for run in runs]
+                norm = self._state.clip(step.payload, gradients)
+                self._state.apply(self.staging.operands, runs, self.step)
             self.lsn = lsn
             self.step += 1
             step.committed = True
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
             if step.segment:
-                self._give_shared(step, step.segment)
+                self.staging.give_to(step.segment, step.payload, self.step)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
-
-    def _check_complete(self, step: Step) -> None:
-        for operand, coverage in step.coverage.items():
-            gap = coverage.first_gap(step.payload.size_bytes)
-            if gap is not None:
-                tensor, offset = step.payload.locate(gap)
-                name = self._state.layout.parameters[tensor].name
-                raise OptserveError(
-                    Reason.MISSING_CHUNK,
-                    f"The {operand.value} of {name!r} is incomplete: byte {offset} has not arrived.",
-                    field="chunk",
-                    parameter=name,
-                    offset=offset,
-                )
 
     def _record(self, step: Step) -> StepRecord:
         operands = [
             arenas[run.dtype][run.start : run.stop]
-            for arenas in self._state.operands.values()
+            for arenas in self.staging.operands.values()
             for run in step.payload.runs
         ]
         tensors = self._payloads.named(step.payload.tensors)
@@ -424,9 +349,7 @@ class Steps:
         """See Holder."""
         with self._lock:
             self._hold(step)
-            size = run.wire.itemsize
-            start, stop = (run.start + (edge - run.begin) // size for edge in (begin, end))
-            elements = self._state.give(run, start, stop)
+            elements = self.staging.give(run, begin, end)
             tensor, offset = step.payload.locate(begin)
             # Used under the lock: nobody writes there meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
@@ -436,7 +359,7 @@ class Steps:
         with self._lock:
             self._hold(step)
             parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
-            return self._state.staged[parameter.dtype][start : start + parameter.size].tobytes()
+            return self.staging.updates[parameter.dtype][start : start + parameter.size].tobytes()
 
     def close(self, step: Step) -> None:
         """See Holder."""

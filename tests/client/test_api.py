@@ -18,7 +18,7 @@ PUBLIC = [
     "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError",
     "Schedule", "Sgd", "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError",
     "StepInProgressError", "StepsLostError", "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms",
-    "WrongStepError", "connect", "local_server",
+    "WrongStepError", "connect", "local_server", "with_weight_decay",
 ]  # fmt: skip
 
 

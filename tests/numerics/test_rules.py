@@ -10,6 +10,7 @@ from optserve_server import backends
 from optserve_server.layout import Layout, Operand, Parameter, Payload
 from optserve_server.rules import RULES, Adadelta
 from optserve_server.settings import Settings
+from optserve_server.staging import Staging
 from optserve_server.state import State
 from table import ROWS
 
@@ -42,14 +43,14 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
     dtype = given[0].dtype
     layout = Layout((Parameter("x", given[0].shape, dtype),))
     state = State(layout, Settings(rule), backend)
-    (run,) = Payload(layout, (0,)).runs
+    staging, payload = Staging(state), Payload(layout, (0,))
     x = np.zeros(given[0].shape)
     for step, (g, h) in enumerate(zip(given, diagonals, strict=True)):
-        assert state.stage(Operand.GRADIENT, run, 0, g) is None
+        staging.stage(payload, Operand.GRADIENT, 0, g.tobytes())
         if rule.takes_curvature:
-            assert state.stage(Operand.CURVATURE, run, 0, h) is None
-        state.apply([run], step)
-        x += state.staged[dtype]
+            staging.stage(payload, Operand.CURVATURE, 0, h.tobytes())
+        state.apply(staging.operands, payload.runs, step)
+        x += staging.updates[dtype]
     return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]
 
 

@@ -52,7 +52,7 @@ def _rates_and_updates(result: Result) -> Any:
     grid = figure.subplots(len(WATCHED), 2, sharex=True)
     for row, name in zip(grid, WATCHED, strict=True):
         for axes, values, label, limits in (
-            (row[0], result.rates[name], "effective rate", (0, 1)),
+            (row[0], result.rates[name], "effective rate", (0, 1.02)),
             (row[1], result.updates[name], "Δx", (-0.01, 0.01)),
         ):
             axes.plot(result.looks, values, lw=0.7)

@@ -141,7 +141,7 @@ EXPERIMENTS = {
     for experiment in (
         Experiment("table1", "Table 1: test error after 6 epochs against the learning rate", 3, _table1, _PAPER_1),
         Experiment("table2", "Table 2: test error of ADADELTA after 6 epochs against ε and ρ", 3, _table2, _PAPER_2),
-        Experiment("figure1", "Figure 1: test error of four methods over 50 epochs", 1, _figure1, {}),
+        Experiment("figure1", "Figure 1: test error of four methods over 50 epochs", 3, _figure1, {}),
         Experiment("figure2", "Figure 2: effective learning rates and updates of ADADELTA", 1, _figure2, {}),
         Experiment("mnist-tanh", "Section 4.1: ADADELTA, tanh, 6 epochs", 5, _mnist_tanh, {"adadelta": 2.0}),
         Experiment("curvature", "Equations 6 and 7: methods with curvature, tanh", 3, _curvature, {"vsgd": 2.1}),

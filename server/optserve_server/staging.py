@@ -1,0 +1,177 @@
+"""The staging buffer of an optimizer: takes the gradients of a step, checked, and then the updates in their place.
+
+Gradients come in chunks, or lie in a segment that the server shares with a client. Where nothing else reads the buffer,
+it is the segment, and nothing is copied. It knows nothing of steps as transactions; `steps.py` decides what may happen
+to it and when.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from optserve import halves
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Operand, Operands, Payload, Run
+from optserve_server.segment import Segment
+from optserve_server.state import State
+
+
+class Staging:
+    """The buffer, with as many parts as a step has operands.
+
+    Args:
+        state: Whose layout, limits and backend hold.
+
+    Attributes:
+        operands: Its arenas.
+        segment: What is shared with a client now.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._backend = state.backend
+        self.operands = self._fresh()
+        self.segment: Segment | None = None
+
+    def _fresh(self) -> Operands:
+        layout = self._state.layout
+        return {
+            operand: layout.arenas(self._backend.staging(layout.size_bytes)) for operand in self._state.operand_kinds
+        }
+
+    def release(self) -> None:
+        """Let go of the arrays; it is of no further use."""
+        self.operands = {operand: {} for operand in self.operands}
+        self.segment = None
+
+    @property
+    def updates(self) -> dict[np.dtype, np.ndarray]:
+        """The arenas that hold the updates once a step is applied, and its gradients before."""
+        return self.operands[Operand.GRADIENT]
+
+    # Chunks.
+
+    def stage(self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes) -> None:
+        """Copy wire bytes of a step to their place.
+
+        Args:
+            payload: Of the step.
+            operand: What they are.
+            position: Of the first of them in the payload.
+            data: All of them within the payload.
+
+        Raises:
+            OptserveError: CHUNK_OUT_OF_BOUNDS, NON_FINITE_VALUE or GRADIENT_OVERFLOW.
+        """
+        end = position + len(data)
+        for run in payload.runs_between(position, end):
+            low, high = max(position, run.begin), min(end, run.end)
+            self._stage_run(payload, operand, run, low, memoryview(data)[low - position : high - position])
+
+    def _stage_run(self, payload: Payload, operand: Operand, run: Run, position: int, data: memoryview) -> None:
+        size = run.wire.itemsize
+        if (position - run.begin) % size or len(data) % size:
+            raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
+        elements = np.frombuffer(data, run.wire)
+        start = run.start + (position - run.begin) // size
+        staged, limit = self.operands[operand][run.dtype][start : start + elements.size], self._state.limits[run.dtype]
+        if not self._backend.take(staged, elements, limit):
+            bad = _first_beyond(staged, limit)
+            raise self._bad_value(payload, operand, run, position + bad * size, halves.value(elements[bad : bad + 1]))
+
+    def give(self, run: Run, begin: int, end: int) -> np.ndarray:
+        """The updates from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
+
+        A view of the buffer where that is its own.
+        """
+        start, stop = (run.start + (edge - run.begin) // run.wire.itemsize for edge in (begin, end))
+        return self._backend.give(self.updates[run.dtype][start:stop], run.wire)
+
+    # Shared memory.
+
+    def share(self, *, in_place: bool) -> Segment:
+        """Make a segment, and let the buffer be in it if `in_place`.
+
+        Raises:
+            OSError: There is no room, or no shared memory here.
+        """
+        self.segment = Segment(self._state.layout, self.operands)
+        if in_place:
+            self._move_to(self.segment.operands)
+        return self.segment
+
+    def unshare(self) -> None:
+        """Let go of the segment; what was in the buffer stays."""
+        self.leave_segment()
+        self.segment = None
+
+    def leave_segment(self) -> None:
+        """Be in the segment no more, so that its client cannot write into the steps of others."""
+        if self.in_place:
+            self._move_to(self._fresh())
+
+    def _move_to(self, operands: Operands) -> None:
+        before, self.operands = self.operands, operands
+        for operand, arenas in operands.items():
+            for dtype, arena in arenas.items():
+                arena[...] = before[operand][dtype]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the buffer is the segment."""
+        return self.segment is not None and self.operands is self.segment.operands
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the segment, where it is not the buffer."""
+        # Read by others without a lock: looked at once.
+        segment = self.segment
+        return segment.size_bytes if segment is not None and self.operands is not segment.operands else 0
+
+    def take_from(self, segment: Segment, payload: Payload) -> None:
+        """Take the gradients that a client has written into a segment.
+
+        Raises:
+            OptserveError: NON_FINITE_VALUE or GRADIENT_OVERFLOW.
+        """
+        here = segment.operands is self.operands
+        for operand, arenas in self.operands.items():
+            for run in payload.runs:
+                part = slice(run.start, run.stop)
+                staged, limit = arenas[run.dtype][part], self._state.limits[run.dtype]
+                source = segment.operands[operand][run.dtype][part]
+                if not (self._backend.within(staged, limit) if here else self._backend.take_all(staged, source, limit)):
+                    bad = _first_beyond(staged, limit)
+                    position = run.begin + bad * run.dtype.itemsize
+                    raise self._bad_value(payload, operand, run, position, float(staged[bad]))
+
+    def give_to(self, segment: Segment, payload: Payload, step: int) -> None:
+        """Put the updates of a step where a client has written its gradients."""
+        if segment.operands is not self.operands:
+            segment.replying(step)
+            for run in payload.runs:
+                part = slice(run.start, run.stop)
+                self._backend.copy(self.updates[run.dtype][part], segment.operands[Operand.GRADIENT][run.dtype][part])
+        segment.clean()
+
+    def _bad_value(self, payload: Payload, operand: Operand, run: Run, position: int, value: float) -> OptserveError:
+        """The error for an element at a position of the payload."""
+        tensor, byte = payload.locate(position)
+        name, index = payload.layout.parameters[tensor].name, byte // run.wire.itemsize
+        finite = math.isfinite(value)
+        wire = f", as {halves.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
+        return OptserveError(
+            Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
+            f"The {operand.value} of {name!r} is {value:g} at flat index {index}{wire}"
+            + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
+            field="data",
+            parameter=name,
+            index=index,
+        )
+
+
+def _first_beyond(staged: np.ndarray, limit: np.floating) -> int:
+    """Index of the first element that is NaN, infinite or too large."""
+    return int(np.flatnonzero(~(np.abs(staged) <= limit))[0])
