@@ -127,7 +127,9 @@ class Checkpoints:
             with disk_errors():
                 file.verify()
             with file.mapped() as arrays:
-                self._optimizers.replace(optimizer, description.step, description.settings, arrays, etag, request_id)
+                self._optimizers.replace(
+                    optimizer, description.step, description.settings, arrays, etag, request_id, description.placed_by
+                )
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
 
@@ -159,6 +161,7 @@ class Checkpoints:
                     optimizer.steps.step,
                     datetime.now(UTC),
                     request_id,
+                    optimizer.steps.placed_by,
                 )
                 exported = StateFile.create(file, description)
                 exported.fill(state)
@@ -199,7 +202,9 @@ class Checkpoints:
     def put(self, optimizer: Optimizer, step: int, file: StateFile, etag: str = "", request_id: str = "") -> None:
         """Put a state in the place of an optimizer's own; its hyper-parameters stay. See `Optimizers.replace`."""
         with file.mapped() as arrays:
-            self._optimizers.replace(optimizer, step, None, arrays, etag, request_id)
+            # All arrays were sent, x as well where it is hosted.
+            placed_by = (request_id or "import") if optimizer.settings.hosted else None
+            self._optimizers.replace(optimizer, step, None, arrays, etag, request_id, placed_by)
 
     def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
         """The checkpoint, if that request has made it."""
@@ -270,6 +275,8 @@ def _check_fit(optimizer: Optimizer, tag: str, of: Description) -> None:
     difference = ""
     if of.rule.name != optimizer.rule.name:
         difference = f"of {of.rule.name}, not of {optimizer.rule.name}"
+    elif of.settings.hosted != optimizer.settings.hosted:
+        difference = f"of an optimizer in {'hosted' if of.settings.hosted else 'delta'} mode, which this one is not"
     elif of.layout.parameters != optimizer.layout.parameters:
         pairs = zip(of.layout.parameters, optimizer.layout.parameters, strict=False)
         kept, own = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))

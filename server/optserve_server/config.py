@@ -63,6 +63,8 @@ class ServerConfig:
     max_state_bytes: int = 0
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
+    max_pull_bytes: int = GIB
+    """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
     idle_step_s: float = 60.0
     """A step that has not moved for so long is discarded."""
     keepalive_s: int = 60
@@ -88,6 +90,7 @@ class ServerConfig:
             "max_parameters",
             "max_optimizers",
             "max_checkpoints",
+            "max_pull_bytes",
             "keepalive_s",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")

@@ -22,11 +22,19 @@ from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
 from optserve_server.statistics import TensorStatistics
+from optserve_server.step import Reply
 
 _Frame = TypeVar("_Frame")
 
 _PREFIX = "optimizers/"
 _CHECKPOINTS = "/checkpoints/"
+
+_REPLIES: dict[int, Reply] = {
+    steps_pb2.REPLY_UNSPECIFIED: Reply.UPDATES,
+    steps_pb2.REPLY_UPDATES: Reply.UPDATES,
+    steps_pb2.REPLY_PARAMETERS: Reply.PARAMETERS,
+    steps_pb2.REPLY_NOTHING: Reply.NOTHING,
+}
 
 MAX_PAGE_SIZE = 1000
 MAX_RANK = 32
@@ -101,13 +109,8 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
 def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
     """Raise FEATURE_UNAVAILABLE for the first setting that this server does not have."""
     check_known(message, "mode", "optimizer")
-    for is_set, feature, field in (
-        (message.weight_decay != 0, service_pb2.FEATURE_HOSTED_MODE, "weight_decay"),
-        (message.mode == optimizer_pb2.MODE_HOSTED, service_pb2.FEATURE_HOSTED_MODE, "mode"),
-        (message.HasField("consistency"), service_pb2.FEATURE_WORKERS, "consistency"),
-    ):
-        if is_set:
-            raise features.unavailable(feature, f"optimizer.{field}")
+    if message.HasField("consistency"):
+        raise features.unavailable(service_pb2.FEATURE_WORKERS, "optimizer.consistency")
 
 
 def check_known(message: Message, field: str, path: str) -> None:
@@ -132,6 +135,15 @@ def wire_dtype(data_type: int, field: str) -> np.dtype | None:
     return dtype
 
 
+def reply(value: int, field: str) -> Reply:
+    """What a reply carries, or raise INVALID_FIELD."""
+    if value not in _REPLIES:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{value} is none of the values of Reply that this server knows.", field=field
+        )
+    return _REPLIES[value]
+
+
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """An optimizer as the contract shows it, all of one moment."""
     with item.steps.held_still():
@@ -141,7 +153,7 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
 def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optimizer:
     message = optimizer_pb2.Optimizer(
         name=_PREFIX + item.id,
-        mode=optimizer_pb2.MODE_DELTA,
+        mode=optimizer_pb2.MODE_HOSTED if item.settings.hosted else optimizer_pb2.MODE_DELTA,
         step=item.steps.step,
         etag=item.etag,
         create_time=_timestamp(item.create_time.timestamp()),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 
-from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
-from optserve_server import features
+from optserve.v1 import algorithms_pb2, optimizer_pb2
 from optserve_server.clipping import Clipping
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
@@ -21,7 +20,14 @@ def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
         OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
     """
     method = rule(message.algorithm)
-    return Settings(method, _schedule(message), _clipping(message), _groups(message, method, layout))
+    return Settings(
+        method,
+        _schedule(message),
+        _clipping(message),
+        _groups(message, method, layout),
+        message.mode == optimizer_pb2.MODE_HOSTED,
+        message.weight_decay,
+    )
 
 
 def _schedule(message: optimizer_pb2.Optimizer) -> Schedule | None:
@@ -56,8 +62,6 @@ def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> t
     seen: set[int] = set()
     for position, group in enumerate(message.groups):
         path = f"optimizer.groups[{position}]"
-        if group.weight_decay:
-            raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, f"{path}.weight_decay")
         if group.algorithm.WhichOneof("method") not in (None, method.name):
             raise OptserveError(
                 Reason.INVALID_FIELD, f"The method of a group is that of the optimizer, {method.name}.",
@@ -82,7 +86,8 @@ def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> t
             indices.append(index)
         given = getattr(group.algorithm, method.name)
         overrides = {item.name: getattr(given, item.name) for item in fields(method) if given.HasField(item.name)}
-        groups.append(Group(tuple(indices), overrides))
+        decay = group.weight_decay if group.HasField("weight_decay") else None
+        groups.append(Group(tuple(indices), overrides, decay))
     return tuple(groups)
 
 
@@ -112,7 +117,7 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
     prefix = f"algorithm.{present.rule.name}"
     # What each path changes of the rule.
     changes = {"algorithm": names, prefix: names} | {f"{prefix}.{name}": [name] for name in names}
-    changes |= {"schedule": [], "clipping": [], "groups": []}
+    changes |= {"schedule": [], "clipping": [], "groups": [], "weight_decay": []}
     for path in paths or [""]:
         if path not in changes:
             what = f"{path!r} cannot be updated" if path else "Name the fields to change"
@@ -129,12 +134,15 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
         _schedule(message) if "schedule" in paths else present.schedule,
         _clipping(message) if "clipping" in paths else present.clipping,
         _groups(message, after, layout) if "groups" in paths else present.groups,
+        present.hosted,
+        message.weight_decay if "weight_decay" in paths else present.weight_decay,
     )
 
 
 def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: Layout) -> None:
     """Make a message say all settings, every default filled in."""
     set_algorithm(message.algorithm, present.rule)
+    message.weight_decay = present.weight_decay
     if present.schedule is not None:
         schedule = asdict(present.schedule)
         message.schedule.warmup_steps = schedule.pop("warmup_steps")
@@ -148,7 +156,8 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
     if present.clipping is not None:
         setattr(message.clipping, present.clipping.kind, present.clipping.bound)
     for group in present.groups:
-        shown = message.groups.add(parameters=[layout.parameters[index].name for index in group.parameters])
+        names = [layout.parameters[index].name for index in group.parameters]
+        shown = message.groups.add(parameters=names, weight_decay=group.weight_decay)
         overridden = getattr(shown.algorithm, present.rule.name)
         overridden.SetInParent()
         for name, value in group.overrides.items():

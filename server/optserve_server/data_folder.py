@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server import recovery, snapshot
-from optserve_server.durability import CreationRecord, ReplacementRecord, StepRecord
+from optserve_server.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.journal import Journal, JournalError, Reader, segment_paths, sync_folder
 from optserve_server.optimizers import Optimizers
@@ -153,6 +153,10 @@ class DataFolder:
         """Keep a deletion."""
         return self._append(recovery.DELETED, {"optimizer": optimizer})
 
+    def placing(self, record: PlacementRecord) -> int:
+        """Keep the parameters."""
+        return self._append(recovery.PLACED, recovery.placement(record), record.parameters)
+
     def stepping(self, record: StepRecord) -> int:
         """Keep the gradients of a step."""
         return self._append(recovery.STEPPED, recovery.step(record), record.operands)
@@ -173,7 +177,7 @@ class DataFolder:
     def _is_snapshot_due(self, kind: int) -> bool:
         if self._interval_s:
             # These are rare, and worth having soon.
-            return kind in (recovery.CREATED, recovery.REPLACED, recovery.DELETED)
+            return kind in (recovery.CREATED, recovery.PLACED, recovery.REPLACED, recovery.DELETED)
         limit = max(self._snapshot_bytes, self._optimizers.memory_bytes)
         # After a failure, not before the journal has grown by as much again.
         return self._bytes_since_snapshot > self._bytes_at_failure + limit

@@ -47,7 +47,12 @@ class CreationRecord:
 
 @dataclass(frozen=True)
 class ReplacementRecord:
-    """A state that is about to take the place of an optimizer's own. `arrays` are all arenas of the slots, in order."""
+    """A state that is about to take the place of an optimizer's own.
+
+    Attributes:
+        arrays: (dtype, position among `Settings.arrays`, arena) of all of them, in order.
+        placed_by: See `Steps.placed_by`.
+    """
 
     optimizer: str
     step: int
@@ -57,6 +62,16 @@ class ReplacementRecord:
     request_id: str
     time: datetime
     arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    placed_by: str | None = None
+
+
+@dataclass(frozen=True)
+class PlacementRecord:
+    """Parameters x that are about to be in place, run by run."""
+
+    optimizer: str
+    request_id: str
+    parameters: Sequence[np.ndarray]
 
 
 class Durability(Protocol):
@@ -84,6 +99,10 @@ class Durability(Protocol):
         """An optimizer is about to be gone."""
         ...
 
+    def placing(self, record: PlacementRecord) -> int:
+        """Parameters are about to be in place."""
+        ...
+
     def stepping(self, record: StepRecord) -> int:
         """A step is about to be applied; its gradients are still in the staging buffer."""
         ...
@@ -107,6 +126,10 @@ class InMemory:
         return 0
 
     def deleted(self, optimizer: str) -> int:  # noqa: ARG002
+        """Nothing to keep."""
+        return 0
+
+    def placing(self, record: PlacementRecord) -> int:  # noqa: ARG002
         """Nothing to keep."""
         return 0
 

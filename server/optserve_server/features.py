@@ -19,13 +19,12 @@ AVAILABLE = frozenset(
         pb.FEATURE_CLIPPING,
         pb.FEATURE_PARAMETER_GROUPS,
         pb.FEATURE_STATISTICS,
+        pb.FEATURE_HOSTED_MODE,
     }
     | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )
 
 UNAVAILABLE_METHODS = {
-    "PullParameters": pb.FEATURE_HOSTED_MODE,
-    "PushParameters": pb.FEATURE_HOSTED_MODE,
     "ReportWorker": pb.FEATURE_WORKERS,
 }
 """Methods of the service that answer UNIMPLEMENTED, with the feature that they belong to."""

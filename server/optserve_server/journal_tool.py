@@ -34,6 +34,7 @@ _KINDS = {
     recovery.DELETED: "deletions",
     recovery.STEPPED: "steps",
     recovery.REPLACED: "replaced states",
+    recovery.PLACED: "uploads",
 }
 
 

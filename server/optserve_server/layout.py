@@ -23,14 +23,18 @@ STATE_DTYPES = (FLOAT64, FLOAT32)
 
 
 class Operand(Enum):
-    """What a step brings for each parameter; the gradient's place is taken by the update."""
+    """What arrives for each parameter. In the gradient's place come the update later, and x when it is uploaded."""
 
     GRADIENT = "gradient"
     CURVATURE = "curvature"
+    PARAMETER = "parameter"
 
 
-Operands = dict[Operand, dict[np.dtype, np.ndarray]]
-"""The arenas of each operand, the gradient first."""
+Arenas = dict[np.dtype, np.ndarray]
+"""One flat array per dtype, in which the parameters lie side by side."""
+
+Operands = dict[Operand, Arenas]
+"""The arenas of each operand of a step, the gradient first."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Layout:
             self.sizes[parameter.dtype] += parameter.size
         self.size_bytes = sum(dtype.itemsize * size for dtype, size in self.sizes.items())
 
-    def arenas(self, buffer: np.ndarray) -> dict[np.dtype, np.ndarray]:
+    def arenas(self, buffer: np.ndarray) -> Arenas:
         """Views of the arenas in a buffer of `size_bytes` bytes."""
         views, begin = {}, 0
         for dtype in STATE_DTYPES:

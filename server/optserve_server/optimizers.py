@@ -47,7 +47,7 @@ def _token() -> str:
     return uuid.uuid4().hex[:16]
 
 
-@dataclass
+@dataclass(eq=False)
 class Optimizer:
     """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
 
@@ -167,7 +167,7 @@ class Optimizers:
                     field="optimizer_id",
                     optimizer=optimizer_id,
                 )
-            self._reserve(optimizer_id, request_id, State.required_bytes(layout, settings.rule))
+            self._reserve(optimizer_id, request_id, State.required_bytes(layout, settings))
         # Compiling and allocating take their time, so not under the lock.
         try:
             optimizer = self._make(optimizer_id, layout, settings, request_id)
@@ -265,6 +265,7 @@ class Optimizers:
         arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
         etag: str = "",
         request_id: str = "",
+        placed_by: str | None = None,
     ) -> None:
         """Put another state in the place of an optimizer's own, once per request id.
 
@@ -272,9 +273,10 @@ class Optimizers:
             optimizer: Whose layout the arrays have.
             step: Its step counter from then on.
             settings: Its settings from then on, with a method of the same kind; None for the present ones.
-            arrays: (dtype, slot, arena) of every slot.
+            arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
+            placed_by: See `Steps.placed_by`.
 
         Raises:
             OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
@@ -285,7 +287,7 @@ class Optimizers:
             optimizer.check_etag(etag)
             record = ReplacementRecord(
                 optimizer.id, step, settings or optimizer.settings, _token(), _token(), request_id,
-                datetime.now(UTC), arrays,
+                datetime.now(UTC), arrays, placed_by,
             )  # fmt: skip
             optimizer.steps.replace(record)
             optimizer.replaced(record)

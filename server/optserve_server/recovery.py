@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from optserve_server import snapshot
-from optserve_server.durability import CreationRecord, ReplacementRecord, StepRecord
+from optserve_server.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.journal import Record
 from optserve_server.layout import Layout, Payload, Run
 from optserve_server.optimizers import Optimizer, Optimizers
-from optserve_server.rules import Rule
-from optserve_server.settings import Settings
+from optserve_server.settings import PARAMETER, Settings
 from optserve_server.state_file import Plan, layout_from, layout_message
-from optserve_server.steps import Retained
+from optserve_server.step import Retained
 
-CREATED, UPDATED, DELETED, STEPPED, REPLACED = 1, 2, 3, 4, 5
+CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
 """Record types of the journal."""
 
 
@@ -55,7 +54,7 @@ def step(record: StepRecord) -> dict[str, Any]:
 
 
 def replacement(record: ReplacementRecord) -> dict[str, Any]:
-    """The message of a replaced state; all slots are its payload."""
+    """The message of a replaced state; all of its arrays are its payload."""
     return {
         "optimizer": record.optimizer,
         "step": record.step,
@@ -64,7 +63,13 @@ def replacement(record: ReplacementRecord) -> dict[str, Any]:
         "lineage": record.lineage,
         "request_id": record.request_id,
         "time": record.time.isoformat(),
+        "placed_by": record.placed_by,
     }
+
+
+def placement(record: PlacementRecord) -> dict[str, Any]:
+    """The message of uploaded parameters, which are its payload."""
+    return {"optimizer": record.optimizer, "request_id": record.request_id}
 
 
 class Replay:
@@ -87,6 +92,7 @@ class Replay:
         item.update_time = saved.time("update_time")
         item.replacement_request_ids.extend(header["replacement_request_ids"])
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
+        item.steps.placed_by = header["placed_by"]
         if header["retained"]:
             retained = header["retained"]
             item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
@@ -110,6 +116,8 @@ class Replay:
             self._step(item, message, record)
         elif record.type == REPLACED and item is not None:
             self._replace(item, message, record)
+        elif record.type == PLACED and item is not None:
+            self._place(item, message, record)
         elif record.type == UPDATED and item is not None and not known:
             item.state.set(Settings.from_json(message))
             item.etag, item.update_time = message["etag"], datetime.fromisoformat(message["time"])
@@ -147,17 +155,30 @@ class Replay:
             item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
         self._last_step[item.id] = record.lsn
 
+    def _place(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
+        layout = item.layout
+        payload = Payload(layout, tuple(range(len(layout.parameters))))
+        (given,) = _operands(payload, record.payload, 1)
+        with item.steps.held_still() as state:
+            array = item.settings.arrays.index(PARAMETER)
+            for run, values in zip(payload.runs, given, strict=True):
+                for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, record.lsn):
+                    state.write(run.dtype, array, start, values[start - run.start : stop - run.start])
+        if record.lsn > item.steps.lsn:
+            item.steps.lsn, item.steps.placed_by = record.lsn, message["request_id"]
+
     def _replace(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
         """Put the state in place, in each piece that does not contain it yet."""
         settings = Settings.from_json(message)
         with item.steps.held_still() as state:
-            for dtype, slot, values in _arrays(item.layout, settings.rule, record.payload):
+            for dtype, slot, values in _arrays(item.layout, settings, record.payload):
                 for start, stop in self._behind(item.id, dtype, 0, values.size, record.lsn):
                     state.write(dtype, slot, start, values[start:stop])
         if record.lsn > item.steps.lsn:
             item.state.set(settings)
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.retained = message["lineage"], None
+            item.steps.placed_by = message["placed_by"]
             item.replaced(_replacement(item, message))
 
     def _behind(self, name: str, dtype: np.dtype, start: int, stop: int, lsn: int) -> list[tuple[int, int]]:
@@ -195,10 +216,10 @@ def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:
     )  # fmt: skip
 
 
-def _arrays(layout: Layout, rule: Rule, payload: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:
-    """The arenas of all slots in the payload of a replacement, which are those of a state file."""
+def _arrays(layout: Layout, settings: Settings, payload: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:
+    """The arenas of all arrays in the payload of a replacement, which are those of a state file."""
     begin = 0
-    for dtype, slot, _, size in Plan(layout, rule.slots).arenas:
+    for dtype, slot, _, size in Plan(layout, settings.arrays).arenas:
         end = begin + size * dtype.itemsize
         yield dtype, slot, np.frombuffer(payload[begin:end], dtype)
         begin = end

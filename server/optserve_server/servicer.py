@@ -14,13 +14,14 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from optserve import sysv, wire
-from optserve.v1 import checkpoints_pb2, statistics_pb2, steps_pb2
+from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
-from optserve_server import convert, convert_settings, features, transfer
+from optserve_server import convert, convert_settings, features, parameters, transfer
 from optserve_server.admission import Admission
 from optserve_server.backends import Choice
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ServerConfig
+from optserve_server.copies import Copies
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.layout import Layout, Operand
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -28,7 +29,7 @@ from optserve_server.rules import RULES
 from optserve_server.settings import Settings
 from optserve_server.statistics import QUANTILES, Query, statistics
 from optserve_server.status import to_status
-from optserve_server.step import Step
+from optserve_server.step import Reply, Step
 from optserve_server.stream import StepStream, result
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
@@ -50,6 +51,7 @@ class Servicer:
         self._admission = admission
         self._choice = choice
         self._config = config
+        self._copies = Copies(config.max_pull_bytes)
         self._instance_id = uuid.uuid4().hex
         self._start_time = datetime.now(UTC)
 
@@ -125,16 +127,14 @@ class Servicer:
                 limit_bytes=limit,
                 actual_bytes=size,
             )
-        convert.check_known(request, "reply", "request")
-        if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
-            raise features.unavailable(pb.FEATURE_HOSTED_MODE, "reply")
+        reply = convert.reply(request.reply, "reply")
         if request.HasField("parameters_step"):
             raise features.unavailable(pb.FEATURE_WORKERS, "parameters_step")
         item = self._find(request.name)
         tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
         if not tensors:
             raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
-        size = sum(_reply_bytes(item, index) for index in tensors)
+        size = sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
         if size > limit:
             # Refused before the step is applied, not found out after.
             raise OptserveError(
@@ -147,14 +147,15 @@ class Servicer:
         expected = request.expected_step if request.HasField("expected_step") else None
         with self._admission.step():
             with fields_called({"tensors": "gradients"}):
-                step = item.steps.begin(request.request_id, expected, tensors, lineage=request.lineage)
+                step = item.steps.begin(request.request_id, expected, tensors, lineage=request.lineage, reply=reply)
             try:
                 for position, gradient in enumerate(request.gradients):
                     path = f"gradients[{position}]"
                     with fields_called({"data": f"{path}.data"}):
                         _stage(step, item, tensors[position], gradient, path)
                 outcome = step.commit()
-                updates = [_update(step, item, index) for index in step.payload.tensors]
+                wanted = step.payload.tensors if reply is not Reply.NOTHING else ()
+                updates = [_reply(step, item, index) for index in wanted]
             finally:
                 step.close()
         return steps_pb2.ApplyGradientsResponse(result=result(outcome), updates=updates)
@@ -221,6 +222,16 @@ class Servicer:
         item = transfer.import_state(self._optimizers, self._checkpoints, requests)
         return checkpoints_pb2.ImportStateResponse(optimizer=convert.optimizer(item))
 
+    def push_parameters(self, requests: Iterator[parameters.PushFrame]) -> replicas_pb2.PushParametersResponse:
+        """Put hosted parameters in place."""
+        with self._admission.step():
+            return replicas_pb2.PushParametersResponse(step=parameters.push(self._optimizers, requests).step)
+
+    def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Iterator[bytes]:
+        """Send hosted parameters, all of one step."""
+        item = self._find(request.name)
+        return parameters.pull(item, self._copies, request, self._config.preferred_chunk_bytes)
+
     def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:
         """Look at an optimizer between two steps."""
         query = Query(
@@ -282,6 +293,17 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             ),
             None,
             checkpoints_pb2.ImportStateResponse.SerializeToString,
+        ),
+        "PullParameters": grpc.unary_stream_rpc_method_handler(
+            lambda request, _context: servicer.pull_parameters(request),
+            replicas_pb2.PullParametersRequest.FromString,
+        ),
+        "PushParameters": grpc.stream_unary_rpc_method_handler(
+            lambda requests, context: servicer.push_parameters(
+                convert.decode(parameters.decode_push, raw) for raw in servicer.not_idle(requests, context)
+            ),
+            None,
+            replicas_pb2.PushParametersResponse.SerializeToString,
         ),
     }
     for method in SERVICE.methods_by_name:
@@ -354,11 +376,11 @@ def _reply_bytes(item: Optimizer, index: int) -> int:
     return framing + parameter.size * parameter.dtype.itemsize
 
 
-def _update(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:
+def _reply(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:
     parameter = item.layout.parameters[index]
     return steps_pb2.Tensor(
         name=parameter.name,
         shape=parameter.shape,
         data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
-        data=step.updates(index),
+        data=step.whole(index),
     )

@@ -10,6 +10,9 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.rules import RULES, Rule
 from optserve_server.schedule import Schedule, schedule_from
 
+PARAMETER = "parameter"
+"""Name of x among the arrays of a state; no rule has a slot of that name."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -18,10 +21,12 @@ class Group:
     Attributes:
         parameters: Their indices.
         overrides: Hyper-parameters by name; the others are the optimizer's.
+        weight_decay: None for the optimizer's.
     """
 
     parameters: tuple[int, ...]
     overrides: dict[str, Any] = field(hash=False)
+    weight_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,21 @@ class Settings:
         schedule: Of its learning rate; None for a constant one.
         clipping: Of the gradient; None for none.
         groups: No parameter is in two.
+        hosted: Whether the server holds the parameters x as well; fixed at creation.
+        weight_decay: Of x per step, decoupled from the gradient.
     """
 
     rule: Rule
     schedule: Schedule | None = None
     clipping: Clipping | None = None
     groups: tuple[Group, ...] = ()
+    hosted: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays of the state: the slots, then x where it is hosted."""
+        return (*self.rule.slots, PARAMETER) if self.hosted else self.rule.slots
 
     def check(self) -> None:
         """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD for what is impossible whatever the dtype."""
@@ -52,6 +66,24 @@ class Settings:
                 )
         if self.clipping is not None:
             self.clipping.check()
+        for decay in self.decays():
+            if not 0 <= decay < 1:
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"weight_decay is {decay!r}, but must lie in [0, 1).",
+                    field="optimizer.weight_decay",
+                )
+            if decay and not self.hosted:
+                raise OptserveError(
+                    Reason.INVALID_FIELD,
+                    "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
+                    field="optimizer.weight_decay",
+                )
+
+    def decays(self) -> list[float]:
+        """The weight decay of the parameters in no group, then that of each group."""
+        own = self.weight_decay
+        return [own, *(own if group.weight_decay is None else group.weight_decay for group in self.groups)]
 
     def rules(self) -> list[Rule]:
         """That of the parameters in no group, then that of each group."""
@@ -73,6 +105,8 @@ class Settings:
             content["clipping"] = asdict(self.clipping)
         if self.groups:
             content["groups"] = [asdict(group) for group in self.groups]
+        if self.hosted:
+            content |= {"hosted": True, "weight_decay": self.weight_decay}
         return content
 
     @classmethod
@@ -83,5 +117,10 @@ class Settings:
             RULES[rule.pop("name")](**rule),
             schedule_from(content["schedule"]) if "schedule" in content else None,
             Clipping(**content["clipping"]) if "clipping" in content else None,
-            tuple(Group(tuple(group["parameters"]), group["overrides"]) for group in content.get("groups", ())),
+            tuple(
+                Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay"))
+                for group in content.get("groups", ())
+            ),
+            content.get("hosted", False),
+            content.get("weight_decay", 0.0),
         )

@@ -1,7 +1,7 @@
 """Snapshots: the state of all optimizers in a folder, taken piece by piece while steps go on.
 
     snapshot-LSN-N/manifest.json      what is in the files, and checksums
-    snapshot-LSN-N/0000.safetensors   one optimizer: each slot of each parameter, and the last updates
+    snapshot-LSN-N/0000.safetensors   one optimizer: each array of each parameter, and the last updates
 
 A piece is a stretch of one arena. It is copied under the optimizer's lock, which takes a fraction of a millisecond, and
 remembers the number (lsn) of the last change that it contains. Rules are per dimension, so recovery can bring each
@@ -55,7 +55,7 @@ class Piece:
         stop: Element after the last.
         lsn: Number of the last change that it contains.
         intact: Whether the staging buffer held the last reply at that moment.
-        checksums: CRC-32 of each slot's bytes, and of the updates' last.
+        checksums: CRC-32 of each array's bytes, and of the updates' last.
     """
 
     dtype: str
@@ -171,13 +171,15 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "update_time": item.update_time.isoformat(),
             "step": item.steps.step,
             "lsn": item.steps.lsn,
+            "placed_by": item.steps.placed_by,
             "retained": asdict(retained) if retained else None,
         }
 
 
 def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece] | None:
     """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
-    plan = Plan(item.layout, (*item.rule.slots, "update"))
+    arrays = item.settings.arrays
+    plan = Plan(item.layout, (*arrays, "update"))
     write_all(descriptor, plan.head, 0)
     pieces: list[Piece] = []
     unsynced = 0
@@ -185,7 +187,7 @@ def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece
         with item.steps.held_still() as state:
             if not _is_there(item):
                 return None
-            parts = [state.read(dtype, slot, start, stop).tobytes() for slot in range(len(state.rule.slots))]
+            parts = [state.read(dtype, array, start, stop).tobytes() for array in range(len(arrays))]
             parts.append(item.steps.staging.updates[dtype][start:stop].tobytes())
             number = item.steps.lsn
             intact = item.steps.retained is not None and item.steps.retained.intact
@@ -237,8 +239,8 @@ class Saved:
         """
         for piece, parts in self._read():
             arrays = [np.frombuffer(part, dtype_of(piece.dtype)) for part in parts]
-            for slot, values in enumerate(arrays[:-1]):
-                state.write(values.dtype, slot, piece.start, values)
+            for array, values in enumerate(arrays[:-1]):
+                state.write(values.dtype, array, piece.start, values)
             staging.updates[arrays[-1].dtype][piece.start : piece.stop] = arrays[-1]
 
     def verify(self) -> None:
@@ -247,15 +249,15 @@ class Saved:
             pass
 
     def _read(self) -> Iterator[tuple[Piece, list[bytes]]]:
-        layout, slots = self.layout, self.settings.rule.slots
-        plan = Plan(layout, (*slots, "update"))
+        names = (*self.settings.arrays, "update")
+        plan = Plan(self.layout, names)
         with self.path.open("rb") as source:
             for piece in self.pieces:
                 dtype = dtype_of(piece.dtype)
                 size = (piece.stop - piece.start) * dtype.itemsize
                 parts = [
                     os.pread(source.fileno(), size, plan.offset(dtype, array, piece.start))
-                    for array in range(len(slots) + 1)
+                    for array in range(len(names))
                 ]
                 if [zlib.crc32(part) for part in parts] != piece.checksums or any(len(part) != size for part in parts):
                     raise JournalError(

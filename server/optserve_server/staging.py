@@ -13,7 +13,7 @@ import numpy as np
 
 from optserve import halves
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Operand, Operands, Payload, Run
+from optserve_server.layout import Arenas, Operand, Operands, Payload, Run
 from optserve_server.segment import Segment
 from optserve_server.state import State
 
@@ -47,9 +47,15 @@ class Staging:
         self.segment = None
 
     @property
-    def updates(self) -> dict[np.dtype, np.ndarray]:
+    def updates(self) -> Arenas:
         """The arenas that hold the updates once a step is applied, and its gradients before."""
         return self.operands[Operand.GRADIENT]
+
+    def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, np.floating]:
+        """(arena that takes an operand, largest magnitude that it may have)."""
+        if operand is Operand.PARAMETER:
+            return self.updates[dtype], np.finfo(dtype).max
+        return self.operands[operand][dtype], self._state.limits[dtype]
 
     # Chunks.
 
@@ -76,18 +82,19 @@ class Staging:
             raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
         start = run.start + (position - run.begin) // size
-        staged, limit = self.operands[operand][run.dtype][start : start + elements.size], self._state.limits[run.dtype]
+        arena, limit = self._place(operand, run.dtype)
+        staged = arena[start : start + elements.size]
         if not self._backend.take(staged, elements, limit):
             bad = _first_beyond(staged, limit)
             raise self._bad_value(payload, operand, run, position + bad * size, halves.value(elements[bad : bad + 1]))
 
-    def give(self, run: Run, begin: int, end: int) -> np.ndarray:
-        """The updates from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
+    def give(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
+        """What a source has from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
 
-        A view of the buffer where that is its own.
+        A view of the source where that is its own.
         """
         start, stop = (run.start + (edge - run.begin) // run.wire.itemsize for edge in (begin, end))
-        return self._backend.give(self.updates[run.dtype][start:stop], run.wire)
+        return self._backend.give(source[run.dtype][start:stop], run.wire)
 
     # Shared memory.
 
@@ -147,13 +154,14 @@ class Staging:
                     position = run.begin + bad * run.dtype.itemsize
                     raise self._bad_value(payload, operand, run, position, float(staged[bad]))
 
-    def give_to(self, segment: Segment, payload: Payload, step: int) -> None:
-        """Put the updates of a step where a client has written its gradients."""
-        if segment.operands is not self.operands:
+    def give_to(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
+        """Put the reply of a step where a client has written its gradients."""
+        target = segment.operands[Operand.GRADIENT]
+        if source is not target:
             segment.replying(step)
             for run in payload.runs:
                 part = slice(run.start, run.stop)
-                self._backend.copy(self.updates[run.dtype][part], segment.operands[Operand.GRADIENT][run.dtype][part])
+                self._backend.copy(source[run.dtype][part], target[run.dtype][part])
         segment.clean()
 
     def _bad_value(self, payload: Payload, operand: Operand, run: Run, position: int, value: float) -> OptserveError:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.backends import Backend
-from optserve_server.layout import Layout, Operand, Operands, Payload, Run
+from optserve_server.layout import Arenas, Layout, Operand, Operands, Payload, Run
 from optserve_server.rules import Rule
 from optserve_server.settings import Settings
 
@@ -29,6 +29,7 @@ class State:
         settings: The present ones.
         backend: Computes it.
         slots: The arenas of each slot.
+        parameters: The arenas of x, in host memory, where it is hosted.
         limits: The largest magnitude that an operand may have, by dtype.
 
     Raises:
@@ -46,6 +47,7 @@ class State:
         self.slots: dict[np.dtype, list[Any]] = {
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
         }
+        self.parameters: Arenas = layout.arenas(backend.staging(layout.size_bytes)) if settings.hosted else {}
 
     @property
     def rule(self) -> Rule:
@@ -62,6 +64,7 @@ class State:
         self.settings = settings
         self.limits = {dtype: dtype.type(min(rule.gradient_limit(dtype) for rule in rules)) for dtype in self._dtypes}
         self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
+        self._keeps = {dtype: [dtype.type(1 - decay) for decay in settings.decays()] for dtype in self._dtypes}
         # Without a schedule the constants are always the same.
         self._constants = None if settings.schedule else self._scalars(0)
 
@@ -86,9 +89,9 @@ class State:
         return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
 
     @staticmethod
-    def required_bytes(layout: Layout, rule: Rule) -> int:
-        """Bytes that a state of this layout and rule occupies, with one staging buffer."""
-        return (len(rule.slots) + len(operands_of(rule))) * layout.size_bytes
+    def required_bytes(layout: Layout, settings: Settings) -> int:
+        """Bytes that a state of this layout and these settings occupies, with one staging buffer."""
+        return (len(settings.arrays) + len(operands_of(settings.rule))) * layout.size_bytes
 
     @property
     def operand_kinds(self) -> tuple[Operand, ...]:
@@ -98,6 +101,7 @@ class State:
     def release(self) -> None:
         """Let go of the arrays; the state is of no further use."""
         self.slots.clear()
+        self.parameters.clear()
 
     @property
     def backend_name(self) -> str:
@@ -107,7 +111,7 @@ class State:
     @property
     def memory_bytes(self) -> int:
         """Bytes that it occupies."""
-        return self.required_bytes(self.layout, self.rule)
+        return self.required_bytes(self.layout, self.settings)
 
     def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
         """Keep a step's gradients, run by run, within the bound that is set, if there is one; see Clipping.clip."""
@@ -116,7 +120,7 @@ class State:
         return self.settings.clipping.clip(payload, gradients)
 
     def apply(self, operands: Operands, runs: Iterable[Run], step: int) -> None:
-        """Turn the gradients of the runs into updates, in place, and advance the slots.
+        """Turn the gradients of the runs into updates, in place, and advance the slots, and x where it is hosted.
 
         Args:
             operands: The arenas of a staging buffer.
@@ -132,6 +136,20 @@ class State:
                     slots = [slot[part] for slot in self.slots[run.dtype]]
                     staged, *inputs = (arenas[run.dtype][part] for arenas in operands.values())
                     kernel(staged, slots, scalars[run.dtype][position], *inputs)
+                    if self.parameters:
+                        self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
+
+    def place(self, runs: Iterable[Run], arrays: Iterable[np.ndarray]) -> None:
+        """Put x in place, run by run."""
+        for run, array in zip(runs, arrays, strict=True):
+            self.backend.copy(array, self.parameters[run.dtype][run.start : run.stop])
+
+    def copy_of_parameters(self) -> Arenas:
+        """X as it is now."""
+        copies = {dtype: np.empty_like(arena) for dtype, arena in self.parameters.items()}
+        for dtype, arena in self.parameters.items():
+            self.backend.copy(arena, copies[dtype])
+        return copies
 
     def rule_of(self, tensor: int) -> Rule:
         """The rule that a parameter follows."""
@@ -145,13 +163,18 @@ class State:
             return np.empty(0)
         return self.backend.to_host(self.slots[dtype][slot][where]).astype(np.float64)
 
-    def read(self, dtype: np.dtype, slot: int, start: int, stop: int) -> np.ndarray:
-        """A stretch of one arena of one slot, in host memory; to be used while nothing changes."""
-        return np.ascontiguousarray(self.backend.to_host(self.slots[dtype][slot][start:stop]))
+    def read(self, dtype: np.dtype, array: int, start: int, stop: int) -> np.ndarray:
+        """A stretch of one arena of one of `Settings.arrays`, in host memory; to be used while nothing changes."""
+        if array == len(self.rule.slots):
+            return self.parameters[dtype][start:stop]
+        return np.ascontiguousarray(self.backend.to_host(self.slots[dtype][array][start:stop]))
 
-    def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
+    def write(self, dtype: np.dtype, array: int, start: int, values: np.ndarray) -> None:
         """The reverse of `read`."""
-        self.backend.fill(self.slots[dtype][slot][start : start + values.size], values)
+        if array == len(self.rule.slots):
+            self.parameters[dtype][start : start + values.size] = values
+        else:
+            self.backend.fill(self.slots[dtype][array][start : start + values.size], values)
 
     def slot(self, tensor: int, slot: int) -> np.ndarray:
         """One slot of one parameter, in its shape."""

@@ -80,6 +80,7 @@ class Description:
     step: int
     create_time: datetime
     request_id: str = ""
+    placed_by: str | None = None
     kept: str = ""
 
     @property
@@ -96,10 +97,11 @@ class Description:
                 "optimizer": self.optimizer,
                 **self.settings.to_json(),
                 "parameters": layout_message(self.layout),
-                "slots": self.rule.slots,
+                "slots": self.settings.arrays,
                 "step": self.step,
                 "create_time": self.create_time.isoformat(),
                 "request_id": self.request_id,
+                "placed_by": self.placed_by,
             }
         )
 
@@ -116,7 +118,8 @@ def _described_by(metadata: dict[str, str]) -> Description:
             raise StateFileError(f"it has format {version}; this server knows up to {FORMAT_VERSION}")
         return Description(
             content["optimizer"], layout_from(content["parameters"]), Settings.from_json(content), content["step"],
-            datetime.fromisoformat(content["create_time"]), content["request_id"], metadata["optserve"],
+            datetime.fromisoformat(content["create_time"]), content["request_id"],
+            content.get("placed_by"), metadata["optserve"],
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise StateFileError(f"its description is not readable ({error!r})") from error
@@ -135,7 +138,7 @@ class StateFile:
         self.description = description
         self.file = file
         self._checksum = checksum
-        self._plan = Plan(description.layout, description.rule.slots, description.metadata(checksum))
+        self._plan = Plan(description.layout, description.settings.arrays, description.metadata(checksum))
 
     @classmethod
     def create(cls, file: BinaryIO, description: Description) -> StateFile:
@@ -189,7 +192,7 @@ class StateFile:
         # The digits have a fixed place, so the head keeps its length.
         self._checksum = f"{checksum:08x}"
         self._plan = Plan(
-            self.description.layout, self.description.rule.slots, self.description.metadata(self._checksum)
+            self.description.layout, self.description.settings.arrays, self.description.metadata(self._checksum)
         )
         write_all(self.file.fileno(), self._plan.head, 0)
 

@@ -9,6 +9,7 @@ from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFr
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.layout import Parameter, Payload
 from optserve_server.optimizers import Optimizer
+from optserve_server.settings import PARAMETER
 from optserve_server.state_file import StateFile
 
 MAX_STEP = 1 << 62
@@ -16,7 +17,7 @@ MAX_STEP = 1 << 62
 
 
 class StateImport:
-    """All slots of one optimizer, in pieces of any order.
+    """All arrays of one optimizer, in pieces of any order.
 
     Args:
         checkpoints: Put it in place.
@@ -27,16 +28,16 @@ class StateImport:
     def __init__(self, checkpoints: Checkpoints, optimizer: Optimizer, staged: StateFile) -> None:
         self._checkpoints = checkpoints
         self._optimizer = optimizer
-        self._slots = optimizer.rule.slots
+        self._slots = optimizer.settings.arrays
         self._payload = Payload(optimizer.layout, tuple(range(len(optimizer.layout.parameters))))
         self._coverage = Coverage()
         self._staged = staged
 
     def stage(self, tensor: int, slot: int, offset: int, data: bytes | memoryview) -> None:
-        """Take a piece of one slot of one parameter.
+        """Take a piece of one array of one parameter; `slot` is its position among `Settings.arrays`.
 
         Raises:
-            OptserveError: UNKNOWN_PARAMETER, INVALID_FIELD, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
+            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
                 TOO_MANY_FRAGMENTS, NON_FINITE_VALUE or NOT_DURABLE.
         """
         parameters = self._optimizer.layout.parameters
@@ -46,12 +47,6 @@ class StateImport:
                 f"There is no parameter {tensor}; {self._optimizer.id!r} has {len(parameters)}.",
                 field="tensor",
                 parameter=tensor,
-            )
-        if slot >= len(self._slots):
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"There is no slot {slot}; {self._optimizer.rule.name} has {', '.join(self._slots) or 'none'}.",
-                field="slot",
             )
         parameter = parameters[tensor]
         size = parameter.dtype.itemsize
@@ -119,7 +114,7 @@ class StateImport:
         """Raise NON_FINITE_VALUE for what would poison the state: NaN, infinity, a negative mean of squares."""
         good = np.isfinite(values)
         name = self._slots[slot]
-        if name not in self._optimizer.rule.signed_slots:
+        if name != PARAMETER and name not in self._optimizer.rule.signed_slots:
             good &= values >= 0
         if good.all():
             return

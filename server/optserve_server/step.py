@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, TypeVar
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
@@ -25,6 +26,16 @@ class Outcome:
     gradient_norm: float | None = None
 
 
+@dataclass
+class Retained:
+    """The last applied step. `intact` ends when the staging buffer, which holds the reply, takes a new gradient."""
+
+    request_id: str
+    step: int
+    tensors: tuple[int, ...]
+    intact: bool = True
+
+
 @dataclass(frozen=True)
 class ReplyChunk:
     """A piece of the reply: the bytes, in the staging buffer itself, from one byte of one tensor on."""
@@ -33,6 +44,14 @@ class ReplyChunk:
     offset: int
     data: memoryview
     last: bool
+
+
+class Reply(Enum):
+    """What the reply of a step carries."""
+
+    UPDATES = "updates"
+    PARAMETERS = "parameters"
+    NOTHING = "nothing"
 
 
 class Holder(Protocol):
@@ -50,8 +69,8 @@ class Holder(Protocol):
         """Let `use` have a piece of the reply."""
         ...
 
-    def updates(self, step: Step, tensor: int) -> bytes:
-        """The update of a whole tensor."""
+    def whole(self, step: Step, tensor: int) -> bytes:
+        """The reply for a whole tensor."""
         ...
 
     def close(self, step: Step) -> None:
@@ -70,16 +89,28 @@ class Step:
         operands: Iterable[Operand],
         *,
         replay: bool,
+        reply: Reply = Reply.UPDATES,
         segment: Segment | None = None,
     ) -> None:
         self._holder = holder
         self.request_id = request_id
         self.payload = payload
         self.replay = replay
+        self.replies = reply
         self.segment = segment
         self.committed = False
         self.moved_at = time.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}
+
+    @property
+    def reply_bytes(self) -> int:
+        """Bytes that the reply carries."""
+        return 0 if self.replies is Reply.NOTHING else self.payload.size_bytes
+
+    @property
+    def places(self) -> bool:
+        """Whether it uploads parameters, and steps nothing."""
+        return Operand.PARAMETER in self.coverage
 
     def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
         """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
@@ -157,23 +188,23 @@ class Step:
         return self._holder.commit(self)
 
     def reply(self, max_chunk_bytes: int, use: Callable[[ReplyChunk], _Used]) -> Iterator[_Used]:
-        """What `use` makes of the updates of the committed step, in pieces of at most `max_chunk_bytes` bytes.
+        """What `use` makes of the reply of the committed step, in pieces of at most `max_chunk_bytes` bytes.
 
         Raises:
             OptserveError: STEP_TAKEN_OVER.
         """
-        for run in self.payload.runs:
+        for run in self.payload.runs if self.replies is not Reply.NOTHING else ():
             stride = max_chunk_bytes // run.wire.itemsize * run.wire.itemsize
             for begin in range(run.begin, run.end, stride):
                 yield self._holder.read(self, run, begin, min(begin + stride, run.end), use)
 
-    def updates(self, tensor: int) -> bytes:
-        """The update of one whole tensor of the committed step, in the parameter's own dtype.
+    def whole(self, tensor: int) -> bytes:
+        """The reply of the committed step for one whole tensor, in the parameter's own dtype.
 
         Raises:
             OptserveError: STEP_TAKEN_OVER.
         """
-        return self._holder.updates(self, tensor)
+        return self._holder.whole(self, tensor)
 
     def close(self) -> None:
         """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""

@@ -16,34 +16,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
 
-from optserve_server.durability import Durability, ReplacementRecord, StepRecord
+from optserve_server.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Operand, Payloads, Run
+from optserve_server.layout import Arenas, Operand, Payload, Payloads, Run
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
 from optserve_server.staging import Staging
 from optserve_server.state import State
-from optserve_server.step import Outcome, ReplyChunk, Step, check_request_id
+from optserve_server.step import Outcome, Reply, ReplyChunk, Retained, Step, check_request_id
 
 logger = logging.getLogger(__name__)
 
 _Used = TypeVar("_Used")
-
-
-@dataclass
-class Retained:
-    """The last applied step. `intact` ends when the staging buffer, which holds the reply, takes a new gradient."""
-
-    request_id: str
-    step: int
-    tensors: tuple[int, ...]
-    intact: bool = True
 
 
 class Steps:
@@ -55,6 +44,9 @@ class Steps:
         durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
         lineage: Says which state this is; changes when it is replaced.
         idle_step_s: After so many seconds without a move, a step is discarded.
+
+    Attributes:
+        placed_by: Request id that put the hosted parameters in place; None while nobody has.
     """
 
     def __init__(
@@ -70,6 +62,7 @@ class Steps:
         self._payloads = Payloads(state.layout)
         self.staging = Staging(state)
         self.retained: Retained | None = None
+        self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
         self.lineage = lineage
@@ -92,6 +85,7 @@ class Steps:
         tensors: tuple[int, ...] = (),
         wire: np.dtype | None = None,
         lineage: str = "",
+        reply: Reply = Reply.UPDATES,
         segment: Segment | None = None,
     ) -> Step:
         """Start a step and hold the staging buffer for it.
@@ -102,15 +96,22 @@ class Steps:
             tensors: Parameters that take part; none for all.
             wire: Dtype of the payload; None for each parameter's own.
             lineage: The state that the client knows; empty to leave it unchecked.
-            segment: Where the gradients are and the updates go; None if they come and go by `Step.stage` and `reply`.
+            reply: What the reply carries.
+            segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
-                DUPLICATE_PARAMETER, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+                DUPLICATE_PARAMETER, NOT_HOSTED, PARAMETERS_MISSING, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was
+                deleted meanwhile.
         """
         check_request_id(request_id)
         with self._lock:
             self.check_usable()
+            if self._state.settings.hosted:
+                self.check_placed()
+            elif reply is not Reply.UPDATES:
+                # Whoever does not hear the update cannot apply it.
+                raise self._not_hosted("reply")
             if lineage and lineage != self.lineage:
                 raise OptserveError(
                     Reason.STATE_REPLACED,
@@ -124,7 +125,8 @@ class Steps:
             repeated = self.retained if self.last_request_id == request_id else None
             if self._holder and self._holder.request_id != request_id:
                 self._evict_if_idle(self._holder)
-            if repeated and not repeated.intact:
+            # Nobody has changed x since.
+            if repeated and not repeated.intact and reply is Reply.UPDATES:
                 raise OptserveError(
                     Reason.REPLY_GONE,
                     f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and "
@@ -143,10 +145,64 @@ class Steps:
                 # Others step as well, and must not stage where a client writes as it likes.
                 self.staging.leave_segment()
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
+            operands = self._state.operand_kinds
             self._holder = Step(
-                self, request_id, payload, self.staging.operands, replay=repeated is not None, segment=segment
+                self, request_id, payload, operands, replay=repeated is not None, reply=reply, segment=segment
             )
             return self._holder
+
+    def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
+        """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
+
+        Args:
+            request_id: Identifies the upload for retries.
+            wire: Dtype of the payload; None for each parameter's own.
+
+        Raises:
+            OptserveError: NOT_HOSTED, PARAMETERS_IN_PLACE, STEP_IN_PROGRESS, STATE_LOST or OPTIMIZER_NOT_FOUND.
+        """
+        check_request_id(request_id)
+        with self._lock:
+            self.check_usable()
+            if not self._state.settings.hosted:
+                raise self._not_hosted("name")
+            placed = self.placed_by is not None
+            if placed and self.placed_by != request_id:
+                raise OptserveError(
+                    Reason.PARAMETERS_IN_PLACE,
+                    f"The parameters of {self._name} have been uploaded before; pull them, or import a state.",
+                    optimizer=self._name,
+                )
+            if self._holder and self._holder.request_id != request_id:
+                self._evict_if_idle(self._holder)
+            self.staging.leave_segment()
+            payload = self._payloads.of((), wire)
+            self._holder = Step(self, request_id, payload, (Operand.PARAMETER,), replay=placed, reply=Reply.NOTHING)
+            return self._holder
+
+    def check_placed(self) -> None:
+        """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""
+        if not self._state.settings.hosted:
+            raise self._not_hosted("name")
+        if self.placed_by is None:
+            raise OptserveError(
+                Reason.PARAMETERS_MISSING,
+                f"The parameters of {self._name} have not been uploaded yet; push them first.",
+                optimizer=self._name,
+            )
+
+    def _not_hosted(self, field: str) -> OptserveError:
+        return OptserveError(
+            Reason.NOT_HOSTED,
+            f"{self._name} is in delta mode: the server does not hold its parameters, and answers with updates.",
+            field=field,
+            optimizer=self._name,
+        )
+
+    def payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
+        """The payload of some of the parameters, none for all; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+        with self._lock:
+            return self._payloads.of(tensors, wire)
 
     def share(self) -> Segment | None:
         """Share memory with a client on this host; None if another client has that, or there is no room for it.
@@ -214,7 +270,7 @@ class Steps:
                 for dtype, slot, values in record.arrays:
                     self._state.write(dtype, slot, 0, values)
             self.step, self.lineage = record.step, record.lineage
-            self.retained = None
+            self.retained, self.placed_by = None, record.placed_by
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -294,9 +350,10 @@ class Steps:
         """See Holder."""
         with self._lock:
             self._hold(step)
+            if step.places:
+                return self._commit_placement(step)
             if step.replay and self.retained:
-                if step.segment:
-                    self.staging.give_to(step.segment, step.payload, self.step)
+                self._give_shared(step)
                 return Outcome(step.request_id, self.retained.step, replayed=True)
             runs = step.payload.runs
             if step.segment:
@@ -316,10 +373,31 @@ class Steps:
             self.step += 1
             step.committed = True
             self.retained = Retained(step.request_id, self.step, step.payload.tensors)
-            if step.segment:
-                self.staging.give_to(step.segment, step.payload, self.step)
+            self._give_shared(step)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
+
+    def _commit_placement(self, step: Step) -> Outcome:
+        if not step.replay:
+            step.check_complete()
+            runs = step.payload.runs
+            arrived = [self.staging.updates[run.dtype][run.start : run.stop] for run in runs]
+            self.lsn = self._durability.placing(PlacementRecord(self._name, step.request_id, arrived))
+            self._state.place(runs, arrived)
+            self.placed_by, step.committed = step.request_id, True
+        return Outcome(step.request_id, self.step, replayed=step.replay)
+
+    def _reply_of(self, step: Step) -> Arenas:
+        """Where the reply of a committed step lies."""
+        return self._state.parameters if step.replies is Reply.PARAMETERS else self.staging.updates
+
+    def _give_shared(self, step: Step) -> None:
+        """Put the reply where a client that shares memory expects it."""
+        if step.segment and step.replies is not Reply.NOTHING:
+            self.staging.give_to(step.segment, step.payload, self.step, self._reply_of(step))
+            if self.retained and self.staging.in_place and step.replies is Reply.PARAMETERS:
+                # x has taken the place of the updates.
+                self.retained.intact = False
 
     def _record(self, step: Step) -> StepRecord:
         operands = [
@@ -349,17 +427,17 @@ class Steps:
         """See Holder."""
         with self._lock:
             self._hold(step)
-            elements = self.staging.give(run, begin, end)
+            elements = self.staging.give(self._reply_of(step), run, begin, end)
             tensor, offset = step.payload.locate(begin)
             # Used under the lock: nobody writes there meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
 
-    def updates(self, step: Step, tensor: int) -> bytes:
+    def whole(self, step: Step, tensor: int) -> bytes:
         """See Holder."""
         with self._lock:
             self._hold(step)
             parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
-            return self.staging.updates[parameter.dtype][start : start + parameter.size].tobytes()
+            return self._reply_of(step)[parameter.dtype][start : start + parameter.size].tobytes()
 
     def close(self, step: Step) -> None:
         """See Holder."""

@@ -29,7 +29,7 @@ from optserve_server.step import Outcome, ReplyChunk, Step
 
 logger = logging.getLogger(__name__)
 
-_BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors"}
+_BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors", "reply": "begin.reply"}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
 
 
@@ -181,9 +181,7 @@ class StepStream:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"{rule.name} {needs} curvature, diag(H).", field="begin.with_curvature"
             )
-        convert.check_known(request, "reply", "begin")
-        if request.reply not in (steps_pb2.REPLY_UNSPECIFIED, steps_pb2.REPLY_UPDATES):
-            raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "begin.reply")
+        reply = convert.reply(request.reply, "begin.reply")
         if request.HasField("parameters_step"):
             raise features.unavailable(service_pb2.FEATURE_WORKERS, "begin.parameters_step")
         self._check_nonce(request.shared_memory_nonce)
@@ -191,7 +189,13 @@ class StepStream:
         self._admission.enter()
         try:
             self._step = self._optimizer.steps.begin(
-                request.request_id, expected, tuple(request.tensors), self._wire, self._lineage, self._segment
+                request.request_id,
+                expected,
+                tuple(request.tensors),
+                self._wire,
+                self._lineage,
+                reply,
+                self._segment,
             )
         finally:
             if self._step is None:
@@ -248,7 +252,7 @@ class StepStream:
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse(result=result(outcome))
-        if self._segment is not None or not self._step.payload.size_bytes:
+        if self._segment is not None or not self._step.reply_bytes:
             yield encode(last)
         else:
             yield from self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))

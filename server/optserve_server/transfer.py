@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from itertools import chain
 
 from optserve import wire
-from optserve.v1 import checkpoints_pb2, service_pb2
-from optserve_server import convert, convert_settings, features
+from optserve.v1 import checkpoints_pb2
+from optserve_server import convert, convert_settings
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.settings import PARAMETER
 from optserve_server.state_import import StateImport
 from optserve_server.step import check_request_id
 
@@ -18,7 +19,7 @@ ImportFrame = wire.Frame[checkpoints_pb2.ImportStateRequest]
 
 decode_import = wire.decoder(checkpoints_pb2.ImportStateRequest)
 
-_FIELDS = {"tensor": "chunk.tensor", "slot": "chunk.slot", "offset": "chunk.offset"}
+_FIELDS = {name: f"chunk.{name}" for name in ("tensor", "slot", "parameter", "offset")}
 
 
 def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[bytes]:
@@ -27,7 +28,7 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         message = convert.optimizer(optimizer)
         # The optimizer may have been stepped since.
         message.step = file.description.step
-        for field in ("schedule", "clipping", "groups"):
+        for field in ("schedule", "clipping", "groups", "weight_decay"):
             message.ClearField(field)
         convert_settings.set_settings(message, file.description.settings, optimizer.layout)
         yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
@@ -37,11 +38,15 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         for tensor, parameter in enumerate(layout.parameters):
             start = layout.starts[tensor]
             stride = max_chunk_bytes // parameter.dtype.itemsize
-            for slot in range(len(optimizer.rule.slots)):
+            for slot, name in enumerate(optimizer.settings.arrays):
                 values = arenas[parameter.dtype, slot][start : start + parameter.size]
                 for begin in range(0, parameter.size, stride):
                     header = checkpoints_pb2.ExportStateResponse()
-                    header.chunk.tensor, header.chunk.slot = tensor, slot
+                    header.chunk.tensor = tensor
+                    if name == PARAMETER:
+                        header.chunk.parameter = True
+                    else:
+                        header.chunk.slot = slot
                     header.chunk.offset = begin * parameter.dtype.itemsize
                     yield wire.encode(header, values[begin : begin + stride].data.cast("B"))
 
@@ -67,10 +72,10 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
         for frame in chain((first,), frames):
             header = frame.header
             if header.HasField("chunk"):
-                if header.chunk.WhichOneof("array") == "parameter":
-                    raise features.unavailable(service_pb2.FEATURE_HOSTED_MODE, "chunk.parameter")
                 with fields_called(_FIELDS):
-                    state.stage(header.chunk.tensor, header.chunk.slot, header.chunk.offset, frame.data or b"")
+                    state.stage(
+                        header.chunk.tensor, _array(optimizer, header.chunk), header.chunk.offset, frame.data or b""
+                    )
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
@@ -79,3 +84,21 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
     raise OptserveError(
         Reason.INVALID_FIELD, "The import ended without `commit`, so nothing was changed.", field="commit"
     )
+
+
+def _array(optimizer: Optimizer, chunk: checkpoints_pb2.SlotChunk) -> int:
+    """Position of a chunk's array among those of the state, or raise NOT_HOSTED or INVALID_FIELD."""
+    if chunk.WhichOneof("array") != "parameter":
+        if chunk.slot < len(optimizer.rule.slots):
+            return chunk.slot
+        slots = ", ".join(optimizer.rule.slots) or "none"
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"There is no slot {chunk.slot}; {optimizer.rule.name} has {slots}.", field="slot"
+        )
+    if not chunk.parameter:
+        raise OptserveError(Reason.INVALID_FIELD, "`parameter` must be true where it is given.", field="parameter")
+    if not optimizer.settings.hosted:
+        raise OptserveError(
+            Reason.NOT_HOSTED, f"{optimizer.id!r} is in delta mode and holds no parameters.", field="parameter"
+        )
+    return len(optimizer.rule.slots)

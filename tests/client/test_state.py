@@ -340,6 +340,11 @@ def test_checkpoints_exports_and_imports_by_command(server, client, name, opt, t
     assert f"Imported {name}-new: step 3" in command("optimizers", "import", f"{name}-new", file, *target).stdout
     assert client.optimizer(f"{name}-new").current_step == 3
     assert command("optimizers", "import", f"{name}-new", file, "--yes", *target).returncode == 0
+    client.create_optimizer(f"{name}-held", optserve.Adadelta(), {"x": np.ones(3, np.float32)}, hosted=True)
+    assert command("optimizers", "export", f"{name}-held", file, "--overwrite", *target).returncode == 0
+    assert command("optimizers", "import", f"{name}-held-new", file, *target).returncode == 0
+    assert client.optimizer(f"{name}-held-new").pull_parameters().arrays["x"].tolist() == [1, 1, 1]
+    assert "hosted" in command("optimizers", "list", *target).stdout
     assert "Deleted one" in command("checkpoints", "delete", name, "one", "--yes", *target).stdout
     gone = command("checkpoints", "restore", name, "one", "--yes", *target)
     assert (gone.returncode, "no checkpoint 'one'" in gone.stderr) == (1, True)

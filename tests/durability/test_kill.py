@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,20 +73,26 @@ class Supervisor:
 
 
 @pytest.mark.timeout(60 + 10 * KILLS)
-@pytest.mark.parametrize("max_calls", [12, 90], ids=["early", "late"])
-def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path, max_calls):
+@pytest.mark.parametrize(
+    ("max_calls", "hosted"), [(12, False), (90, False), (30, True)], ids=["early", "late", "hosted"]
+)
+def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path, max_calls, hosted):
     """`early` dies mostly in recovery and first steps, `late` mostly in steps and snapshots."""
-    kills = KILLS // 2
+    kills = KILLS // 3
+    options = {"hosted": hosted, "weight_decay": 0.01 if hosted else 0.0}
     supervisor = Supervisor(tmp_path, kills, seed=1000 * max_calls, max_calls=max_calls)
-    undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
+    undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0), **options)
     config = replace(CONFIG, transport="shm" if max_calls > 50 else "grpc")
     shaky_client = optserve.connect(f"127.0.0.1:{supervisor.port}", config)
     while True:
         try:
-            opt = shaky_client.create_optimizer("survivor", optserve.Adadelta(), gradient(0))
+            opt = shaky_client.create_optimizer("survivor", optserve.Adadelta(), gradient(0), **options)
             break
         except optserve.AlreadyExistsError:
             opt = shaky_client.optimizer("survivor")
+            if hosted:
+                with suppress(optserve.FailedPreconditionError):
+                    opt.push_parameters(gradient(0))
             break
     turn, expected = 0, {}
     while not supervisor.done.is_set() or turn % 5:
@@ -114,4 +121,8 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
             last = opt.replay()
             assert all(last[key].tobytes() == expected[key].tobytes() for key in last)
         given = gradient(turn)
+        if hosted:
+            held, own = opt.pull_parameters(), undisturbed.pull_parameters()
+            assert held.step == own.step
+            assert all(held.arrays[key].tobytes() == own.arrays[key].tobytes() for key in given)
         assert opt.step(given)["w"].tobytes() == undisturbed.step(given)["w"].tobytes()

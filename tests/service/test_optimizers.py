@@ -149,10 +149,7 @@ def test_a_model_that_is_too_large_is_refused(stub, name, shape):
 @pytest.mark.parametrize(
     ("settings", "feature"),
     [
-        ({"mode": optimizer_pb2.MODE_HOSTED}, "HOSTED_MODE"),
-        ({"weight_decay": 0.1}, "HOSTED_MODE"),
         ({"consistency": optimizer_pb2.Consistency()}, "WORKERS"),
-        ({"groups": [optimizer_pb2.ParameterGroup(parameters=["x"], weight_decay=0.1)]}, "HOSTED_MODE"),
     ],
 )
 def test_settings_that_this_server_lacks_are_unimplemented_and_named(stub, name, settings, feature):

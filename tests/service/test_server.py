@@ -51,8 +51,6 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
 @pytest.mark.parametrize(
     ("method", "request_message"),
     [
-        ("PullParameters", replicas_pb2.PullParametersRequest()),
-        ("PushParameters", iter([replicas_pb2.PushParametersRequest()])),
         ("ReportWorker", replicas_pb2.ReportWorkerRequest()),
     ],
 )

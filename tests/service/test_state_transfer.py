@@ -110,8 +110,14 @@ def test_a_retried_import_is_made_once(stub, optimizer):
         (lambda m: [m[0], Import(data=b"1234")], "INVALID_ARGUMENT", "INVALID_FIELD", "chunk"),
         (
             lambda m: [m[0], Import(chunk=pb.SlotChunk(parameter=True))],
-            "UNIMPLEMENTED",
-            "FEATURE_UNAVAILABLE",
+            "FAILED_PRECONDITION",
+            "NOT_HOSTED",
+            "chunk.parameter",
+        ),
+        (
+            lambda m: [m[0], Import(chunk=pb.SlotChunk(parameter=False))],
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
             "chunk.parameter",
         ),
         (

@@ -127,7 +127,7 @@ def test_a_retry_on_another_stream_gets_the_same_bytes(stub, optimizer):
         ),
         ([begin("\n"), chunk(0, 0, PAYLOAD), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ([begin(with_curvature=True), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
-        ([begin(reply=steps_pb2.REPLY_PARAMETERS), commit()], grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
+        ([begin(reply=steps_pb2.REPLY_PARAMETERS), commit()], grpc.StatusCode.FAILED_PRECONDITION, "NOT_HOSTED"),
         ([begin(), Request(data=bytes(4)), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         (
             [begin(), Request(chunk=steps_pb2.Chunk(operand=9), data=bytes(4)), commit()],

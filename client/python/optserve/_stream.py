@@ -132,9 +132,17 @@ class Updates:
         indices: The parameters that take part.
         arrays: C-contiguous, in the parameters' shapes and dtypes.
         wire: Dtype of the payload; None for each array's own.
+        reply: What is asked for; no arrays for REPLY_NOTHING.
     """
 
-    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], wire: np.dtype | None = None) -> None:
+    def __init__(
+        self,
+        indices: Sequence[int],
+        arrays: Sequence[np.ndarray],
+        wire: np.dtype | None = None,
+        reply: steps_pb2.Reply = steps_pb2.REPLY_UPDATES,
+    ) -> None:
+        self.reply = reply
         self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
         self.arrays = arrays
         self._arrays = [array.reshape(-1) for array in arrays]
@@ -279,7 +287,7 @@ class StepStream:
         """
         if gradients is not None and not gradients.whole:
             begin.tensors.extend(gradients.indices)
-        begin.with_curvature = self._takes_curvature
+        begin.with_curvature, begin.reply = self._takes_curvature, updates.reply
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())

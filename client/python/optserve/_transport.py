@@ -22,7 +22,7 @@ from optserve.errors import (
     UnavailableError,
     from_rpc_error,
 )
-from optserve.v1 import checkpoints_pb2, service_pb2, service_pb2_grpc
+from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
@@ -86,6 +86,14 @@ class Transport:
         self._import_state = self._channel.stream_unary(
             f"/{_SERVICE}/ImportState", None, checkpoints_pb2.ImportStateResponse.FromString
         )
+        self._pull_parameters = self._channel.unary_stream(
+            f"/{_SERVICE}/PullParameters",
+            replicas_pb2.PullParametersRequest.SerializeToString,
+            wire.decoder(replicas_pb2.PullParametersResponse),
+        )
+        self._push_parameters = self._channel.stream_unary(
+            f"/{_SERVICE}/PushParameters", None, replicas_pb2.PushParametersResponse.FromString
+        )
 
     def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
         """Make a unary call, which must be idempotent; try it again while the server is unavailable.
@@ -142,6 +150,16 @@ class Transport:
         """Make an ImportState call."""
         self.check_usable()
         return self._import_state(messages, timeout=self.config.step_timeout_s)
+
+    def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Any:
+        """Start a PullParameters call; gives frames."""
+        self.check_usable()
+        return self._pull_parameters(request, timeout=self.config.step_timeout_s)
+
+    def push_parameters(self, messages: Iterator[bytes]) -> replicas_pb2.PushParametersResponse:
+        """Make a PushParameters call."""
+        self.check_usable()
+        return self._push_parameters(messages, timeout=self.config.step_timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""

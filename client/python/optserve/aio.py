@@ -24,7 +24,8 @@ from optserve import client as sync
 from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
-from optserve.state import Checkpoint, OptimizerState, Progress, TensorSpec, no_progress
+from optserve.optimizer import ReplyName
+from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import optimizer_pb2, service_pb2
 
@@ -93,6 +94,8 @@ class AsyncClient:
         schedule: settings.Schedule | None = None,
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
+        hosted: bool = False,
+        weight_decay: float = 0.0,
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
         made = await self._threads.run(
@@ -103,6 +106,8 @@ class AsyncClient:
             schedule=schedule,
             clipping=clipping,
             groups=groups,
+            hosted=hosted,
+            weight_decay=weight_decay,
         )
         return AsyncOptimizer(made, self._threads)
 
@@ -172,6 +177,7 @@ class AsyncOptimizer:
         *,
         curvature: Mapping[str, np.ndarray] | None = None,
         out: Mapping[str, np.ndarray] | None = None,
+        reply: ReplyName = "updates",
         partial: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
@@ -179,7 +185,13 @@ class AsyncOptimizer:
         patience = self._optimizer.patience(timeout_s)
         try:
             return await self._threads.run(
-                self._optimizer.step_patiently, patience, grads, curvature=curvature, out=out, partial=partial
+                self._optimizer.step_patiently,
+                patience,
+                grads,
+                curvature=curvature,
+                out=out,
+                reply=reply,
+                partial=partial,
             )
         except asyncio.CancelledError:
             if not patience.cancel():
@@ -192,10 +204,11 @@ class AsyncOptimizer:
         names: Iterable[str] | None = None,
         *,
         out: Mapping[str, np.ndarray] | None = None,
+        reply: ReplyName = "updates",
         timeout_s: float | None = None,
     ) -> AsyncIterator[StepUnderWay]:
         """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
-        under_way = self._optimizer.begin_step(names, out=out, timeout_s=timeout_s)
+        under_way = self._optimizer.begin_step(names, out=out, reply=reply, timeout_s=timeout_s)
         step = await self._threads.run(under_way.__enter__)
         try:
             yield step
@@ -204,9 +217,9 @@ class AsyncOptimizer:
             raise
         await self._threads.run(under_way.__exit__, None, None, None)
 
-    async def replay(self, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+    async def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.replay`."""
-        return await self._threads.run(self._optimizer.replay, timeout_s=timeout_s)
+        return await self._threads.run(self._optimizer.replay, reply=reply, timeout_s=timeout_s)
 
     async def refresh(self) -> None:
         """See `optserve.Optimizer.refresh`."""
@@ -219,9 +232,31 @@ class AsyncOptimizer:
         schedule: settings.Schedule | EllipsisType | None = ...,
         clipping: settings.Clipping | EllipsisType | None = ...,
         groups: Sequence[settings.Group] | EllipsisType = ...,
+        weight_decay: float | None = None,
     ) -> None:
         """See `optserve.Optimizer.update`."""
-        await self._threads.run(self._optimizer.update, algorithm, schedule=schedule, clipping=clipping, groups=groups)
+        await self._threads.run(
+            self._optimizer.update,
+            algorithm,
+            schedule=schedule,
+            clipping=clipping,
+            groups=groups,
+            weight_decay=weight_decay,
+        )
+
+    async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+        """See `optserve.Optimizer.push_parameters`."""
+        await self._threads.run(self._optimizer.push_parameters, params)
+
+    async def pull_parameters(
+        self,
+        names: Sequence[str] = (),
+        *,
+        newer_than: int | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> HostedParameters | None:
+        """See `optserve.Optimizer.pull_parameters`."""
+        return await self._threads.run(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out)
 
     async def statistics(
         self,

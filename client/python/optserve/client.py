@@ -87,6 +87,8 @@ class Client:
         schedule: settings.Schedule | None = None,
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
+        hosted: bool = False,
+        weight_decay: float = 0.0,
     ) -> Optimizer:
         """Make an optimizer with all state at 0.
 
@@ -97,6 +99,9 @@ class Client:
             schedule: Of the learning rate; constant by default.
             clipping: Of the gradient; none by default.
             groups: Parameters whose hyper-parameters differ.
+            hosted: Let the server hold the parameters as well. They are uploaded at once where `params` are arrays of
+                NumPy; otherwise `push_parameters` has to, before the first step.
+            weight_decay: Per step, decoupled from the gradient, of the parameters that the server holds.
 
         Raises:
             AlreadyExistsError: The name is taken.
@@ -108,11 +113,18 @@ class Client:
             schedule=schedule.to_message() if schedule else None,
             clipping=clipping.to_message() if clipping else None,
             groups=settings.group_messages(groups, algorithm.name),
+            mode=optimizer_pb2.MODE_HOSTED if hosted else optimizer_pb2.MODE_DELTA,
+            weight_decay=weight_decay,
         )
         for parameter, spec in params.items():
             message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
         request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))
-        return Optimizer(self._transport, self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer)
+        made = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
+        optimizer = Optimizer(self._transport, made)
+        arrays = {name: param for name, param in params.items() if isinstance(param, np.ndarray)}
+        if hosted and len(arrays) == len(params):
+            optimizer.push_parameters(arrays)
+        return optimizer
 
     def optimizer(
         self,

@@ -142,14 +142,16 @@ class Group:
     Args:
         parameters: Their names; no parameter is in two groups.
         overrides: Hyper-parameters of the optimizer's method by name; the others are the optimizer's.
+        weight_decay: Where the server holds the parameters; the optimizer's by default.
 
     Example:
         >>> Group(("b1", "b2"), {"learning_rate": 0.1})
-        Group(parameters=('b1', 'b2'), overrides={'learning_rate': 0.1})
+        Group(parameters=('b1', 'b2'), overrides={'learning_rate': 0.1}, weight_decay=None)
     """
 
     parameters: Sequence[str]
-    overrides: Mapping[str, Any] = field(hash=False)
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weight_decay: float | None = None
 
     def to_message(self, method: str) -> optimizer_pb2.ParameterGroup:
         """The contract's form, for a method by its name there.
@@ -157,7 +159,7 @@ class Group:
         Raises:
             InvalidArgumentError: The method has no such hyper-parameter.
         """
-        message = optimizer_pb2.ParameterGroup(parameters=self.parameters)
+        message = optimizer_pb2.ParameterGroup(parameters=self.parameters, weight_decay=self.weight_decay)
         settings = getattr(message.algorithm, method)
         settings.SetInParent()
         known = settings.DESCRIPTOR.fields_by_name
@@ -194,7 +196,9 @@ def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
     groups = []
     for group in message.groups:
         settings = getattr(group.algorithm, group.algorithm.WhichOneof("method") or "adadelta")
-        groups.append(Group(tuple(group.parameters), {item.name: value for item, value in settings.ListFields()}))
+        overrides = {item.name: value for item, value in settings.ListFields()}
+        decay = group.weight_decay if group.HasField("weight_decay") else None
+        groups.append(Group(tuple(group.parameters), overrides, decay))
     return tuple(groups)
 
 
@@ -210,6 +214,7 @@ def update_request(
     schedule: Schedule | EllipsisType | None,
     clipping: Clipping | EllipsisType | None,
     groups: Sequence[Group] | EllipsisType,
+    weight_decay: float | None,
 ) -> service_pb2.UpdateOptimizerRequest:
     """The request that changes the settings of an optimizer; what is not given stays.
 
@@ -220,6 +225,7 @@ def update_request(
         schedule: Another, or None to take it away.
         clipping: Another, or None to take it away.
         groups: All of them anew.
+        weight_decay: Another.
     """
     request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
     message, paths = request.optimizer, request.update_mask.paths
@@ -237,4 +243,7 @@ def update_request(
     if groups is not ...:
         paths.append("groups")
         message.groups.extend(group_messages(groups, method))
+    if weight_decay is not None:
+        paths.append("weight_decay")
+        message.weight_decay = weight_decay
     return request

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from optserve.algorithms import ALGORITHMS, Algorithm
 from optserve.errors import InvalidArgumentError
 
 FORMAT_VERSION = 1
+PARAMETER = "parameter"
+"""Name of the hosted parameter among the arrays of a state; no method has a slot of that name."""
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
@@ -38,6 +40,18 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: Any = "float32"
+
+
+class HostedParameters(NamedTuple):
+    """The parameters that a server holds, all of one step.
+
+    Attributes:
+        step: Steps that had been applied to them.
+        arrays: x by name.
+    """
+
+    step: int
+    arrays: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -65,13 +79,19 @@ class OptimizerState:
         step: Steps applied.
         algorithm: The method with its hyper-parameters.
         parameters: Shape and dtype of each parameter by name, in the optimizer's order.
-        slots: The arrays by parameter, then by slot; in the parameter's shape and dtype.
+        slots: The arrays by parameter, then by slot; in the parameter's shape and dtype. Where the server holds the
+            parameters, `parameter` is the last of the slots.
     """
 
     step: int
     algorithm: Algorithm
     parameters: Mapping[str, TensorSpec]
     slots: Mapping[str, Mapping[str, np.ndarray]]
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the parameters themselves are part of it."""
+        return any(PARAMETER in arrays for arrays in self.slots.values())
 
     @property
     def size_bytes(self) -> int:

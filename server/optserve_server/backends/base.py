@@ -85,6 +85,19 @@ class Backend(abc.ABC):
         """Copy large arrays in memory, over as many threads as there are."""
         target[...] = source
 
+    def advance(self, parameters: np.ndarray, updates: np.ndarray, keep: np.floating) -> None:
+        """Apply updates to hosted parameters: x <- keep x + Δx.
+
+        Args:
+            parameters: x, in host memory.
+            updates: Δx.
+            keep: 1 less the weight decay.
+        """
+        with np.errstate(all="ignore"):
+            if keep != 1:
+                parameters *= keep
+            parameters += updates
+
     def within(self, staged: np.ndarray, limit: np.floating) -> bool:
         """Whether all elements are numbers of at most that magnitude."""
         # NaN wins every max and min and loses every comparison.

@@ -60,6 +60,11 @@ class NumpyBackend(Backend):
         """Slice by slice; see Backend."""
         self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]))
 
+    def advance(self, parameters: np.ndarray, updates: np.ndarray, keep: np.floating) -> None:
+        """Slice by slice; see Backend."""
+        advance = super().advance
+        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], keep))
+
     def within(self, staged: np.ndarray, limit: np.floating) -> bool:
         """Slice by slice; see Backend."""
         found: list[bool] = []

@@ -20,13 +20,15 @@ app = typer.Typer(no_args_is_help=True, help="List, show, delete, export and imp
 def list_(target: Target = DEFAULT_TARGET) -> None:
     """List all optimizers."""
     from optserve import connect
+    from optserve.v1 import optimizer_pb2
 
-    table = Table("optimizer", "method", "step", "memory", "created")
+    table = Table("optimizer", "method", "mode", "step", "memory", "created")
     with failing_clearly(), connect(target) as client:
         for item in client.list_optimizers():
             table.add_row(
                 item.name.removeprefix("optimizers/"),
                 item.algorithm.WhichOneof("method"),
+                "hosted" if item.mode == optimizer_pb2.MODE_HOSTED else "delta",
                 f"{item.step:,}",
                 size(item.memory_bytes),
                 item.create_time.ToDatetime().isoformat(" ", "seconds") + " UTC",
@@ -113,7 +115,7 @@ def import_(
         try:
             optimizer = client.optimizer(name)
         except NotFoundError:
-            optimizer = client.create_optimizer(name, state.algorithm, state.parameters)
+            optimizer = client.create_optimizer(name, state.algorithm, state.parameters, hosted=state.hosted)
         else:
             if not yes:
                 typer.confirm(f"Replace what {name!r} is at step {optimizer.current_step:,}?", abort=True)

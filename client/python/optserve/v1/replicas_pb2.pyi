@@ -48,18 +48,20 @@ class PullParametersResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., not_modified: bool = ..., chunk: _Optional[_Union[_steps_pb2.Chunk, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PushParametersRequest(_message.Message):
-    __slots__ = ("name", "wire_type", "chunk", "commit", "data")
+    __slots__ = ("name", "wire_type", "chunk", "commit", "request_id", "data")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WIRE_TYPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     wire_type: _optimizer_pb2.DataType
     chunk: _steps_pb2.Chunk
     commit: _steps_pb2.Commit
+    request_id: str
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., chunk: _Optional[_Union[_steps_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., chunk: _Optional[_Union[_steps_pb2.Chunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PushParametersResponse(_message.Message):
     __slots__ = ("step",)

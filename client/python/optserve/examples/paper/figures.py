@@ -10,7 +10,15 @@ from typing import Any
 from optserve.examples.paper.plan import Experiment
 from optserve.examples.paper.training import WATCHED, Result
 
-_NAMES = {"sgd": "SGD", "momentum": "MOMENTUM", "adagrad": "ADAGRAD", "adadelta": "ADADELTA"}
+_NAMES = {
+    "sgd": "SGD",
+    "momentum": "MOMENTUM",
+    "adagrad": "ADAGRAD",
+    "adadelta": "ADADELTA",
+    "adadelta-annealed": "ADADELTA, annealed",
+    "vsgd": "vSGD",
+    "diagonal-hessian": "diagonal Hessian",
+}
 
 
 def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> list[Path]:
