@@ -240,9 +240,10 @@ def test_what_is_pulled_is_of_one_step_while_others_step(server, name):
             reader = other.optimizer(name)
             seen = set()
             while len(seen) < 10:
-                step_of, found = reader.pull_parameters()
-                assert np.all(found["x"] == step_of)
-                seen.add(step_of)
+                found = reader.pull_parameters()
+                assert found is not None
+                assert np.all(found.arrays["x"] == found.step)
+                seen.add(found.step)
         finally:
             stop.set()
             thread.join()
@@ -317,15 +318,17 @@ def test_its_memory_is_that_of_the_state_and_the_parameters(stub, name):
     assert made.memory_bytes == 4 * 4000  # two slots, staging, x
 
 
-def test_everything_is_there_after_a_crash(tmp_path, params):
+@pytest.mark.parametrize("killed", [True, False], ids=["from the journal", "from a snapshot"])
+def test_everything_is_there_after_the_server_has_ended(tmp_path, params, killed):
     expected = {}
     with optserve.local_server(tmp_path, backend="numpy") as server, optserve.connect(server.target) as client:
         opt = client.create_optimizer("a", optserve.Adadelta(), params, hosted=True, weight_decay=0.5)
         awaited = client.create_optimizer("b", optserve.Adadelta(), {"x": optserve.TensorSpec((2,))}, hosted=True)
         for step in range(5):
             expected = opt.step(arrays(step), reply="parameters")
-        server.process.kill()
-        server.process.wait()
+        if killed:
+            server.process.kill()
+            server.process.wait()
     with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as client:
         again = client.optimizer("a")
         assert again.weight_decay == 0.5
