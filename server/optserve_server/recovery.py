@@ -95,9 +95,9 @@ class Replay:
         item.steps.placed_by = header["placed_by"]
         if header["retained"]:
             retained = header["retained"]
-            item.steps.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
+            item.steps.main.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
         with item.steps.held_still() as state:
-            saved.load(state, item.steps.staging)
+            saved.load(state, item.steps.main.staging)
         self._pieces[item.id] = saved.pieces
         self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
 
@@ -138,7 +138,7 @@ class Replay:
         tensors = tuple(message["tensors"]) or tuple(range(len(item.layout.parameters)))
         payload = Payload(item.layout, tensors)
         with item.steps.held_still() as state:
-            operands = item.steps.staging.operands
+            operands = item.steps.main.staging.operands
             given = list(_operands(payload, record.payload, len(operands)))
             # A norm is that of the whole step, of which some parts may not be behind.
             state.clip(payload, given[0])
@@ -152,7 +152,7 @@ class Replay:
             state.apply(operands, behind, message["step"])
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
-            item.steps.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
+            item.steps.main.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
         self._last_step[item.id] = record.lsn
 
     def _place(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
@@ -177,7 +177,7 @@ class Replay:
         if record.lsn > item.steps.lsn:
             item.state.set(settings)
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
-            item.steps.lineage, item.steps.retained = message["lineage"], None
+            item.steps.lineage, item.steps.main.retained = message["lineage"], None
             item.steps.placed_by = message["placed_by"]
             item.replaced(_replacement(item, message))
 
@@ -196,9 +196,9 @@ class Replay:
         """A reply is intact if each of its pieces was, where the piece was not computed anew."""
         for name, pieces in self._pieces.items():
             item = self._optimizers.find(name)
-            if item is not None and item.steps.retained is not None:
+            if item is not None and item.steps.main.retained is not None:
                 last = self._last_step.get(name, 0)
-                item.steps.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
+                item.steps.main.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
 
 
 def _operands(payload: Payload, data: memoryview, count: int) -> Iterator[list[np.ndarray]]:

@@ -156,7 +156,7 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
     with item.steps.held_still():
         if not _is_there(item):
             return None
-        retained = item.steps.retained
+        retained = item.steps.main.retained
         return {
             "id": item.id,
             "file": file,
@@ -188,9 +188,9 @@ def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece
             if not _is_there(item):
                 return None
             parts = [state.read(dtype, array, start, stop).tobytes() for array in range(len(arrays))]
-            parts.append(item.steps.staging.updates[dtype][start:stop].tobytes())
+            parts.append(item.steps.main.staging.updates[dtype][start:stop].tobytes())
             number = item.steps.lsn
-            intact = item.steps.retained is not None and item.steps.retained.intact
+            intact = item.steps.main.retained is not None and item.steps.main.retained.intact
         for array, part in enumerate(parts):
             write_all(descriptor, part, plan.offset(dtype, array, start))
         pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))

@@ -57,6 +57,10 @@ class Staging:
             return self.updates[dtype], np.finfo(dtype).max
         return self.operands[operand][dtype], self._state.limits[dtype]
 
+    def parts(self, operand: Operand, payload: Payload) -> list[np.ndarray]:
+        """What a step brings of an operand, run by run."""
+        return [self.operands[operand][run.dtype][run.start : run.stop] for run in payload.runs]
+
     # Chunks.
 
     def stage(self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes) -> None:

@@ -124,9 +124,11 @@ class _Look:
         slots = range(len(self.rule.slots))
         self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]
         self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
-        retained = steps.retained
+        retained = steps.main.retained
         there = retained is not None and retained.intact and tensor in retained.tensors
-        self.updates = steps.staging.updates[parameter.dtype][start + indices].astype(np.float64) if there else None
+        self.updates = (
+            steps.main.staging.updates[parameter.dtype][start + indices].astype(np.float64) if there else None
+        )
 
     def statistics(self, quantiles: Sequence[float]) -> TensorStatistics:
         rates = self._rates(self.sample) if self.stepped else None

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Operand, Payload, Run
+from optserve_server.layout import Arenas, Operand, Payload, Run
 from optserve_server.segment import Segment
 
 _Used = TypeVar("_Used")
@@ -99,6 +99,7 @@ class Step:
         self.replies = reply
         self.segment = segment
         self.committed = False
+        self.reply_source: Arenas = {}
         self.moved_at = time.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}
 

@@ -1,9 +1,7 @@
 """The transaction: begin, stage, commit, reply, replay. Knows nothing of protobuf or gRPC.
 
-One `Steps` guards one optimizer. At any time at most one `Step` holds its staging buffer: from `begin` until the
-reply has been read or the step is closed. The same request id on another connection takes the step over, because
-it means that the client has given the first connection up; any other is told to come back later, unless the holder
-has not moved for long. Errors name their field by itself (`tensors`, `offset`); the edges add the path.
+One `Steps` guards one optimizer, and decides when a step is applied; who may make one is decided by its `Lane`. Errors
+name their field by itself (`tensors`, `offset`); the edges add the path.
 
     begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
                  └──close, error──> nothing changed
@@ -14,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TypeVar
@@ -23,12 +21,12 @@ import numpy as np
 
 from optserve_server.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Arenas, Operand, Payload, Payloads, Run
+from optserve_server.lane import Lane
+from optserve_server.layout import Operand, Payload, Payloads
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
-from optserve_server.staging import Staging
 from optserve_server.state import State
-from optserve_server.step import Outcome, Reply, ReplyChunk, Retained, Step, check_request_id
+from optserve_server.step import Outcome, Reply, Retained, Step, check_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,7 @@ class Steps:
         idle_step_s: After so many seconds without a move, a step is discarded.
 
     Attributes:
+        main: Where its client makes steps.
         placed_by: Request id that put the hosted parameters in place; None while nobody has.
     """
 
@@ -55,28 +54,21 @@ class Steps:
         self._name = name
         self._state = state
         self._durability = durability
-        self._idle_step_s = idle_step_s
         self._lock = threading.RLock()
-        self._holder: Step | None = None
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
-        self.staging = Staging(state)
-        self.retained: Retained | None = None
+        self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
         self.lineage = lineage
 
-    @property
-    def last_request_id(self) -> str:
-        """Request id of the last applied step; empty if there is none."""
-        return self.retained.request_id if self.retained else ""
-
     def last(self) -> tuple[int, str, tuple[int, ...], str]:
         """(step, request id, parameters or none for all) of the last step, and the lineage; waits for one under way."""
         with self._lock:
-            tensors = self.retained.tensors if self.retained else ()
-            return self.step, self.last_request_id, self._payloads.named(tensors), self.lineage
+            retained = self.main.retained
+            tensors = retained.tensors if retained else ()
+            return self.step, self.main.last_request_id, self._payloads.named(tensors), self.lineage
 
     def begin(
         self,
@@ -120,19 +112,7 @@ class Steps:
                     lineage=self.lineage,
                     current_step=self.step,
                 )
-            # The last step, if this request is that one once more.
-            self._note_overwritten()
-            repeated = self.retained if self.last_request_id == request_id else None
-            if self._holder and self._holder.request_id != request_id:
-                self._evict_if_idle(self._holder)
-            # Nobody has changed x since.
-            if repeated and not repeated.intact and reply is Reply.UPDATES:
-                raise OptserveError(
-                    Reason.REPLY_GONE,
-                    f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and "
-                    "its reply is no longer retained.",
-                    step=repeated.step,
-                )
+            repeated = self.main.repeated(request_id, reply)
             if not repeated and expected_step is not None and expected_step != self.step:
                 raise OptserveError(
                     Reason.WRONG_STEP,
@@ -143,13 +123,13 @@ class Steps:
             payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
             if segment is None:
                 # Others step as well, and must not stage where a client writes as it likes.
-                self.staging.leave_segment()
+                self.main.staging.leave_segment()
             # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
             operands = self._state.operand_kinds
-            self._holder = Step(
-                self, request_id, payload, operands, replay=repeated is not None, reply=reply, segment=segment
+            self.main.holder = Step(
+                self.main, request_id, payload, operands, replay=repeated is not None, reply=reply, segment=segment
             )
-            return self._holder
+            return self.main.holder
 
     def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
         """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
@@ -173,12 +153,12 @@ class Steps:
                     f"The parameters of {self._name} have been uploaded before; pull them, or import a state.",
                     optimizer=self._name,
                 )
-            if self._holder and self._holder.request_id != request_id:
-                self._evict_if_idle(self._holder)
-            self.staging.leave_segment()
-            payload = self._payloads.of((), wire)
-            self._holder = Step(self, request_id, payload, (Operand.PARAMETER,), replay=placed, reply=Reply.NOTHING)
-            return self._holder
+            if self.main.holder and self.main.holder.request_id != request_id:
+                self.main.evict_if_idle()
+            self.main.staging.leave_segment()
+            payload, operands = self._payloads.of((), wire), (Operand.PARAMETER,)
+            self.main.holder = Step(self.main, request_id, payload, operands, replay=placed, reply=Reply.NOTHING)
+            return self.main.holder
 
     def check_placed(self) -> None:
         """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""
@@ -212,11 +192,12 @@ class Steps:
         """
         with self._lock:
             self.check_usable()
-            if self.staging.segment is not None:
+            staging = self.main.staging
+            if staging.segment is not None:
                 return None
-            in_place = not self._durability.reads_staging and self._holder is None
+            in_place = not self._durability.reads_staging and self.main.holder is None
             try:
-                return self.staging.share(in_place=in_place)
+                return staging.share(in_place=in_place)
             except OSError as error:
                 logger.warning("%s is not shared: %s", self._name, error)
                 return None
@@ -224,15 +205,9 @@ class Steps:
     def unshare(self, segment: Segment) -> None:
         """The client has gone; the segment ends when its memory of it does."""
         with self._lock:
-            if self.staging.segment is segment:
-                self._note_overwritten()
-                self.staging.unshare()
-
-    def _note_overwritten(self) -> None:
-        """Look whether the client has overwritten the retained reply, which lies where it writes."""
-        segment = self.staging.segment
-        if segment and self.retained and self.staging.in_place and segment.dirty:
-            self.retained.intact = False
+            if self.main.staging.segment is segment:
+                self.main.note_overwritten()
+                self.main.staging.unshare()
 
     def set(self, settings: Settings, etag: str, time: datetime) -> None:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
@@ -261,8 +236,7 @@ class Steps:
         with self._lock:
             if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
                 raise self._fatal.again()
-            if self._holder:
-                self._evict_if_idle(self._holder)
+            self.main.evict_if_idle()
             with self._set_to(record.settings):
                 self.lsn = self._durability.replaced(record)
             self._fatal = None
@@ -270,7 +244,7 @@ class Steps:
                 for dtype, slot, values in record.arrays:
                     self._state.write(dtype, slot, 0, values)
             self.step, self.lineage = record.step, record.lineage
-            self.retained, self.placed_by = None, record.placed_by
+            self.main.retained, self.placed_by = None, record.placed_by
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -281,38 +255,16 @@ class Steps:
         with self._lock:
             if self._fatal is not None and self._fatal.reason is reason.reason:
                 raise self._fatal.again()
-            if self._holder:
-                self._evict_if_idle(self._holder)
+            self.main.evict_if_idle()
             self._durability.deleted(self._name)
             self._fatal = reason
             # Open streams may keep this object for long, but not its arrays.
-            self.staging.release()
+            self.main.staging.release()
             self._state.release()
-
-    def _evict_if_idle(self, holder: Step) -> None:
-        if not self._discard_if_idle(holder):
-            raise OptserveError(
-                Reason.STEP_IN_PROGRESS,
-                f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
-            )
-
-    def _discard_if_idle(self, holder: Step) -> bool:
-        if time.monotonic() - holder.moved_at < self._idle_step_s:
-            return False
-        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
-        self._holder = None
-        return True
 
     def discard_idle(self) -> None:
         """Discard the step under way if it has not moved for long, though nobody wants its place."""
-        # Where the lock is taken, something moves.
-        if self._lock.acquire(blocking=False):
-            try:
-                # One that is committed has only its reply left to be read.
-                if self._holder and not self._holder.committed:
-                    self._discard_if_idle(self._holder)
-            finally:
-                self._lock.release()
+        self.main.discard_idle()
 
     def check_usable(self) -> None:
         """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
@@ -325,85 +277,49 @@ class Steps:
         with self._lock:
             yield self._state
 
-    # What the step that holds the staging buffer asks for.
-
-    def _hold(self, step: Step) -> None:
-        """Check, under the lock, that the step still holds the staging buffer."""
-        if self._holder is not step:
-            raise OptserveError(
-                Reason.STEP_TAKEN_OVER,
-                f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
-            )
-        step.moved_at = time.monotonic()
-
-    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
-        """See Holder."""
+    def _commit(self, step: Step) -> Outcome:
+        """Apply the step that holds the main lane."""
+        lane, staging = self.main, self.main.staging
         with self._lock:
-            self._hold(step)
-            position = step.payload.position(tensor, offset)
-            step.coverage[operand].add(position, position + len(data))
-            if self.retained:
-                self.retained.intact = False
-            self.staging.stage(step.payload, operand, position, data)
-
-    def commit(self, step: Step) -> Outcome:
-        """See Holder."""
-        with self._lock:
-            self._hold(step)
+            lane.hold(step)
             if step.places:
                 return self._commit_placement(step)
-            if step.replay and self.retained:
-                self._give_shared(step)
-                return Outcome(step.request_id, self.retained.step, replayed=True)
-            runs = step.payload.runs
+            step.reply_source = self._state.parameters if step.replies is Reply.PARAMETERS else staging.updates
+            if step.replay and lane.retained:
+                lane.give_shared(step, self.step)
+                return Outcome(step.request_id, lane.retained.step, replayed=True)
             if step.segment:
-                if self.retained:
-                    self.retained.intact = False
-                self.staging.take_from(step.segment, step.payload)
+                if lane.retained:
+                    lane.retained.intact = False
+                staging.take_from(step.segment, step.payload)
             else:
                 step.check_complete()
             lsn = self._durability.stepping(self._record(step))
-            if step.segment and self.staging.in_place:
+            if step.segment and staging.in_place:
                 step.segment.replying(self.step + 1)
             with self._changing(f"in step {self.step}"):
-                gradients = [self.staging.updates[run.dtype][run.start : run.stop] for run in runs]
-                norm = self._state.clip(step.payload, gradients)
-                self._state.apply(self.staging.operands, runs, self.step)
+                norm = self._state.clip(step.payload, staging.parts(Operand.GRADIENT, step.payload))
+                self._state.apply(staging.operands, step.payload.runs, self.step)
             self.lsn = lsn
             self.step += 1
             step.committed = True
-            self.retained = Retained(step.request_id, self.step, step.payload.tensors)
-            self._give_shared(step)
+            lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
+            lane.give_shared(step, self.step)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
 
     def _commit_placement(self, step: Step) -> Outcome:
         if not step.replay:
             step.check_complete()
-            runs = step.payload.runs
-            arrived = [self.staging.updates[run.dtype][run.start : run.stop] for run in runs]
+            arrived = self.main.staging.parts(Operand.GRADIENT, step.payload)
             self.lsn = self._durability.placing(PlacementRecord(self._name, step.request_id, arrived))
-            self._state.place(runs, arrived)
+            self._state.place(step.payload.runs, arrived)
             self.placed_by, step.committed = step.request_id, True
         return Outcome(step.request_id, self.step, replayed=step.replay)
 
-    def _reply_of(self, step: Step) -> Arenas:
-        """Where the reply of a committed step lies."""
-        return self._state.parameters if step.replies is Reply.PARAMETERS else self.staging.updates
-
-    def _give_shared(self, step: Step) -> None:
-        """Put the reply where a client that shares memory expects it."""
-        if step.segment and step.replies is not Reply.NOTHING:
-            self.staging.give_to(step.segment, step.payload, self.step, self._reply_of(step))
-            if self.retained and self.staging.in_place and step.replies is Reply.PARAMETERS:
-                # x has taken the place of the updates.
-                self.retained.intact = False
-
     def _record(self, step: Step) -> StepRecord:
         operands = [
-            arenas[run.dtype][run.start : run.stop]
-            for arenas in self.staging.operands.values()
-            for run in step.payload.runs
+            part for operand in self._state.operand_kinds for part in self.main.staging.parts(operand, step.payload)
         ]
         tensors = self._payloads.named(step.payload.tensors)
         return StepRecord(self._name, self.step, step.request_id, tensors, operands)
@@ -422,25 +338,3 @@ class Steps:
                 optimizer=self._name,
             )
             raise self._fatal.again() from error
-
-    def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
-        """See Holder."""
-        with self._lock:
-            self._hold(step)
-            elements = self.staging.give(self._reply_of(step), run, begin, end)
-            tensor, offset = step.payload.locate(begin)
-            # Used under the lock: nobody writes there meanwhile.
-            return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
-
-    def whole(self, step: Step, tensor: int) -> bytes:
-        """See Holder."""
-        with self._lock:
-            self._hold(step)
-            parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
-            return self._reply_of(step)[parameter.dtype][start : start + parameter.size].tobytes()
-
-    def close(self, step: Step) -> None:
-        """See Holder."""
-        with self._lock:
-            if self._holder is step:
-                self._holder = None

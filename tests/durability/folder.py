@@ -55,7 +55,7 @@ def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
 
 def fingerprint(item) -> tuple:
     slots = [slot.tobytes() for arena in item.state.slots.values() for slot in arena]
-    retained = replace(item.steps.retained) if item.steps.retained else None
+    retained = replace(item.steps.main.retained) if item.steps.main.retained else None
     return (
         item.steps.step, retained, item.steps.lineage, item.etag, item.rule, item.create_time, item.update_time,
         list(item.replacement_request_ids), slots,

@@ -289,7 +289,7 @@ def test_a_restore_that_was_the_last_thing_leaves_no_reply_after_a_crash(tmp_pat
     step(item, 1)
     checkpoints.restore("a", "one")
     before = fingerprint(item)
-    assert item.steps.retained is None
+    assert item.steps.main.retained is None
     server.die()
     again = Server(tmp_path)
     assert fingerprint(again.optimizers.get("a")) == before

@@ -76,7 +76,7 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
     again = Server(tmp_path)
     item = again.optimizers.get("a")
     assert fingerprint(item) == before
-    replayed = item.steps.begin(item.steps.last_request_id)
+    replayed = item.steps.begin(item.steps.main.last_request_id)
     replayed.commit()
     assert b"".join(replayed.reply(MIB, lambda piece: bytes(piece.data))) == reply
     replayed.close()

@@ -169,7 +169,6 @@ def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path)
         name = create(stub, "a", {"x": (2,)}).name
         with stream(stub, name) as idle:
             idle.send(begin(), chunk(0, 0, bytes(4)))
-            _wait_until_under_way(stub, name)
             _wait_until_logged(server.process.pid, "has not moved for long")
             idle.send(chunk(0, 4, bytes(4)))
             assert details(idle.error())[0] == "STEP_TAKEN_OVER"

@@ -34,4 +34,4 @@ def run_step(steps: Steps, request_id: str, chunks, **options) -> bytes:
 def fingerprint(steps: Steps) -> tuple:
     """Everything that a step can change."""
     slots = [slot.tobytes() for arena in steps._state.slots.values() for slot in arena]
-    return steps.step, steps.last_request_id, slots
+    return steps.step, steps.main.last_request_id, slots

@@ -19,7 +19,7 @@ def test_a_step_counts_and_answers_with_the_update(steps):
     reply = np.frombuffer(run_step(steps, "a", [(0, 0, G.tobytes())]), np.float32)
     # The first step of ADADELTA: -sqrt(eps) / sqrt((1 - rho) g^2 + eps) g.
     np.testing.assert_allclose(reply, -np.sqrt(1e-6) / np.sqrt(0.05 * G**2 + 1e-6) * G, rtol=1e-5)
-    assert (steps.step, steps.last_request_id) == (1, "a")
+    assert (steps.step, steps.main.last_request_id) == (1, "a")
 
 
 def test_nothing_changes_before_the_commit(steps):

@@ -1,0 +1,170 @@
+"""The place where one client at a time makes its steps: a staging buffer, who holds it, and what was last answered.
+
+At any time at most one `Step` holds the buffer: from its begin until the reply has been read or the step is closed. The
+same request id on another connection takes the step over, because it means that the client has given the first
+connection up; any other is told to come back later, unless the holder has not moved for long.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Operand, Run
+from optserve_server.staging import Staging
+from optserve_server.state import State
+from optserve_server.step import Outcome, Reply, ReplyChunk, Retained, Step
+
+logger = logging.getLogger(__name__)
+
+_Used = TypeVar("_Used")
+
+
+class Lane:
+    """One such place. What it does happens under its lock; its methods without a `step` are called with it held.
+
+    Args:
+        name: The optimizer's, for messages.
+        state: The optimizer's.
+        lock: Guards it.
+        commit: Applies a step that holds it.
+        idle_step_s: After so many seconds without a move, a step is discarded.
+
+    Attributes:
+        staging: The buffer.
+        holder: The step that has it.
+        retained: The last step that was applied from here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: State,
+        lock: threading.RLock,
+        commit: Callable[[Step], Outcome],
+        idle_step_s: float,
+    ) -> None:
+        self._name = name
+        self._state = state
+        self._idle_step_s = idle_step_s
+        self.lock = lock
+        self._commit = commit
+        self.staging = Staging(state)
+        self.holder: Step | None = None
+        self.retained: Retained | None = None
+
+    @property
+    def last_request_id(self) -> str:
+        """Request id of the last applied step; empty if there is none."""
+        return self.retained.request_id if self.retained else ""
+
+    def repeated(self, request_id: str, reply: Reply) -> Retained | None:
+        """The last step, if a request is that one once more.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
+        """
+        self.note_overwritten()
+        repeated = self.retained if self.last_request_id == request_id else None
+        if self.holder and self.holder.request_id != request_id:
+            self.evict_if_idle()
+        # The parameters are still those after the step: nobody has changed them since.
+        if repeated and not repeated.intact and reply is Reply.UPDATES:
+            raise OptserveError(
+                Reason.REPLY_GONE,
+                f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and its "
+                "reply is no longer retained.",
+                step=repeated.step,
+            )
+        return repeated
+
+    def evict_if_idle(self) -> None:
+        """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has moved lately."""
+        if self.holder and not self._discard_if_idle(self.holder):
+            raise OptserveError(
+                Reason.STEP_IN_PROGRESS,
+                f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
+            )
+
+    def _discard_if_idle(self, holder: Step) -> bool:
+        if time.monotonic() - holder.moved_at < self._idle_step_s:
+            return False
+        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
+        self.holder = None
+        return True
+
+    def discard_idle(self) -> None:
+        """Discard the step under way if it has not moved for long, though nobody wants its place."""
+        # Where the lock is taken, something moves.
+        if self.lock.acquire(blocking=False):
+            try:
+                # One that is committed has only its reply left to be read.
+                if self.holder and not self.holder.committed:
+                    self._discard_if_idle(self.holder)
+            finally:
+                self.lock.release()
+
+    def note_overwritten(self) -> None:
+        """Look whether the client has overwritten the retained reply, which lies where it writes."""
+        segment = self.staging.segment
+        if segment and self.retained and self.staging.in_place and segment.dirty:
+            self.retained.intact = False
+
+    def give_shared(self, step: Step, number: int) -> None:
+        """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
+        if step.segment and step.replies is not Reply.NOTHING:
+            self.staging.give_to(step.segment, step.payload, number, step.reply_source)
+            if self.retained and self.staging.in_place and step.replies is Reply.PARAMETERS:
+                # x has taken the place of the updates.
+                self.retained.intact = False
+
+    # What the step that holds the buffer asks for.
+
+    def hold(self, step: Step) -> None:
+        """Check, with the lock held, that the step still holds the buffer."""
+        if self.holder is not step:
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER,
+                f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
+            )
+        step.moved_at = time.monotonic()
+
+    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
+        """See Holder."""
+        with self.lock:
+            self.hold(step)
+            position = step.payload.position(tensor, offset)
+            step.coverage[operand].add(position, position + len(data))
+            if self.retained:
+                self.retained.intact = False
+            self.staging.stage(step.payload, operand, position, data)
+
+    def commit(self, step: Step) -> Outcome:
+        """See Holder."""
+        return self._commit(step)
+
+    def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
+        """See Holder."""
+        with self.lock:
+            self.hold(step)
+            elements = self.staging.give(step.reply_source, run, begin, end)
+            tensor, offset = step.payload.locate(begin)
+            # Used under the lock: nobody writes there meanwhile.
+            return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
+
+    def whole(self, step: Step, tensor: int) -> bytes:
+        """See Holder."""
+        with self.lock:
+            self.hold(step)
+            parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
+            return step.reply_source[parameter.dtype][start : start + parameter.size].tobytes()
+
+    def close(self, step: Step) -> None:
+        """See Holder."""
+        with self.lock:
+            if self.holder is step:
+                self.holder = None
