@@ -108,6 +108,7 @@ class App:
         """Let steps under way end, refuse new ones, then close every connection."""
         self._stopping.set()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._optimizers.drain()
         if not self._admission.drain(self._config.drain_s):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         self._server.stop(grace=1.0).wait()

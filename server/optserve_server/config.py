@@ -63,6 +63,8 @@ class ServerConfig:
     max_state_bytes: int = 0
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
+    max_staged_bytes: int = 0
+    """Staging buffers of workers, with the replies that they keep; 0 for a quarter of `max_state_bytes`."""
     max_pull_bytes: int = GIB
     """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
     idle_step_s: float = 60.0
@@ -108,6 +110,9 @@ class ServerConfig:
         self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
         if self.max_state_bytes == 0:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
+        self._require("max_staged_bytes", self.max_staged_bytes >= 0, "must not be negative")
+        if self.max_staged_bytes == 0:
+            object.__setattr__(self, "max_staged_bytes", self.max_state_bytes // 4)
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
         self._require(

@@ -12,8 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import wire
-from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, statistics_pb2, steps_pb2
-from optserve_server import features
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, statistics_pb2, steps_pb2
 from optserve_server.checkpoints import Checkpoint
 from optserve_server.config import ServerConfig
 from optserve_server.convert_settings import set_settings
@@ -106,13 +105,6 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
     return Layout(tuple(parameters))
 
 
-def reject_unavailable(message: optimizer_pb2.Optimizer) -> None:
-    """Raise FEATURE_UNAVAILABLE for the first setting that this server does not have."""
-    check_known(message, "mode", "optimizer")
-    if message.HasField("consistency"):
-        raise features.unavailable(service_pb2.FEATURE_WORKERS, "optimizer.consistency")
-
-
 def check_known(message: Message, field: str, path: str) -> None:
     """Raise INVALID_FIELD if an enum field holds a value that this server's contract does not have."""
     value = getattr(message, field)
@@ -133,6 +125,14 @@ def wire_dtype(data_type: int, field: str) -> np.dtype | None:
     if dtype is None:
         raise OptserveError(Reason.WRONG_DATA_TYPE, f"{data_type} is no data type.", field=field)
     return dtype
+
+
+def check_worker(name: str) -> None:
+    """Raise INVALID_FIELD unless it can be a worker's name."""
+    if not (1 <= len(name) <= 64 and name.isascii() and name.isprintable()):
+        raise OptserveError(
+            Reason.INVALID_FIELD, "A worker's name is 1 to 64 printable ASCII characters.", field="worker"
+        )
 
 
 def reply(value: int, field: str) -> Reply:

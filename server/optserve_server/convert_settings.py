@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, replace
 
 from optserve.v1 import algorithms_pb2, optimizer_pb2
 from optserve_server.clipping import Clipping
+from optserve_server.consistency import LEASE_S, Consistency
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.rules import RULES, Rule
@@ -27,6 +28,26 @@ def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
         _groups(message, method, layout),
         message.mode == optimizer_pb2.MODE_HOSTED,
         message.weight_decay,
+        _consistency(message),
+    )
+
+
+def _consistency(message: optimizer_pb2.Optimizer) -> Consistency | None:
+    if not message.HasField("consistency"):
+        return None
+    given = message.consistency
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        raise OptserveError(
+            Reason.INVALID_FIELD, "Choose a consistency: async, bounded or sync.", field="optimizer.consistency"
+        )
+    return Consistency(
+        kind,
+        given.bounded.staleness,
+        given.sync.workers,
+        given.sync.backup_workers,
+        given.lease.seconds + given.lease.nanos / 1e9 if given.HasField("lease") else LEASE_S,
+        given.scale_by_staleness,
     )
 
 
@@ -117,7 +138,7 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
     prefix = f"algorithm.{present.rule.name}"
     # What each path changes of the rule.
     changes = {"algorithm": names, prefix: names} | {f"{prefix}.{name}": [name] for name in names}
-    changes |= {"schedule": [], "clipping": [], "groups": [], "weight_decay": []}
+    changes |= {name: [] for name in ("schedule", "clipping", "groups", "weight_decay", "consistency")}
     for path in paths or [""]:
         if path not in changes:
             what = f"{path!r} cannot be updated" if path else "Name the fields to change"
@@ -136,6 +157,7 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
         _groups(message, after, layout) if "groups" in paths else present.groups,
         present.hosted,
         message.weight_decay if "weight_decay" in paths else present.weight_decay,
+        _consistency(message) if "consistency" in paths else present.consistency,
     )
 
 
@@ -155,6 +177,16 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
                 setattr(kind, name, value)
     if present.clipping is not None:
         setattr(message.clipping, present.clipping.kind, present.clipping.bound)
+    if present.consistency is not None:
+        consistency = present.consistency
+        message.consistency.lease.FromNanoseconds(int(consistency.lease_s * 1e9))
+        message.consistency.scale_by_staleness = consistency.scale_by_staleness
+        kind = getattr(message.consistency, consistency.kind)
+        kind.SetInParent()
+        if consistency.kind == "bounded":
+            kind.staleness = consistency.staleness
+        elif consistency.kind == "sync":
+            kind.workers, kind.backup_workers = consistency.workers, consistency.backup_workers
     for group in present.groups:
         names = [layout.parameters[index].name for index in group.parameters]
         shown = message.groups.add(parameters=names, weight_decay=group.weight_decay)

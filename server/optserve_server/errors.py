@@ -57,6 +57,11 @@ class Reason(Enum):
     NOT_HOSTED = auto()
     PARAMETERS_MISSING = auto()
     PARAMETERS_IN_PLACE = auto()
+    WORKER_UNKNOWN = auto()
+    GRADIENT_LATE = auto()
+    WORKERS_ATTACHED = auto()
+    TOO_FEW_WORKERS = auto()
+    STAGING_FULL = auto()
     NOT_OPEN = auto()
     ALREADY_OPEN = auto()
     NO_STEP = auto()
@@ -102,6 +107,11 @@ CODES: dict[Reason, Code] = {
     Reason.NOT_HOSTED: Code.FAILED_PRECONDITION,
     Reason.PARAMETERS_MISSING: Code.FAILED_PRECONDITION,
     Reason.PARAMETERS_IN_PLACE: Code.FAILED_PRECONDITION,
+    Reason.WORKER_UNKNOWN: Code.FAILED_PRECONDITION,
+    Reason.GRADIENT_LATE: Code.ABORTED,
+    Reason.WORKERS_ATTACHED: Code.FAILED_PRECONDITION,
+    Reason.TOO_FEW_WORKERS: Code.UNAVAILABLE,
+    Reason.STAGING_FULL: Code.RESOURCE_EXHAUSTED,
     Reason.NOT_OPEN: Code.FAILED_PRECONDITION,
     Reason.ALREADY_OPEN: Code.FAILED_PRECONDITION,
     Reason.NO_STEP: Code.FAILED_PRECONDITION,
@@ -121,6 +131,8 @@ CODES: dict[Reason, Code] = {
 RETRY_AFTER_S: dict[Reason, float] = {
     Reason.STEP_IN_PROGRESS: 0.05,
     Reason.TOO_MANY_STREAMS: 1.0,
+    Reason.TOO_FEW_WORKERS: 0.5,
+    Reason.STAGING_FULL: 0.5,
     Reason.DRAINING: 1.0,
     Reason.NOT_DURABLE: 1.0,
 }

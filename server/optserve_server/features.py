@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from optserve import sysv
 from optserve.v1 import service_pb2 as pb
-from optserve_server.errors import OptserveError, Reason
 
 AVAILABLE = frozenset(
     {
@@ -20,14 +19,10 @@ AVAILABLE = frozenset(
         pb.FEATURE_PARAMETER_GROUPS,
         pb.FEATURE_STATISTICS,
         pb.FEATURE_HOSTED_MODE,
+        pb.FEATURE_WORKERS,
     }
     | ({pb.FEATURE_SHARED_MEMORY} if sysv.host_id() else set())
 )
-
-UNAVAILABLE_METHODS = {
-    "ReportWorker": pb.FEATURE_WORKERS,
-}
-"""Methods of the service that answer UNIMPLEMENTED, with the feature that they belong to."""
 
 
 def statuses() -> list[pb.FeatureStatus]:
@@ -37,14 +32,3 @@ def statuses() -> list[pb.FeatureStatus]:
         for feature in pb.Feature.values()
         if feature != pb.FEATURE_UNSPECIFIED
     ]
-
-
-def unavailable(feature: pb.Feature.ValueType, field: str = "") -> OptserveError:
-    """The error for a call or field of a feature that this server lacks."""
-    name = pb.Feature.Name(feature).removeprefix("FEATURE_")
-    return OptserveError(
-        Reason.FEATURE_UNAVAILABLE,
-        f"This server does not have {name.lower().replace('_', ' ')}; GetServerInfo lists what it has.",
-        field=field,
-        feature=name,
-    )

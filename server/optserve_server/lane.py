@@ -33,9 +33,10 @@ class Lane:
         lock: Guards it.
         commit: Applies a step that holds it.
         idle_step_s: After so many seconds without a move, a step is discarded.
+        on_free: Told when a step ends, of a lane beside others; None for the only one, which always has a buffer, and
+            from which alone x is changed.
 
     Attributes:
-        staging: The buffer.
         holder: The step that has it.
         retained: The last step that was applied from here.
     """
@@ -47,15 +48,52 @@ class Lane:
         lock: threading.RLock,
         commit: Callable[[Step], Outcome],
         idle_step_s: float,
+        on_free: Callable[[Lane], None] | None = None,
     ) -> None:
         self._name = name
         self._state = state
         self._idle_step_s = idle_step_s
         self.lock = lock
         self._commit = commit
-        self.staging = Staging(state)
+        self._on_free = on_free
+        self._staging = Staging(state) if on_free is None else None
         self.holder: Step | None = None
         self.retained: Retained | None = None
+
+    @property
+    def staging(self) -> Staging:
+        """The buffer, of a lane that is equipped."""
+        if self._staging is None:
+            raise OptserveError(Reason.STEP_TAKEN_OVER, "The step's buffer was taken back.")
+        return self._staging
+
+    @property
+    def equipped(self) -> bool:
+        """Whether it has a buffer."""
+        return self._staging is not None
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of a buffer."""
+        return len(self._state.operand_kinds) * self._state.layout.size_bytes
+
+    def equip(self) -> None:
+        """Have a buffer. The lock need not be held: nobody else gives or takes one."""
+        self._staging = Staging(self._state)
+
+    def strip(self) -> bool:
+        """Give the buffer up, with the reply that it keeps, unless a step holds it."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            if self.holder is not None:
+                return False
+            self._staging = None
+            if self.retained:
+                self.retained.intact = False
+            return True
+        finally:
+            self.lock.release()
 
     @property
     def last_request_id(self) -> str:
@@ -68,12 +106,12 @@ class Lane:
         Raises:
             OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
         """
-        self.note_overwritten()
+        if self.equipped:
+            self.note_overwritten()
         repeated = self.retained if self.last_request_id == request_id else None
         if self.holder and self.holder.request_id != request_id:
             self.evict_if_idle()
-        # The parameters are still those after the step: nobody has changed them since.
-        if repeated and not repeated.intact and reply is Reply.UPDATES:
+        if repeated and not self._is_kept(repeated, reply):
             raise OptserveError(
                 Reason.REPLY_GONE,
                 f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and its "
@@ -81,6 +119,14 @@ class Lane:
                 step=repeated.step,
             )
         return repeated
+
+    def _is_kept(self, retained: Retained, reply: Reply) -> bool:
+        if reply is Reply.NOTHING:
+            return True
+        if reply is Reply.PARAMETERS and self._on_free is None:
+            # Still those after the step.
+            return True
+        return retained.intact and retained.holds is reply
 
     def evict_if_idle(self) -> None:
         """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has moved lately."""
@@ -166,5 +212,8 @@ class Lane:
     def close(self, step: Step) -> None:
         """See Holder."""
         with self.lock:
-            if self.holder is step:
-                self.holder = None
+            if self.holder is not step:
+                return
+            self.holder = None
+        if self._on_free is not None:
+            self._on_free(self)

@@ -19,6 +19,7 @@ from optserve_server.config import ServerConfig
 from optserve_server.durability import CreationRecord, Durability, ReplacementRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
+from optserve_server.room import Room
 from optserve_server.rules import Rule
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
@@ -109,6 +110,7 @@ class Optimizers:
         self.backend = backend
         self._durability = durability
         self._config = config
+        self._room = Room(config.max_staged_bytes)
         self._lock = threading.Condition()
         self._by_id: dict[str, Optimizer] = {}
         # What is being made: (request id, bytes) by optimizer id.
@@ -129,6 +131,11 @@ class Optimizers:
             logger.warning("%s is not shared: there is no room within max_state_bytes", optimizer.id)
             return None
         return optimizer.steps.share()
+
+    def drain(self) -> None:
+        """Let no worker wait for others any more."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.workers.drain()
 
     def discard_idle_steps(self) -> None:
         """Discard the steps that have not moved for `idle_step_s`."""
@@ -194,7 +201,7 @@ class Optimizers:
 
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.settings, self.backend)
-        steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s)
+        steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s, self._room)
         return Optimizer(
             record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
         )
@@ -323,7 +330,7 @@ class Optimizers:
 
     def _reserve(self, optimizer_id: str, request_id: str, required_bytes: int) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
-        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
+        used = self.memory_bytes + self._room.bytes_used + sum(size for _, size in self._reserved.values())
         if used + required_bytes > self._config.max_state_bytes:
             raise OptserveError(
                 Reason.SERVER_FULL,

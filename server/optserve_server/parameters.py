@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import chain
 
 from optserve import wire
-from optserve.v1 import replicas_pb2, service_pb2, steps_pb2
-from optserve_server import convert, features
+from optserve.v1 import replicas_pb2, steps_pb2
+from optserve_server import convert
 from optserve_server.copies import Copies
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.layout import Operand, Payload
@@ -57,12 +57,12 @@ def pull(
     optimizer: Optimizer, copies: Copies, request: replicas_pb2.PullParametersRequest, max_chunk_bytes: int
 ) -> Iterator[bytes]:
     """The parameters of this moment, all of one step, while others go on."""
-    if request.worker:
-        raise features.unavailable(service_pb2.FEATURE_WORKERS, "worker")
     wire_dtype = convert.wire_dtype(request.wire_type, "wire_type")
     payload: Payload = optimizer.steps.payload(tuple(request.tensors), wire_dtype)
     newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
     step, copy = copies.of(optimizer, newer_than)
+    if request.worker:
+        optimizer.steps.workers.pulled(request.worker, step)
     yield wire.encode(replicas_pb2.PullParametersResponse(step=step, not_modified=copy is None))
     if copy is None:
         return

@@ -50,6 +50,7 @@ def step(record: StepRecord) -> dict[str, Any]:
         "step": record.step,
         "request_id": record.request_id,
         "tensors": record.tensors,
+        **({"workers": record.workers} if record.workers else {}),
     }
 
 
@@ -93,9 +94,12 @@ class Replay:
         item.replacement_request_ids.extend(header["replacement_request_ids"])
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
         item.steps.placed_by = header["placed_by"]
+        item.steps.workers.from_json(header["workers"])
         if header["retained"]:
             retained = header["retained"]
-            item.steps.main.retained = Retained(**retained | {"tensors": tuple(retained["tensors"])})
+            item.steps.main.retained = Retained(
+                retained["request_id"], retained["step"], tuple(retained["tensors"]), retained["intact"]
+            )
         with item.steps.held_still() as state:
             saved.load(state, item.steps.main.staging)
         self._pieces[item.id] = saved.pieces
@@ -152,7 +156,12 @@ class Replay:
             state.apply(operands, behind, message["step"])
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
-            item.steps.main.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
+            for worker, request_id in message.get("workers", ()):
+                item.steps.workers.made_step(
+                    worker, Retained(request_id, item.steps.step, payload.tensors, intact=False)
+                )
+            if "workers" not in message:
+                item.steps.main.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
         self._last_step[item.id] = record.lsn
 
     def _place(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
@@ -178,6 +187,7 @@ class Replay:
             item.state.set(settings)
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.main.retained = message["lineage"], None
+            item.steps.workers.forget_replies()
             item.steps.placed_by = message["placed_by"]
             item.replaced(_replacement(item, message))
 

@@ -75,7 +75,7 @@ class Servicer:
 
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
         """Make an optimizer."""
-        convert.reject_unavailable(request.optimizer)
+        convert.check_known(request.optimizer, "mode", "optimizer")
         layout = convert.layout(request.optimizer)
         settings = convert_settings.settings(request.optimizer, layout)
         item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
@@ -116,8 +116,6 @@ class Servicer:
 
     def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
         """One step in one message."""
-        if request.worker:
-            raise features.unavailable(pb.FEATURE_WORKERS, "worker")
         size, limit = request.ByteSize(), self._config.max_message_bytes
         if size > limit:
             raise OptserveError(
@@ -128,9 +126,12 @@ class Servicer:
                 actual_bytes=size,
             )
         reply = convert.reply(request.reply, "reply")
-        if request.HasField("parameters_step"):
-            raise features.unavailable(pb.FEATURE_WORKERS, "parameters_step")
         item = self._find(request.name)
+        if item.settings.consistency is not None and item.settings.consistency.kind != "async":
+            # Those who wait must not keep the threads from those whom they wait for.
+            raise OptserveError(
+                Reason.INVALID_FIELD, "A step that waits for other workers takes a stream.", field="worker"
+            )
         tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
         if not tensors:
             raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
@@ -147,7 +148,15 @@ class Servicer:
         expected = request.expected_step if request.HasField("expected_step") else None
         with self._admission.step():
             with fields_called({"tensors": "gradients"}):
-                step = item.steps.begin(request.request_id, expected, tensors, lineage=request.lineage, reply=reply)
+                step = item.steps.begin(
+                    request.request_id,
+                    expected,
+                    tensors,
+                    lineage=request.lineage,
+                    reply=reply,
+                    worker=request.worker,
+                    parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
+                )
             try:
                 for position, gradient in enumerate(request.gradients):
                     path = f"gradients[{position}]"
@@ -160,9 +169,10 @@ class Servicer:
                 step.close()
         return steps_pb2.ApplyGradientsResponse(result=result(outcome), updates=updates)
 
-    def stream_steps(self, requests: Iterator[bytes]) -> Iterator[bytes]:
+    def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""
         stream = StepStream(self._optimizers, self._admission, self._config, to_status)
+        context.add_callback(stream.interrupt)
         try:
             # A half-close ends the loop and commits nothing.
             for raw in requests:
@@ -232,6 +242,19 @@ class Servicer:
         item = self._find(request.name)
         return parameters.pull(item, self._copies, request, self._config.preferred_chunk_bytes)
 
+    def report_worker(self, request: replicas_pb2.ReportWorkerRequest) -> replicas_pb2.ReportWorkerResponse:
+        """Register a worker, renew its lease, or let it go."""
+        convert.check_known(request, "state", "request")
+        convert.check_worker(request.worker)
+        steps = self._find(request.name).steps
+        leaving = request.state == replicas_pb2.WORKER_STATE_LEAVING
+        lease_s, live, last_request_id = steps.workers.report(request.worker, leaving=leaving)
+        response = replicas_pb2.ReportWorkerResponse(
+            live_workers=live, step=steps.step, last_request_id=last_request_id
+        )
+        response.lease.FromNanoseconds(int(lease_s * 1e9))
+        return response
+
     def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:
         """Look at an optimizer between two steps."""
         query = Query(
@@ -270,19 +293,8 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             GetMessageClass(descriptor.output_type).SerializeToString,
         )
 
-    def missing(method: str) -> grpc.RpcMethodHandler:
-        def refuse(_request: object, _context: grpc.ServicerContext) -> Message:
-            raise features.unavailable(features.UNAVAILABLE_METHODS[method])
-
-        descriptor = SERVICE.methods_by_name[method]
-        takes = "stream" if descriptor.client_streaming else "unary"
-        gives = "stream" if descriptor.server_streaming else "unary"
-        return getattr(grpc, f"{takes}_{gives}_rpc_method_handler")(refuse)
-
     methods = {
-        "StreamSteps": grpc.stream_stream_rpc_method_handler(
-            lambda requests, _context: servicer.stream_steps(requests)
-        ),
+        "StreamSteps": grpc.stream_stream_rpc_method_handler(servicer.stream_steps),
         "ExportState": grpc.unary_stream_rpc_method_handler(
             lambda request, _context: servicer.export_state(request),
             checkpoints_pb2.ExportStateRequest.FromString,
@@ -308,7 +320,7 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
     }
     for method in SERVICE.methods_by_name:
         if method not in methods:
-            methods[method] = missing(method) if method in features.UNAVAILABLE_METHODS else unary(method)
+            methods[method] = unary(method)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
 

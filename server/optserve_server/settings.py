@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from optserve_server.clipping import Clipping
+from optserve_server.consistency import Consistency
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.rules import RULES, Rule
 from optserve_server.schedule import Schedule, schedule_from
@@ -40,6 +41,7 @@ class Settings:
         groups: No parameter is in two.
         hosted: Whether the server holds the parameters x as well; fixed at creation.
         weight_decay: Of x per step, decoupled from the gradient.
+        consistency: How the gradients of several workers come together; None for one client at a time.
     """
 
     rule: Rule
@@ -48,6 +50,7 @@ class Settings:
     groups: tuple[Group, ...] = ()
     hosted: bool = False
     weight_decay: float = 0.0
+    consistency: Consistency | None = None
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -66,6 +69,14 @@ class Settings:
                 )
         if self.clipping is not None:
             self.clipping.check()
+        if self.consistency is not None:
+            self.consistency.check()
+            if not self.hosted:
+                raise OptserveError(
+                    Reason.INVALID_FIELD,
+                    "Workers share the parameters that the server holds; create the optimizer in hosted mode.",
+                    field="optimizer.consistency",
+                )
         for decay in self.decays():
             if not 0 <= decay < 1:
                 raise OptserveError(
@@ -107,6 +118,8 @@ class Settings:
             content["groups"] = [asdict(group) for group in self.groups]
         if self.hosted:
             content |= {"hosted": True, "weight_decay": self.weight_decay}
+        if self.consistency is not None:
+            content["consistency"] = asdict(self.consistency)
         return content
 
     @classmethod
@@ -123,4 +136,5 @@ class Settings:
             ),
             content.get("hosted", False),
             content.get("weight_decay", 0.0),
+            Consistency(**content["consistency"]) if "consistency" in content else None,
         )

@@ -37,6 +37,7 @@ from optserve_server.state_file import (
     layout_message,
     write_all,
 )
+from optserve_server.step import Retained
 
 FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
@@ -172,8 +173,18 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "step": item.steps.step,
             "lsn": item.steps.lsn,
             "placed_by": item.steps.placed_by,
-            "retained": asdict(retained) if retained else None,
+            "retained": _retained(retained) if retained else None,
+            "workers": item.steps.workers.to_json(),
         }
+
+
+def _retained(retained: Retained) -> dict[str, Any]:
+    return {
+        "request_id": retained.request_id,
+        "step": retained.step,
+        "tensors": retained.tensors,
+        "intact": retained.intact,
+    }
 
 
 def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece] | None:

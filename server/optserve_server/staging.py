@@ -61,6 +61,12 @@ class Staging:
         """What a step brings of an operand, run by run."""
         return [self.operands[operand][run.dtype][run.start : run.stop] for run in payload.runs]
 
+    def copy_updates(self, source: Arenas, payload: Payload) -> None:
+        """Put what a source has for the tensors of a step where their updates are."""
+        for run in payload.runs:
+            part = slice(run.start, run.stop)
+            self._backend.copy(source[run.dtype][part], self.updates[run.dtype][part])
+
     # Chunks.
 
     def stage(self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes) -> None:

@@ -16,24 +16,44 @@ from optserve_server.segment import Segment
 _Used = TypeVar("_Used")
 
 
+class Reply(Enum):
+    """What the reply of a step carries."""
+
+    UPDATES = "updates"
+    PARAMETERS = "parameters"
+    NOTHING = "nothing"
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a commit did. The norm is that over all tensors before clipping, where clipping needed it."""
+    """What a commit did.
+
+    Attributes:
+        gradient_norm: That over all tensors before clipping, where clipping needed it.
+        staleness: Steps between the x that the gradient was taken at and this one.
+    """
 
     request_id: str
     step: int
     replayed: bool
     gradient_norm: float | None = None
+    staleness: int = 0
 
 
 @dataclass
 class Retained:
-    """The last applied step. `intact` ends when the staging buffer, which holds the reply, takes a new gradient."""
+    """The last applied step.
+
+    Attributes:
+        intact: Until the staging buffer, which holds the reply, takes a new gradient.
+        holds: What that reply is.
+    """
 
     request_id: str
     step: int
     tensors: tuple[int, ...]
     intact: bool = True
+    holds: Reply = Reply.UPDATES
 
 
 @dataclass(frozen=True)
@@ -44,14 +64,6 @@ class ReplyChunk:
     offset: int
     data: memoryview
     last: bool
-
-
-class Reply(Enum):
-    """What the reply of a step carries."""
-
-    UPDATES = "updates"
-    PARAMETERS = "parameters"
-    NOTHING = "nothing"
 
 
 class Holder(Protocol):
@@ -91,6 +103,8 @@ class Step:
         replay: bool,
         reply: Reply = Reply.UPDATES,
         segment: Segment | None = None,
+        worker: str = "",
+        parameters_step: int = 0,
     ) -> None:
         self._holder = holder
         self.request_id = request_id
@@ -99,6 +113,11 @@ class Step:
         self.replies = reply
         self.segment = segment
         self.committed = False
+        # Of a worker's step: who makes it, the x that its gradient was taken at, what has become of it.
+        self.worker = worker
+        self.parameters_step = parameters_step
+        self.outcome: Outcome | None = None
+        self.given_up = False
         self.reply_source: Arenas = {}
         self.moved_at = time.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TypeVar
@@ -23,10 +23,13 @@ from optserve_server.durability import Durability, PlacementRecord, ReplacementR
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Operand, Payload, Payloads
+from optserve_server.room import Room
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
+from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, Reply, Retained, Step, check_request_id
+from optserve_server.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +45,60 @@ class Steps:
         durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
         lineage: Says which state this is; changes when it is replaced.
         idle_step_s: After so many seconds without a move, a step is discarded.
+        room: For the buffers of workers.
 
     Attributes:
-        main: Where its client makes steps.
+        main: Where its client makes steps, if it has one.
+        workers: Those who share it otherwise.
         placed_by: Request id that put the hosted parameters in place; None while nobody has.
     """
 
     def __init__(
-        self, name: str, state: State, durability: Durability, lineage: str = "", idle_step_s: float = 60.0
+        self,
+        name: str,
+        state: State,
+        durability: Durability,
+        lineage: str = "",
+        idle_step_s: float = 60.0,
+        room: Room | None = None,
     ) -> None:
         self._name = name
         self._state = state
         self._durability = durability
-        self._lock = threading.RLock()
+        # A condition, on which workers wait for one another.
+        self.lock = self._lock = threading.Condition(guard := threading.RLock())
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
-        self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
+        self.main = Lane(name, state, guard, self._commit, idle_step_s)
+        self.workers = Workers(name, state, self, room or Room(1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
         self.lineage = lineage
 
-    def last(self) -> tuple[int, str, tuple[int, ...], str]:
-        """(step, request id, parameters or none for all) of the last step, and the lineage; waits for one under way."""
+    def last(self, worker: str = "") -> tuple[int, str, tuple[int, ...], str]:
+        """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
+
+        Raises:
+            OptserveError: INVALID_FIELD or WORKER_UNKNOWN.
+        """
         with self._lock:
-            retained = self.main.retained
+            self._check_worker(worker)
+            lane = self.workers.get(worker).lane if worker else self.main
+            retained = lane.retained
             tensors = retained.tensors if retained else ()
-            return self.step, self.main.last_request_id, self._payloads.named(tensors), self.lineage
+            return self.step, lane.last_request_id, self._payloads.named(tensors), self.lineage
+
+    def _check_worker(self, worker: str) -> None:
+        """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
+        if bool(worker) != (self._state.settings.consistency is not None):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{self._name} has no workers, so name none."
+                if worker
+                else f"Several workers share {self._name}; say which one this is.",
+                field="worker",
+            )
 
     def begin(
         self,
@@ -79,6 +109,8 @@ class Steps:
         lineage: str = "",
         reply: Reply = Reply.UPDATES,
         segment: Segment | None = None,
+        worker: str = "",
+        parameters_step: int | None = None,
     ) -> Step:
         """Start a step and hold the staging buffer for it.
 
@@ -90,46 +122,91 @@ class Steps:
             lineage: The state that the client knows; empty to leave it unchecked.
             reply: What the reply carries.
             segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
+            worker: Who makes it, where several share the optimizer.
+            parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
-                DUPLICATE_PARAMETER, NOT_HOSTED, PARAMETERS_MISSING, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was
-                deleted meanwhile.
+                DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, GRADIENT_LATE,
+                STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
         check_request_id(request_id)
-        with self._lock:
-            self.check_usable()
-            if self._state.settings.hosted:
-                self.check_placed()
-            elif reply is not Reply.UPDATES:
-                # Whoever does not hear the update cannot apply it.
-                raise self._not_hosted("reply")
-            if lineage and lineage != self.lineage:
-                raise OptserveError(
-                    Reason.STATE_REPLACED,
-                    f"The state of {self._name} has been replaced, by a restore or an import, since this client last "
-                    f"looked; it is at step {self.step}.",
-                    lineage=self.lineage,
-                    current_step=self.step,
-                )
-            repeated = self.main.repeated(request_id, reply)
-            if not repeated and expected_step is not None and expected_step != self.step:
-                raise OptserveError(
-                    Reason.WRONG_STEP,
-                    f"{self._name} is at step {self.step}, not {expected_step}.",
-                    current_step=self.step,
-                    expected_step=expected_step,
-                )
-            payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
-            if segment is None:
-                # Others step as well, and must not stage where a client writes as it likes.
-                self.main.staging.leave_segment()
-            # A holder with the same request id is lost to this one from here on, and nothing can fail any more.
-            operands = self._state.operand_kinds
-            self.main.holder = Step(
-                self.main, request_id, payload, operands, replay=repeated is not None, reply=reply, segment=segment
+
+        def make(lane: Lane) -> Step:
+            return self._make(
+                lane, request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step
             )
+
+        if worker:
+            with self._lock:
+                self._check_worker(worker)
+                known = self.workers.get(worker)
+            return self.workers.hand_over(known, make)
+        with self._lock:
+            self._check_worker(worker)
+            self.main.holder = make(self.main)
             return self.main.holder
+
+    def _make(
+        self,
+        lane: Lane,
+        request_id: str,
+        expected_step: int | None,
+        tensors: tuple[int, ...],
+        wire: np.dtype | None,
+        lineage: str,
+        reply: Reply,
+        segment: Segment | None,
+        worker: str,
+        parameters_step: int | None,
+    ) -> Step:
+        """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
+        self.check_usable()
+        if self._state.settings.hosted:
+            self.check_placed()
+        elif reply is not Reply.UPDATES:
+            # Whoever does not hear the update cannot apply it.
+            raise self._not_hosted("reply")
+        if lineage and lineage != self.lineage:
+            raise OptserveError(
+                Reason.STATE_REPLACED,
+                f"The state of {self._name} has been replaced, by a restore or an import, since this client last "
+                f"looked; it is at step {self.step}.",
+                lineage=self.lineage,
+                current_step=self.step,
+            )
+        repeated = lane.repeated(request_id, reply)
+        if not repeated and expected_step is not None and expected_step != self.step:
+            raise OptserveError(
+                Reason.WRONG_STEP,
+                f"{self._name} is at step {self.step}, not {expected_step}.",
+                current_step=self.step,
+                expected_step=expected_step,
+            )
+        at_step = self._parameters_step(worker, parameters_step)
+        payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
+        if segment is None:
+            # Others step as well, and must not stage where a client writes as it likes.
+            lane.staging.leave_segment()
+        return Step(
+            lane, request_id, payload, self._state.operand_kinds, replay=repeated is not None, reply=reply,
+            segment=segment, worker=worker, parameters_step=at_step,
+        )  # fmt: skip
+
+    def _parameters_step(self, worker: str, given: int | None) -> int:
+        if given is None:
+            return self.workers.get(worker).at_step if worker else self.step
+        if not worker:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{self._name} has no workers, so x is of no other step.", field="parameters_step"
+            )
+        if given > self.step:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{self._name} is at step {self.step}; there has been no step {given}.",
+                field="parameters_step",
+            )
+        return given
 
     def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
         """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
@@ -192,6 +269,8 @@ class Steps:
         """
         with self._lock:
             self.check_usable()
+            if self._state.settings.consistency is not None:
+                return None
             staging = self.main.staging
             if staging.segment is not None:
                 return None
@@ -213,6 +292,14 @@ class Steps:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             self.check_usable()
+            if settings.consistency != self._state.settings.consistency and self.workers.alive:
+                raise OptserveError(
+                    Reason.WORKERS_ATTACHED,
+                    f"{len(self.workers.alive)} workers are alive on {self._name}; its consistency can be changed when "
+                    "they have left.",
+                    field="optimizer.consistency",
+                    live_workers=len(self.workers.alive),
+                )
             with self._set_to(settings):
                 self.lsn = self._durability.updated(self._name, settings, etag, time)
 
@@ -245,6 +332,7 @@ class Steps:
                     self._state.write(dtype, slot, 0, values)
             self.step, self.lineage = record.step, record.lineage
             self.main.retained, self.placed_by = None, record.placed_by
+            self.workers.forget_replies()
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -258,6 +346,7 @@ class Steps:
             self.main.evict_if_idle()
             self._durability.deleted(self._name)
             self._fatal = reason
+            self._lock.notify_all()
             # Open streams may keep this object for long, but not its arrays.
             self.main.staging.release()
             self._state.release()
@@ -265,6 +354,7 @@ class Steps:
     def discard_idle(self) -> None:
         """Discard the step under way if it has not moved for long, though nobody wants its place."""
         self.main.discard_idle()
+        self.workers.discard_idle()
 
     def check_usable(self) -> None:
         """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
@@ -294,14 +384,7 @@ class Steps:
                 staging.take_from(step.segment, step.payload)
             else:
                 step.check_complete()
-            lsn = self._durability.stepping(self._record(step))
-            if step.segment and staging.in_place:
-                step.segment.replying(self.step + 1)
-            with self._changing(f"in step {self.step}"):
-                norm = self._state.clip(step.payload, staging.parts(Operand.GRADIENT, step.payload))
-                self._state.apply(staging.operands, step.payload.runs, self.step)
-            self.lsn = lsn
-            self.step += 1
+            norm = self.advance(staging, step.payload, request_id=step.request_id, segment=step.segment)
             step.committed = True
             lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
             lane.give_shared(step, self.step)
@@ -317,12 +400,38 @@ class Steps:
             self.placed_by, step.committed = step.request_id, True
         return Outcome(step.request_id, self.step, replayed=step.replay)
 
-    def _record(self, step: Step) -> StepRecord:
-        operands = [
-            part for operand in self._state.operand_kinds for part in self.main.staging.parts(operand, step.payload)
-        ]
-        tensors = self._payloads.named(step.payload.tensors)
-        return StepRecord(self._name, self.step, step.request_id, tensors, operands)
+    def advance(
+        self,
+        staging: Staging,
+        payload: Payload,
+        workers: Sequence[tuple[str, str]] = (),
+        *,
+        request_id: str = "",
+        segment: Segment | None = None,
+    ) -> float | None:
+        """Write down and apply what a buffer holds, under the lock, one step.
+
+        Args:
+            staging: The buffer.
+            payload: What takes part.
+            workers: (name, request id) of each worker whose gradient it is, where several share the optimizer.
+            request_id: Of the step, where they do not.
+            segment: In which the gradients are, if a client shares them.
+
+        Returns:
+            The norm, where clipping needed it.
+        """
+        operands = [part for operand in staging.operands for part in staging.parts(operand, payload)]
+        tensors = self._payloads.named(payload.tensors)
+        lsn = self._durability.stepping(StepRecord(self._name, self.step, request_id, tensors, operands, workers))
+        if segment and staging.in_place:
+            segment.replying(self.step + 1)
+        with self._changing(f"in step {self.step}"):
+            norm = self._state.clip(payload, staging.parts(Operand.GRADIENT, payload))
+            self._state.apply(staging.operands, payload.runs, self.step)
+        self.lsn = lsn
+        self.step += 1
+        return norm
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:

@@ -15,9 +15,9 @@ from enum import Enum, auto
 import numpy as np
 from google.rpc import status_pb2
 
-from optserve.v1 import service_pb2, steps_pb2
+from optserve.v1 import steps_pb2
 from optserve.wire import RequestFrame, decode_request, encode
-from optserve_server import convert, features
+from optserve_server import convert
 from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.control import ControlSocket
@@ -29,7 +29,7 @@ from optserve_server.step import Outcome, ReplyChunk, Step
 
 logger = logging.getLogger(__name__)
 
-_BEGIN_FIELDS = {"request_id": "begin.request_id", "tensors": "begin.tensors", "reply": "begin.reply"}
+_BEGIN_FIELDS = {name: f"begin.{name}" for name in ("request_id", "tensors", "reply", "worker", "parameters_step")}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
 
 
@@ -73,6 +73,13 @@ class StepStream:
         self._reply_chunk_bytes = config.preferred_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
+        self._worker = ""
+
+    def interrupt(self) -> None:
+        """The client is gone: a commit that waits for other workers need not wait any more. From any thread."""
+        step = self._step
+        if step is not None and self._worker:
+            self._optimizer.steps.workers.give_up(step)
 
     def handle(self, raw: bytes) -> Iterator[bytes]:
         """Carry out the parts of one message, in the order of their numbers.
@@ -134,8 +141,6 @@ class StepStream:
     def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         if self._phase is not _Phase.CLOSED:
             raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
-        if request.worker:
-            raise features.unavailable(service_pb2.FEATURE_WORKERS, "open.worker")
         convert.check_known(request, "transport", "open")
         wanted = request.max_chunk_bytes or self._config.preferred_chunk_bytes
         if wanted < 1024:
@@ -147,7 +152,9 @@ class StepStream:
         self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
-        step, last_request_id, last_tensors, self._lineage = optimizer.steps.last()
+        with fields_called({"worker": "open.worker"}):
+            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker)
+        self._worker = request.worker
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
             self._segment = self._optimizers.share(optimizer)
         return steps_pb2.Opened(
@@ -182,8 +189,6 @@ class StepStream:
                 Reason.INVALID_FIELD, f"{rule.name} {needs} curvature, diag(H).", field="begin.with_curvature"
             )
         reply = convert.reply(request.reply, "begin.reply")
-        if request.HasField("parameters_step"):
-            raise features.unavailable(service_pb2.FEATURE_WORKERS, "begin.parameters_step")
         self._check_nonce(request.shared_memory_nonce)
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
@@ -196,6 +201,8 @@ class StepStream:
                 self._lineage,
                 reply,
                 self._segment,
+                self._worker,
+                request.parameters_step if request.HasField("parameters_step") else None,
             )
         finally:
             if self._step is None:
@@ -278,6 +285,7 @@ def result(outcome: Outcome) -> steps_pb2.Result:
         step=outcome.step,
         replayed=outcome.replayed,
         gradient_norm=outcome.gradient_norm,
+        staleness=outcome.staleness,
     )
 
 

@@ -11,14 +11,15 @@ from optserve import algorithms
 from optserve_server.rules import RULES
 
 PUBLIC = [
-    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "AtSteps", "Checkpoint",
-    "CheckpointDamagedError", "Client", "ClientConfig", "ClientUseError", "Clipping", "Constant", "Cosine",
-    "DeadlineExceededError", "DiagonalHessian", "EtagMismatchError", "Exponential", "FailedPreconditionError",
-    "FeatureUnavailableError", "Group", "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer",
-    "Momentum", "NotFoundError", "Optimizer", "OptimizerState", "OptserveError", "ResourceExhaustedError",
-    "Schedule", "Sgd", "StateLostError", "StateReplacedError", "StepCancelledError", "StepInDoubtError",
-    "StepInProgressError", "StepsLostError", "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms",
-    "WrongStepError", "connect", "local_server", "with_weight_decay",
+    "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Async", "AtSteps", "Bounded",
+    "Checkpoint", "CheckpointDamagedError", "Client", "ClientConfig", "ClientUseError", "Clipping", "Consistency",
+    "Constant", "Cosine", "DeadlineExceededError", "DiagonalHessian", "EtagMismatchError", "Exponential",
+    "FailedPreconditionError", "FeatureUnavailableError", "GradientLateError", "Group", "HostedParameters",
+    "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "Momentum", "NotFoundError", "Optimizer",
+    "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "Sgd", "StateLostError",
+    "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepsLostError", "Sync",
+    "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms", "Worker", "WrongStepError", "connect", "local_server",
+    "with_weight_decay",
 ]  # fmt: skip
 
 

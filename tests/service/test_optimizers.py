@@ -146,16 +146,9 @@ def test_a_model_that_is_too_large_is_refused(stub, name, shape):
     assert seen["metadata"]["limit"] == str(64 << 30)
 
 
-@pytest.mark.parametrize(
-    ("settings", "feature"),
-    [
-        ({"consistency": optimizer_pb2.Consistency()}, "WORKERS"),
-    ],
-)
-def test_settings_that_this_server_lacks_are_unimplemented_and_named(stub, name, settings, feature):
-    with refused(grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE") as seen:
-        stub.CreateOptimizer(request(name, **settings))
-    assert seen["metadata"]["feature"] == feature
+def test_a_consistency_without_a_kind_is_refused(stub, name):
+    with refused(INVALID, "INVALID_FIELD", "optimizer.consistency"):
+        stub.CreateOptimizer(request(name, consistency=optimizer_pb2.Consistency()))
 
 
 def test_hyperparameters_change_on_a_live_optimizer_and_its_state_stays(stub, name):

@@ -18,7 +18,6 @@ import optserve
 from optserve.v1 import (
     algorithms_pb2,
     optimizer_pb2,
-    replicas_pb2,
     service_pb2,
     service_pb2_grpc,
 )
@@ -45,20 +44,7 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
     assert set(features) == set(service_pb2.Feature.keys()) - {"FEATURE_UNSPECIFIED"}
     assert features["FEATURE_STREAMED_STEPS"]
     assert features["FEATURE_SHARED_MEMORY"]
-    assert not features["FEATURE_WORKERS"]
-
-
-@pytest.mark.parametrize(
-    ("method", "request_message"),
-    [
-        ("ReportWorker", replicas_pb2.ReportWorkerRequest()),
-    ],
-)
-def test_calls_that_this_server_lacks_are_unimplemented_and_name_the_feature(stub, method, request_message):
-    with refused(grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"):
-        answer = getattr(stub, method)(request_message)
-        if method in ("PullParameters", "ExportState"):
-            next(answer)
+    assert features["FEATURE_WORKERS"]
 
 
 def test_reflection_describes_the_service(server):
@@ -143,7 +129,7 @@ def test_watchers_that_come_and_go_never_stop_the_server(tmp_path):
 
 
 def test_a_step_that_does_not_move_gives_way(tmp_path):
-    options = config_file(tmp_path, idle_step_s=0.2)
+    options = config_file(tmp_path, idle_step_s=1.0)
     with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         name = create(stub, "a", {"x": (2,)}).name

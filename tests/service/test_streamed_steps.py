@@ -193,7 +193,7 @@ def test_an_error_carries_the_request_id_of_its_step(stub, optimizer):
         ({"name": "nobody"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"etag": "stale"}, grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
         ({"transport": 9}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
-        ({"worker": "w1"}, grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE"),
+        ({"worker": "w1"}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         ({"max_chunk_bytes": 3}, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     ],
 )

@@ -126,9 +126,3 @@ def test_a_reply_that_would_be_too_large_is_refused_before_the_step_is_applied(s
         apply(stub, name, tensors(values))
     assert "The reply" in seen["message"]
     assert apply(stub, name, tensors({"parameter-0": np.ones(250, np.float32)}), expected_step=0).result.step == 1
-
-
-def test_what_this_server_lacks_is_unimplemented_and_named(stub, optimizer):
-    with refused(grpc.StatusCode.UNIMPLEMENTED, "FEATURE_UNAVAILABLE", "worker") as seen:
-        apply(stub, optimizer, tensors(gradients(SHAPES)), worker="w1")
-    assert seen["metadata"]["feature"] == "WORKERS"

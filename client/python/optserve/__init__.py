@@ -27,6 +27,7 @@ from optserve.errors import (
     EtagMismatchError,
     FailedPreconditionError,
     FeatureUnavailableError,
+    GradientLateError,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
@@ -43,9 +44,23 @@ from optserve.errors import (
 )
 from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
-from optserve.settings import AtSteps, Clipping, Constant, Cosine, Exponential, Group, InverseTime, Schedule
-from optserve.state import Checkpoint, OptimizerState, TensorSpec
+from optserve.settings import (
+    Async,
+    AtSteps,
+    Bounded,
+    Clipping,
+    Consistency,
+    Constant,
+    Cosine,
+    Exponential,
+    Group,
+    InverseTime,
+    Schedule,
+    Sync,
+)
+from optserve.state import Checkpoint, HostedParameters, OptimizerState, TensorSpec
 from optserve.weight_decay import with_weight_decay
+from optserve.worker import Worker
 
 __all__ = [
     "AbortedError",
@@ -53,13 +68,16 @@ __all__ = [
     "Adagrad",
     "Algorithm",
     "AlreadyExistsError",
+    "Async",
     "AtSteps",
+    "Bounded",
     "Checkpoint",
     "CheckpointDamagedError",
     "Client",
     "ClientConfig",
     "ClientUseError",
     "Clipping",
+    "Consistency",
     "Constant",
     "Cosine",
     "DeadlineExceededError",
@@ -68,7 +86,9 @@ __all__ = [
     "Exponential",
     "FailedPreconditionError",
     "FeatureUnavailableError",
+    "GradientLateError",
     "Group",
+    "HostedParameters",
     "InternalError",
     "InvalidArgumentError",
     "InverseTime",
@@ -87,10 +107,12 @@ __all__ = [
     "StepInDoubtError",
     "StepInProgressError",
     "StepsLostError",
+    "Sync",
     "TensorSpec",
     "UnavailableError",
     "Vsgd",
     "WindowedRms",
+    "Worker",
     "WrongStepError",
     "connect",
     "local_server",

@@ -55,6 +55,7 @@ class Resource:
         clipping: settings.Clipping | EllipsisType | None = ...,
         groups: Sequence[settings.Group] | EllipsisType = ...,
         weight_decay: float | None = None,
+        consistency: settings.Consistency | EllipsisType | None = ...,
     ) -> None:
         """Change settings from the next step on; the state stays, and so does what is not given.
 
@@ -64,12 +65,14 @@ class Resource:
             clipping: Another bound, or None for none.
             groups: All of them anew.
             weight_decay: Another, where the server holds the parameters.
+            consistency: Another way for workers to share it, or None for one client at a time.
 
         Raises:
             InvalidArgumentError: Another method, or a value out of range.
+            FailedPreconditionError: The consistency was to be changed while workers are alive.
         """
         request = settings.update_request(
-            self._resource, self._method, algorithm, schedule, clipping, groups, weight_decay
+            self._resource, self._method, algorithm, schedule, clipping, groups, weight_decay, consistency
         )
         self._connection.call(self._connection.stub.UpdateOptimizer, request)
 
@@ -97,6 +100,11 @@ class Resource:
     def weight_decay(self) -> float:
         """The present weight decay of the parameters, where the server holds them."""
         return self._get().weight_decay
+
+    @property
+    def consistency(self) -> settings.Consistency | None:
+        """How workers share the optimizer, as the server has it."""
+        return settings.consistency_from(self._get())
 
     def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """Upload the parameters x, all of them and once, for a server that is to hold them.

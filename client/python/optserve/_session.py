@@ -36,6 +36,9 @@ from optserve.v1 import steps_pb2
 _SHARE_AGAIN_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 """Pauses between tries to share memory again, before tensors take the stream."""
 
+_WORKER_STEP = "step-"
+"""Request ids of a worker's steps are this and their number."""
+
 
 class StepSession:
     """One optimizer's stream and what is known of its steps. Safe to use from several threads.
@@ -44,6 +47,9 @@ class StepSession:
         open_request: What a stream is opened with.
         current_step: Steps that the server has applied, as far as is known.
         lineage: Says which state these steps are of.
+        at_step: The step of the parameters that gradients are taken at, for a worker among several.
+        steps_made: By this object; for a worker, by all that have borne its name.
+        staleness: Steps of others between those parameters and the last step.
     """
 
     def __init__(
@@ -55,7 +61,12 @@ class StepSession:
         *,
         must_share: bool = False,
         takes_curvature: bool = False,
+        register: Callable[[], object] | None = None,
     ) -> None:
+        self._register = register
+        self.at_step: int | None = None
+        self.steps_made = 0
+        self.staleness = 0
         self._connection = connection
         self._must_share = must_share
         self._takes_curvature = takes_curvature
@@ -82,8 +93,7 @@ class StepSession:
         with self._turn(patience):
             if self._unsettled:
                 self._raise_if_applied(patience)
-            self._steps_begun += 1
-            request_id = f"{self._id}-{self._steps_begun}"
+            request_id = self._next_request_id()
             self._unsettled.add(request_id)
             try:
                 self._exchange(request_id, gradients, updates, patience)
@@ -94,6 +104,7 @@ class StepSession:
                     self._raise_if_applied(patience)
                 raise refusal.error from None
             self._last_request_id = request_id
+            self.steps_made += 1
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
             self._unsettled.clear()
@@ -181,7 +192,8 @@ class StepSession:
                 f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
                 "to go on without them."
             )
-        if opened.step != self.current_step:
+        # What a worker has done is told worker by worker, so whatever its last step is not was not applied.
+        if opened.step != self.current_step and not self.open_request.worker:
             raise StepInDoubtError(
                 f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
                 "the interrupted step was applied is no longer known. Call refresh() to go on."
@@ -209,9 +221,9 @@ class StepSession:
                     # That of a stream which is gone; errors with their frames may keep the object itself for long.
                     shared.release()
                 updates.reset()
-                begin = steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
                 before, doubtful, shared = doubtful, True, stream.shared
-                self.current_step = stream.step(begin, None if applied else gradients, updates, patience).step
+                result = stream.step(self._begin(request_id), None if applied else gradients, updates, patience)
+                self.current_step, self.staleness = result.step, result.staleness
             except StepRefused as refusal:
                 error = refusal.error
                 doubtful = before or isinstance(error, InternalError | StateLostError)
@@ -229,9 +241,9 @@ class StepSession:
                 error = None
                 return
             # A step that has not moved for long is discarded; under the same id it is the same step.
-            if is_retryable(error) or error.reason == "STEP_TAKEN_OVER":
+            if self._is_passing(error) or error.reason == "STEP_TAKEN_OVER":
                 try:
-                    patience.pause(backoff.next_s(error), error)
+                    self._pause(patience, backoff, error)
                 except OptserveError as ended:
                     raise ended if doubtful else _NotApplied(ended) from None
             elif not doubtful:
@@ -243,6 +255,33 @@ class StepSession:
                 ) from error
             else:
                 raise error
+
+    def _next_request_id(self) -> str:
+        if self.open_request.worker:
+            # Goes on where an earlier life of this worker ended; a step that was not applied has the same id again.
+            return f"{_WORKER_STEP}{self.steps_made + 1}"
+        self._steps_begun += 1
+        return f"{self._id}-{self._steps_begun}"
+
+    def count_from(self, last_request_id: str) -> None:
+        """Go on behind a worker's last step."""
+        number = last_request_id.removeprefix(_WORKER_STEP)
+        self.steps_made = int(number) if number.isdecimal() else 0
+
+    def _is_passing(self, error: OptserveError) -> bool:
+        """Whether the same call may succeed after a pause."""
+        return is_retryable(error) or (error.reason == "WORKER_UNKNOWN" and self._register is not None)
+
+    def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
+        patience.pause(backoff.next_s(error), error)
+        if error.reason == "WORKER_UNKNOWN" and self._register is not None:
+            # The server was started anew, or has not heard of this worker for long.
+            self._register()
+
+    def _begin(self, request_id: str) -> steps_pb2.Begin:
+        if self.open_request.worker:
+            return steps_pb2.Begin(request_id=request_id, parameters_step=self.at_step)
+        return steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
 
     def _check_intact(self, gradients: Gradients, updates: Updates, shared: SharedStaging | None) -> None:
         """Raise StepInDoubtError if an earlier try has put updates where the gradients were."""
@@ -286,6 +325,8 @@ class StepSession:
             # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
             self._has_shared = True
             raise
+        if self.open_request.worker:
+            self.count_from(stream.opened.last_request_id)
         try:
             self._check_state(stream.opened)
             self._check_transport(stream)
@@ -323,9 +364,9 @@ class StepSession:
             try:
                 return self._opened(patience)
             except OptserveError as error:
-                if not is_retryable(error):
+                if not self._is_passing(error):
                     raise
-                patience.pause(backoff.next_s(error), error)
+                self._pause(patience, backoff, error)
 
     def _close_stream(self) -> None:
         stream, self._stream = self._stream, None

@@ -18,6 +18,7 @@ from optserve.optimizer import Optimizer, TransportName, WireDtype
 from optserve.state import Checkpoint, TensorSpec
 from optserve.v1 import optimizer_pb2, service_pb2
 from optserve.wire import DATA_TYPES
+from optserve.worker import Worker
 
 
 class ArrayLike(Protocol):
@@ -89,6 +90,7 @@ class Client:
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
         weight_decay: float = 0.0,
+        consistency: settings.Consistency | None = None,
     ) -> Optimizer:
         """Make an optimizer with all state at 0.
 
@@ -102,6 +104,7 @@ class Client:
             hosted: Let the server hold the parameters as well. They are uploaded at once where `params` are arrays of
                 NumPy; otherwise `push_parameters` has to, before the first step.
             weight_decay: Per step, decoupled from the gradient, of the parameters that the server holds.
+            consistency: How several workers share it, in hosted mode; see `worker`. One client at a time by default.
 
         Raises:
             AlreadyExistsError: The name is taken.
@@ -115,6 +118,7 @@ class Client:
             groups=settings.group_messages(groups, algorithm.name),
             mode=optimizer_pb2.MODE_HOSTED if hosted else optimizer_pb2.MODE_DELTA,
             weight_decay=weight_decay,
+            consistency=consistency.to_message() if consistency else None,
         )
         for parameter, spec in params.items():
             message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
@@ -152,6 +156,23 @@ class Client:
         return Optimizer(
             self._transport, found, transport=transport, wire_dtype=wire_dtype, error_feedback=error_feedback
         )
+
+    def worker(self, name: str, worker: str = "", *, wire_dtype: WireDtype = "native") -> Worker:
+        """Become one of several workers on an existing optimizer, in a with-block.
+
+        Args:
+            name: The optimizer's, as given to `create_optimizer`.
+            worker: This worker's own name among them, 1 to 64 printable characters of ASCII; a random one by default.
+                One that comes back under its old name goes on where it was.
+            wire_dtype: As for `optimizer`.
+
+        Raises:
+            NotFoundError: There is no optimizer of that name.
+            InvalidArgumentError: It has no `consistency`, so it has no workers.
+        """
+        request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
+        found = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
+        return Worker(self._transport, found, worker, wire_dtype)
 
     def list_optimizers(self) -> Iterator[optimizer_pb2.Optimizer]:
         """All optimizers of the server, by name, without their parameters."""

@@ -9,6 +9,7 @@ OptserveError
 ├── AlreadyExistsError          the name is taken
 ├── AbortedError
 │   ├── WrongStepError          the server is at another step than the client
+│   ├── GradientLateError       a step has gone on without a worker's gradient
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
 │   ├── StateReplacedError      the state is another one than this client knew: restored, imported, or a new optimizer's
 │   └── StepInProgressError     another client is in the middle of a step
@@ -90,6 +91,10 @@ class AlreadyExistsError(OptserveError):
 
 class AbortedError(OptserveError):
     """The call does not fit the present state of the optimizer. Nothing was changed."""
+
+
+class GradientLateError(AbortedError):
+    """A step has gone on without this worker's gradient, which was not applied. Pull, and compute another."""
 
 
 class WrongStepError(AbortedError):
@@ -174,6 +179,7 @@ _BY_CODE: dict[int, type[OptserveError]] = {
     code_pb2.DATA_LOSS: StateLostError,
 }
 _BY_REASON: dict[str, type[OptserveError]] = {
+    "GRADIENT_LATE": GradientLateError,
     "WRONG_STEP": WrongStepError,
     "ETAG_MISMATCH": EtagMismatchError,
     "STATE_REPLACED": StateReplacedError,

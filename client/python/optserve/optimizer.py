@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -52,6 +52,8 @@ class Optimizer(Resource):
         transport: TransportName = "auto",
         wire_dtype: WireDtype = "native",
         error_feedback: bool = False,
+        worker: str = "",
+        register: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(connection, message, _wire_type(wire_dtype))
         if transport == "auto":
@@ -68,6 +70,7 @@ class Optimizer(Resource):
             wire_type=self._wire_type,
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if share else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
+            worker=worker,
         )
         self._session = StepSession(
             connection,
@@ -76,6 +79,7 @@ class Optimizer(Resource):
             message.lineage,
             must_share=transport == "shm",
             takes_curvature=self._model.takes_curvature,
+            register=register,
         )
         self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
 
@@ -83,6 +87,29 @@ class Optimizer(Resource):
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
         return self._session.current_step
+
+    @property
+    def at_step(self) -> int | None:
+        """The step of the parameters that gradients are taken at, for a worker."""
+        return self._session.at_step
+
+    @at_step.setter
+    def at_step(self, step: int) -> None:
+        self._session.at_step = step
+
+    @property
+    def steps_made(self) -> int:
+        """Steps that this object has made; for a worker, all that have been made under its name."""
+        return self._session.steps_made
+
+    def count_from(self, last_request_id: str) -> None:
+        """Go on behind the last step that was made under a worker's name."""
+        self._session.count_from(last_request_id)
+
+    @property
+    def staleness(self) -> int:
+        """Steps of other workers between the parameters of the last gradient and that gradient."""
+        return self._session.staleness
 
     @property
     def takes_curvature(self) -> bool:

@@ -135,6 +135,70 @@ class Clipping:
         return optimizer_pb2.Clipping(**self._given())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Consistency:
+    """How the gradients of several workers on one optimizer come together. Use a subclass.
+
+    Args:
+        lease_s: How long a worker lives after its last report, 1 s to an hour.
+        scale_by_staleness: Divide a gradient by 1 + the steps applied since the parameters that it was taken at.
+    """
+
+    kind: ClassVar[str]
+
+    lease_s: float = 30.0
+    scale_by_staleness: bool = False
+
+    def to_message(self) -> optimizer_pb2.Consistency:
+        """The contract's form."""
+        values = asdict(self)
+        message = optimizer_pb2.Consistency(scale_by_staleness=values.pop("scale_by_staleness"))
+        message.lease.FromNanoseconds(int(values.pop("lease_s") * 1e9))
+        chosen = getattr(message, self.kind)
+        chosen.SetInParent()
+        chosen.MergeFrom(type(chosen)(**values))
+        return message
+
+
+@dataclass(frozen=True)
+class Async(Consistency):
+    """Gradients are applied in the order in which they arrive."""
+
+    kind = "async"
+
+
+@dataclass(frozen=True)
+class Bounded(Consistency):
+    """Likewise, but a worker that is ahead of the slowest live one waits.
+
+    Args:
+        staleness: Steps that a worker may have made more than the slowest; 0 is lock-step.
+    """
+
+    kind = "bounded"
+
+    staleness: int
+
+
+@dataclass(frozen=True)
+class Sync(Consistency):
+    """A step is the mean of several workers' gradients, all taken at the same parameters.
+
+    Args:
+        workers: How many gradients make a step.
+        backup_workers: More workers than that, of which the slowest are not waited for.
+    """
+
+    kind = "sync"
+
+    workers: int
+    backup_workers: int = 0
+
+
+CONSISTENCIES: dict[str, type[Consistency]] = {kind.kind: kind for kind in (Async, Bounded, Sync)}
+"""Every kind by its name in the contract."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters whose hyper-parameters differ from the optimizer's.
@@ -191,6 +255,19 @@ def clipping_from(message: optimizer_pb2.Optimizer) -> Clipping | None:
     return Clipping(**{kind: getattr(message.clipping, kind)}) if kind else None
 
 
+def consistency_from(message: optimizer_pb2.Optimizer) -> Consistency | None:
+    """How workers share an optimizer; None if they do not."""
+    name = message.consistency.WhichOneof("kind")
+    if name is None:
+        return None
+    given = getattr(message.consistency, name)
+    return CONSISTENCIES[name](
+        lease_s=message.consistency.lease.ToTimedelta().total_seconds(),
+        scale_by_staleness=message.consistency.scale_by_staleness,
+        **{item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields},
+    )
+
+
 def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
     """The groups of an optimizer."""
     groups = []
@@ -215,6 +292,7 @@ def update_request(
     clipping: Clipping | EllipsisType | None,
     groups: Sequence[Group] | EllipsisType,
     weight_decay: float | None,
+    consistency: Consistency | EllipsisType | None,
 ) -> service_pb2.UpdateOptimizerRequest:
     """The request that changes the settings of an optimizer; what is not given stays.
 
@@ -226,6 +304,7 @@ def update_request(
         clipping: Another, or None to take it away.
         groups: All of them anew.
         weight_decay: Another.
+        consistency: Another, or None to take it away.
     """
     request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
     message, paths = request.optimizer, request.update_mask.paths
@@ -246,4 +325,8 @@ def update_request(
     if weight_decay is not None:
         paths.append("weight_decay")
         message.weight_decay = weight_decay
+    if consistency is not ...:
+        paths.append("consistency")
+        if consistency is not None:
+            message.consistency.CopyFrom(consistency.to_message())
     return request

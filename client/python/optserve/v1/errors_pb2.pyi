@@ -35,6 +35,10 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_NOT_HOSTED: _ClassVar[ErrorReason]
     ERROR_REASON_PARAMETERS_MISSING: _ClassVar[ErrorReason]
     ERROR_REASON_PARAMETERS_IN_PLACE: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_UNKNOWN: _ClassVar[ErrorReason]
+    ERROR_REASON_GRADIENT_LATE: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKERS_ATTACHED: _ClassVar[ErrorReason]
+    ERROR_REASON_TOO_FEW_WORKERS: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_ALREADY_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_NO_STEP: _ClassVar[ErrorReason]
@@ -44,6 +48,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_SERVER_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_STREAMS: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_FRAGMENTS: _ClassVar[ErrorReason]
+    ERROR_REASON_STAGING_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_FEATURE_UNAVAILABLE: _ClassVar[ErrorReason]
     ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
     ERROR_REASON_STATE_LOST: _ClassVar[ErrorReason]
@@ -78,6 +83,10 @@ ERROR_REASON_CHECKPOINT_DAMAGED: ErrorReason
 ERROR_REASON_NOT_HOSTED: ErrorReason
 ERROR_REASON_PARAMETERS_MISSING: ErrorReason
 ERROR_REASON_PARAMETERS_IN_PLACE: ErrorReason
+ERROR_REASON_WORKER_UNKNOWN: ErrorReason
+ERROR_REASON_GRADIENT_LATE: ErrorReason
+ERROR_REASON_WORKERS_ATTACHED: ErrorReason
+ERROR_REASON_TOO_FEW_WORKERS: ErrorReason
 ERROR_REASON_NOT_OPEN: ErrorReason
 ERROR_REASON_ALREADY_OPEN: ErrorReason
 ERROR_REASON_NO_STEP: ErrorReason
@@ -87,6 +96,7 @@ ERROR_REASON_MODEL_TOO_LARGE: ErrorReason
 ERROR_REASON_SERVER_FULL: ErrorReason
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason
 ERROR_REASON_TOO_MANY_FRAGMENTS: ErrorReason
+ERROR_REASON_STAGING_FULL: ErrorReason
 ERROR_REASON_FEATURE_UNAVAILABLE: ErrorReason
 ERROR_REASON_DRAINING: ErrorReason
 ERROR_REASON_STATE_LOST: ErrorReason

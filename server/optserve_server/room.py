@@ -1,0 +1,82 @@
+"""The room that the staging buffers of workers share, in bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.lane import Lane
+
+WAIT_S = 5.0
+"""How long a step waits for room before it is refused; its stream is not read meanwhile, which slows the client."""
+
+
+class Room:
+    """Gives lanes their buffers, and takes them back from those that only keep a reply, the oldest first.
+
+    Args:
+        max_bytes: Of all buffers together; one alone may be larger.
+        wait_s: How long a step waits.
+    """
+
+    def __init__(self, max_bytes: int, wait_s: float = WAIT_S) -> None:
+        self._max_bytes = max_bytes
+        self._wait_s = wait_s
+        self._bytes = 0
+        self._freed = threading.Condition()
+        # Lanes whose buffer keeps a reply and nothing else.
+        self._resting: OrderedDict[Lane, None] = OrderedDict()
+
+    @property
+    def bytes_used(self) -> int:
+        """Of all buffers now."""
+        return self._bytes
+
+    def equip(self, lane: Lane) -> None:
+        """See to it that a lane has a buffer, waiting for room if need be.
+
+        Raises:
+            OptserveError: STAGING_FULL.
+        """
+        with self._freed:
+            self._resting.pop(lane, None)
+            if lane.equipped:
+                return
+            size = lane.buffer_bytes
+            if not self._freed.wait_for(lambda: self._has_room(size), self._wait_s):
+                raise OptserveError(
+                    Reason.STAGING_FULL,
+                    f"Steps under way take {self._bytes} bytes, and {self._max_bytes} are all that this server has "
+                    "room for; try again later.",
+                    limit=self._max_bytes,
+                )
+            self._bytes += size
+            lane.equip()
+
+    def rest(self, lane: Lane) -> None:
+        """The lane's step has ended; its buffer may be taken back if somebody needs the room."""
+        with self._freed:
+            if lane.equipped:
+                self._resting[lane] = None
+                self._freed.notify_all()
+
+    def strip(self, lane: Lane) -> None:
+        """Take a lane's buffer back at once."""
+        with self._freed:
+            self._resting.pop(lane, None)
+            self._strip(lane)
+
+    def _has_room(self, size: int) -> bool:
+        while self._bytes and self._bytes + size > self._max_bytes:
+            oldest = next(iter(self._resting), None)
+            if oldest is None:
+                return False
+            del self._resting[oldest]
+            self._strip(oldest)
+        return True
+
+    def _strip(self, lane: Lane) -> None:
+        if lane.equipped and lane.strip():
+            self._bytes -= lane.buffer_bytes
+            self._freed.notify_all()

@@ -1,0 +1,356 @@
+"""Several workers on one optimizer: who is alive, whose turn it is, and how their gradients come together.
+
+Each worker makes its steps in a lane of its own, so that gradients arrive side by side; they are applied one after the
+other under the optimizer's lock. A worker whose turn has not come waits in its commit, and nobody waits for one that
+has left, or whose lease has run out.
+
+Locks: a lane's before the optimizer's. A commit that waits holds neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from optserve_server.consistency import Consistency
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.lane import Lane
+from optserve_server.layout import Payload
+from optserve_server.room import Room
+from optserve_server.staging import Staging
+from optserve_server.state import State
+from optserve_server.step import Outcome, Reply, Retained, Step
+
+logger = logging.getLogger(__name__)
+
+MAX_KNOWN = 20_000
+"""Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
+
+
+class Owner(Protocol):
+    """The optimizer's steps, as seen from here; all of it under `lock`."""
+
+    lock: threading.Condition
+    step: int
+    main: Lane
+
+    def check_usable(self) -> None:
+        """Raise what every step is refused with."""
+        ...
+
+    def advance(self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str]]) -> float | None:
+        """Write down and apply what a buffer holds, one step; gives the norm where clipping needed it."""
+        ...
+
+
+@dataclass(eq=False)
+class Worker:
+    """One worker.
+
+    Attributes:
+        clock: Steps that it has made, or the clock of the slowest when it came.
+        at_step: Step of the x that it was given last.
+        lease_until: By the monotonic clock; 0 if it has not reported since this server started.
+    """
+
+    name: str
+    lane: Lane
+    clock: int = 0
+    at_step: int = 0
+    lease_until: float = 0.0
+    contribution: Step | None = field(default=None, repr=False)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its lease holds; one in the middle of a step is alive."""
+        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.lane.holder is not None)
+
+
+class Workers:
+    """The workers of one optimizer.
+
+    Args:
+        name: The optimizer's, for messages.
+        state: Its state.
+        owner: Its steps.
+        room: Where the buffers come from.
+        idle_step_s: See Lane.
+    """
+
+    def __init__(self, name: str, state: State, owner: Owner, room: Room, idle_step_s: float) -> None:
+        self._name = name
+        self._state = state
+        self._owner = owner
+        self._room = room
+        self._idle_step_s = idle_step_s
+        self._known: dict[str, Worker] = {}
+        self._draining = False
+
+    @property
+    def _consistency(self) -> Consistency:
+        consistency = self._state.settings.consistency
+        if consistency is None:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{self._name} has no consistency set, so it has no workers.", field="worker"
+            )
+        return consistency
+
+    @property
+    def alive(self) -> list[Worker]:
+        """Those whose leases hold."""
+        return [worker for worker in self._known.values() if worker.alive]
+
+    def report(self, name: str, *, leaving: bool) -> tuple[float, int, str]:
+        """Register a worker, renew its lease, or let it go: (seconds of the lease, live workers, last request id)."""
+        with self._owner.lock:
+            self._owner.check_usable()
+            lease_s = self._consistency.lease_s
+            worker = self._known.get(name)
+            if leaving:
+                if worker is not None:
+                    worker.lease_until = 0.0
+                    self._withdraw(worker)
+                    self._room.strip(worker.lane)
+            else:
+                worker = worker or self._remember(name)
+                if not worker.alive:
+                    # It must not hold up the others until it has caught up.
+                    worker.clock = max(worker.clock, self._slowest(worker.clock))
+                    worker.at_step = self._owner.step
+                worker.lease_until = time.monotonic() + lease_s
+            self._owner.lock.notify_all()
+            return lease_s, len(self.alive), worker.lane.last_request_id if worker else ""
+
+    def _remember(self, name: str) -> Worker:
+        if len(self._known) >= MAX_KNOWN:
+            dead = [worker for worker in self._known.values() if not worker.alive]
+            if not dead:
+                raise OptserveError(
+                    Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
+                )
+            del self._known[min(dead, key=lambda worker: worker.lease_until).name]
+        lane = Lane(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
+        worker = self._known[name] = Worker(name, lane)
+        return worker
+
+    def _slowest(self, default: int) -> int:
+        return min((worker.clock for worker in self._known.values() if worker.alive), default=default)
+
+    def get(self, name: str) -> Worker:
+        """A worker that is alive, or raise WORKER_UNKNOWN."""
+        self._consistency  # noqa: B018 - raises where there is none
+        worker = self._known.get(name)
+        if worker is None or not worker.alive:
+            raise OptserveError(
+                Reason.WORKER_UNKNOWN,
+                f"{name[:64]!r} is no worker of {self._name}, or its lease has run out; report it alive.",
+                field="worker",
+                worker=name[:64],
+            )
+        worker.lease_until = max(worker.lease_until, time.monotonic() + self._consistency.lease_s)
+        return worker
+
+    # Steps.
+
+    def hand_over(self, worker: Worker, make: Callable[[Lane], Step]) -> Step:
+        """Give a worker's lane to a new step, which `make` makes with all locks held."""
+        while True:
+            self._room.equip(worker.lane)
+            with worker.lane.lock, self._owner.lock:
+                if worker.lane.equipped:
+                    step = make(worker.lane)
+                    # What a connection that was given up had brought does not count.
+                    self._withdraw(worker)
+                    worker.lane.holder = step
+                    self._owner.lock.notify_all()
+                    return step
+
+    def _given_back(self, lane: Lane) -> None:
+        """A step has ended."""
+        with self._owner.lock:
+            self._owner.lock.notify_all()
+        self._room.rest(lane)
+
+    def pulled(self, name: str, step: int) -> None:
+        """A worker has been given the x of a step."""
+        with self._owner.lock:
+            self.get(name).at_step = step
+
+    def give_up(self, step: Step) -> None:
+        """Nobody waits for a step's outcome any more."""
+        with self._owner.lock:
+            step.given_up = True
+            self._owner.lock.notify_all()
+
+    def drain(self) -> None:
+        """Let nobody wait any more."""
+        with self._owner.lock:
+            self._draining = True
+            self._owner.lock.notify_all()
+
+    def _worker_of(self, step: Step) -> Worker:
+        return self.get(step.worker)
+
+    def _commit(self, step: Step) -> Outcome:
+        lock = self._owner.lock
+        while True:
+            with lock:
+                worker = self._worker_of(step)
+            with worker.lane.lock, lock:
+                if step.outcome is not None:
+                    return step.outcome
+                worker.lane.hold(step)
+                self._owner.check_usable()
+                if step.replay and worker.lane.retained:
+                    step.reply_source = worker.lane.staging.updates
+                    return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
+                step.check_complete()
+                self._make_progress(worker, step)
+                if step.outcome is not None:
+                    return step.outcome
+            with lock:
+                self._wait(worker, step)
+
+    def _make_progress(self, worker: Worker, step: Step) -> None:
+        """Apply a step, or what it completes, if its turn has come."""
+        consistency = self._consistency
+        if consistency.kind == "sync":
+            if step.parameters_step != self._owner.step:
+                raise self._late(step)
+            others = (other.contribution for other in self._known.values() if other is not worker)
+            if any(other and other.payload.tensors != step.payload.tensors for other in others):
+                raise OptserveError(
+                    Reason.INVALID_FIELD,
+                    "The gradients of one step are of the same parameters; other workers' are of others.",
+                    field="tensors",
+                )
+            worker.contribution = step
+            self._merge_if_complete(consistency.workers)
+        elif consistency.kind == "async" or worker.clock - self._slowest(worker.clock) <= consistency.staleness:
+            self._apply(worker, step)
+
+    def _wait(self, worker: Worker, step: Step) -> None:
+        """Until something has happened that may let the step go on."""
+        # A lease that runs out does not notify; so long at most does nobody notice.
+        if step.outcome is not None:
+            return
+        if step.given_up or self._draining:
+            self._withdraw(worker)
+            raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
+        consistency = self._consistency
+        alive = len(self.alive)
+        if consistency.kind == "sync" and alive < consistency.workers:
+            self._withdraw(worker)
+            raise OptserveError(
+                Reason.TOO_FEW_WORKERS,
+                f"A step of {self._name} takes {consistency.workers} workers, of which {alive} are alive.",
+                live_workers=alive,
+            )
+        worker.lease_until = max(worker.lease_until, time.monotonic() + consistency.lease_s)
+        step.moved_at = time.monotonic()
+        others = [other.lease_until for other in self._known.values() if other.alive and other is not worker]
+        timeout_s = max(0.05, min(others, default=worker.lease_until) - time.monotonic())
+        self._owner.lock.wait(min(timeout_s, self._idle_step_s / 2))
+
+    def _withdraw(self, worker: Worker) -> None:
+        worker.contribution = None
+
+    def _late(self, step: Step) -> OptserveError:
+        return OptserveError(
+            Reason.GRADIENT_LATE,
+            f"The gradient was taken at step {step.parameters_step}; {self._name} is at step {self._owner.step}. Pull "
+            "the parameters and compute another.",
+            field="parameters_step",
+            current_step=self._owner.step,
+        )
+
+    def _apply(self, worker: Worker, step: Step) -> None:
+        """One worker's gradient, as a step of its own."""
+        staging, payload = worker.lane.staging, step.payload
+        staleness = self._owner.step - step.parameters_step
+        if self._consistency.scale_by_staleness and staleness:
+            for operand in staging.operands:
+                for part in staging.parts(operand, payload):
+                    np.divide(part, part.dtype.type(1 + staleness), out=part)
+        norm = self._owner.advance(staging, payload, [(worker.name, step.request_id)])
+        self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
+        self._owner.lock.notify_all()
+
+    def _merge_if_complete(self, needed: int) -> None:
+        """The mean of all gradients for this step, once there are enough, summed in the order of the workers' names."""
+        there = [worker for worker in self._known.values() if worker.contribution is not None]
+        if len(there) < needed:
+            return
+        there.sort(key=lambda worker: worker.name)
+        steps = [step for worker in there if (step := worker.contribution) is not None]
+        payload, mean = steps[0].payload, self._owner.main.staging
+        for operand in mean.operands:
+            targets = mean.parts(operand, payload)
+            for turn, target in enumerate(targets):
+                parts = [contributor.lane.staging.parts(operand, payload)[turn] for contributor in there]
+                target[...] = parts[0]
+                for part in parts[1:]:
+                    np.add(target, part, out=target)
+                np.divide(target, target.dtype.type(len(there)), out=target)
+        norm = self._owner.advance(mean, payload, [(w.name, s.request_id) for w, s in zip(there, steps, strict=True)])
+        for worker, step in zip(there, steps, strict=True):
+            if step.replies is Reply.UPDATES:
+                worker.lane.staging.copy_updates(mean.updates, payload)
+            self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm))
+            self._withdraw(worker)
+        self._owner.lock.notify_all()
+
+    def _answer(self, worker: Worker, step: Step, outcome: Outcome) -> None:
+        """A worker's step has been applied."""
+        lane = worker.lane
+        if step.replies is Reply.PARAMETERS:
+            lane.staging.copy_updates(self._state.parameters, step.payload)
+            worker.at_step = outcome.step
+        step.reply_source = lane.staging.updates
+        lane.retained = Retained(step.request_id, outcome.step, step.payload.tensors, holds=step.replies)
+        worker.clock += 1
+        step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
+
+    # What outlives the process.
+
+    def forget_replies(self) -> None:
+        """The state is another one: no step that was made is a step of it."""
+        for worker in self._known.values():
+            self._withdraw(worker)
+            worker.lane.retained, worker.at_step = None, self._owner.step
+        self._owner.lock.notify_all()
+
+    def made_step(self, name: str, retained: Retained) -> None:
+        """A worker has made a step in an earlier life of this server."""
+        worker = self._known.get(name) or self._remember(name)
+        worker.lane.retained, worker.clock = retained, worker.clock + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of all workers, as it is written down."""
+        return {
+            worker.name: [worker.clock, retained.request_id, retained.step, retained.tensors]
+            for worker in self._known.values()
+            if (retained := worker.lane.retained) is not None
+        }
+
+    def from_json(self, content: dict[str, Any]) -> None:
+        """The reverse of `to_json`."""
+        for name, (clock, request_id, step, tensors) in content.items():
+            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False))
+            self._known[name].clock = clock
+
+    @property
+    def buffers_bytes(self) -> int:
+        """Bytes of the buffers of all workers."""
+        return sum(worker.lane.buffer_bytes for worker in list(self._known.values()) if worker.lane.equipped)
+
+    def discard_idle(self) -> None:
+        """See Lane."""
+        for worker in list(self._known.values()):
+            worker.lane.discard_idle()
