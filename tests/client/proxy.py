@@ -66,7 +66,11 @@ class Proxy:
             if self.refuse:
                 downstream.close()
                 continue
-            upstream = socket.create_connection(self._upstream)
+            try:
+                upstream = socket.create_connection(self._upstream)
+            except OSError:
+                downstream.close()
+                continue
             with self._lock:
                 self._open += [downstream, upstream]
             for source, sink, direction in ((downstream, upstream, "up"), (upstream, downstream, "down")):

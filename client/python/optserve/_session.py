@@ -104,7 +104,10 @@ class StepSession:
                     self._raise_if_applied(patience)
                 raise refusal.error from None
             self._last_request_id = request_id
-            self.steps_made += 1
+            if self.open_request.worker:
+                self.count_from(request_id)
+            else:
+                self.steps_made += 1
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
             self._unsettled.clear()
