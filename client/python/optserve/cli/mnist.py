@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from optserve.client import Client
     from optserve.examples.mnist.data import Dataset
     from optserve.examples.mnist.train import Report
+    from optserve.settings import Consistency
 
 MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
-ActivationName = Literal["tanh", "relu"]
+ActivationName = Literal["tanh", "relu", "logistic"]
 
 
 def command(
@@ -36,6 +37,12 @@ def command(
     activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
     epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,
+    replicas: Annotated[
+        int, typer.Option(min=1, max=4096, help="Replicas that share the weights, which the server then holds.")
+    ] = 1,
+    consistency: Annotated[
+        str, typer.Option(help="How replicas come together: async, bounded:S, sync, or sync:B with B backup workers.")
+    ] = "async",
     data_dir: Annotated[
         Optional[Path], typer.Option(help="Folder with the four IDX files, plain or .gz. Default: fetched and cached.")
     ] = None,
@@ -48,8 +55,13 @@ def command(
     """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
     from optserve import connect
     from optserve.examples.mnist.data import DataError, load
+    from optserve.examples.mnist.replicas import consistency_from
     from optserve.examples.mnist.train import Report
 
+    if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
+        fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
+    with failing_clearly():
+        together = consistency_from(consistency, replicas) if replicas > 1 else None
     method = _method(algorithm, {"rho": rho, "eps": eps, "learning_rate": learning_rate})
     _check_outputs(json, plot)
     try:
@@ -61,6 +73,8 @@ def command(
             "algorithm": {"name": method.name, **asdict(method)},
             "activation": activation,
             "weight_decay": weight_decay,
+            "replicas": replicas,
+            "consistency": consistency if replicas > 1 else None,
             "epochs": epochs,
             "seed": seed,
             "data": dataset.source,
@@ -68,7 +82,7 @@ def command(
     )
     with failing_clearly(), _server(target, backend) as address, connect(address) as client:
         try:
-            _run(client, method, dataset, report)
+            _run(client, method, dataset, report, together)
         except KeyboardInterrupt:
             console.print(f"Stopped after {report.steps:,} steps.")
     if json:
@@ -121,9 +135,12 @@ def _server(target: str | None, backend: str) -> Iterator[str]:
         server.__exit__(None, None, None)
 
 
-def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report: Report) -> None:
+def _run(
+    client: Client, method: algorithms.Algorithm, dataset: Dataset, report: Report, together: Consistency | None
+) -> None:
     import uuid
 
+    from optserve.examples.mnist.replicas import train_replicas
     from optserve.examples.mnist.train import new_network, train
 
     info = client.server_info()
@@ -146,19 +163,26 @@ def _run(client: Client, method: algorithms.Algorithm, dataset: Dataset, report:
     )
     # A name of its own, so that several trainers can share a server.
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
-    optimizer = client.create_optimizer(name, method, network.params)
+    how = {"epochs": settings["epochs"], "seed": settings["seed"]}
     try:
         with _display(settings["epochs"], report) as on_progress:
-            train(
-                network,
-                optimizer,
-                dataset,
-                report,
-                epochs=settings["epochs"],
-                seed=settings["seed"],
-                on_progress=on_progress,
-                weight_decay=settings["weight_decay"],
-            )
+            if together is None:
+                optimizer = client.create_optimizer(name, method, network.params)
+                decay = settings["weight_decay"]
+                train(network, optimizer, dataset, report, **how, on_progress=on_progress, weight_decay=decay)
+            else:
+                client.create_optimizer(
+                    name,
+                    method,
+                    network.params,
+                    hosted=True,
+                    weight_decay=settings["weight_decay"],
+                    consistency=together,
+                )
+                replicas = settings["replicas"]
+                train_replicas(
+                    client, name, network, dataset, report, **how, on_progress=on_progress, replicas=replicas
+                )
     finally:
         # A server that is gone has nothing to be tidied, and must not hide why the training ended.
         with suppress(OptserveError):

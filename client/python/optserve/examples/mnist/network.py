@@ -27,9 +27,19 @@ def _he(fan_in: int, _fan_out: int) -> float:
     return 2.0 / fan_in
 
 
+def _logistic(z: np.ndarray) -> np.ndarray:
+    # By way of tanh, which does not overflow.
+    z *= 0.5
+    np.tanh(z, out=z)
+    z += 1
+    z *= 0.5
+    return z
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "tanh": Activation(lambda z: np.tanh(z, out=z), lambda a: 1 - a * a, lambda a: -2 * a * (1 - a * a), _glorot),
     "relu": Activation(lambda z: np.maximum(z, 0, out=z), lambda a: (a > 0).astype(a.dtype), lambda _: 0.0, _he),
+    "logistic": Activation(_logistic, lambda a: a * (1 - a), lambda a: a * (1 - a) * (1 - 2 * a), _glorot),
 }
 
 HIDDEN = (500, 300)
