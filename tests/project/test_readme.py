@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-TEN_LINES, MOVING, ANNEALED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TEN_LINES, MOVING, ANNEALED, SHARED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_ten_lines_run():
@@ -45,6 +45,12 @@ def test_settings_are_as_they_are_shown(client, name, capsys):
     assert capsys.readouterr().out.startswith("{0.0: 0.1")
     assert shown["opt"].schedule is None
     assert shown["grads"]["w"][0, 0] == 1 + 1e-4
+
+
+def test_workers_share_a_model_as_it_is_shown(client, name):
+    shown = {"optserve": optserve, "client": client, "params": {"w": np.ones((3, 2)), "b": np.ones(2)}}
+    exec(SHARED.replace('"shared"', f'"{name}"'), shown)  # noqa: S102
+    assert client.optimizer(name).pull_parameters().step == 10
 
 
 def test_every_link_within_the_project_leads_somewhere():

@@ -124,6 +124,31 @@ def test_weight_decay_is_an_option_and_in_the_report(server, small, tmp_path):
     assert losses[0.01] > losses[0]
 
 
+@pytest.mark.parametrize("consistency", ["async", "bounded:1", "sync", "sync:2"])
+def test_replicas_share_the_weights_and_learn(server, client, small, tmp_path, consistency):
+    path = tmp_path / "report.json"
+    options = ("--replicas", 7, "--consistency", consistency, "--epochs", 4, "--data-dir", small, "--json", path)
+    done = optserve("mnist", "--target", server.target, "--algorithm", "momentum", *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["test_error"] < 0.05
+    assert len(report["epochs"]) == 4
+    # 286 or 285 images are 3 batches.
+    assert report["steps"] >= 4 * 7 * 3 - (2 * 4 * 3 if consistency == "sync:2" else 0)
+    assert (report["settings"]["stalest"] == 0) == consistency.startswith("sync")
+    assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
+
+
+def test_replicas_in_sync_give_the_same_bits_each_time(server, small, tmp_path):
+    losses = []
+    for turn in range(2):
+        path = tmp_path / f"{turn}.json"
+        options = ("--replicas", 4, "--consistency", "sync", "--epochs", 1, "--data-dir", small, "--json", path)
+        assert optserve("mnist", "--target", server.target, *options).returncode == 0
+        losses.append(json.loads(path.read_text())["epochs"][0]["test_error"])
+    assert losses[0] == losses[1]
+
+
 def test_nothing_is_left_behind_on_the_server(server, client, small):
     assert optserve("mnist", "--target", server.target, "--epochs", 1, "--data-dir", small).returncode == 0
     assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
@@ -163,6 +188,10 @@ def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small,
         (["--plot", "plot.bmp"], "--plot draws .png, .svg or .pdf"),
         (["--epochs", "0"], "--epochs"),
         (["--weight-decay", "-1"], "--weight-decay"),
+        (["--replicas", "2", "--consistency", "often"], "'often' is no consistency: async, bounded:S, sync or sync:B"),
+        (["--replicas", "2", "--consistency", "sync:2"], "B backup workers of 2 replicas"),
+        (["--replicas", "21"], "21 replicas need at least 2100 images; there are 2000"),
+        (["--replicas", "2", "--algorithm", "vsgd"], "vsgd takes curvature, which replicas do not send"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line_before_anything_is_trained(small, arguments, message):

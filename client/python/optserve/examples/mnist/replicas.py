@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,28 +131,40 @@ def _replica(
     small: bool,
 ) -> None:
     own = new_network(dataset, report.settings["activation"], seed, small=small)
-    rng = np.random.default_rng([seed, 3, number])
+    batches = _batches(np.random.default_rng([seed, 3, number]), share)
+    total = epochs * _batches_of(share)
+    sync = isinstance(client.optimizer(name).consistency, Sync)
     with client.worker(name, f"replica-{number}") as worker:
         worker.pull(out=own.params)
-        for _ in range(epochs):
-            order = rng.permutation(share)
-            for begin in range(0, len(order), BATCH):
-                if stop.is_set():
-                    return
-                chosen = order[begin : begin + BATCH]
-                with count.computing:
-                    loss = own.loss_and_gradients(dataset.train_images[chosen], dataset.train_labels[chosen])
-                late = False
-                try:
-                    worker.step(own.grads, out=own.params)
-                except GradientLateError:
-                    late = True
-                    worker.pull(out=own.params)
-                with count.changed:
-                    count.late += late
-                    count.losses.append(loss)
-                    count.stalest = max(count.stalest, worker.staleness)
-                    count.changed.notify()
+        made = 0
+        # In sync all stop at the same step, so that nobody waits for who has done its share.
+        while not stop.is_set() and ((worker.at_step or 0) if sync else made) < total:
+            chosen = next(batches)
+            with count.computing:
+                loss = own.loss_and_gradients(dataset.train_images[chosen], dataset.train_labels[chosen])
+            late = False
+            try:
+                worker.step(own.grads, out=own.params)
+            except GradientLateError:
+                late = True
+                worker.pull(out=own.params)
+            made += 1
+            with count.changed:
+                count.late += late
+                count.losses.append(loss)
+                count.stalest = max(count.stalest, worker.staleness)
+                count.changed.notify()
+
+
+def _batches_of(share: np.ndarray) -> int:
+    """Batches that a share is gone through in, the same for shares that differ by an image."""
+    return max(1, round(len(share) / BATCH))
+
+
+def _batches(rng: np.random.Generator, share: np.ndarray) -> Iterator[np.ndarray]:
+    """The share's images, again and again, in another order each time."""
+    while True:
+        yield from np.array_split(rng.permutation(share), _batches_of(share))
 
 
 def _watch(
@@ -170,7 +182,7 @@ def _watch(
     """Tell of the progress, and look at the weights whenever all images have been gone through once more."""
     optimizer = client.optimizer(name)
     shares = np.array_split(np.arange(len(dataset.train_labels)), len(threads))
-    batches = sum(-(-len(share) // BATCH) for share in shares)
+    batches = sum(map(_batches_of, shares))
     test_error = report.initial_test_error
     for epoch in range(1, epochs + 1):
         last = epoch == epochs
