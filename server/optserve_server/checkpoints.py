@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import BinaryIO
 
@@ -126,9 +126,11 @@ class Checkpoints:
             _check_fit(optimizer, tag, description)
             with disk_errors():
                 file.verify()
+            # Who shares the optimizer is no part of its state.
+            settings = replace(description.settings, consistency=optimizer.settings.consistency)
             with file.mapped() as arrays:
                 self._optimizers.replace(
-                    optimizer, description.step, description.settings, arrays, etag, request_id, description.placed_by
+                    optimizer, description.step, settings, arrays, etag, request_id, description.placed_by
                 )
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer

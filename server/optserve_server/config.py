@@ -64,7 +64,7 @@ class ServerConfig:
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
     max_staged_bytes: int = 0
-    """Staging buffers of workers, with the replies that they keep; 0 for a quarter of `max_state_bytes`."""
+    """Staging buffers of workers, with the replies that they keep, beside `max_state_bytes`; 0 for a ninth of it."""
     max_pull_bytes: int = GIB
     """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
     idle_step_s: float = 60.0
@@ -112,7 +112,7 @@ class ServerConfig:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
         self._require("max_staged_bytes", self.max_staged_bytes >= 0, "must not be negative")
         if self.max_staged_bytes == 0:
-            object.__setattr__(self, "max_staged_bytes", self.max_state_bytes // 4)
+            object.__setattr__(self, "max_staged_bytes", max(1, self.max_state_bytes // 9))
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
         self._require(

@@ -48,12 +48,18 @@ class Copies:
             known = self._known(optimizer)
         if known is None:
             self._reserve(size)
+            made = None
             try:
-                known = self._make(optimizer)
-            except BaseException:
-                self._release(size)
-                raise
-            weakref.finalize(known, self._release, size)
+                with steps.held_still():
+                    # Somebody else may have had the same wait.
+                    known = self._known(optimizer)
+                    if known is None:
+                        known = made = self._make(optimizer)
+            finally:
+                if made is None:
+                    self._release(size)
+            if made is not None:
+                weakref.finalize(made, self._release, size)
         return known.step, known
 
     def _known(self, optimizer: Optimizer) -> Copy | None:

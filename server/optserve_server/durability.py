@@ -23,7 +23,7 @@ class StepRecord:
     Attributes:
         tensors: Indices of the parameters that take part; empty for all.
         operands: The gradients, run by run, and then the curvature if there is one.
-        workers: (name, request id) of each worker whose gradient is in it.
+        workers: (name, request id, clock after it) of each worker whose gradient is in it.
     """
 
     optimizer: str
@@ -31,7 +31,7 @@ class StepRecord:
     request_id: str
     tensors: tuple[int, ...]
     operands: Sequence[np.ndarray]
-    workers: Sequence[tuple[str, str]] = ()
+    workers: Sequence[tuple[str, str, int]] = ()
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Lane:
         lock: Guards it.
         commit: Applies a step that holds it.
         idle_step_s: After so many seconds without a move, a step is discarded.
-        on_free: Told when a step ends, of a lane beside others; None for the only one, which always has a buffer, and
-            from which alone x is changed.
+        on_free: Of a lane beside others: told when a step ends, with the lock held or not. None for the only lane,
+            which always has a buffer, and from which alone x is changed.
 
     Attributes:
         holder: The step that has it.
@@ -131,16 +131,22 @@ class Lane:
     def evict_if_idle(self) -> None:
         """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has moved lately."""
         if self.holder and not self._discard_if_idle(self.holder):
-            raise OptserveError(
-                Reason.STEP_IN_PROGRESS,
-                f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
-            )
+            raise self.in_progress()
+
+    def in_progress(self) -> OptserveError:
+        """The error for who would disturb the step that holds the buffer."""
+        return OptserveError(
+            Reason.STEP_IN_PROGRESS,
+            f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
+        )
 
     def _discard_if_idle(self, holder: Step) -> bool:
         if time.monotonic() - holder.moved_at < self._idle_step_s:
             return False
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
         self.holder = None
+        if self._on_free is not None:
+            self._on_free(self)
         return True
 
     def discard_idle(self) -> None:

@@ -159,6 +159,7 @@ class Optimizers:
         if request_id:
             check_request_id(request_id)
         self._check_size(layout)
+        self._check_streams(settings)
         with self._lock:
             # A retry that comes while the first call is still at work waits for it.
             self._lock.wait_for(
@@ -259,7 +260,9 @@ class Optimizers:
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
             new_etag, now = _token(), datetime.now(UTC)
-            optimizer.steps.set(change(optimizer.settings, optimizer.layout), new_etag, now)
+            settings = change(optimizer.settings, optimizer.layout)
+            self._check_streams(settings)
+            optimizer.steps.set(settings, new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
         logger.info("updated %s: %s", optimizer_id, optimizer.settings)
         return optimizer
@@ -310,6 +313,17 @@ class Optimizers:
                 del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)
 
+    def _check_streams(self, settings: Settings) -> None:
+        """Raise INVALID_FIELD if a step takes more workers than can be connected, each with a stream and a pull."""
+        consistency = settings.consistency
+        if consistency is not None and consistency.workers + consistency.backup_workers >= self._config.max_streams:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{consistency.workers} workers and {consistency.backup_workers} more cannot be connected: this server "
+                f"takes {self._config.max_streams} streams, one of which is needed for pulls.",
+                field="optimizer.consistency.sync.workers",
+            )
+
     def _check_size(self, layout: Layout) -> None:
         for what, actual, limit in (
             ("parameters", len(layout.parameters), self._config.max_parameters),
@@ -330,7 +344,7 @@ class Optimizers:
 
     def _reserve(self, optimizer_id: str, request_id: str, required_bytes: int) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
-        used = self.memory_bytes + self._room.bytes_used + sum(size for _, size in self._reserved.values())
+        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
         if used + required_bytes > self._config.max_state_bytes:
             raise OptserveError(
                 Reason.SERVER_FULL,

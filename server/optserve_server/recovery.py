@@ -93,8 +93,8 @@ class Replay:
         item.update_time = saved.time("update_time")
         item.replacement_request_ids.extend(header["replacement_request_ids"])
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
-        item.steps.placed_by = header["placed_by"]
-        item.steps.workers.from_json(header["workers"])
+        item.steps.placed_by = header.get("placed_by")
+        item.steps.workers.from_json(header.get("workers", {}))
         if header["retained"]:
             retained = header["retained"]
             item.steps.main.retained = Retained(
@@ -156,12 +156,11 @@ class Replay:
             state.apply(operands, behind, message["step"])
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
-            for worker, request_id in message.get("workers", ()):
-                item.steps.workers.made_step(
-                    worker, Retained(request_id, item.steps.step, payload.tensors, intact=False)
-                )
-            if "workers" not in message:
-                item.steps.main.retained = Retained(message["request_id"], item.steps.step, payload.tensors)
+            for worker, request_id, clock in message.get("workers", ()):
+                made = Retained(request_id, item.steps.step, payload.tensors, intact=False)
+                item.steps.workers.made_step(worker, made, clock)
+            own = Retained(message["request_id"], item.steps.step, payload.tensors)
+            item.steps.main.retained = None if "workers" in message else own
         self._last_step[item.id] = record.lsn
 
     def _place(self, item: Optimizer, message: dict[str, Any], record: Record) -> None:
@@ -188,7 +187,7 @@ class Replay:
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.main.retained = message["lineage"], None
             item.steps.workers.forget_replies()
-            item.steps.placed_by = message["placed_by"]
+            item.steps.placed_by = message.get("placed_by")
             item.replaced(_replacement(item, message))
 
     def _behind(self, name: str, dtype: np.dtype, start: int, stop: int, lsn: int) -> list[tuple[int, int]]:

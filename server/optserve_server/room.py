@@ -28,11 +28,6 @@ class Room:
         # Lanes whose buffer keeps a reply and nothing else.
         self._resting: OrderedDict[Lane, None] = OrderedDict()
 
-    @property
-    def bytes_used(self) -> int:
-        """Of all buffers now."""
-        return self._bytes
-
     def equip(self, lane: Lane) -> None:
         """See to it that a lane has a buffer, waiting for room if need be.
 
@@ -40,7 +35,6 @@ class Room:
             OptserveError: STAGING_FULL.
         """
         with self._freed:
-            self._resting.pop(lane, None)
             if lane.equipped:
                 return
             size = lane.buffer_bytes
@@ -54,6 +48,11 @@ class Room:
             self._bytes += size
             lane.equip()
 
+    def use(self, lane: Lane) -> None:
+        """A step holds the lane's buffer."""
+        with self._freed:
+            self._resting.pop(lane, None)
+
     def rest(self, lane: Lane) -> None:
         """The lane's step has ended; its buffer may be taken back if somebody needs the room."""
         with self._freed:
@@ -64,19 +63,18 @@ class Room:
     def strip(self, lane: Lane) -> None:
         """Take a lane's buffer back at once."""
         with self._freed:
-            self._resting.pop(lane, None)
             self._strip(lane)
 
     def _has_room(self, size: int) -> bool:
-        while self._bytes and self._bytes + size > self._max_bytes:
-            oldest = next(iter(self._resting), None)
-            if oldest is None:
-                return False
-            del self._resting[oldest]
+        for oldest in list(self._resting):
+            if not self._bytes or self._bytes + size <= self._max_bytes:
+                break
             self._strip(oldest)
-        return True
+        return not self._bytes or self._bytes + size <= self._max_bytes
 
     def _strip(self, lane: Lane) -> None:
+        """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
         if lane.equipped and lane.strip():
+            self._resting.pop(lane, None)
             self._bytes -= lane.buffer_bytes
             self._freed.notify_all()

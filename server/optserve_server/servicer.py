@@ -277,6 +277,17 @@ class Servicer:
                 return
             yield request
 
+    def not_stalled(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The messages; a client that takes none for long is cut off, because others wait for the room."""
+        for message in messages:
+            timer = threading.Timer(self._config.idle_step_s, context.cancel)
+            timer.daemon = True
+            timer.start()
+            try:
+                yield message
+            finally:
+                timer.cancel()
+
     def _find(self, name: str, field: str = "name") -> Optimizer:
         return self._optimizers.get(convert.optimizer_id(name, field))
 
@@ -307,7 +318,7 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             checkpoints_pb2.ImportStateResponse.SerializeToString,
         ),
         "PullParameters": grpc.unary_stream_rpc_method_handler(
-            lambda request, _context: servicer.pull_parameters(request),
+            lambda request, context: servicer.not_stalled(servicer.pull_parameters(request), context),
             replicas_pb2.PullParametersRequest.FromString,
         ),
         "PushParameters": grpc.stream_unary_rpc_method_handler(

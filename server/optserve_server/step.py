@@ -105,6 +105,7 @@ class Step:
         segment: Segment | None = None,
         worker: str = "",
         parameters_step: int = 0,
+        lineage: str = "",
     ) -> None:
         self._holder = holder
         self.request_id = request_id
@@ -113,8 +114,9 @@ class Step:
         self.replies = reply
         self.segment = segment
         self.committed = False
-        # Of a worker's step: who makes it, the x that its gradient was taken at, what has become of it.
+        # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
         self.worker = worker
+        self.lineage = lineage
         self.parameters_step = parameters_step
         self.outcome: Outcome | None = None
         self.given_up = False

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from optserve_server import refusals
 from optserve_server.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
@@ -166,23 +167,11 @@ class Steps:
             self.check_placed()
         elif reply is not Reply.UPDATES:
             # Whoever does not hear the update cannot apply it.
-            raise self._not_hosted("reply")
-        if lineage and lineage != self.lineage:
-            raise OptserveError(
-                Reason.STATE_REPLACED,
-                f"The state of {self._name} has been replaced, by a restore or an import, since this client last "
-                f"looked; it is at step {self.step}.",
-                lineage=self.lineage,
-                current_step=self.step,
-            )
+            raise refusals.not_hosted(self._name, "reply")
+        self.check_lineage(lineage)
         repeated = lane.repeated(request_id, reply)
         if not repeated and expected_step is not None and expected_step != self.step:
-            raise OptserveError(
-                Reason.WRONG_STEP,
-                f"{self._name} is at step {self.step}, not {expected_step}.",
-                current_step=self.step,
-                expected_step=expected_step,
-            )
+            raise refusals.wrong_step(self._name, self.step, expected_step)
         at_step = self._parameters_step(worker, parameters_step)
         payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
         if segment is None:
@@ -190,7 +179,7 @@ class Steps:
             lane.staging.leave_segment()
         return Step(
             lane, request_id, payload, self._state.operand_kinds, replay=repeated is not None, reply=reply,
-            segment=segment, worker=worker, parameters_step=at_step,
+            segment=segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
         )  # fmt: skip
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
@@ -222,14 +211,10 @@ class Steps:
         with self._lock:
             self.check_usable()
             if not self._state.settings.hosted:
-                raise self._not_hosted("name")
+                raise refusals.not_hosted(self._name, "name")
             placed = self.placed_by is not None
             if placed and self.placed_by != request_id:
-                raise OptserveError(
-                    Reason.PARAMETERS_IN_PLACE,
-                    f"The parameters of {self._name} have been uploaded before; pull them, or import a state.",
-                    optimizer=self._name,
-                )
+                raise refusals.parameters_in_place(self._name)
             if self.main.holder and self.main.holder.request_id != request_id:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
@@ -240,21 +225,9 @@ class Steps:
     def check_placed(self) -> None:
         """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""
         if not self._state.settings.hosted:
-            raise self._not_hosted("name")
+            raise refusals.not_hosted(self._name, "name")
         if self.placed_by is None:
-            raise OptserveError(
-                Reason.PARAMETERS_MISSING,
-                f"The parameters of {self._name} have not been uploaded yet; push them first.",
-                optimizer=self._name,
-            )
-
-    def _not_hosted(self, field: str) -> OptserveError:
-        return OptserveError(
-            Reason.NOT_HOSTED,
-            f"{self._name} is in delta mode: the server does not hold its parameters, and answers with updates.",
-            field=field,
-            optimizer=self._name,
-        )
+            raise refusals.parameters_missing(self._name)
 
     def payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
         """The payload of some of the parameters, none for all; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
@@ -293,13 +266,9 @@ class Steps:
         with self._lock:
             self.check_usable()
             if settings.consistency != self._state.settings.consistency and self.workers.alive:
-                raise OptserveError(
-                    Reason.WORKERS_ATTACHED,
-                    f"{len(self.workers.alive)} workers are alive on {self._name}; its consistency can be changed when "
-                    "they have left.",
-                    field="optimizer.consistency",
-                    live_workers=len(self.workers.alive),
-                )
+                raise refusals.workers_attached(self._name, len(self.workers.alive))
+            if settings.consistency is not None:
+                self.main.staging.leave_segment()
             with self._set_to(settings):
                 self.lsn = self._durability.updated(self._name, settings, etag, time)
 
@@ -344,9 +313,10 @@ class Steps:
             if self._fatal is not None and self._fatal.reason is reason.reason:
                 raise self._fatal.again()
             self.main.evict_if_idle()
+            self.workers.evict_if_idle()
             self._durability.deleted(self._name)
             self._fatal = reason
-            self._lock.notify_all()
+            self.workers.release()
             # Open streams may keep this object for long, but not its arrays.
             self.main.staging.release()
             self._state.release()
@@ -355,6 +325,11 @@ class Steps:
         """Discard the step under way if it has not moved for long, though nobody wants its place."""
         self.main.discard_idle()
         self.workers.discard_idle()
+
+    def check_lineage(self, lineage: str) -> None:
+        """Raise STATE_REPLACED if that is not the present one; empty to leave it unchecked."""
+        if lineage and lineage != self.lineage:
+            raise refusals.state_replaced(self._name, self.lineage, self.step)
 
     def check_usable(self) -> None:
         """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
@@ -404,7 +379,7 @@ class Steps:
         self,
         staging: Staging,
         payload: Payload,
-        workers: Sequence[tuple[str, str]] = (),
+        workers: Sequence[tuple[str, str, int]] = (),
         *,
         request_id: str = "",
         segment: Segment | None = None,
@@ -414,7 +389,7 @@ class Steps:
         Args:
             staging: The buffer.
             payload: What takes part.
-            workers: (name, request id) of each worker whose gradient it is, where several share the optimizer.
+            workers: See StepRecord, where several share the optimizer.
             request_id: Of the step, where they do not.
             segment: In which the gradients are, if a client shares them.
 
@@ -431,6 +406,9 @@ class Steps:
             self._state.apply(staging.operands, payload.runs, self.step)
         self.lsn = lsn
         self.step += 1
+        if workers:
+            # Its reply is no longer that of the last step, and may be overwritten.
+            self.main.retained = None
         return norm
 
     @contextmanager

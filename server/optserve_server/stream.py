@@ -74,12 +74,18 @@ class StepStream:
         self._step: Step | None = None
         self._request_id = ""
         self._worker = ""
+        self._gone = False
 
     def interrupt(self) -> None:
-        """The client is gone: a commit that waits for other workers need not wait any more. From any thread."""
+        """The client is gone: a commit that waits for other workers need not wait any more.
+
+        Called in the thread that serves all calls, which must not wait for a lock.
+        """
+        self._gone = True
         step = self._step
         if step is not None and self._worker:
-            self._optimizer.steps.workers.give_up(step)
+            step.given_up = True
+            threading.Thread(target=self._optimizer.steps.workers.wake, name="wake", daemon=True).start()
 
     def handle(self, raw: bytes) -> Iterator[bytes]:
         """Carry out the parts of one message, in the order of their numbers.
@@ -207,6 +213,9 @@ class StepStream:
         finally:
             if self._step is None:
                 self._admission.leave()
+        if self._gone and self._step is not None:
+            # Before there was a step to be given up.
+            self._step.given_up = True
         self._phase = _Phase.STAGING
 
     def _check_nonce(self, nonce: bytes) -> None:

@@ -44,7 +44,11 @@ class Owner(Protocol):
         """Raise what every step is refused with."""
         ...
 
-    def advance(self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str]]) -> float | None:
+    def check_lineage(self, lineage: str) -> None:
+        """Raise STATE_REPLACED if the state is another one."""
+        ...
+
+    def advance(self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str, int]]) -> float | None:
         """Write down and apply what a buffer holds, one step; gives the norm where clipping needed it."""
         ...
 
@@ -56,7 +60,9 @@ class Worker:
     Attributes:
         clock: Steps that it has made, or the clock of the slowest when it came.
         at_step: Step of the x that it was given last.
-        lease_until: By the monotonic clock; 0 if it has not reported since this server started.
+        lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
+        seen_at: When it was last heard of.
+        contribution: Its step that waits for those of others, in sync.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Worker:
     clock: int = 0
     at_step: int = 0
     lease_until: float = 0.0
+    seen_at: float = 0.0
     contribution: Step | None = field(default=None, repr=False)
 
     @property
@@ -120,10 +127,12 @@ class Workers:
             else:
                 worker = worker or self._remember(name)
                 if not worker.alive:
-                    # It must not hold up the others until it has caught up.
-                    worker.clock = max(worker.clock, self._slowest(worker.clock))
+                    # It must not hold up the others until it has caught up, nor wait for one that is as new.
+                    newest = max(other.clock for other in self._known.values())
+                    worker.clock = max(worker.clock, self._slowest(newest))
                     worker.at_step = self._owner.step
                 worker.lease_until = time.monotonic() + lease_s
+                worker.seen_at = time.monotonic()
             self._owner.lock.notify_all()
             return lease_s, len(self.alive), worker.lane.last_request_id if worker else ""
 
@@ -134,7 +143,9 @@ class Workers:
                 raise OptserveError(
                     Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
                 )
-            del self._known[min(dead, key=lambda worker: worker.lease_until).name]
+            oldest = min(dead, key=lambda worker: worker.seen_at)
+            self._room.strip(oldest.lane)
+            del self._known[oldest.name]
         lane = Lane(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
         worker = self._known[name] = Worker(name, lane)
         return worker
@@ -164,10 +175,15 @@ class Workers:
             self._room.equip(worker.lane)
             with worker.lane.lock, self._owner.lock:
                 if worker.lane.equipped:
-                    step = make(worker.lane)
+                    try:
+                        step = make(worker.lane)
+                    finally:
+                        if worker.lane.holder is None:
+                            self._room.rest(worker.lane)
                     # What a connection that was given up had brought does not count.
                     self._withdraw(worker)
                     worker.lane.holder = step
+                    self._room.use(worker.lane)
                     self._owner.lock.notify_all()
                     return step
 
@@ -182,11 +198,28 @@ class Workers:
         with self._owner.lock:
             self.get(name).at_step = step
 
-    def give_up(self, step: Step) -> None:
-        """Nobody waits for a step's outcome any more."""
+    def wake(self) -> None:
+        """Let those who wait look whether they still have to."""
         with self._owner.lock:
-            step.given_up = True
             self._owner.lock.notify_all()
+
+    def evict_if_idle(self) -> None:
+        """Discard all steps under way, or raise STEP_IN_PROGRESS if one has moved lately."""
+        for worker in self._known.values():
+            # Not in the usual order of locks, so not to be waited for.
+            if not worker.lane.lock.acquire(blocking=False):
+                raise worker.lane.in_progress()
+            try:
+                worker.lane.evict_if_idle()
+            finally:
+                worker.lane.lock.release()
+
+    def release(self) -> None:
+        """The optimizer is deleted: give the room back, and let nobody wait."""
+        for worker in self._known.values():
+            self._room.strip(worker.lane)
+        self._known.clear()
+        self._owner.lock.notify_all()
 
     def drain(self) -> None:
         """Let nobody wait any more."""
@@ -194,28 +227,36 @@ class Workers:
             self._draining = True
             self._owner.lock.notify_all()
 
-    def _worker_of(self, step: Step) -> Worker:
-        return self.get(step.worker)
-
     def _commit(self, step: Step) -> Outcome:
         lock = self._owner.lock
-        while True:
+        with lock:
+            worker = self.get(step.worker)
+        try:
+            while True:
+                with worker.lane.lock, lock:
+                    outcome = step.outcome or self._try(worker, step)
+                    if outcome is not None:
+                        return outcome
+                with lock:
+                    self._wait(worker, step)
+        finally:
+            # What has failed must not count later.
             with lock:
-                worker = self._worker_of(step)
-            with worker.lane.lock, lock:
-                if step.outcome is not None:
-                    return step.outcome
-                worker.lane.hold(step)
-                self._owner.check_usable()
-                if step.replay and worker.lane.retained:
-                    step.reply_source = worker.lane.staging.updates
-                    return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
-                step.check_complete()
-                self._make_progress(worker, step)
-                if step.outcome is not None:
-                    return step.outcome
-            with lock:
-                self._wait(worker, step)
+                if worker.contribution is step:
+                    self._withdraw(worker)
+
+    def _try(self, worker: Worker, step: Step) -> Outcome | None:
+        """Let a step go on as far as it can now."""
+        worker.lane.hold(step)
+        self.get(step.worker)
+        self._owner.check_usable()
+        self._owner.check_lineage(step.lineage)
+        if step.replay and worker.lane.retained:
+            step.reply_source = worker.lane.staging.updates
+            return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
+        step.check_complete()
+        self._make_progress(worker, step)
+        return step.outcome
 
     def _make_progress(self, worker: Worker, step: Step) -> None:
         """Apply a step, or what it completes, if its turn has come."""
@@ -252,10 +293,13 @@ class Workers:
                 f"A step of {self._name} takes {consistency.workers} workers, of which {alive} are alive.",
                 live_workers=alive,
             )
-        worker.lease_until = max(worker.lease_until, time.monotonic() + consistency.lease_s)
-        step.moved_at = time.monotonic()
-        others = [other.lease_until for other in self._known.values() if other.alive and other is not worker]
-        timeout_s = max(0.05, min(others, default=worker.lease_until) - time.monotonic())
+        now = time.monotonic()
+        if worker.alive:
+            worker.lease_until = max(worker.lease_until, now + consistency.lease_s)
+        step.moved_at = now
+        # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
+        leases = [other.lease_until - now for other in self._known.values() if other is not worker and other.alive]
+        timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
         self._owner.lock.wait(min(timeout_s, self._idle_step_s / 2))
 
     def _withdraw(self, worker: Worker) -> None:
@@ -278,7 +322,7 @@ class Workers:
             for operand in staging.operands:
                 for part in staging.parts(operand, payload):
                     np.divide(part, part.dtype.type(1 + staleness), out=part)
-        norm = self._owner.advance(staging, payload, [(worker.name, step.request_id)])
+        norm = self._owner.advance(staging, payload, [(worker.name, step.request_id, worker.clock + 1)])
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
         self._owner.lock.notify_all()
 
@@ -298,7 +342,8 @@ class Workers:
                 for part in parts[1:]:
                     np.add(target, part, out=target)
                 np.divide(target, target.dtype.type(len(there)), out=target)
-        norm = self._owner.advance(mean, payload, [(w.name, s.request_id) for w, s in zip(there, steps, strict=True)])
+        made = [(w.name, step.request_id, w.clock + 1) for w, step in zip(there, steps, strict=True)]
+        norm = self._owner.advance(mean, payload, made)
         for worker, step in zip(there, steps, strict=True):
             if step.replies is Reply.UPDATES:
                 worker.lane.staging.copy_updates(mean.updates, payload)
@@ -315,21 +360,23 @@ class Workers:
         step.reply_source = lane.staging.updates
         lane.retained = Retained(step.request_id, outcome.step, step.payload.tensors, holds=step.replies)
         worker.clock += 1
+        worker.seen_at = time.monotonic()
         step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
 
     # What outlives the process.
 
     def forget_replies(self) -> None:
         """The state is another one: no step that was made is a step of it."""
-        for worker in self._known.values():
-            self._withdraw(worker)
-            worker.lane.retained, worker.at_step = None, self._owner.step
-        self._owner.lock.notify_all()
+        with self._owner.lock:
+            for worker in self._known.values():
+                self._withdraw(worker)
+                worker.lane.retained, worker.at_step = None, self._owner.step
+            self._owner.lock.notify_all()
 
-    def made_step(self, name: str, retained: Retained) -> None:
-        """A worker has made a step in an earlier life of this server."""
+    def made_step(self, name: str, retained: Retained, clock: int) -> None:
+        """A worker has made a step in an earlier life of this server, after which its clock stood there."""
         worker = self._known.get(name) or self._remember(name)
-        worker.lane.retained, worker.clock = retained, worker.clock + 1
+        worker.lane.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
 
     def to_json(self) -> dict[str, Any]:
         """What is known of all workers, as it is written down."""
@@ -342,13 +389,7 @@ class Workers:
     def from_json(self, content: dict[str, Any]) -> None:
         """The reverse of `to_json`."""
         for name, (clock, request_id, step, tensors) in content.items():
-            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False))
-            self._known[name].clock = clock
-
-    @property
-    def buffers_bytes(self) -> int:
-        """Bytes of the buffers of all workers."""
-        return sum(worker.lane.buffer_bytes for worker in list(self._known.values()) if worker.lane.equipped)
+            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False), clock)
 
     def discard_idle(self) -> None:
         """See Lane."""

@@ -12,9 +12,10 @@ from contextlib import ExitStack, suppress
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 import optserve
-from optserve.v1 import optimizer_pb2, replicas_pb2, service_pb2_grpc, steps_pb2
+from optserve.v1 import optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
 from optserve_server.journal import Reader
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
@@ -57,7 +58,7 @@ def run_all(jobs) -> None:
 def order_in(folder) -> list[list[str]]:
     """The workers of each step, as the journal has them."""
     records = [json.loads(record.meta) for record in Reader(folder, 0)]
-    return [[worker for worker, _ in record["workers"]] for record in records if record.get("workers")]
+    return [[worker for worker, *_ in record["workers"]] for record in records if record.get("workers")]
 
 
 def test_async_workers_lose_and_double_nothing(client, name):
@@ -190,9 +191,8 @@ def test_a_worker_that_is_ahead_waits_until_the_slowest_has_stepped(client, name
         assert opt.pull_parameters().step == 4
 
 
-@pytest.mark.parametrize("consistency", [optserve.Bounded(0, lease_s=1.0), optserve.Sync(1, lease_s=1.0)])
-def test_nobody_waits_for_a_worker_that_is_dead(server, client, name, consistency):
-    shared(client, name, consistency)
+def test_nobody_waits_for_a_worker_that_is_dead(client, name):
+    shared(client, name, optserve.Bounded(0, lease_s=1.0))
     dead = client.worker(name, "dead")
     dead._register()
     with client.worker(name, "alive") as alive:
@@ -245,6 +245,93 @@ def test_a_worker_that_comes_late_need_not_catch_up(client, name):
             for _ in range(3):
                 late.step(full(-1))
                 early.step(full(-1))
+
+
+def test_a_worker_that_comes_back_does_not_wait_for_who_came_in_between(client, name):
+    shared(client, name, optserve.Bounded(0))
+    with client.worker(name, "old") as old:
+        old.pull()
+        for _ in range(5):
+            old.step(full(-1))
+    with client.worker(name, "new") as new:
+        new.pull()
+        with client.worker(name, "old") as again:
+            again.pull()
+            again.step(full(-1), timeout_s=10)
+            new.step(full(-1), timeout_s=10)
+
+
+def test_a_step_that_another_of_the_same_name_has_made_is_not_taken_for_ones_own(client, name):
+    shared(client, name, optserve.Async())
+    with client.worker(name, "w") as one, client.worker(name, "w") as other:
+        one.pull()
+        other.pull()
+        one.step(full(-1))
+        with pytest.raises(optserve.StepInDoubtError, match="Step 1 of worker 'w' had been applied before"):
+            other.step(full(-10))
+        assert np.all(other.pull().arrays["b"] == 1)
+        other.refresh()
+        other.pull()
+        other.step(full(-10))
+        assert np.all(other.pull().arrays["b"] == 11)
+
+
+def test_a_restore_in_the_middle_of_a_workers_step_refuses_it_and_the_worker_can_go_on(client, name):
+    opt = shared(client, name, optserve.Async(scale_by_staleness=True))
+    opt.save_checkpoint("start")
+    with client.worker(name, "w") as worker:
+        worker.pull()
+        worker.step(full(-1))
+        with worker._optimizer.begin_step() as step:
+            step.send("w", full(-1)["w"])
+            opt.restore_checkpoint("start")
+            step.send("b", full(-1)["b"])
+            with pytest.raises(optserve.StateReplacedError):
+                step.finish()
+            step.abort()
+            step._failure = None
+        found = opt.pull_parameters()
+        assert found.step == 0
+        assert np.all(found.arrays["b"] == 0)
+        worker.refresh()
+        worker.pull()
+        worker.step(full(-1))
+        assert np.all(worker.pull().arrays["b"] == 1)
+
+
+def test_a_restore_leaves_the_consistency_as_it_is(client, name):
+    opt = client.create_optimizer(name, optserve.Sgd(), MODEL, hosted=True)
+    opt.save_checkpoint("alone")
+    opt.update(consistency=optserve.Async())
+    with client.worker(name, "w") as worker:
+        opt.restore_checkpoint("alone")
+        worker.refresh()
+        worker.pull()
+        worker.step(full(-1))
+    assert opt.consistency == optserve.Async()
+
+
+def test_a_reply_from_before_there_were_workers_is_gone_after_their_steps(stub, name):
+    made = create(stub, name, {"x": (2,)}, mode=optimizer_pb2.MODE_HOSTED).name
+    place(stub, made, X)
+    with stream(stub, made) as steps:
+        steps.send(begin("alone"), chunk(0, 0, np.ones(2, np.float32).tobytes()), commit())
+        steps.reply()
+    for consistency in (optimizer_pb2.Consistency(sync=optimizer_pb2.SyncConsistency(workers=1)), None):
+        changed = optimizer_pb2.Optimizer(name=made, consistency=consistency)
+        stub.UpdateOptimizer(
+            service_pb2.UpdateOptimizerRequest(optimizer=changed, update_mask=FieldMask(paths=["consistency"]))
+        )
+        if consistency is not None:
+            report(stub, made, "w")
+            with stream(stub, made, worker="w") as steps:
+                steps.send(begin(), chunk(0, 0, np.full(2, 7, np.float32).tobytes()), commit())
+                steps.reply()
+            report(stub, made, "w", replicas_pb2.WORKER_STATE_LEAVING)
+    with stream(stub, made) as steps:
+        # Known no more, so it is another step: one without its gradient.
+        steps.send(begin("alone"), commit())
+        assert details(steps.error())[0] == "MISSING_CHUNK"
 
 
 def report(stub, name: str, worker: str, state=replicas_pb2.WORKER_STATE_ALIVE):
@@ -448,6 +535,70 @@ def test_who_finds_no_room_is_told_to_come_back(tmp_path):
             one.reply()
             two.send(begin(), chunk(0, 0, bytes(8)), commit())
             two.reply()
+
+
+def config_of(tmp_path, **settings) -> list[str]:
+    config = tmp_path / "optserve.toml"
+    config.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+    return ["--config", str(config)]
+
+
+def test_room_comes_back_after_failed_begins_idle_steps_and_deletions(tmp_path):
+    with (
+        optserve.local_server(options=config_of(tmp_path, max_staged_bytes=8, idle_step_s=0.3)) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        made = create(stub, "a", {"x": (2,)}, **HOSTED).name
+        place(stub, made, X)
+        for worker in ("one", "two", "three"):
+            report(stub, made, worker)
+        with ExitStack() as stack:
+            one, two, three = (stack.enter_context(stream(stub, made, worker=w)) for w in ("one", "two", "three"))
+            one.send(begin(parameters_step=9), commit())
+            assert details(one.error())[0] == "INVALID_FIELD"
+            # It has not moved for long, and its room is another's.
+            two.send(begin(), chunk(0, 0, bytes(4)))
+            for _ in range(2):
+                three.send(begin(), chunk(0, 0, bytes(8)), commit())
+                three.reply()
+        stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=made))
+        again = create(stub, "b", {"x": (2,)}, **HOSTED).name
+        place(stub, again, X)
+        report(stub, again, "one")
+        with stream(stub, again, worker="one") as steps:
+            steps.send(begin(), chunk(0, 0, bytes(8)), commit())
+            steps.reply()
+
+
+def test_more_workers_than_there_are_streams_are_refused(tmp_path):
+    with (
+        optserve.local_server(options=config_of(tmp_path, max_streams=4)) as server,
+        optserve.connect(server.target) as client,
+        pytest.raises(optserve.InvalidArgumentError, match="3 workers and 1 more cannot be connected"),
+    ):
+        shared(client, "a", optserve.Sync(3, backup_workers=1))
+
+
+def test_a_restore_and_steps_of_workers_survive_a_crash(tmp_path):
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        opt = shared(client, "a", optserve.Async())
+        with client.worker("a", "w") as worker:
+            worker.pull()
+            worker.step(full(-1))
+            opt.save_checkpoint("one")
+            worker.step(full(-1))
+            opt.restore_checkpoint("one")
+            worker.refresh()
+            worker.pull()
+            worker.step(full(-10))
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        with client.worker("a", "w") as worker:
+            assert np.all(worker.pull().arrays["b"] == 11)
+            worker.step(full(-1))
+        assert client.optimizer("a").pull_parameters().step == 3
 
 
 def test_exactly_once_per_worker_over_a_restart(tmp_path):

@@ -226,7 +226,7 @@ class StepSession:
                 updates.reset()
                 before, doubtful, shared = doubtful, True, stream.shared
                 result = stream.step(self._begin(request_id), None if applied else gradients, updates, patience)
-                self.current_step, self.staleness = result.step, result.staleness
+                self._take(result, known=before or gradients is None)
             except StepRefused as refusal:
                 error = refusal.error
                 doubtful = before or isinstance(error, InternalError | StateLostError)
@@ -280,6 +280,16 @@ class StepSession:
         if error.reason == "WORKER_UNKNOWN" and self._register is not None:
             # The server was started anew, or has not heard of this worker for long.
             self._register()
+
+    def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
+        """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
+        self.current_step, self.staleness = result.step, result.staleness
+        if result.replayed and not known:
+            self.count_from(result.request_id)
+            raise StepInDoubtError(
+                f"Step {self.steps_made} of worker {self.open_request.worker!r} had been applied before, by an earlier "
+                "life of it or by another worker of the same name; this gradient was not. Call refresh() to go on."
+            )
 
     def _begin(self, request_id: str) -> steps_pb2.Begin:
         if self.open_request.worker:

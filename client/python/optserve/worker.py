@@ -102,6 +102,15 @@ class Worker:
             self._optimizer.at_step = found.step
         return found
 
+    def refresh(self) -> None:
+        """Take the server's word for what this worker has done, after an error that says so. Then pull."""
+        self._optimizer.refresh()
+        self._optimizer.count_from(self._register().last_request_id)
+
+    def cancel(self) -> None:
+        """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
+        self._optimizer.cancel()
+
     def step(
         self,
         grads: Mapping[str, np.ndarray],
@@ -139,7 +148,7 @@ class Worker:
         self, patience: Patience, names: Sequence[str], out: Mapping[str, np.ndarray] | None
     ) -> dict[str, np.ndarray]:
         patience.check()
-        self._optimizer.refresh()
+        self.refresh()
         found = self.pull(names, out=out)
         return found.arrays if found else {}
 

@@ -33,7 +33,10 @@ def command(
     rho: Annotated[Optional[float], typer.Option(help="Decay constant; the method's default.")] = None,
     eps: Annotated[Optional[float], typer.Option(help="Conditioning constant; the method's default.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate; the method's default.")] = None,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Times the weights, added to their gradient.")] = 0.0,
+    weight_decay: Annotated[
+        float,
+        typer.Option(min=0.0, help="Times the weights, added to their gradient; with replicas decoupled from it."),
+    ] = 0.0,
     activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
     epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,

@@ -16,6 +16,7 @@ from optserve.examples.mnist.data import Dataset
 from optserve.examples.mnist.network import Network
 from optserve.examples.mnist.train import BATCH, Epoch, Progress, Report, new_network
 from optserve.settings import Async, Bounded, Consistency, Sync
+from optserve.worker import Worker
 
 MIN_IMAGES = BATCH
 """Images that each replica must have at least."""
@@ -51,6 +52,7 @@ class _Count:
     stalest: int = 0
     late: int = 0
     failure: BaseException | None = None
+    workers: list[Worker] = field(default_factory=list)
 
 
 def train_replicas(
@@ -90,11 +92,13 @@ def train_replicas(
         )
     order = np.random.default_rng([seed, 2]).permutation(len(dataset.train_labels))
     shares = np.array_split(order, replicas)
+    # As many batches for each as for the smallest, so that in sync nobody is left alone.
+    batches = max(1, round(len(shares[-1]) / BATCH))
     count, stop = _Count(), threading.Event()
 
     def run(number: int) -> None:
         try:
-            _replica(client, name, dataset, shares[number], number, report, count, stop, epochs, seed, small)
+            _replica(client, name, dataset, shares[number], number, report, count, stop, epochs, batches, seed, small)
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
             with count.changed:
                 count.failure = count.failure or error
@@ -109,11 +113,10 @@ def train_replicas(
     for thread in threads:
         thread.start()
     try:
-        _watch(client, name, network, dataset, report, count, threads, epochs, start, on_progress)
+        _watch(client, name, network, dataset, report, count, threads, epochs, batches * replicas, start, on_progress)
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
+        _end(threads, count)
     report.settings["stalest"], report.settings["late"] = count.stalest, count.late
 
 
@@ -127,19 +130,21 @@ def _replica(
     count: _Count,
     stop: threading.Event,
     epochs: int,
+    batches: int,
     seed: int,
     small: bool,
 ) -> None:
     own = new_network(dataset, report.settings["activation"], seed, small=small)
-    batches = _batches(np.random.default_rng([seed, 3, number]), share)
-    total = epochs * _batches_of(share)
+    choices = _batches(np.random.default_rng([seed, 3, number]), share, batches)
+    total = epochs * batches
     sync = isinstance(client.optimizer(name).consistency, Sync)
     with client.worker(name, f"replica-{number}") as worker:
+        count.workers.append(worker)
         worker.pull(out=own.params)
         made = 0
         # In sync all stop at the same step, so that nobody waits for who has done its share.
         while not stop.is_set() and ((worker.at_step or 0) if sync else made) < total:
-            chosen = next(batches)
+            chosen = next(choices)
             with count.computing:
                 loss = own.loss_and_gradients(dataset.train_images[chosen], dataset.train_labels[chosen])
             late = False
@@ -156,15 +161,19 @@ def _replica(
                 count.changed.notify()
 
 
-def _batches_of(share: np.ndarray) -> int:
-    """Batches that a share is gone through in, the same for shares that differ by an image."""
-    return max(1, round(len(share) / BATCH))
-
-
-def _batches(rng: np.random.Generator, share: np.ndarray) -> Iterator[np.ndarray]:
-    """The share's images, again and again, in another order each time."""
+def _batches(rng: np.random.Generator, share: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """The share's images in so many batches, again and again, in another order each time."""
     while True:
-        yield from np.array_split(rng.permutation(share), _batches_of(share))
+        yield from np.array_split(rng.permutation(share), count)
+
+
+def _end(threads: list[threading.Thread], count: _Count) -> None:
+    """Wait for all replicas, none of which has to wait for the others any more."""
+    for thread in threads:
+        while thread.is_alive():
+            for worker in count.workers:
+                worker.cancel()
+            thread.join(0.1)
 
 
 def _watch(
@@ -176,13 +185,12 @@ def _watch(
     count: _Count,
     threads: list[threading.Thread],
     epochs: int,
+    batches: int,
     start: float,
     on_progress: Callable[[Progress], None],
 ) -> None:
     """Tell of the progress, and look at the weights whenever all images have been gone through once more."""
     optimizer = client.optimizer(name)
-    shares = np.array_split(np.arange(len(dataset.train_labels)), len(threads))
-    batches = sum(map(_batches_of, shares))
     test_error = report.initial_test_error
     for epoch in range(1, epochs + 1):
         last = epoch == epochs

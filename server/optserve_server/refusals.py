@@ -1,0 +1,61 @@
+"""The errors with which an optimizer refuses what would be of the wrong state, mode or moment."""
+
+from __future__ import annotations
+
+from optserve_server.errors import OptserveError, Reason
+
+
+def state_replaced(name: str, lineage: str, step: int) -> OptserveError:
+    """The client knew another state."""
+    return OptserveError(
+        Reason.STATE_REPLACED,
+        f"The state of {name} has been replaced, by a restore or an import, since this client last looked; it is at "
+        f"step {step}.",
+        lineage=lineage,
+        current_step=step,
+    )
+
+
+def wrong_step(name: str, step: int, expected: int) -> OptserveError:
+    """The client believes in another step."""
+    return OptserveError(
+        Reason.WRONG_STEP, f"{name} is at step {step}, not {expected}.", current_step=step, expected_step=expected
+    )
+
+
+def not_hosted(name: str, field: str) -> OptserveError:
+    """The server does not hold the parameters."""
+    return OptserveError(
+        Reason.NOT_HOSTED,
+        f"{name} is in delta mode: the server does not hold its parameters, and answers with updates.",
+        field=field,
+        optimizer=name,
+    )
+
+
+def parameters_missing(name: str) -> OptserveError:
+    """Nobody has uploaded the parameters."""
+    return OptserveError(
+        Reason.PARAMETERS_MISSING,
+        f"The parameters of {name} have not been uploaded yet; push them first.",
+        optimizer=name,
+    )
+
+
+def parameters_in_place(name: str) -> OptserveError:
+    """Somebody has uploaded the parameters."""
+    return OptserveError(
+        Reason.PARAMETERS_IN_PLACE,
+        f"The parameters of {name} have been uploaded before; pull them, or import a state.",
+        optimizer=name,
+    )
+
+
+def workers_attached(name: str, alive: int) -> OptserveError:
+    """Workers rely on the consistency."""
+    return OptserveError(
+        Reason.WORKERS_ATTACHED,
+        f"{alive} workers are alive on {name}; its consistency can be changed when they have left.",
+        field="optimizer.consistency",
+        live_workers=alive,
+    )
