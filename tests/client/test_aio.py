@@ -139,12 +139,38 @@ def test_errors_are_the_same(server, name):
         run(optserve.aio.connect(server.target).server_info())
 
 
+def test_workers_can_be_awaited(server, name):
+    params = {"x": np.zeros(3, np.float32)}
+
+    async def work(number: int) -> None:
+        async with optserve.aio.connect(server.target) as client, await client.worker(name, f"w{number}") as worker:
+            assert (await worker.pull()).step >= 0
+            for _ in range(5):
+                await worker.step({"x": -np.ones(3, np.float32)})
+            assert (worker.name, worker.steps_made) == (f"w{number}", 5)
+
+    async def train() -> None:
+        async with optserve.aio.connect(server.target) as client:
+            opt = await client.create_optimizer(
+                name, optserve.Sgd(learning_rate=1.0), params, hosted=True, consistency=optserve.Async()
+            )
+            await asyncio.gather(*map(work, range(3)))
+            assert (await opt.pull_parameters()).arrays["x"].tolist() == [15, 15, 15]
+
+    run(train())
+
+
 @pytest.mark.parametrize(
     ("sync", "asynchronous"),
-    [(optserve.Client, optserve.aio.AsyncClient), (optserve.Optimizer, optserve.aio.AsyncOptimizer)],
+    [
+        (optserve.Client, optserve.aio.AsyncClient),
+        (optserve.Optimizer, optserve.aio.AsyncOptimizer),
+        (optserve.Worker, optserve.aio.AsyncWorker),
+    ],
 )
 def test_every_call_of_the_synchronous_client_can_be_awaited(sync, asynchronous):
     left_out = {"close", "target", "cancel", "algorithm", "patience", "step_patiently", "undelivered", "begin_step"}
+    left_out |= {"count_from"}
     for name, member in inspect.getmembers(sync, inspect.isfunction):
         if name.startswith("_") or name in left_out:
             continue

@@ -28,6 +28,7 @@ from optserve.optimizer import ReplyName
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import optimizer_pb2, service_pb2
+from optserve.worker import Worker
 
 MAX_CONCURRENT_CALLS = 32
 """Calls of one client under way at a time; more wait for their turn."""
@@ -96,6 +97,7 @@ class AsyncClient:
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
         weight_decay: float = 0.0,
+        consistency: settings.Consistency | None = None,
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
         made = await self._threads.run(
@@ -108,6 +110,7 @@ class AsyncClient:
             groups=groups,
             hosted=hosted,
             weight_decay=weight_decay,
+            consistency=consistency,
         )
         return AsyncOptimizer(made, self._threads)
 
@@ -128,6 +131,11 @@ class AsyncClient:
             error_feedback=error_feedback,
         )
         return AsyncOptimizer(found, self._threads)
+
+    async def worker(self, name: str, worker: str = "", *, wire_dtype: sync.WireDtype = "native") -> AsyncWorker:
+        """See `optserve.Client.worker`; to be used in `async with await client.worker(…)`."""
+        made = await self._threads.run(self._connected.worker, name, worker, wire_dtype=wire_dtype)
+        return AsyncWorker(made, self._threads)
 
     async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
         """See `optserve.Client.list_optimizers`."""
@@ -233,6 +241,7 @@ class AsyncOptimizer:
         clipping: settings.Clipping | EllipsisType | None = ...,
         groups: Sequence[settings.Group] | EllipsisType = ...,
         weight_decay: float | None = None,
+        consistency: settings.Consistency | EllipsisType | None = ...,
     ) -> None:
         """See `optserve.Optimizer.update`."""
         await self._threads.run(
@@ -242,6 +251,7 @@ class AsyncOptimizer:
             clipping=clipping,
             groups=groups,
             weight_decay=weight_decay,
+            consistency=consistency,
         )
 
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
@@ -304,3 +314,69 @@ class AsyncOptimizer:
     async def close(self) -> None:
         """See `optserve.Optimizer.close`."""
         await self._threads.run(self._optimizer.close)
+
+
+class AsyncWorker:
+    """See `optserve.Worker`; every method is awaited. Cancelling an awaited step interrupts it."""
+
+    def __init__(self, worker: Worker, threads: _Threads) -> None:
+        self._worker = worker
+        self._threads = threads
+
+    async def __aenter__(self) -> Self:
+        await self._threads.run(self._worker.__enter__)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._threads.run(self._worker.__exit__, kind, error, tb)
+
+    @property
+    def name(self) -> str:
+        """Its own among the optimizer's workers."""
+        return self._worker.name
+
+    @property
+    def steps_made(self) -> int:
+        """See `optserve.Worker.steps_made`."""
+        return self._worker.steps_made
+
+    @property
+    def staleness(self) -> int:
+        """See `optserve.Worker.staleness`."""
+        return self._worker.staleness
+
+    async def pull(
+        self,
+        names: Sequence[str] = (),
+        *,
+        newer_than: int | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> HostedParameters | None:
+        """See `optserve.Worker.pull`."""
+        return await self._threads.run(self._worker.pull, names, newer_than=newer_than, out=out)
+
+    async def refresh(self) -> None:
+        """See `optserve.Worker.refresh`."""
+        await self._threads.run(self._worker.refresh)
+
+    async def step(
+        self,
+        grads: Mapping[str, np.ndarray],
+        *,
+        curvature: Mapping[str, np.ndarray] | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+        reply: ReplyName = "parameters",
+        partial: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See `optserve.Worker.step`."""
+        step = self._threads.run(
+            self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial, timeout_s=timeout_s
+        )
+        try:
+            return await step
+        except asyncio.CancelledError:
+            self._worker.cancel()
+            raise
