@@ -29,7 +29,7 @@ from optserve_server.step import Outcome, Reply, Retained, Step
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN = 20_000
+MAX_KNOWN = 5_000
 """Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
 
 

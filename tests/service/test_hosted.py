@@ -274,6 +274,26 @@ def test_copies_on_their_way_are_bounded_and_whoever_comes_late_is_told_to_come_
         assert pulled.step == 1
 
 
+def test_a_client_that_does_not_read_its_pull_is_cut_off(tmp_path):
+    config = tmp_path / "optserve.toml"
+    config.write_text("max_pull_bytes = 50000000\nidle_step_s = 0.5\n")
+    size = 12_000_000
+    with (
+        optserve.local_server(options=["--config", str(config)]) as server,
+        optserve.connect(server.target) as client,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        opt = client.create_optimizer("a", optserve.Sgd(), {"x": np.zeros(size, np.float32)}, hosted=True)
+        request = replicas_pb2.PullParametersRequest(name="optimizers/a")
+        unread = service_pb2_grpc.OptimizerServiceStub(channel).PullParameters(request)
+        assert next(unread).step == 0
+        opt.step({"x": np.ones(size, np.float32)}, reply="nothing")
+        # There is no room for a second copy before the first is given up.
+        assert opt.pull_parameters().step == 1
+        with pytest.raises(grpc.RpcError):
+            list(unread)
+
+
 def test_state_and_checkpoints_hold_the_parameters(client, name, params):
     opt = client.create_optimizer(name, optserve.Adadelta(), params, hosted=True, weight_decay=0.125)
     opt.step(arrays(1))
