@@ -78,7 +78,7 @@ class Supervisor:
 )
 def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path, max_calls, hosted):
     """`early` dies mostly in recovery and first steps, `late` mostly in steps and snapshots."""
-    kills = KILLS // 3
+    kills = -(-KILLS // 3)
     options = {"hosted": hosted, "weight_decay": 0.01 if hosted else 0.0}
     supervisor = Supervisor(tmp_path, kills, seed=1000 * max_calls, max_calls=max_calls)
     undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0), **options)
