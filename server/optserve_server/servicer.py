@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -266,13 +267,8 @@ class Servicer:
     def not_idle(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The requests; a client that sends none for long is cut off, because others wait for its place."""
         while True:
-            timer = threading.Timer(self._config.idle_step_s, context.cancel)
-            timer.daemon = True
-            timer.start()
-            try:
+            with self._patience(context):
                 request = next(requests, None)
-            finally:
-                timer.cancel()
             if request is None:
                 return
             yield request
@@ -280,13 +276,19 @@ class Servicer:
     def not_stalled(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The messages; a client that takes none for long is cut off, because others wait for the room."""
         for message in messages:
-            timer = threading.Timer(self._config.idle_step_s, context.cancel)
-            timer.daemon = True
-            timer.start()
-            try:
+            with self._patience(context):
                 yield message
-            finally:
-                timer.cancel()
+
+    @contextmanager
+    def _patience(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Cancel a call if the block takes longer than `idle_step_s`."""
+        timer = threading.Timer(self._config.idle_step_s, context.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _find(self, name: str, field: str = "name") -> Optimizer:
         return self._optimizers.get(convert.optimizer_id(name, field))

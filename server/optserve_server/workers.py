@@ -98,6 +98,13 @@ class Workers:
         self._idle_step_s = idle_step_s
         self._known: dict[str, Worker] = {}
         self._draining = False
+        # Counts what those who wait are told: what happens before they have begun to wait must not be missed.
+        self._told = 0
+
+    def _tell(self) -> None:
+        """Let those who wait look again; with the optimizer's lock held."""
+        self._told += 1
+        self._owner.lock.notify_all()
 
     @property
     def _consistency(self) -> Consistency:
@@ -133,7 +140,7 @@ class Workers:
                     worker.at_step = self._owner.step
                 worker.lease_until = time.monotonic() + lease_s
                 worker.seen_at = time.monotonic()
-            self._owner.lock.notify_all()
+            self._tell()
             return lease_s, len(self.alive), worker.lane.last_request_id if worker else ""
 
     def _remember(self, name: str) -> Worker:
@@ -184,13 +191,13 @@ class Workers:
                     self._withdraw(worker)
                     worker.lane.holder = step
                     self._room.use(worker.lane)
-                    self._owner.lock.notify_all()
+                    self._tell()
                     return step
 
     def _given_back(self, lane: Lane) -> None:
         """A step has ended."""
         with self._owner.lock:
-            self._owner.lock.notify_all()
+            self._tell()
         self._room.rest(lane)
 
     def pulled(self, name: str, step: int) -> None:
@@ -201,7 +208,7 @@ class Workers:
     def wake(self) -> None:
         """Let those who wait look whether they still have to."""
         with self._owner.lock:
-            self._owner.lock.notify_all()
+            self._tell()
 
     def evict_if_idle(self) -> None:
         """Discard all steps under way, or raise STEP_IN_PROGRESS if one has moved lately."""
@@ -219,13 +226,13 @@ class Workers:
         for worker in self._known.values():
             self._room.strip(worker.lane)
         self._known.clear()
-        self._owner.lock.notify_all()
+        self._tell()
 
     def drain(self) -> None:
         """Let nobody wait any more."""
         with self._owner.lock:
             self._draining = True
-            self._owner.lock.notify_all()
+            self._tell()
 
     def _commit(self, step: Step) -> Outcome:
         lock = self._owner.lock
@@ -234,11 +241,12 @@ class Workers:
         try:
             while True:
                 with worker.lane.lock, lock:
+                    told = self._told
                     outcome = step.outcome or self._try(worker, step)
                     if outcome is not None:
                         return outcome
                 with lock:
-                    self._wait(worker, step)
+                    self._wait(worker, step, told)
         finally:
             # What has failed must not count later.
             with lock:
@@ -276,9 +284,8 @@ class Workers:
         elif consistency.kind == "async" or worker.clock - self._slowest(worker.clock) <= consistency.staleness:
             self._apply(worker, step)
 
-    def _wait(self, worker: Worker, step: Step) -> None:
-        """Until something has happened that may let the step go on."""
-        # A lease that runs out does not notify; so long at most does nobody notice.
+    def _wait(self, worker: Worker, step: Step, told: int) -> None:
+        """Until something has happened that may let the step go on, beyond what was `told`."""
         if step.outcome is not None:
             return
         if step.given_up or self._draining:
@@ -300,7 +307,8 @@ class Workers:
         # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
         leases = [other.lease_until - now for other in self._known.values() if other is not worker and other.alive]
         timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
-        self._owner.lock.wait(min(timeout_s, self._idle_step_s / 2))
+        # A lease that runs out is not told.
+        self._owner.lock.wait_for(lambda: self._told != told, min(timeout_s, self._idle_step_s / 2))
 
     def _withdraw(self, worker: Worker) -> None:
         worker.contribution = None
@@ -324,7 +332,7 @@ class Workers:
                     np.divide(part, part.dtype.type(1 + staleness), out=part)
         norm = self._owner.advance(staging, payload, [(worker.name, step.request_id, worker.clock + 1)])
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
-        self._owner.lock.notify_all()
+        self._tell()
 
     def _merge_if_complete(self, needed: int) -> None:
         """The mean of all gradients for this step, once there are enough, summed in the order of the workers' names."""
@@ -349,7 +357,7 @@ class Workers:
                 worker.lane.staging.copy_updates(mean.updates, payload)
             self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm))
             self._withdraw(worker)
-        self._owner.lock.notify_all()
+        self._tell()
 
     def _answer(self, worker: Worker, step: Step, outcome: Outcome) -> None:
         """A worker's step has been applied."""
@@ -371,7 +379,7 @@ class Workers:
             for worker in self._known.values():
                 self._withdraw(worker)
                 worker.lane.retained, worker.at_step = None, self._owner.step
-            self._owner.lock.notify_all()
+            self._tell()
 
     def made_step(self, name: str, retained: Retained, clock: int) -> None:
         """A worker has made a step in an earlier life of this server, after which its clock stood there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
@@ -23,7 +24,7 @@ from optserve.wire import WIRE_DTYPES
 _Response = TypeVar("_Response")
 
 
-class Resource:
+class Resource(abc.ABC):
     """What `optserve.Optimizer` is besides its steps.
 
     Attributes:
@@ -248,6 +249,6 @@ class Resource:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
         return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
 
+    @abc.abstractmethod
     def _replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
         """The state is another one from now on, and it is we who have replaced it."""
-        raise NotImplementedError
