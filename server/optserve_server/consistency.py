@@ -23,7 +23,8 @@ class Consistency:
         workers: W.
         backup_workers: b: of the W + b workers the first W of each step count.
         lease_s: How long a worker lives after its last report.
-        scale_by_staleness: Divide a gradient by 1 + the steps applied since the x that it was taken at.
+        scale_by_staleness: Divide the learning rate by 1 + the steps applied since the x that the gradient was taken
+            at (Zhang et al., arXiv:1511.05950). Not the gradient: most rules would scale that up again.
     """
 
     kind: str

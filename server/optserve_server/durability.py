@@ -24,6 +24,7 @@ class StepRecord:
         tensors: Indices of the parameters that take part; empty for all.
         operands: The gradients, run by run, and then the curvature if there is one.
         workers: (name, request id, clock after it) of each worker whose gradient is in it.
+        staleness: By which the learning rate is scaled.
     """
 
     optimizer: str
@@ -32,6 +33,7 @@ class StepRecord:
     tensors: tuple[int, ...]
     operands: Sequence[np.ndarray]
     workers: Sequence[tuple[str, str, int]] = ()
+    staleness: int = 0
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def step(record: StepRecord) -> dict[str, Any]:
         "request_id": record.request_id,
         "tensors": record.tensors,
         **({"workers": record.workers} if record.workers else {}),
+        **({"staleness": record.staleness} if record.staleness else {}),
     }
 
 
@@ -153,7 +154,7 @@ class Replay:
                 for arenas, arrays in zip(operands.values(), given, strict=True):
                     for start, stop in stretches:
                         arenas[run.dtype][start:stop] = arrays[position][start - run.start : stop - run.start]
-            state.apply(operands, behind, message["step"])
+            state.apply(operands, behind, message["step"], message.get("staleness", 0))
         if record.lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
             for worker, request_id, clock in message.get("workers", ()):

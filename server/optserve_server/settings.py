@@ -61,12 +61,7 @@ class Settings:
         """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD for what is impossible whatever the dtype."""
         if self.schedule is not None:
             self.schedule.check()
-            if not hasattr(self.rule, "learning_rate"):
-                raise OptserveError(
-                    Reason.INVALID_FIELD,
-                    f"{self.rule.name} has no learning rate that could follow a schedule.",
-                    field="optimizer.schedule",
-                )
+            self._check_rate("follow a schedule", "optimizer.schedule")
         if self.clipping is not None:
             self.clipping.check()
         if self.consistency is not None:
@@ -77,6 +72,8 @@ class Settings:
                     "Workers share the parameters that the server holds; create the optimizer in hosted mode.",
                     field="optimizer.consistency",
                 )
+            if self.consistency.scale_by_staleness:
+                self._check_rate("be scaled by staleness", "optimizer.consistency.scale_by_staleness")
         for decay in self.decays():
             if not 0 <= decay < 1:
                 raise OptserveError(
@@ -91,6 +88,12 @@ class Settings:
                     field="optimizer.weight_decay",
                 )
 
+    def _check_rate(self, what: str, field: str) -> None:
+        if not hasattr(self.rule, "learning_rate"):
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{self.rule.name} has no learning rate that could {what}.", field=field
+            )
+
     def decays(self) -> list[float]:
         """The weight decay of the parameters in no group, then that of each group."""
         own = self.weight_decay
@@ -100,11 +103,12 @@ class Settings:
         """That of the parameters in no group, then that of each group."""
         return [self.rule, *(replace(self.rule, **group.overrides) for group in self.groups)]
 
-    def at(self, rule: Rule, step: int) -> Rule:
-        """One of `rules` with the learning rate that it has at a step."""
-        if self.schedule is None:
+    def at(self, rule: Rule, step: int, staleness: int = 0) -> Rule:
+        """One of `rules` with the learning rate that it has at a step, for a gradient so many steps old."""
+        if self.schedule is None and not staleness:
             return rule
-        rate = getattr(rule, "learning_rate") * self.schedule.factor(step)  # noqa: B009 - not every rule has one
+        factor = 1.0 if self.schedule is None else self.schedule.factor(step)
+        rate = getattr(rule, "learning_rate") * factor / (1 + staleness)  # noqa: B009 - not every rule has one
         return replace(rule, **{"learning_rate": rate})
 
     def to_json(self) -> dict[str, Any]:

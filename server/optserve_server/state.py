@@ -83,9 +83,9 @@ class State:
             stretches.append((start, self.layout.starts[index] + parameter.size, position))
         return stretches
 
-    def _scalars(self, step: int) -> dict[np.dtype, list[list[np.generic]]]:
+    def _scalars(self, step: int, staleness: int = 0) -> dict[np.dtype, list[list[np.generic]]]:
         """The constants of each rule at a step."""
-        rules = [self.settings.at(rule, step) for rule in self.settings.rules()]
+        rules = [self.settings.at(rule, step, staleness) for rule in self.settings.rules()]
         return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
 
     @staticmethod
@@ -119,15 +119,16 @@ class State:
             return None
         return self.settings.clipping.clip(payload, gradients)
 
-    def apply(self, operands: Operands, runs: Iterable[Run], step: int) -> None:
+    def apply(self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0) -> None:
         """Turn the gradients of the runs into updates, in place, and advance the slots, and x where it is hosted.
 
         Args:
             operands: The arenas of a staging buffer.
             runs: What takes part.
             step: Number of steps applied before, by which the learning rate is scheduled.
+            staleness: By which it is scaled; 0 where it is not.
         """
-        scalars = self._constants or self._scalars(step)
+        scalars = self._scalars(step, staleness) if staleness or not self._constants else self._constants
         for run in runs:
             kernel = self.backend.kernel(type(self.rule), run.dtype)
             for start, stop, position in self._stretches[run.dtype]:

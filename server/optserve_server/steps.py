@@ -381,6 +381,7 @@ class Steps:
         payload: Payload,
         workers: Sequence[tuple[str, str, int]] = (),
         *,
+        staleness: int = 0,
         request_id: str = "",
         segment: Segment | None = None,
     ) -> float | None:
@@ -390,6 +391,7 @@ class Steps:
             staging: The buffer.
             payload: What takes part.
             workers: See StepRecord, where several share the optimizer.
+            staleness: By which the learning rate is scaled; 0 where it is not.
             request_id: Of the step, where they do not.
             segment: In which the gradients are, if a client shares them.
 
@@ -398,12 +400,13 @@ class Steps:
         """
         operands = [part for operand in staging.operands for part in staging.parts(operand, payload)]
         tensors = self._payloads.named(payload.tensors)
-        lsn = self._durability.stepping(StepRecord(self._name, self.step, request_id, tensors, operands, workers))
+        record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+        lsn = self._durability.stepping(record)
         if segment and staging.in_place:
             segment.replying(self.step + 1)
         with self._changing(f"in step {self.step}"):
             norm = self._state.clip(payload, staging.parts(Operand.GRADIENT, payload))
-            self._state.apply(staging.operands, payload.runs, self.step)
+            self._state.apply(staging.operands, payload.runs, self.step, staleness)
         self.lsn = lsn
         self.step += 1
         if workers:

@@ -48,7 +48,9 @@ class Owner(Protocol):
         """Raise STATE_REPLACED if the state is another one."""
         ...
 
-    def advance(self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str, int]]) -> float | None:
+    def advance(
+        self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str, int]], *, staleness: int = 0
+    ) -> float | None:
         """Write down and apply what a buffer holds, one step; gives the norm where clipping needed it."""
         ...
 
@@ -326,11 +328,9 @@ class Workers:
         """One worker's gradient, as a step of its own."""
         staging, payload = worker.lane.staging, step.payload
         staleness = self._owner.step - step.parameters_step
-        if self._consistency.scale_by_staleness and staleness:
-            for operand in staging.operands:
-                for part in staging.parts(operand, payload):
-                    np.divide(part, part.dtype.type(1 + staleness), out=part)
-        norm = self._owner.advance(staging, payload, [(worker.name, step.request_id, worker.clock + 1)])
+        made = [(worker.name, step.request_id, worker.clock + 1)]
+        scaled_by = staleness if self._consistency.scale_by_staleness else 0
+        norm = self._owner.advance(staging, payload, made, staleness=scaled_by)
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
         self._tell()
 

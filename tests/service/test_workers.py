@@ -90,6 +90,38 @@ def test_staleness_is_told_and_can_scale(client, name):
         assert slow.staleness == 3
 
 
+def test_staleness_scales_the_update_and_not_the_gradient_and_a_killed_server_knows(tmp_path):
+    def stale(client: optserve.Client, scaled: bool) -> tuple[dict, list]:
+        opt = shared(client, "a", optserve.Async(scale_by_staleness=scaled), optserve.Adadelta())
+        with client.worker("a", "fast") as fast, client.worker("a", "slow") as slow:
+            fast.pull()
+            slow.pull()
+            for _ in range(3):
+                fast.step(full(0.5))
+            update = slow.step(full(2), reply="updates")
+        state = opt.export_state()
+        return update, [state.slots[key][slot] for key in MODEL for slot in ("square_avg", "acc_delta")]
+
+    with optserve.local_server() as server, optserve.connect(server.target) as client:
+        plain, plain_slots = stale(client, scaled=False)
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        update, slots = stale(client, scaled=True)
+        assert all(np.array_equal(update[key], plain[key] / 4) for key in MODEL)
+        assert all(np.array_equal(*pair) for pair in zip(slots, plain_slots, strict=True))
+        before = client.optimizer("a").pull_parameters().arrays
+        server.process.kill()
+        server.process.wait()
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        after = client.optimizer("a").pull_parameters().arrays
+        assert all(np.array_equal(after[key], before[key]) for key in MODEL)
+
+
+def test_a_rule_without_a_learning_rate_cannot_be_scaled(client, name):
+    with pytest.raises(optserve.InvalidArgumentError, match="no learning rate") as caught:
+        shared(client, name, optserve.Async(scale_by_staleness=True), optserve.Vsgd())
+    assert caught.value.field == "optimizer.consistency.scale_by_staleness"
+
+
 @pytest.mark.parametrize("algorithm", [optserve.Adadelta(), optserve.Momentum()], ids=["adadelta", "momentum"])
 def test_sync_is_one_worker_with_the_mean_whatever_the_order_of_arrival(client, name, algorithm):
     count, steps = 5, 8

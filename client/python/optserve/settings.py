@@ -141,7 +141,8 @@ class Consistency:
 
     Args:
         lease_s: How long a worker lives after its last report, 1 s to an hour.
-        scale_by_staleness: Divide a gradient by 1 + the steps applied since the parameters that it was taken at.
+        scale_by_staleness: Divide the learning rate by 1 + the steps applied since the parameters that a gradient was
+            taken at (Zhang et al., arXiv:1511.05950), so that many workers move as far together as one would.
     """
 
     kind: ClassVar[str]
