@@ -65,6 +65,8 @@ class ServerConfig:
     memory."""
     max_staged_bytes: int = 0
     """Staging buffers of workers, with the replies that they keep, beside `max_state_bytes`; 0 for a ninth of it."""
+    max_optimizer_staged_bytes: int = 0
+    """Those of one optimizer's workers; 0 for half of `max_staged_bytes`, so that others always find room."""
     max_pull_bytes: int = GIB
     """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
     idle_step_s: float = 60.0
@@ -113,6 +115,9 @@ class ServerConfig:
         self._require("max_staged_bytes", self.max_staged_bytes >= 0, "must not be negative")
         if self.max_staged_bytes == 0:
             object.__setattr__(self, "max_staged_bytes", max(1, self.max_state_bytes // 9))
+        self._require("max_optimizer_staged_bytes", self.max_optimizer_staged_bytes >= 0, "must not be negative")
+        if self.max_optimizer_staged_bytes == 0:
+            object.__setattr__(self, "max_optimizer_staged_bytes", max(1, self.max_staged_bytes // 2))
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
         self._require(

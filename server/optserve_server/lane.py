@@ -37,6 +37,7 @@ class Lane:
             which always has a buffer, and from which alone x is changed.
 
     Attributes:
+        optimizer: Its name.
         holder: The step that has it.
         retained: The last step that was applied from here.
     """
@@ -50,7 +51,7 @@ class Lane:
         idle_step_s: float,
         on_free: Callable[[Lane], None] | None = None,
     ) -> None:
-        self._name = name
+        self.optimizer = name
         self._state = state
         self._idle_step_s = idle_step_s
         self.lock = lock
@@ -114,7 +115,7 @@ class Lane:
         if repeated and not self._is_kept(repeated, reply):
             raise OptserveError(
                 Reason.REPLY_GONE,
-                f"Step {repeated.step} of {self._name} was applied, but another step has been begun since, and its "
+                f"Step {repeated.step} of {self.optimizer} was applied, but another step has been begun since, and its "
                 "reply is no longer retained.",
                 step=repeated.step,
             )
@@ -137,13 +138,13 @@ class Lane:
         """The error for who would disturb the step that holds the buffer."""
         return OptserveError(
             Reason.STEP_IN_PROGRESS,
-            f"Another connection is in the middle of a step on {self._name}; try again when it has ended.",
+            f"Another connection is in the middle of a step on {self.optimizer}; try again when it has ended.",
         )
 
     def _discard_if_idle(self, holder: Step) -> bool:
         if time.monotonic() - holder.moved_at < self._idle_step_s:
             return False
-        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self._name)
+        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self.optimizer)
         self.holder = None
         if self._on_free is not None:
             self._on_free(self)

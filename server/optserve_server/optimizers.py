@@ -110,7 +110,7 @@ class Optimizers:
         self.backend = backend
         self._durability = durability
         self._config = config
-        self._room = Room(config.max_staged_bytes)
+        self._room = Room(config.max_staged_bytes, config.max_optimizer_staged_bytes)
         self._lock = threading.Condition()
         self._by_id: dict[str, Optimizer] = {}
         # What is being made: (request id, bytes) by optimizer id.

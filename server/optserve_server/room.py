@@ -1,9 +1,9 @@
-"""The room that the staging buffers of workers share, in bytes."""
+"""The room that the staging buffers of workers share, in bytes: a share of it for each optimizer."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
@@ -17,13 +17,15 @@ class Room:
 
     Args:
         max_bytes: Of all buffers together; one alone may be larger.
+        max_optimizer_bytes: Of those of one optimizer; likewise.
         wait_s: How long a step waits.
     """
 
-    def __init__(self, max_bytes: int, wait_s: float = WAIT_S) -> None:
+    def __init__(self, max_bytes: int, max_optimizer_bytes: int, wait_s: float = WAIT_S) -> None:
         self._max_bytes = max_bytes
+        self._max_optimizer_bytes = max_optimizer_bytes
         self._wait_s = wait_s
-        self._bytes = 0
+        self._bytes: Counter[str] = Counter()
         self._freed = threading.Condition()
         # Lanes whose buffer keeps a reply and nothing else.
         self._resting: OrderedDict[Lane, None] = OrderedDict()
@@ -37,15 +39,9 @@ class Room:
         with self._freed:
             if lane.equipped:
                 return
-            size = lane.buffer_bytes
-            if not self._freed.wait_for(lambda: self._has_room(size), self._wait_s):
-                raise OptserveError(
-                    Reason.STAGING_FULL,
-                    f"Steps under way take {self._bytes} bytes, and {self._max_bytes} are all that this server has "
-                    "room for; try again later.",
-                    limit=self._max_bytes,
-                )
-            self._bytes += size
+            if not self._freed.wait_for(lambda: self._has_room(lane), self._wait_s):
+                raise self._full(lane)
+            self._bytes[lane.optimizer] += lane.buffer_bytes
             lane.equip()
 
     def use(self, lane: Lane) -> None:
@@ -65,16 +61,40 @@ class Room:
         with self._freed:
             self._strip(lane)
 
-    def _has_room(self, size: int) -> bool:
+    def _has_room(self, lane: Lane) -> bool:
+        """Whether a lane's buffer fits, now that others have been taken back as far as that was needed."""
         for oldest in list(self._resting):
-            if not self._bytes or self._bytes + size <= self._max_bytes:
+            if not self._is_in_the_way(lane, self._bytes.total(), self._max_bytes):
                 break
             self._strip(oldest)
-        return not self._bytes or self._bytes + size <= self._max_bytes
+        for oldest in [resting for resting in self._resting if resting.optimizer == lane.optimizer]:
+            if not self._is_in_the_way(lane, self._bytes[lane.optimizer], self._max_optimizer_bytes):
+                break
+            self._strip(oldest)
+        return not (
+            self._is_in_the_way(lane, self._bytes.total(), self._max_bytes)
+            or self._is_in_the_way(lane, self._bytes[lane.optimizer], self._max_optimizer_bytes)
+        )
+
+    @staticmethod
+    def _is_in_the_way(lane: Lane, used: int, limit: int) -> bool:
+        return used > 0 and used + lane.buffer_bytes > limit
 
     def _strip(self, lane: Lane) -> None:
         """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
         if lane.equipped and lane.strip():
             self._resting.pop(lane, None)
-            self._bytes -= lane.buffer_bytes
+            self._bytes[lane.optimizer] -= lane.buffer_bytes
+            if not self._bytes[lane.optimizer]:
+                del self._bytes[lane.optimizer]
             self._freed.notify_all()
+
+    def _full(self, lane: Lane) -> OptserveError:
+        whose, used, limit = f"{lane.optimizer} has", self._bytes[lane.optimizer], self._max_optimizer_bytes
+        if not self._is_in_the_way(lane, used, limit):
+            whose, used, limit = "this server has", self._bytes.total(), self._max_bytes
+        return OptserveError(
+            Reason.STAGING_FULL,
+            f"Steps under way take {used} bytes, and {limit} are all that {whose} room for; try again later.",
+            limit=limit,
+        )

@@ -32,6 +32,7 @@ from optserve_server.statistics import QUANTILES, Query, statistics
 from optserve_server.status import to_status
 from optserve_server.step import Reply, Step
 from optserve_server.stream import StepStream, result
+from optserve_server.turnstile import Turnstile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
@@ -50,6 +51,7 @@ class Servicer:
         self._optimizers = optimizers
         self._checkpoints = checkpoints
         self._admission = admission
+        self._turnstile = Turnstile()
         self._choice = choice
         self._config = config
         self._copies = Copies(config.max_pull_bytes)
@@ -172,7 +174,7 @@ class Servicer:
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""
-        stream = StepStream(self._optimizers, self._admission, self._config, to_status)
+        stream = StepStream(self._optimizers, self._admission, self._turnstile, self._config, to_status)
         context.add_callback(stream.interrupt)
         try:
             # A half-close ends the loop and commits nothing.

@@ -71,7 +71,7 @@ class Steps:
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
         self.main = Lane(name, state, guard, self._commit, idle_step_s)
-        self.workers = Workers(name, state, self, room or Room(1 << 62), idle_step_s)
+        self.workers = Workers(name, state, self, room or Room(1 << 62, 1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0

@@ -26,6 +26,7 @@ from optserve_server.layout import Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
+from optserve_server.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class StepStream:
     Args:
         optimizers: Where `open` looks its optimizer up.
         admission: Asked before each step.
+        turnstile: Passed by each step whose gradients come through the stream.
         config: For the limits.
         to_status: Turns any exception of a step into the status that the client gets.
     """
@@ -54,11 +56,13 @@ class StepStream:
         self,
         optimizers: Optimizers,
         admission: Admission,
+        turnstile: Turnstile,
         config: ServerConfig,
         to_status: Callable[[Exception], status_pb2.Status],
     ) -> None:
         self._optimizers = optimizers
         self._admission = admission
+        self._turnstile = turnstile
         self._config = config
         self._to_status = to_status
         self._phase = _Phase.CLOSED
@@ -105,7 +109,7 @@ class StepStream:
         try:
             if header.HasField("begin"):
                 with fields_called(_BEGIN_FIELDS):
-                    self._begin(header.begin)
+                    self._begin(header.begin, whole=header.HasField("commit"))
             if header.HasField("chunk"):
                 with fields_called(_CHUNK_FIELDS):
                     self._chunk(header.chunk, frame.data or b"")
@@ -180,7 +184,7 @@ class StepStream:
             logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
         return convert.shared_memory(segment, self._control.name if self._control else "")
 
-    def _begin(self, request: steps_pb2.Begin) -> None:
+    def _begin(self, request: steps_pb2.Begin, *, whole: bool) -> None:
         interrupted = self._phase is _Phase.STAGING
         self._end(_Phase.IDLE)
         self._request_id = request.request_id
@@ -196,6 +200,8 @@ class StepStream:
             )
         reply = convert.reply(request.reply, "begin.reply")
         self._check_nonce(request.shared_memory_nonce)
+        if not whole and self._segment is None:
+            self._turnstile.enter(self)
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
@@ -265,6 +271,8 @@ class StepStream:
             return
         if self._step is None:
             raise OptserveError(Reason.NO_STEP, "A commit came outside a step; begin one first.", field="commit")
+        # Its gradients are here; it may have to wait for others, who have to come in first.
+        self._turnstile.leave(self)
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse(result=result(outcome))
@@ -282,6 +290,7 @@ class StepStream:
     def _end(self, phase: _Phase) -> None:
         step, self._step, self._phase = self._step, None, phase
         self._request_id = ""
+        self._turnstile.leave(self)
         if step is not None:
             step.close()
             self._admission.leave()

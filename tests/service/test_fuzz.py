@@ -19,6 +19,7 @@ from optserve_server.rules import Adadelta
 from optserve_server.settings import Settings
 from optserve_server.status import to_status
 from optserve_server.stream import StepStream
+from optserve_server.turnstile import Turnstile
 
 INPUTS = int(os.environ.get("OPTSERVE_FUZZ", "100000"))
 SHARDS = 4
@@ -49,7 +50,7 @@ class Target:
                 raise error  # a fault of ours, which would be INTERNAL
             return to_status(error)
 
-        return StepStream(self.optimizers, Admission(), self.config, status)
+        return StepStream(self.optimizers, Admission(), Turnstile(), self.config, status)
 
     def state(self) -> tuple:
         slots = [slot.tobytes() for arena in self.item.state.slots.values() for slot in arena]

@@ -345,3 +345,27 @@ def test_steps_on_several_optimizers_run_in_parallel_threads(client, name):
         for _ in range(5):
             expected = alone.step({"x": given[index]})["x"].tobytes()
         assert results[index] == expected
+
+
+def test_more_calls_than_the_server_takes_at_a_time_are_made_in_the_end(tmp_path):
+    config = tmp_path / "optserve.toml"
+    config.write_text("max_streams = 1\nunary_threads = 1\n")
+    refused: list[optserve.OptserveError] = []
+
+    def call(client: optserve.Client) -> None:
+        try:
+            # Once, to see that it happens at all.
+            client._transport.call_once(client._transport.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+        except optserve.ResourceExhaustedError as error:
+            refused.append(error)
+        for _ in range(5):
+            client.server_info()
+
+    with (
+        optserve.local_server(options=["--config", str(config)]) as server,
+        optserve.connect(server.target, optserve.ClientConfig(timeout_s=60)) as client,
+        ThreadPoolExecutor(100) as pool,
+    ):
+        while not refused:
+            list(pool.map(call, [client] * 100))
+    assert {error.retry_after_s for error in refused} == {0.5}

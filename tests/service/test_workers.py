@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -33,6 +34,12 @@ def full(value: float) -> dict[str, np.ndarray]:
 def shared(client: optserve.Client, name: str, consistency: optserve.Consistency, algorithm=None) -> optserve.Optimizer:
     algorithm = algorithm or optserve.Sgd(learning_rate=1.0)
     return client.create_optimizer(name, algorithm, MODEL, hosted=True, consistency=consistency)
+
+
+def config_of(tmp_path, **settings) -> list[str]:
+    config = tmp_path / "optserve.toml"
+    config.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+    return ["--config", str(config)]
 
 
 def run_all(jobs) -> None:
@@ -515,29 +522,98 @@ def test_a_step_that_waits_is_let_go_when_its_client_is_gone_or_the_server_stops
             assert not waiting.is_alive()
 
 
-def test_many_more_workers_than_there_is_room_for_all_finish_in_the_end(tmp_path):
-    size = 100_000
-    config = tmp_path / "optserve.toml"
-    config.write_text(f"max_staged_bytes = {4 * 4 * size}\n")  # four of them
-    with (
-        optserve.local_server(options=["--config", str(config)]) as server,
-        optserve.connect(server.target, QUICK) as client,
-    ):
-        x = {"x": np.zeros(size, np.float32)}
-        opt = client.create_optimizer(
-            "a", optserve.Sgd(learning_rate=1.0), x, hosted=True, consistency=optserve.Async()
-        )
+@pytest.mark.timeout(180)
+def test_four_hundred_clients_against_room_for_a_hundred_all_finish_in_the_end(tmp_path):
+    count, steps, size = 400, 5, 100_000
+    options = config_of(tmp_path, max_optimizer_staged_bytes=100 * 4 * size, max_streams=count + 10)
+    gradient = {"x": np.full(size - 1, -1, np.float32), "y": np.full(1, -1, np.float32)}
+    held, go, done = threading.Semaphore(0), threading.Event(), threading.Event()
+    with ExitStack() as stack:
+        server = stack.enter_context(optserve.local_server(options=options))
+        clients = [stack.enter_context(optserve.connect(server.target, QUICK)) for _ in range(8)]
+        channel = stack.enter_context(grpc.insecure_channel(server.target))
+        one, zero = optserve.Sgd(learning_rate=1.0), {name: np.zeros_like(grad) for name, grad in gradient.items()}
+        opt = clients[0].create_optimizer("a", one, zero, hosted=True, consistency=optserve.Async())
 
         def work(number: int) -> None:
-            with client.worker("a", f"w{number}") as worker:
+            with clients[number % 8].worker("a", f"w{number}") as worker:
                 worker.pull()
-                for _ in range(5):
-                    worker.step({"x": np.full(size, -1, np.float32)}, timeout_s=60)
+                for turn in range(steps):
+                    if turn == 0 and number < 100:
+                        # A hundred that do not go on take all the room there is.
+                        with worker._optimizer.begin_step(timeout_s=120) as step:
+                            step.send("y", gradient["y"])
+                            held.release()
+                            assert go.wait(60)
+                            step.send("x", gradient["x"])
+                    else:
+                        worker.step(gradient, timeout_s=120)
 
-        run_all(lambda number=number: work(number) for number in range(24))
+        def be_refused() -> None:
+            stub = service_pb2_grpc.OptimizerServiceStub(channel)
+            report(stub, "optimizers/a", "refused")
+            for _ in range(100):
+                held.acquire(timeout=60)
+            try:
+                with stream(stub, "optimizers/a", worker="refused") as steps:
+                    reason = "MISSING_CHUNK"
+                    # Until the last of the hundred has begun.
+                    while reason == "MISSING_CHUNK":
+                        steps.send(begin(), commit())
+                        reason, metadata, _, retry_s = details(steps.error())
+                assert (reason, retry_s) == ("STAGING_FULL", 0.5)
+                assert metadata["limit"] == str(100 * 4 * size)
+            finally:
+                go.set()
+
+        process = psutil.Process(server.process.pid)
+        before = most = process.memory_info().rss
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.05):
+                most = max(most, process.memory_info().rss)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            run_all([be_refused, *(lambda number=number: work(number) for number in range(count))])
+        finally:
+            done.set()
+            watching.join()
         found = opt.pull_parameters()
-        assert found.step == 120
-        assert np.all(found.arrays["x"] == 120)
+        assert found.step == count * steps
+        assert all(np.all(array == count * steps) for array in found.arrays.values())
+        # The room; and for each stream a message on the wire, the same one when it has come, one that goes, a thread.
+        assert most - before < 100 * 4 * size + count * (3 * 4 * size + 200_000)
+
+
+def test_workers_of_one_optimizer_leave_room_for_those_of_another(tmp_path):
+    with (
+        optserve.local_server(options=config_of(tmp_path, max_staged_bytes=32)) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        names = [create(stub, name, {"x": (2,)}, **HOSTED).name for name in ("a", "b")]
+        for made in names:
+            place(stub, made, X)
+            for worker in ("one", "two", "three"):
+                report(stub, made, worker)
+        with ExitStack() as stack:
+            a = [stack.enter_context(stream(stub, names[0], worker=worker)) for worker in ("one", "two", "three")]
+            b = stack.enter_context(stream(stub, names[1], worker="one"))
+            # Two that do not go on, which is half of the room.
+            for under_way in a[:2]:
+                under_way.send(begin(), chunk(0, 0, bytes(4)))
+            for _ in range(3):
+                b.send(begin(), chunk(0, 0, bytes(8)), commit())
+                b.reply()
+            # One that keeps a reply gives way within its own share first.
+            a[2].send(begin(), chunk(0, 0, bytes(8)), commit())
+            reason, _, _, retry_s = details(a[2].error())
+            assert (reason, retry_s) == ("STAGING_FULL", 0.5)
+            b.send(begin(), chunk(0, 0, bytes(8)), commit())
+            b.reply()
 
 
 def test_who_finds_no_room_is_told_to_come_back(tmp_path):
@@ -567,12 +643,6 @@ def test_who_finds_no_room_is_told_to_come_back(tmp_path):
             one.reply()
             two.send(begin(), chunk(0, 0, bytes(8)), commit())
             two.reply()
-
-
-def config_of(tmp_path, **settings) -> list[str]:
-    config = tmp_path / "optserve.toml"
-    config.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-    return ["--config", str(config)]
 
 
 def test_room_comes_back_after_failed_begins_idle_steps_and_deletions(tmp_path):

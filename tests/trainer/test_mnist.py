@@ -139,6 +139,20 @@ def test_replicas_share_the_weights_and_learn(server, client, small, tmp_path, c
     assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
 
 
+def test_replicas_may_push_and_fetch_less_often(server, small, tmp_path):
+    path = tmp_path / "report.json"
+    options = ("--replicas", 4, "--epochs", 6, "--data-dir", small, "--json", path, "--algorithm", "momentum")
+    periods = ("--push-every", 2, "--fetch-every", 3, "--scale-by-staleness")
+    done = optserve("mnist", "--target", server.target, *options, *periods)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["test_error"] < 0.08
+    # 500 images are 5 batches, and 30 batches of each replica 15 steps.
+    assert report["steps"] == 4 * 30
+    assert report["epochs"][-1]["steps"] == 4 * 15
+    assert report["settings"]["mean_staleness"] > 1
+
+
 def test_replicas_in_sync_give_the_same_bits_each_time(server, small, tmp_path):
     losses = []
     for turn in range(2):
@@ -190,6 +204,7 @@ def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small,
         (["--weight-decay", "-1"], "--weight-decay"),
         (["--replicas", "2", "--consistency", "often"], "'often' is no consistency: async, bounded:S, sync or sync:B"),
         (["--replicas", "2", "--consistency", "sync:2"], "B backup workers of 2 replicas"),
+        (["--replicas", "2", "--consistency", "sync", "--push-every", "2"], "In sync every batch is a step of all"),
         (["--replicas", "21"], "21 replicas need at least 2100 images; there are 2000"),
         (["--replicas", "2", "--algorithm", "vsgd"], "vsgd takes curvature, which replicas do not send"),
     ],

@@ -211,6 +211,12 @@ def from_status(status: status_pb2.Status) -> OptserveError:
     )
 
 
+_TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
+"""How gRPC itself, which knows nothing of advice, refuses a call beyond its `maximum_concurrent_rpcs`."""
+
+_BUSY_RETRY_S = 0.5
+
+
 def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
     """The exception for a failed call to `target`."""
     if not isinstance(error, grpc.Call):
@@ -223,6 +229,9 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
         message = (
             f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
         )
+    elif _TOO_MANY_CALLS in (error.details() or ""):
+        busy = f"{target} has as many calls as it takes at a time; try again later."
+        return ResourceExhaustedError(busy, retry_after_s=_BUSY_RETRY_S)
     else:
         message = f"{error.details()} ({error.code().name}, from {target})"
     return from_status(status_pb2.Status(code=code, message=message))

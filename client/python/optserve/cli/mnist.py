@@ -18,8 +18,8 @@ from optserve.errors import OptserveError
 if TYPE_CHECKING:
     from optserve.client import Client
     from optserve.examples.mnist.data import Dataset
+    from optserve.examples.mnist.replicas import Together
     from optserve.examples.mnist.train import Report
-    from optserve.settings import Consistency
 
 MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
 ActivationName = Literal["tanh", "relu", "logistic"]
@@ -46,6 +46,16 @@ def command(
     consistency: Annotated[
         str, typer.Option(help="How replicas come together: async, bounded:S, sync, or sync:B with B backup workers.")
     ] = "async",
+    scale_by_staleness: Annotated[
+        bool,
+        typer.Option("--scale-by-staleness", help="Divide the learning rate by how old a replica's gradient is."),
+    ] = False,
+    push_every: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Batches of a replica whose mean gradient is one step.")
+    ] = 1,
+    fetch_every: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Batches after which a replica takes new weights.")
+    ] = 1,
     data_dir: Annotated[
         Optional[Path], typer.Option(help="Folder with the four IDX files, plain or .gz. Default: fetched and cached.")
     ] = None,
@@ -58,13 +68,16 @@ def command(
     """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
     from optserve import connect
     from optserve.examples.mnist.data import DataError, load
-    from optserve.examples.mnist.replicas import consistency_from
+    from optserve.examples.mnist.replicas import Together, consistency_from
     from optserve.examples.mnist.train import Report
 
     if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
         fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
     with failing_clearly():
-        together = consistency_from(consistency, replicas) if replicas > 1 else None
+        together = None
+        if replicas > 1:
+            kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
+            together = Together(replicas, kind, push_every, fetch_every)
     method = _method(algorithm, {"rho": rho, "eps": eps, "learning_rate": learning_rate})
     _check_outputs(json, plot)
     try:
@@ -77,7 +90,10 @@ def command(
             "activation": activation,
             "weight_decay": weight_decay,
             "replicas": replicas,
-            "consistency": consistency if replicas > 1 else None,
+            "consistency": consistency if together else None,
+            "scale_by_staleness": scale_by_staleness,
+            "push_every": push_every,
+            "fetch_every": fetch_every,
             "epochs": epochs,
             "seed": seed,
             "data": dataset.source,
@@ -139,7 +155,7 @@ def _server(target: str | None, backend: str) -> Iterator[str]:
 
 
 def _run(
-    client: Client, method: algorithms.Algorithm, dataset: Dataset, report: Report, together: Consistency | None
+    client: Client, method: algorithms.Algorithm, dataset: Dataset, report: Report, together: Together | None
 ) -> None:
     import uuid
 
@@ -180,12 +196,9 @@ def _run(
                     network.params,
                     hosted=True,
                     weight_decay=settings["weight_decay"],
-                    consistency=together,
+                    consistency=together.consistency,
                 )
-                replicas = settings["replicas"]
-                train_replicas(
-                    client, name, network, dataset, report, **how, on_progress=on_progress, replicas=replicas
-                )
+                train_replicas(client, name, network, dataset, report, together, **how, on_progress=on_progress)
     finally:
         # A server that is gone has nothing to be tidied, and must not hide why the training ended.
         with suppress(OptserveError):

@@ -14,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from optserve.cli.console import console, fail, failing_clearly
 
-ExperimentName = Literal["table1", "table2", "figure1", "figure2", "mnist-tanh", "curvature", "annealing", "all"]
+ExperimentName = Literal[
+    "table1", "table2", "figure1", "figure2", "figure3", "figure4", "mnist-tanh", "curvature", "annealing", "all"
+]
 
 
 def command(
@@ -72,6 +74,9 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
     folder.mkdir(parents=True, exist_ok=True)
     plans = [plan for seed in range(seeds) for plan in experiment.runs(seed, quick)]
     results = {plan.key: at_work.kept(folder, plan) for plan in plans}
+    if any(plan.replicas for plan in plans):
+        # They compute on all cores, and their time is told.
+        jobs = 1
     missing = [plan for plan in plans if results[plan.key] is None]
     if len(missing) < len(plans):
         console.print(f"{len(plans) - len(missing)} of {len(plans)} runs of {name} were made before.", style="dim")

@@ -41,12 +41,14 @@ class Epoch:
         loss: Mean cross-entropy of its batches.
         test_error: Share of the test images classified wrongly after it, in [0, 1].
         seconds: Time since the start of training, evaluation included.
+        steps: Applied by then.
     """
 
     epoch: int
     loss: float
     test_error: float
     seconds: float
+    steps: int
 
 
 @dataclass
@@ -139,4 +141,4 @@ def train(
             )
         test_error = network.error(dataset.test_images, dataset.test_labels)
         report.seconds = time.perf_counter() - start
-        report.epochs.append(Epoch(epoch, total / batches, test_error, report.seconds))
+        report.epochs.append(Epoch(epoch, total / batches, test_error, report.seconds, report.steps))

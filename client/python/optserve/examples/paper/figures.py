@@ -25,6 +25,8 @@ def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> lis
     """Draw what there is to be drawn of an experiment as PNG and SVG; gives the files."""
     if any(result.looks for result in results):
         figure = _rates_and_updates(results[0])
+    elif any(result.staleness for result in results):
+        figure = _replicas(results)
     elif max(len(result.test_errors) for result in results) > 1:
         figure = _errors(results)
     else:
@@ -49,6 +51,28 @@ def _errors(results: Sequence[Result]) -> Any:
     axes.set(xlabel="epoch", ylabel="test error, %", ylim=(1, 6))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
+    return figure
+
+
+def _replicas(results: Sequence[Result]) -> Any:
+    """Figures 3 and 4: accuracy against applied gradients and against time, the first seed of each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    by_steps, by_time = figure.subplots(1, 2, sharey=True)
+    for label in dict.fromkeys(result.label for result in results):
+        result = next(result for result in results if result.label == label)
+        method, _, unscaled = label.partition("-")
+        name = _NAMES[method] + (", not scaled by staleness" if unscaled else "")
+        accuracy = [100 - error for error in result.test_errors]
+        for axes, values in ((by_steps, result.steps), (by_time, result.times)):
+            # A run that diverged has been looked at once more since.
+            axes.plot(values, accuracy[: len(values)], ls=":" if unscaled else "-", label=name)
+    by_steps.set(xlabel="applied gradients", ylabel="test accuracy, %", ylim=(0, 100))
+    by_time.set(xlabel="seconds")
+    for axes in (by_steps, by_time):
+        axes.grid(visible=True, alpha=0.3)
+    by_steps.legend()
     return figure
 
 

@@ -16,7 +16,7 @@ from optserve.client import Client
 from optserve.errors import NotFoundError
 from optserve.examples.mnist.data import Dataset, load
 from optserve.examples.paper.plan import Run
-from optserve.examples.paper.training import Result, run, scaled, settings_of
+from optserve.examples.paper.training import Result, run, settings_of
 
 TELL_EVERY = 20
 """Steps between two reports of a process on its progress."""
@@ -95,7 +95,7 @@ def _begin(target: str, jobs: int, data_dir: Path | None, told: SimpleQueue[tupl
         # Each process computes on one core: several threads in each would only be in one another's way.
         threadpool_limits(1)
     _Worker.client, _Worker.told = connect(target), told
-    _Worker.dataset = scaled(load(data_dir, lambda _line: None))
+    _Worker.dataset = load(data_dir, lambda _line: None)
 
 
 def _carry_out(experiment: str, plan: Run) -> Result:
@@ -104,8 +104,13 @@ def _carry_out(experiment: str, plan: Run) -> Result:
     with suppress(NotFoundError):
         _Worker.client.delete_optimizer(name)
 
+    told = 0
+
     def on_step(step: int) -> None:
-        if step % TELL_EVERY == 0:
+        nonlocal told
+        # Of replicas not every step is told of.
+        if step >= told + TELL_EVERY:
+            told = step
             _Worker.told.put((plan.key, step))
 
     return run(_Worker.client, name, plan, _Worker.dataset, on_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, DiagonalHessian, Momentum, Sgd, Vsgd
@@ -24,6 +24,8 @@ class Run:
         seed: Of the initial weights and the order of the images.
         schedule: Of the learning rate.
         look_every: Steps between two looks at effective rates and updates; 0 for none.
+        replicas: How many share the weights, each on its own images, asynchronously; 0 where one client has them.
+        scale_by_staleness: Whether the learning rate is divided by how old a replica's gradient is.
     """
 
     label: str
@@ -33,6 +35,8 @@ class Run:
     seed: int
     schedule: Schedule | None = None
     look_every: int = 0
+    replicas: int = 0
+    scale_by_staleness: bool = False
 
     @property
     def key(self) -> str:
@@ -133,6 +137,24 @@ def _annealing(seed: int, quick: bool) -> list[Run]:
     ]
 
 
+def _replicas(methods: Sequence[str], activation: str, replicas: int) -> Callable[[int, bool], list[Run]]:
+    """Each method as it is, which does not take long to fail, and with rates scaled by staleness."""
+
+    def runs(seed: int, quick: bool) -> list[Run]:
+        count = 10 if quick else replicas
+        as_it_is = [
+            Run(f"{method}-unscaled", BEST[method], activation, 1 if quick else 6, seed, replicas=count)
+            for method in methods
+        ]
+        epochs = 2 if quick else 40
+        return [
+            Run(method, BEST[method], activation, epochs, seed, replicas=count, scale_by_staleness=True)
+            for method in methods
+        ] + as_it_is
+
+    return runs
+
+
 _PAPER_1 = {f"{method}-{rate}": row[turn] for method, row in _TABLE_1.items() for turn, rate in enumerate(RATES)}
 _PAPER_2 = {f"eps{eps}-rho{rho}": row[turn] for eps, row in _TABLE_2.items() for turn, rho in enumerate(RHOS)}
 
@@ -143,6 +165,20 @@ EXPERIMENTS = {
         Experiment("table2", "Table 2: test error of ADADELTA after 6 epochs against ε and ρ", 3, _table2, _PAPER_2),
         Experiment("figure1", "Figure 1: test error of four methods over 50 epochs", 3, _figure1, {}),
         Experiment("figure2", "Figure 2: effective learning rates and updates of ADADELTA", 1, _figure2, {}),
+        Experiment(
+            "figure3",
+            "Figure 3: 100 asynchronous replicas, logistic units",
+            1,
+            _replicas(("adadelta", "adagrad"), "logistic", 100),
+            {},
+        ),
+        Experiment(
+            "figure4",
+            "Figure 4: 200 asynchronous replicas, rectified linear units",
+            1,
+            _replicas(("adadelta", "momentum", "adagrad"), "relu", 200),
+            {},
+        ),
         Experiment("mnist-tanh", "Section 4.1: ADADELTA, tanh, 6 epochs", 5, _mnist_tanh, {"adadelta": 2.0}),
         Experiment("curvature", "Equations 6 and 7: methods with curvature, tanh", 3, _curvature, {"vsgd": 2.1}),
         Experiment("annealing", "Section 5: ADADELTA with annealing, beside Momentum, 50 epochs", 3, _annealing, {}),
