@@ -6,7 +6,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
@@ -125,3 +125,39 @@ def beside(peer: str, size: int, rounds: int) -> dict[str, Timing]:
         if step_of is not None:
             candidates[peer] = Candidate(step_of(gradient))
         return interleaved(candidates, rounds)
+
+
+SPEECH_NET = {
+    f"{kind}{layer}": shape
+    for layer, (fan_in, fan_out) in enumerate(
+        ((1_040, 2_560), (2_560, 2_560), (2_560, 2_560), (2_560, 2_560), (2_560, 8_000)), 1
+    )
+    for kind, shape in (("w", (fan_in, fan_out)), ("b", (fan_out,)))
+}
+"""The paper's section 4.4: 42.8 million weights."""
+
+
+def speech(_size: int, rounds: int) -> dict[str, Timing]:
+    """A step of an asynchronous worker on the speech network through each transport, new parameters as the reply."""
+    gradient, out = (
+        {name: np.full(shape, value, np.float32) for name, shape in SPEECH_NET.items()} for value in (1e-3, 0)
+    )
+    flat = np.concatenate([array.ravel() for array in gradient.values()])
+    with optserve.local_server() as server, optserve.connect(server.target) as client, ExitStack() as stack:
+
+        def worker(name: str, **options: Any) -> Callable[[], object]:
+            client.create_optimizer(name, optserve.Adadelta(), out, hosted=True, consistency=optserve.Async())
+            joined = stack.enter_context(client.worker(name, "w", **options))
+            joined.pull(out=out)
+            return lambda: joined.step(gradient, out=out)
+
+        return interleaved(
+            {
+                STREAM: Candidate(worker("stream", transport="grpc")),
+                HALVES: Candidate(worker("halves", wire_dtype="bfloat16")),
+                SHARED: Candidate(worker("shared", transport="shm")),
+                KERNEL: kernels.backend_step("numba", flat),
+                TORCH: kernels.torch_step(flat),
+            },
+            rounds,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -91,6 +92,9 @@ class App:
 
     def start(self) -> None:
         """Begin to answer."""
+        # A full collection would go through all that Numba has loaded, and hold up every call for a tenth of a second.
+        gc.collect()
+        gc.freeze()
         self._server.start()
         threading.Thread(target=self._discard_idle_steps, name="idle steps", daemon=True).start()
         self._health.set(health_pb2.HealthCheckResponse.SERVING)

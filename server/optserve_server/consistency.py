@@ -34,6 +34,11 @@ class Consistency:
     lease_s: float = LEASE_S
     scale_by_staleness: bool = False
 
+    @property
+    def waits(self) -> bool:
+        """Whether a worker's commit may wait for other workers."""
+        return self.kind != "async"
+
     def check(self) -> None:
         """Raise INVALID_FIELD for impossible values."""
         if self.kind == "sync" and not 1 <= self.workers <= MAX_WORKERS:

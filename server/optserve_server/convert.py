@@ -228,12 +228,12 @@ def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemo
     )
 
 
-def limits(config: ServerConfig) -> steps_pb2.ServerLimits:
-    """What the server accepts."""
+def limits(config: ServerConfig, preferred_chunk_bytes: int) -> steps_pb2.ServerLimits:
+    """What the server accepts, and likes best."""
     return steps_pb2.ServerLimits(
         max_chunk_bytes=config.max_chunk_bytes,
         max_message_bytes=config.max_message_bytes,
-        preferred_chunk_bytes=config.preferred_chunk_bytes,
+        preferred_chunk_bytes=preferred_chunk_bytes,
         max_parameter_bytes=config.max_parameter_bytes,
         max_parameters=config.max_parameters,
         max_streams=config.max_streams,

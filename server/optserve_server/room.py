@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 
 from optserve_server.errors import OptserveError, Reason
@@ -10,6 +11,18 @@ from optserve_server.lane import Lane
 
 WAIT_S = 5.0
 """How long a step waits for room before it is refused; its stream is not read meanwhile, which slows the client."""
+
+
+LOOK_EVERY_S = 1.0
+"""Somebody may have looked at a buffer at the very moment when it could have been taken back, which nobody tells."""
+
+
+class _Waiting:
+    """A step that waits for a buffer of its lane."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.granted = threading.Event()
 
 
 class Room:
@@ -26,40 +39,64 @@ class Room:
         self._max_optimizer_bytes = max_optimizer_bytes
         self._wait_s = wait_s
         self._bytes: Counter[str] = Counter()
-        self._freed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: list[_Waiting] = []
         # Lanes whose buffer keeps a reply and nothing else.
         self._resting: OrderedDict[Lane, None] = OrderedDict()
 
     def equip(self, lane: Lane) -> None:
-        """See to it that a lane has a buffer, waiting for room if need be.
+        """See to it that a lane has a buffer, waiting for room if need be, in the order of those who came.
 
         Raises:
             OptserveError: STAGING_FULL.
         """
-        with self._freed:
+        with self._lock:
             if lane.equipped:
                 return
-            if not self._freed.wait_for(lambda: self._has_room(lane), self._wait_s):
-                raise self._full(lane)
-            self._bytes[lane.optimizer] += lane.buffer_bytes
-            lane.equip()
+            waiting = _Waiting(lane)
+            self._waiting.append(waiting)
+            self._serve()
+        until = time.monotonic() + self._wait_s
+        while not waiting.granted.wait(max(0.0, min(LOOK_EVERY_S, until - time.monotonic()))):
+            with self._lock:
+                self._serve()
+                if not waiting.granted.is_set() and time.monotonic() >= until:
+                    self._waiting.remove(waiting)
+                    raise self._full(lane)
+
+    def _serve(self) -> None:
+        """Give buffers to those who wait, the first ones first; those of one optimizer do not hold up another's."""
+        full: set[str] = set()
+        for waiting in list(self._waiting):
+            lane = waiting.lane
+            if lane.optimizer in full:
+                continue
+            if not lane.equipped:
+                if not self._has_room(lane):
+                    full.add(lane.optimizer)
+                    continue
+                self._bytes[lane.optimizer] += lane.buffer_bytes
+                lane.equip()
+            self._waiting.remove(waiting)
+            waiting.granted.set()
 
     def use(self, lane: Lane) -> None:
         """A step holds the lane's buffer."""
-        with self._freed:
+        with self._lock:
             self._resting.pop(lane, None)
 
     def rest(self, lane: Lane) -> None:
         """The lane's step has ended; its buffer may be taken back if somebody needs the room."""
-        with self._freed:
+        with self._lock:
             if lane.equipped:
                 self._resting[lane] = None
-                self._freed.notify_all()
+                self._serve()
 
     def strip(self, lane: Lane) -> None:
         """Take a lane's buffer back at once."""
-        with self._freed:
+        with self._lock:
             self._strip(lane)
+            self._serve()
 
     def _has_room(self, lane: Lane) -> bool:
         """Whether a lane's buffer fits, now that others have been taken back as far as that was needed."""
@@ -87,7 +124,6 @@ class Room:
             self._bytes[lane.optimizer] -= lane.buffer_bytes
             if not self._bytes[lane.optimizer]:
                 del self._bytes[lane.optimizer]
-            self._freed.notify_all()
 
     def _full(self, lane: Lane) -> OptserveError:
         whose, used, limit = f"{lane.optimizer} has", self._bytes[lane.optimizer], self._max_optimizer_bytes

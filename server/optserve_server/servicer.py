@@ -67,7 +67,7 @@ class Servicer:
             backend_reason=self._choice.reason,
             device=self._choice.backend.device,
             durability=self._config.durability,
-            limits=convert.limits(self._config),
+            limits=convert.limits(self._config, self._config.preferred_chunk_bytes),
             features=features.statuses(),
             methods=list(RULES),
             optimizer_count=len(self._optimizers),

@@ -47,7 +47,7 @@ class StepStream:
     Args:
         optimizers: Where `open` looks its optimizer up.
         admission: Asked before each step.
-        turnstile: Passed by each step whose gradients come through the stream.
+        turnstile: Passed by the steps of workers that announce them.
         config: For the limits.
         to_status: Turns any exception of a step into the status that the client gets.
     """
@@ -109,7 +109,7 @@ class StepStream:
         try:
             if header.HasField("begin"):
                 with fields_called(_BEGIN_FIELDS):
-                    self._begin(header.begin, whole=header.HasField("commit"))
+                    self._begin(header.begin, announced=not (header.HasField("chunk") or header.HasField("commit")))
             if header.HasField("chunk"):
                 with fields_called(_CHUNK_FIELDS):
                     self._chunk(header.chunk, frame.data or b"")
@@ -152,7 +152,9 @@ class StepStream:
         if self._phase is not _Phase.CLOSED:
             raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
         convert.check_known(request, "transport", "open")
-        wanted = request.max_chunk_bytes or self._config.preferred_chunk_bytes
+        # Of many streams together the fewest messages cost least; of one, whose ends take turns, smaller ones do.
+        preferred = self._config.max_chunk_bytes if request.worker else self._config.preferred_chunk_bytes
+        wanted = request.max_chunk_bytes or preferred
         if wanted < 1024:
             raise OptserveError(
                 Reason.INVALID_FIELD, "max_chunk_bytes must be at least 1024.", field="open.max_chunk_bytes"
@@ -172,7 +174,7 @@ class StepStream:
             step=step,
             last_request_id=last_request_id,
             last_tensors=last_tensors,
-            limits=convert.limits(self._config),
+            limits=convert.limits(self._config, preferred),
             etag=optimizer.etag,
             lineage=self._lineage,
         )
@@ -184,7 +186,7 @@ class StepStream:
             logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
         return convert.shared_memory(segment, self._control.name if self._control else "")
 
-    def _begin(self, request: steps_pb2.Begin, *, whole: bool) -> None:
+    def _begin(self, request: steps_pb2.Begin, *, announced: bool) -> None:
         interrupted = self._phase is _Phase.STAGING
         self._end(_Phase.IDLE)
         self._request_id = request.request_id
@@ -200,8 +202,6 @@ class StepStream:
             )
         reply = convert.reply(request.reply, "begin.reply")
         self._check_nonce(request.shared_memory_nonce)
-        if not whole and self._segment is None:
-            self._turnstile.enter(self)
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
@@ -223,6 +223,9 @@ class StepStream:
             # Before there was a step to be given up.
             self._step.given_up = True
         self._phase = _Phase.STAGING
+        if announced and self._worker:
+            # With its buffer: one that waited for room in here would keep others out who have theirs.
+            self._turnstile.enter(self)
 
     def _check_nonce(self, nonce: bytes) -> None:
         """At the first step, look whether the client has found the segment that it was offered."""
@@ -271,8 +274,10 @@ class StepStream:
             return
         if self._step is None:
             raise OptserveError(Reason.NO_STEP, "A commit came outside a step; begin one first.", field="commit")
-        # Its gradients are here; it may have to wait for others, who have to come in first.
-        self._turnstile.leave(self)
+        consistency = self._optimizer.settings.consistency
+        if consistency is not None and consistency.waits:
+            # Those that it may wait for have to come in first.
+            self._turnstile.leave(self)
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse(result=result(outcome))

@@ -186,9 +186,10 @@ class Workers:
                 if worker.lane.equipped:
                     try:
                         step = make(worker.lane)
-                    finally:
+                    except BaseException:
                         if worker.lane.holder is None:
                             self._room.rest(worker.lane)
+                        raise
                     # What a connection that was given up had brought does not count.
                     self._withdraw(worker)
                     worker.lane.holder = step

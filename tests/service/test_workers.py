@@ -556,7 +556,7 @@ def test_four_hundred_clients_against_room_for_a_hundred_all_finish_in_the_end(t
                 held.acquire(timeout=60)
             try:
                 with stream(stub, "optimizers/a", worker="refused") as steps:
-                    reason = "MISSING_CHUNK"
+                    reason, metadata, retry_s = "MISSING_CHUNK", {}, None
                     # Until the last of the hundred has begun.
                     while reason == "MISSING_CHUNK":
                         steps.send(begin(), commit())

@@ -20,6 +20,9 @@ from optserve.control import MAX_PACKET_BYTES, ControlConnection
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
+ANNOUNCED_BYTES = 1 << 16
+"""Steps of workers from this size on are announced."""
+
 
 class Gradients:
     """The gradients of one step as it travels.
@@ -50,10 +53,17 @@ class Gradients:
         self.whole = whole
         self._wire = wire
 
-    def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int) -> Iterator[bytes]:
-        """Begin, chunks and commit; a step that fits into one chunk is one message."""
+    def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int, *, announce: bool) -> Iterator[bytes]:
+        """Begin, chunks and commit; a step that fits into one chunk is one message.
+
+        Where many workers share a server, begin is better sent ahead: the server reads on when it is its turn, and what
+        it has not read it need not keep.
+        """
         request = steps_pb2.StreamStepsRequest(begin=begin)
         pending: list[memoryview] = []
+        if announce and sum(array.nbytes for array in self.arrays) >= ANNOUNCED_BYTES:
+            yield wire.encode(request)
+            request = steps_pb2.StreamStepsRequest()
         for chunk in self._chunks(max_chunk_bytes):
             if pending:
                 yield wire.encode(request, *pending)
@@ -244,6 +254,7 @@ class StepStream:
     ) -> None:
         self._transport = transport
         self._takes_curvature = takes_curvature
+        self._worker = request.worker
         self._outgoing = _Outgoing()
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
@@ -311,7 +322,7 @@ class StepStream:
     def _send(self, begin: steps_pb2.Begin, gradients: Gradients | None) -> Callable[[Patience], wire.ResponseFrame]:
         """Send a step's messages, or let them be sent; gives what its answer is received with."""
         if self.shared is None and gradients is not None:
-            messages = gradients.messages(begin, self._chunk_bytes())
+            messages = gradients.messages(begin, self._chunk_bytes(), announce=bool(self._worker))
             # Made here, while the sending thread need not be woken for it.
             self._outgoing.put(messages if gradients.grow else chain([next(messages)], messages))
             return self._next

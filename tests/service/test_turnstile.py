@@ -1,0 +1,65 @@
+"""The turnstile that the announced steps of workers pass."""
+
+import threading
+import time
+
+import numpy as np
+
+import optserve
+from optserve_server.turnstile import Turnstile
+
+
+def entering(turnstile: Turnstile, who: str, order: list[str]) -> threading.Thread:
+    """A thread that goes in; returns when it waits, or is in."""
+
+    def enter() -> None:
+        turnstile.enter(who)
+        order.append(who)
+
+    thread = threading.Thread(target=enter)
+    waiting = len(turnstile._waiting)
+    thread.start()
+    while thread.is_alive() and len(turnstile._waiting) == waiting:
+        time.sleep(0.0005)
+    return thread
+
+
+def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_inside():
+    turnstile, order = Turnstile(2, patience_s=60), list[str]()
+    threads = [entering(turnstile, who, order) for who in "abcdef"]
+    assert order == ["a", "b"]
+    for leaver, inside in (("b", "abc"), ("a", "abcd"), ("a", "abcd"), ("c", "abcde"), ("d", "abcdef")):
+        turnstile.leave(leaver)
+        threads[len(inside) - 1].join(10)
+        assert order == list(inside)
+
+
+def test_those_who_do_not_come_out_are_not_waited_for():
+    turnstile, order = Turnstile(2, patience_s=0.02), list[str]()
+    for thread in [entering(turnstile, who, order) for who in "abcdef"]:
+        thread.join(10)
+    assert order == list("abcdef")
+
+
+def test_workers_that_stop_in_the_middle_of_a_step_hold_up_no_other(client, name):
+    size = 100_000
+    gradient = {"x": np.full(size, -1, np.float32), "y": np.full(size, -1, np.float32)}
+    zero = {key: np.zeros_like(array) for key, array in gradient.items()}
+    one = optserve.Sgd(learning_rate=1.0)
+    opt = client.create_optimizer(name, one, zero, hosted=True, consistency=optserve.Async())
+    stalled = [client.worker(name, f"stalled-{number}") for number in range(10)]
+    with client.worker(name, "w") as worker:
+        worker.pull()
+        steps = []
+        for other in stalled:
+            other.__enter__().pull()
+            steps.append(other._optimizer.begin_step().__enter__())
+            steps[-1].send("x", gradient["x"])
+        for _ in range(20):
+            worker.step(gradient, timeout_s=10)
+        assert opt.pull_parameters().step == 20
+        for other, step in zip(stalled, steps, strict=True):
+            step.send("y", gradient["y"])
+            step.finish()
+            other.__exit__(None, None, None)
+        assert np.all(opt.pull_parameters().arrays["x"] == 30)
