@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -47,19 +48,18 @@ def test_workers_that_stop_in_the_middle_of_a_step_hold_up_no_other(client, name
     zero = {key: np.zeros_like(array) for key, array in gradient.items()}
     one = optserve.Sgd(learning_rate=1.0)
     opt = client.create_optimizer(name, one, zero, hosted=True, consistency=optserve.Async())
-    stalled = [client.worker(name, f"stalled-{number}") for number in range(10)]
-    with client.worker(name, "w") as worker:
+    with ExitStack() as stack, client.worker(name, "w") as worker:
         worker.pull()
         steps = []
-        for other in stalled:
-            other.__enter__().pull()
-            steps.append(other._optimizer.begin_step().__enter__())
+        for number in range(10):
+            other = stack.enter_context(client.worker(name, f"stalled-{number}"))
+            other.pull()
+            steps.append(stack.enter_context(other._optimizer.begin_step()))
             steps[-1].send("x", gradient["x"])
         for _ in range(20):
             worker.step(gradient, timeout_s=10)
         assert opt.pull_parameters().step == 20
-        for other, step in zip(stalled, steps, strict=True):
+        for step in steps:
             step.send("y", gradient["y"])
-            step.finish()
-            other.__exit__(None, None, None)
+        stack.close()
         assert np.all(opt.pull_parameters().arrays["x"] == 30)
