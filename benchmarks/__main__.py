@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import durability, kernels, service
+from benchmarks import crowd, durability, kernels, service
 from benchmarks.measure import Timing
 from optserve_server.backends.slices import usable_cores
 
@@ -57,7 +58,8 @@ class Section:
             return None
         return self.time(bar.name) / self.time(bar.over)
 
-    def show(self) -> None:
+    def show(self, console: Console) -> None:
+        """Print a table."""
         table = Table(title=self.title, title_justify="left", title_style="bold")
         table.add_column("what")
         table.caption, table.caption_justify = f"peer: {self.peer}", "left"
@@ -70,7 +72,13 @@ class Section:
             table.add_row(name, f"{1e3 * self.time(name):.3f}", spread, f"{ratio:.2f}", f"{1 / ratio:.2f}")
         console.print(table)
 
+    def results(self) -> Iterator[tuple[str, str, float, float | None]]:
+        """(what, over what, at most, measured) of every bar."""
+        for bar in self.bars:
+            yield bar.name, bar.over, bar.at_most, self.ratio(bar)
+
     def as_json(self) -> dict[str, object]:
+        """As it is written down."""
         rows = {
             name: {"median_s": timing.median, "p99_s": timing.p99, "spread": timing.spread}
             for name, timing in self.timings.items()
@@ -128,6 +136,14 @@ def plans() -> Iterator[Plan]:
             LARGE,
             (Bar(service.STREAM, peer, bar),),
         )
+    speech = sum(math.prod(shape) for shape in service.SPEECH_NET.values())
+    yield Plan(
+        f"An asynchronous worker's step, the paper's speech network, {speech:,} float32 parameters",
+        service.speech,
+        service.STREAM,
+        speech,
+        rounds=7,
+    )
     for size in (LARGE, MNIST):
         yield Plan(
             f"Durable step, {size:,} float32 parameters",
@@ -172,21 +188,18 @@ def costs_per_parameter(sections: list[Section]) -> Section:
     return Section("A million parameters, in steps of", f"{service.STREAM}, {small:,}", timings, tuple(bars))
 
 
-def show_bars(sections: list[Section]) -> bool:
+def show_bars(sections: Sequence[Section | crowd.Crowds]) -> bool:
     """Print every bar beside what was measured; whether all hold."""
     table = Table(title="Bars", title_justify="left", title_style="bold")
     for column in ("section", "time of", "over", "at most", "measured", ""):
         table.add_column(column, justify="right" if column in ("at most", "measured") else "left")
     good = True
     for section in sections:
-        for bar in section.bars:
-            ratio = section.ratio(bar)
-            holds = ratio is not None and ratio <= bar.at_most
+        for name, over, at_most, ratio in section.results():
+            holds = ratio is not None and ratio <= at_most
             good &= holds or ratio is None
             shown = "not measured" if ratio is None else f"{ratio:.2f}"
-            table.add_row(
-                section.title, bar.name, bar.over, f"{bar.at_most:.2f}", shown, "" if holds else "[red]missed"
-            )
+            table.add_row(section.title, name, over, f"{at_most:.2f}", shown, "" if holds else "[red]missed")
     console.print(table)
     return good
 
@@ -238,13 +251,20 @@ def main(
         with console.status(f"{plan.title} …"):
             timings = plan.measure(plan.size, plan.rounds or rounds)
         section = Section(plan.title, plan.peer, timings, plan.bars, plan.statistic)
-        section.show()
+        section.show(console)
         sections.append(section)
     sections.append(costs_per_parameter(sections))
-    sections[-1].show()
-    good = show_bars(sections)
+    sections[-1].show(console)
+    with console.status("Many workers …"):
+        crowds = crowd.crowds()
+    crowds.show(console)
+    good = show_bars([*sections, crowds])
     if json_file:
-        content = {"machine": machine(), "rounds": rounds, "sections": [section.as_json() for section in sections]}
+        content = {
+            "machine": machine(),
+            "rounds": rounds,
+            "sections": [section.as_json() for section in [*sections, crowds]],
+        }
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         console.print(f"Figures: {json_file}")
     if plot_file:

@@ -36,7 +36,7 @@ def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_insi
 
 
 def test_those_who_do_not_come_out_are_not_waited_for():
-    turnstile, order = Turnstile(2, patience_s=0.02), list[str]()
+    turnstile, order = Turnstile(1, patience_s=0.02), list[str]()
     for thread in [entering(turnstile, who, order) for who in "abcdef"]:
         thread.join(10)
     assert order == list("abcdef")

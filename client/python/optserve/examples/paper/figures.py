@@ -60,14 +60,17 @@ def _replicas(results: Sequence[Result]) -> Any:
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     by_steps, by_time = figure.subplots(1, 2, sharey=True)
-    for label in dict.fromkeys(result.label for result in results):
+    labels = dict.fromkeys(result.label for result in results)
+    methods = list(dict.fromkeys(label.partition("-")[0] for label in labels))
+    for label in labels:
         result = next(result for result in results if result.label == label)
         method, _, unscaled = label.partition("-")
         name = _NAMES[method] + (", not scaled by staleness" if unscaled else "")
         accuracy = [100 - error for error in result.test_errors]
         for axes, values in ((by_steps, result.steps), (by_time, result.times)):
             # A run that diverged has been looked at once more since.
-            axes.plot(values, accuracy[: len(values)], ls=":" if unscaled else "-", label=name)
+            color, style = f"C{methods.index(method)}", ":" if unscaled else "-"
+            axes.plot(values, accuracy[: len(values)], color=color, ls=style, label=name)
     by_steps.set(xlabel="applied gradients", ylabel="test accuracy, %", ylim=(0, 100))
     by_time.set(xlabel="seconds")
     for axes in (by_steps, by_time):
