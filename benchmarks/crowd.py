@@ -173,7 +173,7 @@ def _run_workers(target: str, name: str, count: int) -> None:
 
         def run(number: int) -> None:
             out, gradient = _arrays(MNIST_NET), _arrays(MNIST_NET, 1e-3)
-            with (one, other)[number % 2].worker(name, f"w{os.getpid()}-{number}") as worker:
+            with (one, other)[number % 2].worker(name, f"w{os.getpid()}-{number}", transport="grpc") as worker:
                 worker.pull(out=out)
                 worker.step(gradient, out=out)
                 ready.wait()

@@ -167,6 +167,14 @@ class Lane:
         if segment and self.retained and self.staging.in_place and segment.dirty:
             self.retained.intact = False
 
+    def take_shared(self, step: Step) -> None:
+        """Take the gradients of a step that a client has put into the memory that it shares."""
+        if step.segment:
+            self.hold(step)
+            if self.retained:
+                self.retained.intact = False
+            self.staging.take_from(step.segment, step.payload)
+
     def give_shared(self, step: Step, number: int) -> None:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
         if step.segment and step.replies is not Reply.NOTHING:

@@ -80,7 +80,7 @@ class Optimizer:
     @property
     def memory_bytes(self) -> int:
         """Bytes that it occupies."""
-        return self.state.memory_bytes + self.steps.main.staging.shared_bytes
+        return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
 
     def replaced(self, record: ReplacementRecord) -> None:
         """Take over what a replacement of the state changes outside the steps."""

@@ -237,13 +237,15 @@ class Steps:
     def share(self) -> Segment | None:
         """Share memory with a client on this host; None if another client has that, or there is no room for it.
 
+        Each worker may have some, beside its buffer.
+
         Where nothing else reads the staging buffer, it moves into the segment and gradients are computed in place;
         otherwise they are copied, so that what is written down is what was computed with.
         """
         with self._lock:
             self.check_usable()
             if self._state.settings.consistency is not None:
-                return None
+                return self.workers.share()
             staging = self.main.staging
             if staging.segment is not None:
                 return None
@@ -257,6 +259,7 @@ class Steps:
     def unshare(self, segment: Segment) -> None:
         """The client has gone; the segment ends when its memory of it does."""
         with self._lock:
+            self.workers.unshare(segment)
             if self.main.staging.segment is segment:
                 self.main.note_overwritten()
                 self.main.staging.unshare()
@@ -354,9 +357,7 @@ class Steps:
                 lane.give_shared(step, self.step)
                 return Outcome(step.request_id, lane.retained.step, replayed=True)
             if step.segment:
-                if lane.retained:
-                    lane.retained.intact = False
-                staging.take_from(step.segment, step.payload)
+                lane.take_shared(step)
             else:
                 step.check_complete()
             norm = self.advance(staging, step.payload, request_id=step.request_id, segment=step.segment)

@@ -23,6 +23,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Payload
 from optserve_server.room import Room
+from optserve_server.segment import Segment
 from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, Reply, Retained, Step
@@ -100,6 +101,7 @@ class Workers:
         self._idle_step_s = idle_step_s
         self._known: dict[str, Worker] = {}
         self._draining = False
+        self._segments: set[Segment] = set()
         # Counts what those who wait are told: what happens before they have begun to wait must not be missed.
         self._told = 0
 
@@ -208,6 +210,25 @@ class Workers:
         with self._owner.lock:
             self.get(name).at_step = step
 
+    def share(self) -> Segment | None:
+        """Memory for a worker on this host, out of which its gradients are copied, and into which its replies are."""
+        try:
+            segment = Segment(self._state.layout, self._state.operand_kinds)
+        except OSError as error:
+            logger.warning("%s is not shared: %s", self._name, error)
+            return None
+        self._segments.add(segment)
+        return segment
+
+    def unshare(self, segment: Segment) -> None:
+        """The worker has gone."""
+        self._segments.discard(segment)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of what is shared."""
+        return sum(segment.size_bytes for segment in tuple(self._segments))
+
     def wake(self) -> None:
         """Let those who wait look whether they still have to."""
         with self._owner.lock:
@@ -229,6 +250,7 @@ class Workers:
         for worker in self._known.values():
             self._room.strip(worker.lane)
         self._known.clear()
+        self._segments.clear()
         self._tell()
 
     def drain(self) -> None:
@@ -241,13 +263,16 @@ class Workers:
         lock = self._owner.lock
         with lock:
             worker = self.get(step.worker)
+        if step.segment is not None and not step.replay:
+            with worker.lane.lock:
+                worker.lane.take_shared(step)
         try:
             while True:
                 with worker.lane.lock, lock:
                     told = self._told
                     outcome = step.outcome or self._try(worker, step)
-                    if outcome is not None:
-                        return outcome
+                if outcome is not None:
+                    break
                 with lock:
                     self._wait(worker, step, told)
         finally:
@@ -255,6 +280,11 @@ class Workers:
             with lock:
                 if worker.contribution is step:
                     self._withdraw(worker)
+        if step.segment is not None:
+            with worker.lane.lock:
+                worker.lane.hold(step)
+                worker.lane.give_shared(step, outcome.step)
+        return outcome
 
     def _try(self, worker: Worker, step: Step) -> Outcome | None:
         """Let a step go on as far as it can now."""
@@ -265,7 +295,8 @@ class Workers:
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
-        step.check_complete()
+        if step.segment is None:
+            step.check_complete()
         self._make_progress(worker, step)
         return step.outcome
 

@@ -262,8 +262,8 @@ def test_a_failure_while_messages_are_made_reaches_the_caller(server, name, monk
     client = optserve.connect(server.target, CONFIG)
     opt = client.create_optimizer(name, optserve.Sgd(), gradient(0))
 
-    def broken(self, begin, max_chunk_bytes):
-        yield from list(real(self, begin, max_chunk_bytes))[:1]
+    def broken(self, begin, max_chunk_bytes, **options):
+        yield from list(real(self, begin, max_chunk_bytes, **options))[:1]
         raise MemoryError("no room for a message")
 
     real = _stream.Gradients.messages

@@ -48,11 +48,11 @@ def test_workers_that_stop_in_the_middle_of_a_step_hold_up_no_other(client, name
     zero = {key: np.zeros_like(array) for key, array in gradient.items()}
     one = optserve.Sgd(learning_rate=1.0)
     opt = client.create_optimizer(name, one, zero, hosted=True, consistency=optserve.Async())
-    with ExitStack() as stack, client.worker(name, "w") as worker:
+    with ExitStack() as stack, client.worker(name, "w", transport="grpc") as worker:
         worker.pull()
         steps = []
         for number in range(10):
-            other = stack.enter_context(client.worker(name, f"stalled-{number}"))
+            other = stack.enter_context(client.worker(name, f"stalled-{number}", transport="grpc"))
             other.pull()
             steps.append(stack.enter_context(other._optimizer.begin_step()))
             steps[-1].send("x", gradient["x"])

@@ -26,6 +26,13 @@ MODEL = {"w": np.zeros((20, 3), np.float32), "b": np.zeros(3, np.float64)}
 QUICK = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2)
 
 
+@pytest.fixture(scope="module", params=["grpc", "shm"])
+def client(server, request):
+    """Workers come over both transports; the tests that make streams by hand, over gRPC."""
+    with optserve.connect(server.target, optserve.ClientConfig(transport=request.param)) as connected:
+        yield connected
+
+
 def full(value: float) -> dict[str, np.ndarray]:
     """A gradient whose elements are all the same."""
     return {name: np.full(param.shape, value, param.dtype) for name, param in MODEL.items()}
@@ -536,7 +543,7 @@ def test_four_hundred_clients_against_room_for_a_hundred_all_finish_in_the_end(t
         opt = clients[0].create_optimizer("a", one, zero, hosted=True, consistency=optserve.Async())
 
         def work(number: int) -> None:
-            with clients[number % 8].worker("a", f"w{number}") as worker:
+            with clients[number % 8].worker("a", f"w{number}", transport="grpc") as worker:
                 worker.pull()
                 for turn in range(steps):
                     if turn == 0 and number < 100:
@@ -614,6 +621,36 @@ def test_workers_of_one_optimizer_leave_room_for_those_of_another(tmp_path):
             assert (reason, retry_s) == ("STAGING_FULL", 0.5)
             b.send(begin(), chunk(0, 0, bytes(8)), commit())
             b.reply()
+
+
+def test_workers_share_memory_as_long_as_there_is_room(tmp_path):
+    size = 100_000
+    array_bytes = 4 * size
+    # x, the buffer of the optimizer itself, and one segment.
+    options = config_of(tmp_path, max_state_bytes=3 * array_bytes + 100_000, max_staged_bytes=10 * array_bytes)
+    with optserve.local_server(options=options) as server, optserve.connect(server.target) as client:
+        x, gradient = {"x": np.zeros(size, np.float32)}, {"x": np.full(size, -1, np.float32)}
+        one = optserve.Sgd(learning_rate=1.0)
+        opt = client.create_optimizer("a", one, x, hosted=True, consistency=optserve.Async())
+
+        def used() -> int:
+            return next(iter(client.list_optimizers())).memory_bytes
+
+        assert used() == 2 * array_bytes
+        with client.worker("a", "second") as second:
+            with client.worker("a", "first") as first:
+                assert first.transport[0] == "shm"
+                assert second.transport[0] == "grpc"
+                assert "has no room" in second.transport[1]
+                assert 3 * array_bytes <= used() < 3 * array_bytes + 10_000
+                for worker in (first, second):
+                    worker.pull()
+                    worker.step(gradient)
+                    with pytest.raises(optserve.InvalidArgumentError, match="nan"):
+                        worker.step({"x": np.full(size, np.nan, np.float32)})
+            assert np.all(opt.pull_parameters().arrays["x"] == 2)
+            while used() > 2 * array_bytes:
+                time.sleep(0.01)
 
 
 def test_who_finds_no_room_is_told_to_come_back(tmp_path):

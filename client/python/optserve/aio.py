@@ -132,9 +132,16 @@ class AsyncClient:
         )
         return AsyncOptimizer(found, self._threads)
 
-    async def worker(self, name: str, worker: str = "", *, wire_dtype: sync.WireDtype = "native") -> AsyncWorker:
+    async def worker(
+        self,
+        name: str,
+        worker: str = "",
+        *,
+        transport: sync.TransportName = "auto",
+        wire_dtype: sync.WireDtype = "native",
+    ) -> AsyncWorker:
         """See `optserve.Client.worker`; to be used in `async with await client.worker(…)`."""
-        made = await self._threads.run(self._connected.worker, name, worker, wire_dtype=wire_dtype)
+        made = await self._threads.run(self._connected.worker, name, worker, transport=transport, wire_dtype=wire_dtype)
         return AsyncWorker(made, self._threads)
 
     async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
@@ -346,6 +353,10 @@ class AsyncWorker:
     def staleness(self) -> int:
         """See `optserve.Worker.staleness`."""
         return self._worker.staleness
+
+    async def transport(self) -> tuple[str, str]:
+        """See `optserve.Worker.transport`."""
+        return await self._threads.run(lambda: self._worker.transport)
 
     async def pull(
         self,

@@ -157,13 +157,21 @@ class Client:
             self._transport, found, transport=transport, wire_dtype=wire_dtype, error_feedback=error_feedback
         )
 
-    def worker(self, name: str, worker: str = "", *, wire_dtype: WireDtype = "native") -> Worker:
+    def worker(
+        self,
+        name: str,
+        worker: str = "",
+        *,
+        transport: TransportName = "auto",
+        wire_dtype: WireDtype = "native",
+    ) -> Worker:
         """Become one of several workers on an existing optimizer, in a with-block.
 
         Args:
             name: The optimizer's, as given to `create_optimizer`.
             worker: This worker's own name among them, 1 to 64 printable characters of ASCII; a random one by default.
                 One that comes back under its old name goes on where it was.
+            transport: As for `optimizer`.
             wire_dtype: As for `optimizer`.
 
         Raises:
@@ -172,7 +180,7 @@ class Client:
         """
         request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
         found = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
-        return Worker(self._transport, found, worker, wire_dtype)
+        return Worker(self._transport, found, worker, transport, wire_dtype)
 
     def list_optimizers(self) -> Iterator[optimizer_pb2.Optimizer]:
         """All optimizers of the server, by name, without their parameters."""

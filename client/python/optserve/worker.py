@@ -14,7 +14,7 @@ import numpy as np
 from optserve._patience import Patience
 from optserve._transport import Transport
 from optserve.errors import OptserveError, StepInDoubtError
-from optserve.optimizer import Optimizer, ReplyName, WireDtype
+from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
 from optserve.state import HostedParameters
 from optserve.v1 import optimizer_pb2, replicas_pb2
 
@@ -38,14 +38,19 @@ class Worker:
     """
 
     def __init__(
-        self, connection: Transport, message: optimizer_pb2.Optimizer, name: str, wire_dtype: WireDtype = "native"
+        self,
+        connection: Transport,
+        message: optimizer_pb2.Optimizer,
+        name: str,
+        transport: TransportName = "auto",
+        wire_dtype: WireDtype = "native",
     ) -> None:
         self.name = name or f"worker-{uuid.uuid4().hex[:12]}"
         self.live_workers = 0
         self._connection = connection
         self._resource = message.name
         self._optimizer = Optimizer(
-            connection, message, transport="grpc", wire_dtype=wire_dtype, worker=self.name, register=self._register
+            connection, message, transport=transport, wire_dtype=wire_dtype, worker=self.name, register=self._register
         )
         self._done = threading.Event()
         self._beating = threading.Thread(target=self._beat, name=f"optserve {self.name}", daemon=True)
@@ -80,6 +85,11 @@ class Worker:
     def staleness(self) -> int:
         """Steps that had been applied between the parameters of this worker's last gradient and that gradient."""
         return self._optimizer.staleness
+
+    @property
+    def transport(self) -> tuple[str, str]:
+        """See `Optimizer.transport`."""
+        return self._optimizer.transport
 
     @property
     def current_step(self) -> int:
