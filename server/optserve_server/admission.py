@@ -39,8 +39,12 @@ class Admission:
         finally:
             self.leave()
 
-    def drain(self, timeout_s: float) -> bool:
-        """Let nothing in any more and wait for what is under way; False if some of it outlasted `timeout_s`."""
+    def close(self) -> None:
+        """Let nothing in any more."""
         with self._condition:
             self._draining = True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait for what is under way, once closed; False if some of it outlasted `timeout_s`."""
+        with self._condition:
             return self._condition.wait_for(lambda: self._under_way == 0, timeout_s)

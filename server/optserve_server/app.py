@@ -111,6 +111,8 @@ class App:
     def stop(self) -> None:
         """Let steps under way end, refuse new ones, then close every connection."""
         self._stopping.set()
+        # First, so that who is told finds it so.
+        self._admission.close()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._optimizers.drain()
         if not self._admission.drain(self._config.drain_s):

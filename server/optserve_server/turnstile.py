@@ -70,9 +70,10 @@ class Turnstile:
     def _watch(self) -> None:
         while True:
             with self._lock:
-                while not self._waiting:
+                if not self._waiting:
                     self._queue_began.wait()
-                if time.monotonic() - self._moved_at >= self._patience_s:
+                elif time.monotonic() - self._moved_at >= self._patience_s:
                     self._inside.clear()
                     self._let_next_in()
-            time.sleep(self._patience_s)
+                else:
+                    self._queue_began.wait(self._patience_s)
