@@ -592,7 +592,7 @@ def test_four_hundred_clients_against_room_for_a_hundred_all_finish_in_the_end(t
         found = opt.pull_parameters()
         assert found.step == count * steps
         assert all(np.all(array == count * steps) for array in found.arrays.values())
-        # Room for steps and pulls; and of each stream a message on the wire, one that has come, one that goes, a thread.
+        # Room for steps and pulls; and of each stream a message on the wire, one that came, one that goes, a thread.
         assert most - before < 2 * room + count * (3 * 4 * size + 200_000)
 
 
