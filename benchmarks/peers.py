@@ -1,17 +1,19 @@
 """Parameter servers of other projects that do the same job: ADADELTA on the gradients that a worker sends.
 
 Each holds the parameters, takes a gradient, steps torch.optim.Adadelta and answers with the new parameters: the same
-bytes each way as ours. Each is a context manager that gives a call which makes one step.
+bytes each way as ours.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -52,33 +54,79 @@ def _serve_rpc() -> None:
     rpc.shutdown()
 
 
-@contextmanager
-def torch_rpc() -> Iterator[Callable[[np.ndarray], Callable[[], object]]]:
-    """A parameter server of torch.distributed.rpc, in a process of its own; gives a maker of steps."""
+def _call_rpc(size: int) -> None:
+    """Runs in the worker's process: a step for each line of standard input, answered by a line when it is done."""
     from torch.distributed import rpc
 
+    rpc.init_rpc("worker", rank=0, world_size=2)
+    gradient, parameters = (
+        torch.from_numpy(np.random.default_rng(0).standard_normal(size, np.float32)),
+        torch.zeros(size),
+    )
+    for _ in sys.stdin:
+        parameters.copy_(rpc.rpc_sync("server", rpc_step, args=(size, gradient)))
+        print("done", flush=True)
+    rpc.shutdown()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another parameter server.
+
+    Attributes:
+        step: Makes one step.
+        pause: Holds its processes still, before something else is timed.
+        resume: Lets them go on.
+    """
+
+    step: Callable[[], object]
+    pause: Callable[[], object] = lambda: None
+    resume: Callable[[], object] = lambda: None
+
+
+@contextmanager
+def torch_rpc(size: int) -> Iterator[Peer | None]:
+    """A parameter server of torch.distributed.rpc and its worker, each in a process of its own.
+
+    Both wait for messages by asking for them all the time, and take all of two cores even when nothing is to be done.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", "from benchmarks.peers import _serve_rpc; _serve_rpc()"]
-    server = subprocess.Popen(command, env=os.environ | settings)
-    os.environ.update(settings)
-    rpc.init_rpc("worker", rank=0, world_size=2)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = "from benchmarks import peers; peers."
+    server = subprocess.Popen([sys.executable, "-c", f"{code}_serve_rpc()"], env=environment)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"{code}_call_rpc({size})"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
 
-    def step_of(gradient: np.ndarray) -> Callable[[], object]:
-        tensor, parameters = torch.from_numpy(gradient), torch.zeros(gradient.size)
-        return lambda: parameters.copy_(rpc.rpc_sync("server", rpc_step, args=(gradient.size, tensor)))
+    def tell(number: signal.Signals) -> None:
+        for process in (server, worker):
+            process.send_signal(number)
+
+    def step() -> None:
+        if worker.stdin is None or worker.stdout is None:
+            raise RuntimeError("the worker has no pipes")
+        worker.stdin.write("step\n")
+        if worker.stdout.readline() != "done\n":
+            raise RuntimeError("the worker of torch.distributed.rpc has failed")
 
     try:
-        yield step_of
+        yield Peer(step, lambda: tell(signal.SIGSTOP), lambda: tell(signal.SIGCONT))
     finally:
-        rpc.shutdown()
+        tell(signal.SIGCONT)
+        # Its standard input ends, and with it both.
+        worker.communicate()
         server.wait()
 
 
 @contextmanager
-def ray_actor() -> Iterator[Callable[[np.ndarray], Callable[[], object]] | None]:
-    """A parameter server that is a Ray actor; gives a maker of steps, None where Ray is not installed."""
+def ray_actor(size: int) -> Iterator[Peer | None]:
+    """A parameter server that is a Ray actor; None where Ray is not installed."""
     if find_spec("ray") is None:
         yield None
         return
@@ -96,12 +144,11 @@ def ray_actor() -> Iterator[Callable[[np.ndarray], Callable[[], object]] | None]
             # Ray gives read-only views of its object store, which torch must not write to.
             return self._server.step(torch.from_numpy(gradient.copy())).numpy()
 
-    def step_of(gradient: np.ndarray) -> Callable[[], object]:
-        actor = Actor.remote(gradient.size)
-        parameters = np.zeros_like(gradient)
-        return lambda: np.copyto(parameters, ray.get(actor.step.remote(gradient)))
+    actor = Actor.remote(size)
+    gradient = np.random.default_rng(0).standard_normal(size, np.float32)
+    parameters = np.zeros_like(gradient)
 
     try:
-        yield step_of
+        yield Peer(lambda: np.copyto(parameters, ray.get(actor.step.remote(gradient))))
     finally:
         ray.shutdown()

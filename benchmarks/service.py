@@ -115,15 +115,21 @@ def beside(peer: str, size: int, rounds: int) -> dict[str, Timing]:
     gradient = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     given, out = {"x": gradient}, {"x": np.empty(size, np.float32)}
     with (
-        {RPC: peers.torch_rpc, RAY: peers.ray_actor}[peer]() as step_of,
+        {RPC: peers.torch_rpc, RAY: peers.ray_actor}[peer](size) as other,
         optserve.local_server() as server,
         optserve.connect(server.target) as client,
     ):
         client.create_optimizer("bench", optserve.Adadelta(), given)
-        ours = client.optimizer("bench", transport="grpc")
-        candidates = {STREAM: Candidate(lambda: ours.step(given, out=out))}
-        if step_of is not None:
-            candidates[peer] = Candidate(step_of(gradient))
+        client.create_optimizer("shared", optserve.Adadelta(), given)
+        ours, shared = client.optimizer("bench", transport="grpc"), client.optimizer("shared", transport="shm")
+        pause = other.pause if other else lambda: None
+        candidates = {
+            STREAM: Candidate(lambda: ours.step(given, out=out), pause),
+            # On one host Ray and torch take memory that is shared, too.
+            COPIED: Candidate(lambda: shared.step(given, out=out), pause),
+        }
+        if other is not None:
+            candidates[peer] = Candidate(other.step, other.resume)
         return interleaved(candidates, rounds)
 
 
