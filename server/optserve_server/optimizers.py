@@ -23,7 +23,7 @@ from optserve_server.room import Room
 from optserve_server.rules import Rule
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
-from optserve_server.state import State
+from optserve_server.state import State, operands_of
 from optserve_server.step import check_request_id
 from optserve_server.steps import Steps
 
@@ -127,7 +127,8 @@ class Optimizers:
 
     def share(self, optimizer: Optimizer) -> Segment | None:
         """Share memory with a client of an optimizer; None if it cannot be. See `Steps.share`."""
-        if self.memory_bytes + optimizer.layout.size_bytes > self._config.max_state_bytes:
+        wanted = len(optimizer.state.operand_kinds) * optimizer.layout.size_bytes
+        if self.memory_bytes + wanted > self._config.max_state_bytes:
             logger.warning("%s is not shared: there is no room within max_state_bytes", optimizer.id)
             return None
         return optimizer.steps.share()
@@ -159,7 +160,7 @@ class Optimizers:
         if request_id:
             check_request_id(request_id)
         self._check_size(layout)
-        self._check_streams(settings)
+        self._check_workers(layout, settings)
         with self._lock:
             # A retry that comes while the first call is still at work waits for it.
             self._lock.wait_for(
@@ -261,7 +262,7 @@ class Optimizers:
             optimizer.check_etag(etag)
             new_etag, now = _token(), datetime.now(UTC)
             settings = change(optimizer.settings, optimizer.layout)
-            self._check_streams(settings)
+            self._check_workers(optimizer.layout, settings)
             optimizer.steps.set(settings, new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
         logger.info("updated %s: %s", optimizer_id, optimizer.settings)
@@ -313,10 +314,20 @@ class Optimizers:
                 del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)
 
-    def _check_streams(self, settings: Settings) -> None:
-        """Raise INVALID_FIELD if a step takes more workers than can be connected, each with a stream and a pull."""
+    def _check_workers(self, layout: Layout, settings: Settings) -> None:
+        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
         consistency = settings.consistency
-        if consistency is not None and consistency.workers + consistency.backup_workers >= self._config.max_streams:
+        if consistency is None:
+            return
+        wanted = consistency.workers * len(operands_of(settings.rule)) * layout.size_bytes
+        if consistency.workers > 1 and wanted > self._config.max_optimizer_staged_bytes:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"The gradients of {consistency.workers} workers take {wanted} bytes at a time; this server has room "
+                f"for {self._config.max_optimizer_staged_bytes} (max_optimizer_staged_bytes).",
+                field="optimizer.consistency.sync.workers",
+            )
+        if consistency.workers + consistency.backup_workers >= self._config.max_streams:
             raise OptserveError(
                 Reason.INVALID_FIELD,
                 f"{consistency.workers} workers and {consistency.backup_workers} more cannot be connected: this server "

@@ -22,7 +22,9 @@ class _Waiting:
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
+        self.since = time.monotonic()
         self.granted = threading.Event()
+        self.failure: Exception | None = None
 
 
 class Room:
@@ -63,22 +65,42 @@ class Room:
                 if not waiting.granted.is_set() and time.monotonic() >= until:
                     self._waiting.remove(waiting)
                     raise self._full(lane)
+        if waiting.failure is not None:
+            raise self._full(lane) from waiting.failure
 
     def _serve(self) -> None:
-        """Give buffers to those who wait, the first ones first; those of one optimizer do not hold up another's."""
+        """Give buffers to those who wait, the first ones first; an optimizer at its own limit holds up no other."""
         full: set[str] = set()
         for waiting in list(self._waiting):
             lane = waiting.lane
             if lane.optimizer in full:
                 continue
             if not lane.equipped:
-                if not self._has_room(lane):
+                if not self._make_room(lane, lane.optimizer):
                     full.add(lane.optimizer)
                     continue
-                self._bytes[lane.optimizer] += lane.buffer_bytes
-                lane.equip()
+                if not self._make_room(lane):
+                    # Smaller ones that come later would take each free piece, and this one would never have enough.
+                    break
+                try:
+                    lane.equip()
+                # Whichever thread has made room, it is for this one that there is no memory.
+                except Exception as error:  # noqa: BLE001
+                    waiting.failure = error
+                else:
+                    self._bytes[lane.optimizer] += lane.buffer_bytes
             self._waiting.remove(waiting)
             waiting.granted.set()
+
+    def is_wanted(self, lane: Lane) -> bool:
+        """Whether somebody has waited for long for what this lane has, which itself waits for others."""
+        with self._lock:
+            long_ago = time.monotonic() - LOOK_EVERY_S
+            return any(
+                waiting.since < long_ago
+                and (waiting.lane.optimizer == lane.optimizer or self._is_in_the_way(waiting.lane))
+                for waiting in self._waiting
+            )
 
     def use(self, lane: Lane) -> None:
         """A step holds the lane's buffer."""
@@ -92,30 +114,34 @@ class Room:
                 self._resting[lane] = None
                 self._serve()
 
+    def refusal(self, lane: Lane) -> OptserveError:
+        """What a step is refused with that gives its buffer up for others."""
+        with self._lock:
+            return self._full(lane)
+
     def strip(self, lane: Lane) -> None:
         """Take a lane's buffer back at once."""
         with self._lock:
             self._strip(lane)
             self._serve()
 
-    def _has_room(self, lane: Lane) -> bool:
-        """Whether a lane's buffer fits, now that others have been taken back as far as that was needed."""
-        for oldest in list(self._resting):
-            if not self._is_in_the_way(lane, self._bytes.total(), self._max_bytes):
+    def _make_room(self, lane: Lane, optimizer: str = "") -> bool:
+        """Whether a lane's buffer fits into the room of one optimizer, or of all; takes others back if that helps."""
+        resting = [other for other in self._resting if other.optimizer == optimizer or not optimizer]
+        if self._is_in_the_way(lane, optimizer, free=sum(other.buffer_bytes for other in resting)):
+            return False
+        for oldest in resting:
+            if not self._is_in_the_way(lane, optimizer):
                 break
             self._strip(oldest)
-        for oldest in [resting for resting in self._resting if resting.optimizer == lane.optimizer]:
-            if not self._is_in_the_way(lane, self._bytes[lane.optimizer], self._max_optimizer_bytes):
-                break
-            self._strip(oldest)
-        return not (
-            self._is_in_the_way(lane, self._bytes.total(), self._max_bytes)
-            or self._is_in_the_way(lane, self._bytes[lane.optimizer], self._max_optimizer_bytes)
-        )
+        return not self._is_in_the_way(lane, optimizer)
 
-    @staticmethod
-    def _is_in_the_way(lane: Lane, used: int, limit: int) -> bool:
-        return used > 0 and used + lane.buffer_bytes > limit
+    def _is_in_the_way(self, lane: Lane, optimizer: str = "", free: int = 0) -> bool:
+        """Whether what is used, apart from what is `free`, leaves too little for a lane's buffer."""
+        used, limit = (
+            (self._bytes[optimizer], self._max_optimizer_bytes) if optimizer else (self._bytes.total(), self._max_bytes)
+        )
+        return used > free and used - free + lane.buffer_bytes > limit
 
     def _strip(self, lane: Lane) -> None:
         """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
@@ -127,7 +153,7 @@ class Room:
 
     def _full(self, lane: Lane) -> OptserveError:
         whose, used, limit = f"{lane.optimizer} has", self._bytes[lane.optimizer], self._max_optimizer_bytes
-        if not self._is_in_the_way(lane, used, limit):
+        if not self._is_in_the_way(lane, lane.optimizer):
             whose, used, limit = "this server has", self._bytes.total(), self._max_bytes
         return OptserveError(
             Reason.STAGING_FULL,

@@ -174,7 +174,7 @@ class Steps:
             raise refusals.wrong_step(self._name, self.step, expected_step)
         at_step = self._parameters_step(worker, parameters_step)
         payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
-        if segment is None:
+        if segment is None and not worker:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
         return Step(

@@ -265,6 +265,7 @@ class StepStream:
                 limit_bytes=self._config.max_chunk_bytes,
                 actual_bytes=len(data),
             )
+        self._turnstile.moved(self)
         operand = Operand.CURVATURE if chunk.operand == steps_pb2.OPERAND_CURVATURE else Operand.GRADIENT
         self._step.stage(chunk.tensor, chunk.offset, data, operand)
 
@@ -297,8 +298,10 @@ class StepStream:
         self._request_id = ""
         self._turnstile.leave(self)
         if step is not None:
-            step.close()
-            self._admission.leave()
+            try:
+                step.close()
+            finally:
+                self._admission.leave()
 
 
 def result(outcome: Outcome) -> steps_pb2.Result:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 
 PATIENCE_S = 0.02
-"""When nobody has come out for so long, those inside are slow, and are not waited for."""
+"""One inside that has not moved for so long is slow, and is not waited for."""
 
 
 class Turnstile:
@@ -20,17 +20,17 @@ class Turnstile:
 
     Args:
         limit: Of those inside; by default one for each processor.
-        patience_s: How long nobody comes out before those inside are no longer counted.
+        patience_s: How long one inside may not move and still be counted.
     """
 
     def __init__(self, limit: int = 0, patience_s: float = PATIENCE_S) -> None:
         self._limit = limit or os.cpu_count() or 1
         self._patience_s = patience_s
-        self._inside: set[object] = set()
+        # When each one inside has moved last.
+        self._inside: dict[object, float] = {}
         self._waiting: deque[tuple[object, threading.Lock]] = deque()
         self._lock = threading.Lock()
         self._queue_began = threading.Condition(self._lock)
-        self._moved_at = 0.0
         self._watching = False
 
     def enter(self, who: object) -> None:
@@ -39,13 +39,13 @@ class Turnstile:
             if not self._waiting and len(self._inside) < self._limit:
                 self._let_in(who)
                 return
+            if not self._watching:
+                threading.Thread(target=self._watch, name="turnstile", daemon=True).start()
+                self._watching = True
             turn = threading.Lock()
             turn.acquire()
             self._waiting.append((who, turn))
-            if not self._watching:
-                self._watching = True
-                threading.Thread(target=self._watch, name="turnstile", daemon=True).start()
-            elif len(self._waiting) == 1:
+            if len(self._waiting) == 1:
                 self._queue_began.notify()
         # Released by who lets it in.
         turn.acquire()
@@ -54,12 +54,18 @@ class Turnstile:
         """Come out, if that has not been done; nothing happens otherwise."""
         if who in self._inside:
             with self._lock:
-                self._inside.discard(who)
+                self._inside.pop(who, None)
                 self._let_next_in()
 
+    def moved(self, who: object) -> None:
+        """One that may be inside is not slow."""
+        if who in self._inside:
+            with self._lock:
+                if who in self._inside:
+                    self._inside[who] = time.monotonic()
+
     def _let_in(self, who: object) -> None:
-        self._inside.add(who)
-        self._moved_at = time.monotonic()
+        self._inside[who] = time.monotonic()
 
     def _let_next_in(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
@@ -70,10 +76,7 @@ class Turnstile:
     def _watch(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting:
-                    self._queue_began.wait()
-                elif time.monotonic() - self._moved_at >= self._patience_s:
-                    self._inside.clear()
-                    self._let_next_in()
-                else:
-                    self._queue_began.wait(self._patience_s)
+                self._queue_began.wait(self._patience_s if self._waiting else None)
+                long_ago = time.monotonic() - self._patience_s
+                self._inside = {who: moved_at for who, moved_at in self._inside.items() if moved_at > long_ago}
+                self._let_next_in()

@@ -22,7 +22,7 @@ from optserve_server.consistency import Consistency
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Payload
-from optserve_server.room import Room
+from optserve_server.room import LOOK_EVERY_S, Room
 from optserve_server.segment import Segment
 from optserve_server.staging import Staging
 from optserve_server.state import State
@@ -192,6 +192,9 @@ class Workers:
                         if worker.lane.holder is None:
                             self._room.rest(worker.lane)
                         raise
+                    if not worker.lane.equipped:
+                        # It was that of a step which had stalled, and somebody has been waiting for it.
+                        continue
                     # What a connection that was given up had brought does not count.
                     self._withdraw(worker)
                     worker.lane.holder = step
@@ -334,6 +337,10 @@ class Workers:
                 f"A step of {self._name} takes {consistency.workers} workers, of which {alive} are alive.",
                 live_workers=alive,
             )
+        if self._room.is_wanted(worker.lane):
+            # Perhaps by the very worker that this step waits for.
+            self._withdraw(worker)
+            raise self._room.refusal(worker.lane)
         now = time.monotonic()
         if worker.alive:
             worker.lease_until = max(worker.lease_until, now + consistency.lease_s)
@@ -341,8 +348,8 @@ class Workers:
         # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
         leases = [other.lease_until - now for other in self._known.values() if other is not worker and other.alive]
         timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
-        # A lease that runs out is not told.
-        self._owner.lock.wait_for(lambda: self._told != told, min(timeout_s, self._idle_step_s / 2))
+        # A lease that runs out is not told, nor that room is wanted.
+        self._owner.lock.wait_for(lambda: self._told != told, min(timeout_s, self._idle_step_s / 2, LOOK_EVERY_S))
 
     def _withdraw(self, worker: Worker) -> None:
         worker.contribution = None

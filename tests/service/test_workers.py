@@ -624,6 +624,42 @@ def test_workers_of_one_optimizer_leave_room_for_those_of_another(tmp_path):
             b.reply()
 
 
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(tmp_path, transport):
+    size = 1000
+    with (
+        # Room for one of the two.
+        optserve.local_server(options=config_of(tmp_path, max_optimizer_staged_bytes=4 * size)) as server,
+        optserve.connect(server.target, QUICK) as client,
+    ):
+        x, gradient = {"x": np.zeros(size, np.float32)}, {"x": np.full(size, -1, np.float32)}
+        one = optserve.Sgd(learning_rate=1.0)
+        opt = client.create_optimizer("a", one, x, hosted=True, consistency=optserve.Bounded(0))
+        ready = threading.Barrier(2)
+
+        def work(number: int) -> None:
+            with client.worker("a", f"w{number}", transport=transport) as worker:
+                worker.pull()
+                ready.wait()
+                for _ in range(3):
+                    worker.step(gradient, timeout_s=60)
+                ready.wait()
+
+        run_all(lambda number=number: work(number) for number in range(2))
+        assert np.all(opt.pull_parameters().arrays["x"] == 6)
+
+
+def test_more_workers_in_a_step_than_there_is_room_for_are_refused(tmp_path):
+    with (
+        optserve.local_server(options=config_of(tmp_path, max_optimizer_staged_bytes=2 * 264)) as server,
+        optserve.connect(server.target) as client,
+    ):
+        shared(client, "two", optserve.Sync(2))
+        with pytest.raises(optserve.InvalidArgumentError, match="max_optimizer_staged_bytes") as caught:
+            shared(client, "three", optserve.Sync(3))
+        assert caught.value.field == "optimizer.consistency.sync.workers"
+
+
 def test_workers_share_memory_as_long_as_there_is_room(tmp_path):
     size = 100_000
     array_bytes = 4 * size

@@ -68,6 +68,22 @@ def test_the_methods_that_take_curvature_train_the_real_mnist_without_a_tuned_ra
     assert json.loads(report.read_text())["test_error"] < 0.04
 
 
+@pytest.mark.mnist
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("mnist")
+@pytest.mark.parametrize(("replicas", "activation"), [(100, "logistic"), (200, "relu")])
+def test_adadelta_converges_with_as_many_asynchronous_replicas_as_in_the_paper(tmp_path, replicas, activation):
+    """Figures 3 and 4, the first of their 40 epochs: 22 and 18 % after 6, where unscaled updates stay at 90 %."""
+    report = tmp_path / "report.json"
+    options = ("--replicas", replicas, "--activation", activation, "--scale-by-staleness", "--epochs", 6)
+    done = optserve("mnist", *options, "--json", report, timeout=390)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    assert result["test_error"] < 0.45
+    assert result["test_error"] < result["epochs"][0]["test_error"]
+    assert result["settings"]["mean_staleness"] > 0.9 * replicas
+
+
 @pytest.mark.parametrize("algorithm", MethodName.__args__)
 def test_every_method_learns(server, small, tmp_path, algorithm):
     report = tmp_path / "report.json"

@@ -176,7 +176,9 @@ class _Training:
                 if together.push_every > 1:
                     for name, grad in own.grads.items():
                         mean[name] += grad / np.float32(together.push_every)
-                pushing, fetching = made % together.push_every == 0, made % together.fetch_every == 0
+                # What is left in the end is pushed as well.
+                pushing = made % together.push_every == 0 or made == self._epochs * self._batches
+                fetching = made % together.fetch_every == 0
                 if pushing:
                     self._push(worker, mean, own.params if fetching else None)
                 elif fetching:
