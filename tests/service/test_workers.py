@@ -635,18 +635,28 @@ def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(tmp_path, trans
         x, gradient = {"x": np.zeros(size, np.float32)}, {"x": np.full(size, -1, np.float32)}
         one = optserve.Sgd(learning_rate=1.0)
         opt = client.create_optimizer("a", one, x, hosted=True, consistency=optserve.Bounded(0))
-        ready = threading.Barrier(2)
-
-        def work(number: int) -> None:
-            with client.worker("a", f"w{number}", transport=transport) as worker:
+        with (
+            client.worker("a", "fast", transport=transport) as fast,
+            client.worker("a", "slow", transport=transport) as slow,
+            grpc.insecure_channel(server.target) as channel,
+        ):
+            for worker in (fast, slow):
                 worker.pull()
-                ready.wait()
-                for _ in range(3):
-                    worker.step(gradient, timeout_s=60)
-                ready.wait()
-
-        run_all(lambda number=number: work(number) for number in range(2))
-        assert np.all(opt.pull_parameters().arrays["x"] == 6)
+            fast.step(gradient)
+            ahead = threading.Thread(target=fast.step, args=(gradient,), kwargs={"timeout_s": 60})
+            ahead.start()
+            stub = service_pb2_grpc.OptimizerServiceStub(channel)
+            reason = ""
+            while reason != "STEP_IN_PROGRESS":
+                with stream(stub, "optimizers/a", worker="fast") as probe:
+                    probe.send(begin(), commit())
+                    reason = details(probe.error())[0]
+            for _ in range(2):
+                slow.step(gradient, timeout_s=20)
+            ahead.join(30)
+            assert not ahead.is_alive()
+            assert fast.steps_made == slow.steps_made == 2
+        assert np.all(opt.pull_parameters().arrays["x"] == 4)
 
 
 def test_more_workers_in_a_step_than_there_is_room_for_are_refused(tmp_path):
