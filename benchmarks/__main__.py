@@ -256,14 +256,15 @@ def main(
     sections.append(costs_per_parameter(sections))
     sections[-1].show(console)
     with console.status("Many workers …"):
-        crowds = crowd.crowds()
-    crowds.show(console)
-    good = show_bars([*sections, crowds])
+        crowds = [crowd.crowds(transport) for transport in ("auto", "grpc")]
+    for one in crowds:
+        one.show(console)
+    good = show_bars([*sections, *crowds])
     if json_file:
         content = {
             "machine": machine(),
             "rounds": rounds,
-            "sections": [section.as_json() for section in [*sections, crowds]],
+            "sections": [section.as_json() for section in [*sections, *crowds]],
         }
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         console.print(f"Figures: {json_file}")

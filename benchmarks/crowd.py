@@ -101,22 +101,24 @@ class Crowds:
         return {"title": self.title, "few": asdict(self.few), "many": asdict(self.many), "bars": bars}
 
 
-def crowds() -> Crowds:
-    """Step the MNIST network with a few workers, and then with many."""
+def crowds(transport: str) -> Crowds:
+    """Step the MNIST network with a few workers, and then with many, over `auto` or `grpc`."""
     with optserve.local_server() as server:
-        few = _crowd(server, FEW, STEPS // 4)
-        many = _crowd(server, MANY, STEPS)
-    return Crowds(f"{MANY} workers' streams beside {FEW}, MNIST network", few, many)
+        few = _crowd(server, FEW, STEPS // 4, transport)
+        many = _crowd(server, MANY, STEPS, transport)
+    how = "gRPC" if transport == "grpc" else "as they come by themselves, sharing memory"
+    return Crowds(f"{MANY} workers' streams beside {FEW}, MNIST network, {how}", few, many)
 
 
-def _crowd(server: optserve.LocalServer, workers: int, steps: int) -> Crowd:
+def _crowd(server: optserve.LocalServer, workers: int, steps: int, transport: str) -> Crowd:
     name = f"crowd-{workers}"
     with optserve.connect(server.target) as client, ExitStack() as stack:
         start = _arrays(MNIST_NET)
         client.create_optimizer(name, optserve.Adadelta(), start, hosted=True, consistency=optserve.Async())
         share = workers // PROCESSES
         processes = [
-            stack.enter_context(_process("_run_workers", server.target, name, share)) for _ in range(PROCESSES)
+            stack.enter_context(_process("_run_workers", server.target, name, share, transport))
+            for _ in range(PROCESSES)
         ]
         for process in processes:
             # Every one of them has made a step.
@@ -164,7 +166,7 @@ def _answer(process: Any) -> str:
     return process.stdout.readline()
 
 
-def _run_workers(target: str, name: str, count: int) -> None:
+def _run_workers(target: str, name: str, count: int, transport: Any) -> None:
     """Step with some workers until told to stop; prints how many steps each has made since told to go."""
     made, stop = [0] * count, threading.Event()
     ready = threading.Barrier(count + 1)
@@ -173,7 +175,7 @@ def _run_workers(target: str, name: str, count: int) -> None:
 
         def run(number: int) -> None:
             out, gradient = _arrays(MNIST_NET), _arrays(MNIST_NET, 1e-3)
-            with (one, other)[number % 2].worker(name, f"w{os.getpid()}-{number}", transport="grpc") as worker:
+            with (one, other)[number % 2].worker(name, f"w{os.getpid()}-{number}", transport=transport) as worker:
                 worker.pull(out=out)
                 worker.step(gradient, out=out)
                 ready.wait()
