@@ -13,8 +13,11 @@ CONFIG = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2, step_t
 
 
 def work(client: optserve.Client, optimizer: str, name: str, steps: int, value: int) -> None:
-    """Make the steps that are left of `steps`, each of gradients that are `value` plus the number of the step."""
-    with client.worker(optimizer, name) as worker:
+    """Make the steps that are left of `steps`, each of gradients that are `value` plus the number of the step.
+
+    Every other worker's gradients go over gRPC, those of the rest through shared memory.
+    """
+    with client.worker(optimizer, name, transport="grpc" if value % 2 else "auto") as worker:
         found = worker.pull()
         assert found is not None
         shapes = {key: (x.shape, x.dtype) for key, x in found.arrays.items()}
