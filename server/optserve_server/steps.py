@@ -356,7 +356,7 @@ class Steps:
             if step.replay and lane.retained:
                 lane.give_shared(step, self.step)
                 return Outcome(step.request_id, lane.retained.step, replayed=True)
-            if step.segment:
+            if step.segment and not step.replay:
                 lane.take_shared(step)
             else:
                 step.check_complete()

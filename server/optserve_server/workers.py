@@ -298,7 +298,8 @@ class Workers:
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
-        if step.segment is None:
+        if step.segment is None or step.replay:
+            # A replay has brought nothing, and must not be applied should its reply have gone.
             step.check_complete()
         self._make_progress(worker, step)
         return step.outcome

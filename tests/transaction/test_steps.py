@@ -1,11 +1,13 @@
 """A step is applied once, whole, or not at all."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
 from optserve_server.durability import InMemory
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Parameter
+from optserve_server.layout import Operand, Parameter
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step
 
 G = np.arange(1, 8, dtype=np.float32)
@@ -233,3 +235,18 @@ def test_a_chunk_must_not_split_an_element_of_the_next_dtype():
     steps = make_steps(Parameter("a", (1,), F4), Parameter("b", (2,), F8))
     with refuse(Reason.CHUNK_OUT_OF_BOUNDS):
         run_step(steps, "a", [(0, 0, bytes(8))])
+
+
+def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_memory(steps):
+    segment = steps.share()
+    assert segment is not None
+    segment.operands[Operand.GRADIENT][F4][:7] = G
+    with closing(steps.begin("a", segment=segment)) as step:
+        step.commit()
+    with closing(steps.begin("a", segment=segment)) as replay:
+        # As when workers have stepped since.
+        steps.main.retained = None
+        before = fingerprint(steps)
+        with refuse(Reason.MISSING_CHUNK):
+            replay.commit()
+    assert fingerprint(steps) == before
