@@ -36,25 +36,28 @@ def convert(source: np.ndarray, target: np.ndarray) -> None:
         if BFLOAT16 not in (source.dtype, target.dtype):
             np.copyto(target, source, casting="same_kind")
             return
+        scratch = np.empty(min(source.size, BLOCK), _BITS32)
         for start in range(0, source.size, BLOCK):
             block = slice(start, start + BLOCK)
             if source.dtype == BFLOAT16:
                 _widen(source[block], target[block])
             else:
-                _narrow(source[block], target[block])
+                _narrow(source[block], target[block], scratch)
 
 
-def _narrow(source: np.ndarray, target: np.ndarray) -> None:
+def _narrow(source: np.ndarray, target: np.ndarray, scratch: np.ndarray) -> None:
     """float32 or float64 to bfloat16."""
     if source.dtype != _FLOAT32:
         source = source.astype(_FLOAT32)
-    bits = source.view(_BITS32)
+    bits, rounded = source.view(_BITS32), scratch[: source.size]
     # To nearest, ties to even: add just under half of the last place kept, and one more if that place is odd.
-    rounded = bits >> 16
+    np.right_shift(bits, 16, out=rounded)
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    np.right_shift(rounded, 16, out=target, casting="unsafe")
+    # Two passes: NumPy is slower where it shifts and converts in one.
+    rounded >>= 16
+    np.copyto(target, rounded, casting="unsafe")
     # NaN wins every max.
     if np.isnan(source.max(initial=0)):
         target[np.isnan(source)] = _QUIET_NAN
@@ -63,7 +66,9 @@ def _narrow(source: np.ndarray, target: np.ndarray) -> None:
 def _widen(source: np.ndarray, target: np.ndarray) -> None:
     """bfloat16 to float32 or float64, exactly."""
     if target.dtype == _FLOAT32:
-        np.left_shift(source, 16, out=target.view(_BITS32), dtype=_BITS32)
+        bits = target.view(_BITS32)
+        np.copyto(bits, source)
+        bits <<= 16
     else:
         target[...] = (source.astype(_BITS32) << 16).view(_FLOAT32)
 
