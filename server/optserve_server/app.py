@@ -171,7 +171,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_frame_bytes),
         ("grpc.max_send_message_length", config.max_frame_bytes),
-        *wire.window_options(),
+        *wire.http2_options(),
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 1000 * config.keepalive_s),
         # Clients that probe more often than this are cut off by gRPC ("too_many_pings"), so allow for twice ours.

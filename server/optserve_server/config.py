@@ -48,7 +48,7 @@ class ServerConfig:
     """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
     max_chunk_bytes: int = 4 * MIB
     """Largest payload of one chunk."""
-    preferred_chunk_bytes: int = MIB
+    preferred_chunk_bytes: int = 2 * MIB
     """Size of the chunks that the server sends, and advises clients to send."""
     max_message_bytes: int = 4 * MIB
     """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""

@@ -68,7 +68,7 @@ class Transport:
             options=[
                 ("grpc.max_receive_message_length", config.max_receive_bytes),
                 ("grpc.max_send_message_length", config.max_receive_bytes),
-                *wire.window_options(),
+                *wire.http2_options(),
                 ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
                 # A connection of its own: clients that share one would share its flow control too.
                 ("grpc.use_local_subchannel_pool", 1),
