@@ -9,6 +9,7 @@ code, with two more copies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ class _Message(Protocol):
     def HasField(self, field_name: Any) -> bool: ...  # noqa: N802
 
 
+@lru_cache(maxsize=64)  # The payloads of steps have the same few sizes again and again.
 def varint(value: int) -> bytes:
     """`value`, not negative, as a protobuf varint."""
     encoded = bytearray()
@@ -43,6 +45,9 @@ def varint(value: int) -> bytes:
     encoded.append(value)
     return bytes(encoded)
 
+
+COPIED_BYTES = 1 << 15
+"""Of messages of up to this size, the payload is copied."""
 
 _DATA_KEY = DATA_FIELD << 3 | _LENGTH_DELIMITED
 _DATA_TAG = varint(_DATA_KEY)
@@ -67,15 +72,16 @@ def encode(header: _Message, *parts: Buffer) -> bytes:
     return b"".join((head, _DATA_TAG, varint(sum(map(len, parts))), *parts))
 
 
-def decoder(message: Callable[[], _Header]) -> Callable[[bytes], Frame[_Header]]:
-    """A function that reads the bytes of one message of that type as a frame, whose payload is a view of them.
+def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) -> Callable[[bytes], Frame[_Header]]:
+    """A function that reads the bytes of one message of that type as a frame.
 
-    It raises google.protobuf.message.DecodeError where they are none.
+    The payload is a view of them; a copy if they are no more than `copied_bytes`, because the generated code copies
+    those sooner than they are looked through here. It raises google.protobuf.message.DecodeError where they are none.
     """
     parse: Callable[[bytes], _Header] = message.FromString  # pyright: ignore[reportFunctionMemberAccess]
 
     def decode(raw: bytes) -> Frame[_Header]:
-        place = _data_place(raw)
+        place = _data_place(raw) if len(raw) > copied_bytes else None
         if place is not None:
             tag, begin = place
             header = parse(raw[:tag])
