@@ -13,22 +13,24 @@ class Admission:
     """Counts the steps under way."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()
+        self._drained = threading.Condition(self._lock)
         self._under_way = 0
         self._draining = False
 
     def enter(self) -> None:
         """Let a step in, or raise DRAINING."""
-        with self._condition:
+        with self._lock:
             if self._draining:
                 raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
             self._under_way += 1
 
     def leave(self) -> None:
         """A step that was let in has ended."""
-        with self._condition:
+        with self._lock:
             self._under_way -= 1
-            self._condition.notify_all()
+            if self._draining:
+                self._drained.notify_all()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -41,10 +43,10 @@ class Admission:
 
     def close(self) -> None:
         """Let nothing in any more."""
-        with self._condition:
+        with self._lock:
             self._draining = True
 
     def drain(self, timeout_s: float) -> bool:
         """Wait for what is under way, once closed; False if some of it outlasted `timeout_s`."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._under_way == 0, timeout_s)
+        with self._lock:
+            return self._drained.wait_for(lambda: self._under_way == 0, timeout_s)

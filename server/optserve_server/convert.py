@@ -144,6 +144,22 @@ def reply(value: int, field: str) -> Reply:
     return _REPLIES[value]
 
 
+_OPERANDS: dict[int, Operand] = {
+    steps_pb2.OPERAND_UNSPECIFIED: Operand.GRADIENT,
+    steps_pb2.OPERAND_GRADIENT: Operand.GRADIENT,
+    steps_pb2.OPERAND_CURVATURE: Operand.CURVATURE,
+}
+
+
+def operand(value: int, field: str) -> Operand:
+    """What a chunk carries, or raise INVALID_FIELD."""
+    if value not in _OPERANDS:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{value} is none of the values of Operand that this server knows.", field=field
+        )
+    return _OPERANDS[value]
+
+
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """An optimizer as the contract shows it, all of one moment."""
     with item.steps.held_still():

@@ -36,6 +36,9 @@ class Coverage:
         """
         if begin == end:
             return
+        if not self._begins:
+            self._begins, self._ends = [begin], [end]
+            return
         after = bisect_right(self._begins, begin)
         if after and self._ends[after - 1] > begin:
             raise Overlap(begin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from optserve_server.layout import Layout
 from optserve_server.settings import Settings
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """A step that is about to be applied.
 
     Attributes:
@@ -82,7 +81,8 @@ class Durability(Protocol):
     """Each call returns the number of what it was told once that will survive; if it raises, nothing is to change.
 
     Attributes:
-        reads_staging: Whether it reads the staging buffer, in which nobody else may write meanwhile.
+        reads_staging: Whether it reads the staging buffer, in which nobody else may write meanwhile. One that does not
+            need not be told of steps.
     """
 
     reads_staging: bool

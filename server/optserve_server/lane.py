@@ -55,7 +55,7 @@ class Lane:
         self._state = state
         self._idle_step_s = idle_step_s
         self.lock = lock
-        self._commit = commit
+        self.commit = commit
         self._on_free = on_free
         self._staging = Staging(state) if on_free is None else None
         self.holder: Step | None = None
@@ -107,7 +107,7 @@ class Lane:
         Raises:
             OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
         """
-        if self.equipped:
+        if self._staging is not None and self._staging.segment is not None:
             self.note_overwritten()
         repeated = self.retained if self.last_request_id == request_id else None
         if self.holder and self.holder.request_id != request_id:
@@ -185,34 +185,29 @@ class Lane:
 
     # What the step that holds the buffer asks for.
 
-    def hold(self, step: Step) -> None:
-        """Check, with the lock held, that the step still holds the buffer."""
-        if self.holder is not step:
+    def hold(self, step: Step) -> Staging:
+        """Check, with the lock held, that the step still holds the buffer; gives that."""
+        if self.holder is not step or self._staging is None:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
                 f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
             )
         step.moved_at = time.monotonic()
+        return self._staging
 
-    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
+    def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
         with self.lock:
-            self.hold(step)
-            position = step.payload.position(tensor, offset)
+            staging = self.hold(step)
             step.coverage[operand].add(position, position + len(data))
             if self.retained:
                 self.retained.intact = False
-            self.staging.stage(step.payload, operand, position, data)
-
-    def commit(self, step: Step) -> Outcome:
-        """See Holder."""
-        return self._commit(step)
+            staging.stage(step.payload, operand, position, data)
 
     def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
         """See Holder."""
         with self.lock:
-            self.hold(step)
-            elements = self.staging.give(step.reply_source, run, begin, end)
+            elements = self.hold(step).give(step.reply_source, run, begin, end)
             tensor, offset = step.payload.locate(begin)
             # Used under the lock: nobody writes there meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))

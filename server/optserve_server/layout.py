@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -24,6 +25,9 @@ STATE_DTYPES = (FLOAT64, FLOAT32)
 
 class Operand(Enum):
     """What arrives for each parameter. In the gradient's place come the update later, and x when it is uploaded."""
+
+    # Every step looks its operands up; that of Enum is a call of Python code.
+    __hash__ = object.__hash__
 
     GRADIENT = "gradient"
     CURVATURE = "curvature"
@@ -110,6 +114,12 @@ class Payload:
         layout: The model.
         tensors: Indices of the parameters that take part, without repetition.
         wire: Dtype on the wire; None for each parameter's own.
+
+    Attributes:
+        begins: Position of each tensor, in their order.
+        places: (first byte, byte after the last) of each tensor, by index of its parameter.
+        size_bytes: Of all.
+        runs: The stretches of arenas that take part.
     """
 
     def __init__(self, layout: Layout, tensors: tuple[int, ...], wire: np.dtype | None = None) -> None:
@@ -132,21 +142,11 @@ class Payload:
         self.size_bytes = position
         self.runs = tuple(run for run in runs if run.stop > run.start)
         self._run_begins = [run.begin for run in self.runs]
-        self._ordinals = {index: ordinal for ordinal, index in enumerate(tensors)}
+        self.places = dict(zip(tensors, pairwise((*self.begins, position)), strict=True))
 
-    def __contains__(self, tensor: int) -> bool:
-        """Whether the parameter of that index takes part."""
-        return tensor in self._ordinals
-
-    def position(self, tensor: int, offset: int) -> int:
-        """Position in the payload of a byte of a tensor."""
-        return self.begins[self._ordinals[tensor]] + offset
-
-    def extent(self, tensor: int) -> int:
-        """Bytes of a tensor on the wire."""
-        ordinal = self._ordinals[tensor]
-        end = self.begins[ordinal + 1] if ordinal + 1 < len(self.begins) else self.size_bytes
-        return end - self.begins[ordinal]
+    def parts(self, arenas: Arenas) -> list[np.ndarray]:
+        """What the step has of some arenas, run by run."""
+        return [arenas[run.dtype][run.start : run.stop] for run in self.runs]
 
     def tensors_of(self, run: Run) -> tuple[int, ...]:
         """The tensors of a run, in their order; empty ones may be missing."""
@@ -157,6 +157,8 @@ class Payload:
         """The runs that have bytes in [begin, end)."""
         if begin == end:
             return ()
+        if len(self.runs) == 1:
+            return self.runs
         return self.runs[bisect_right(self._run_begins, begin) - 1 : bisect_left(self._run_begins, end)]
 
     def locate(self, position: int) -> tuple[int, int]:

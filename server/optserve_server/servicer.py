@@ -31,7 +31,7 @@ from optserve_server.settings import Settings
 from optserve_server.statistics import QUANTILES, Query, statistics
 from optserve_server.status import to_status
 from optserve_server.step import Reply, Step
-from optserve_server.stream import StepStream, result
+from optserve_server.stream import StepStream, set_result
 from optserve_server.turnstile import Turnstile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
@@ -170,7 +170,9 @@ class Servicer:
                 updates = [_reply(step, item, index) for index in wanted]
             finally:
                 step.close()
-        return steps_pb2.ApplyGradientsResponse(result=result(outcome), updates=updates)
+        response = steps_pb2.ApplyGradientsResponse(updates=updates)
+        set_result(response.result, outcome)
+        return response
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""

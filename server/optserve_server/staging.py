@@ -57,10 +57,6 @@ class Staging:
             return self.updates[dtype], np.finfo(dtype).max
         return self.operands[operand][dtype], self._state.limits[dtype]
 
-    def parts(self, operand: Operand, payload: Payload) -> list[np.ndarray]:
-        """What a step brings of an operand, run by run."""
-        return [self.operands[operand][run.dtype][run.start : run.stop] for run in payload.runs]
-
     def copy_updates(self, source: Arenas, payload: Payload) -> None:
         """Put what a source has for the tensors of a step where their updates are."""
         for run in payload.runs:
@@ -83,16 +79,19 @@ class Staging:
         """
         end = position + len(data)
         for run in payload.runs_between(position, end):
-            low, high = max(position, run.begin), min(end, run.end)
-            self._stage_run(payload, operand, run, low, memoryview(data)[low - position : high - position])
+            if run.begin <= position and end <= run.end:
+                self._stage_run(payload, operand, run, position, data)
+            else:
+                low, high = max(position, run.begin), min(end, run.end)
+                self._stage_run(payload, operand, run, low, memoryview(data)[low - position : high - position])
 
-    def _stage_run(self, payload: Payload, operand: Operand, run: Run, position: int, data: memoryview) -> None:
+    def _stage_run(self, payload: Payload, operand: Operand, run: Run, position: int, data: memoryview | bytes) -> None:
         size = run.wire.itemsize
         if (position - run.begin) % size or len(data) % size:
             raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
-        start = run.start + (position - run.begin) // size
         arena, limit = self._place(operand, run.dtype)
+        start = run.start + (position - run.begin) // size
         staged = arena[start : start + elements.size]
         if not self._backend.take(staged, elements, limit):
             bad = _first_beyond(staged, limit)
@@ -103,8 +102,9 @@ class Staging:
 
         A view of the source where that is its own.
         """
-        start, stop = (run.start + (edge - run.begin) // run.wire.itemsize for edge in (begin, end))
-        return self._backend.give(source[run.dtype][start:stop], run.wire)
+        size = run.wire.itemsize
+        part = source[run.dtype][run.start + (begin - run.begin) // size : run.start + (end - run.begin) // size]
+        return part if run.wire is run.dtype else self._backend.give(part, run.wire)
 
     # Shared memory.
 

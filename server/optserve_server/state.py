@@ -26,7 +26,8 @@ class State:
 
     Attributes:
         layout: Of the model.
-        settings: The present ones.
+        settings: The present ones, of one method for good.
+        operand_kinds: What a step brings.
         backend: Computes it.
         slots: The arenas of each slot.
         parameters: The arenas of x, in host memory, where it is hosted.
@@ -42,8 +43,8 @@ class State:
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self.set(settings)
         rule = settings.rule
-        for dtype in self._dtypes:
-            backend.kernel(type(rule), dtype)
+        self.operand_kinds = operands_of(rule)
+        self._kernels = {dtype: backend.kernel(type(rule), dtype) for dtype in self._dtypes}
         self.slots: dict[np.dtype, list[Any]] = {
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
         }
@@ -93,11 +94,6 @@ class State:
         """Bytes that a state of this layout and these settings occupies, with one staging buffer."""
         return (len(settings.arrays) + len(operands_of(settings.rule))) * layout.size_bytes
 
-    @property
-    def operand_kinds(self) -> tuple[Operand, ...]:
-        """What a step brings."""
-        return operands_of(self.rule)
-
     def release(self) -> None:
         """Let go of the arrays; the state is of no further use."""
         self.slots.clear()
@@ -130,13 +126,12 @@ class State:
         """
         scalars = self._scalars(step, staleness) if staleness or not self._constants else self._constants
         for run in runs:
-            kernel = self.backend.kernel(type(self.rule), run.dtype)
             for start, stop, position in self._stretches[run.dtype]:
                 part = slice(max(start, run.start), min(stop, run.stop))
                 if part.start < part.stop:
                     slots = [slot[part] for slot in self.slots[run.dtype]]
-                    staged, *inputs = (arenas[run.dtype][part] for arenas in operands.values())
-                    kernel(staged, slots, scalars[run.dtype][position], *inputs)
+                    staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
+                    self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
                     if self.parameters:
                         self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
 

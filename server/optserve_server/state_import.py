@@ -90,7 +90,7 @@ class StateImport:
         self._checkpoints.put(self._optimizer, step, self._staged, etag, request_id)
 
     def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
-        begin = slot * self._payload.size_bytes + self._payload.position(tensor, offset)
+        begin = slot * self._payload.size_bytes + self._payload.places[tensor][0] + offset
         name = self._optimizer.layout.parameters[tensor].name
         try:
             self._coverage.add(begin, begin + size)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
@@ -24,8 +24,7 @@ class Reply(Enum):
     NOTHING = "nothing"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a commit did.
 
     Attributes:
@@ -56,8 +55,7 @@ class Retained:
     holds: Reply = Reply.UPDATES
 
 
-@dataclass(frozen=True)
-class ReplyChunk:
+class ReplyChunk(NamedTuple):
     """A piece of the reply: the bytes, in the staging buffer itself, from one byte of one tensor on."""
 
     tensor: int
@@ -69,11 +67,12 @@ class ReplyChunk:
 class Holder(Protocol):
     """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
 
-    def stage(self, step: Step, tensor: int, offset: int, data: memoryview | bytes, operand: Operand) -> None:
-        """Take a chunk whose place is known to be good."""
+    def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
+        """Take a chunk, whose position in the payload is known to be good."""
         ...
 
-    def commit(self, step: Step) -> Outcome:
+    @property
+    def commit(self) -> Callable[[Step], Outcome]:
         """Apply what was staged."""
         ...
 
@@ -129,11 +128,6 @@ class Step:
         """Bytes that the reply carries."""
         return 0 if self.replies is Reply.NOTHING else self.payload.size_bytes
 
-    @property
-    def places(self) -> bool:
-        """Whether it uploads parameters, and steps nothing."""
-        return Operand.PARAMETER in self.coverage
-
     def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
         """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
 
@@ -154,20 +148,21 @@ class Step:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"The method of this optimizer takes no {operand.value}.", field="operand"
             )
-        if tensor not in self.payload:
+        place = self.payload.places.get(tensor)
+        if place is None:
             raise OptserveError(
                 Reason.UNKNOWN_PARAMETER,
                 f"Parameter {tensor} takes no part in this step.",
                 field="tensor",
                 parameter=tensor,
             )
-        if offset > self.payload.extent(tensor):
+        position = place[0] + offset
+        if position > place[1]:
             raise self.payload.misfit(tensor, offset, "begins beyond the end of its tensor")
-        position = self.payload.position(tensor, offset)
         if position + len(data) > self.payload.size_bytes:
             raise self.payload.misfit(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
         try:
-            self._holder.stage(self, tensor, offset, data, operand)
+            self._holder.stage(self, position, data, operand)
         except Overlap as overlap:
             tensor, offset = self.payload.locate(overlap.position)
             name = self.payload.layout.parameters[tensor].name

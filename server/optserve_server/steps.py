@@ -66,11 +66,12 @@ class Steps:
         self._name = name
         self._state = state
         self._durability = durability
-        # A condition, on which workers wait for one another.
-        self.lock = self._lock = threading.Condition(guard := threading.RLock())
+        # As a condition, workers wait for one another on it.
+        self._lock = threading.RLock()
+        self.lock = threading.Condition(self._lock)
         self._fatal: OptserveError | None = None
         self._payloads = Payloads(state.layout)
-        self.main = Lane(name, state, guard, self._commit, idle_step_s)
+        self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
         self.workers = Workers(name, state, self, room or Room(1 << 62, 1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
@@ -144,9 +145,10 @@ class Steps:
                 known = self.workers.get(worker)
             return self.workers.hand_over(known, make)
         with self._lock:
-            self._check_worker(worker)
-            self.main.holder = make(self.main)
-            return self.main.holder
+            if self._state.settings.consistency is not None:
+                self._check_worker(worker)
+            step = self.main.holder = make(self.main)
+            return step
 
     def _make(
         self,
@@ -162,19 +164,21 @@ class Steps:
         parameters_step: int | None,
     ) -> Step:
         """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
-        self.check_usable()
+        if self._fatal:
+            raise self._fatal.again()
         if self._state.settings.hosted:
             self.check_placed()
         elif reply is not Reply.UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
-        self.check_lineage(lineage)
+        if lineage and lineage != self.lineage:
+            raise refusals.state_replaced(self._name, self.lineage, self.step)
         repeated = lane.repeated(request_id, reply)
         if not repeated and expected_step is not None and expected_step != self.step:
             raise refusals.wrong_step(self._name, self.step, expected_step)
-        at_step = self._parameters_step(worker, parameters_step)
+        at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
         payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
-        if segment is None and not worker:
+        if segment is None and not worker and lane.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
         return Step(
@@ -299,9 +303,11 @@ class Steps:
             with self._set_to(record.settings):
                 self.lsn = self._durability.replaced(record)
             self._fatal = None
-            with self._changing("while the state was replaced"):
+            try:
                 for dtype, slot, values in record.arrays:
                     self._state.write(dtype, slot, 0, values)
+            except Exception as error:
+                raise self._lose("while the state was replaced") from error
             self.step, self.lineage = record.step, record.lineage
             self.main.retained, self.placed_by = None, record.placed_by
             self.workers.forget_replies()
@@ -347,10 +353,10 @@ class Steps:
 
     def _commit(self, step: Step) -> Outcome:
         """Apply the step that holds the main lane."""
-        lane, staging = self.main, self.main.staging
+        lane = self.main
         with self._lock:
-            lane.hold(step)
-            if step.places:
+            staging = lane.hold(step)
+            if Operand.PARAMETER in step.coverage:
                 return self._commit_placement(step)
             step.reply_source = self._state.parameters if step.replies is Reply.PARAMETERS else staging.updates
             if step.replay and lane.retained:
@@ -363,14 +369,15 @@ class Steps:
             norm = self.advance(staging, step.payload, request_id=step.request_id, segment=step.segment)
             step.committed = True
             lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
-            lane.give_shared(step, self.step)
+            if step.segment:
+                lane.give_shared(step, self.step)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
 
     def _commit_placement(self, step: Step) -> Outcome:
         if not step.replay:
             step.check_complete()
-            arrived = self.main.staging.parts(Operand.GRADIENT, step.payload)
+            arrived = step.payload.parts(self.main.staging.updates)
             self.lsn = self._durability.placing(PlacementRecord(self._name, step.request_id, arrived))
             self._state.place(step.payload.runs, arrived)
             self.placed_by, step.committed = step.request_id, True
@@ -399,15 +406,21 @@ class Steps:
         Returns:
             The norm, where clipping needed it.
         """
-        operands = [part for operand in staging.operands for part in staging.parts(operand, payload)]
-        tensors = self._payloads.named(payload.tensors)
-        record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
-        lsn = self._durability.stepping(record)
+        lsn = self.lsn
+        if self._durability.reads_staging:
+            operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
+            tensors = self._payloads.named(payload.tensors)
+            record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+            lsn = self._durability.stepping(record)
         if segment and staging.in_place:
             segment.replying(self.step + 1)
-        with self._changing(f"in step {self.step}"):
-            norm = self._state.clip(payload, staging.parts(Operand.GRADIENT, payload))
+        norm = None
+        try:
+            if self._state.settings.clipping is not None:
+                norm = self._state.clip(payload, payload.parts(staging.updates))
             self._state.apply(staging.operands, payload.runs, self.step, staleness)
+        except Exception as error:
+            raise self._lose(f"in step {self.step}") from error
         self.lsn = lsn
         self.step += 1
         if workers:
@@ -415,17 +428,13 @@ class Steps:
             self.main.retained = None
         return norm
 
-    @contextmanager
-    def _changing(self, what: str) -> Iterator[None]:
-        """Change the slots in the with-block; if that fails, nothing is to be trusted any more."""
-        try:
-            yield
-        except Exception as error:
-            # The slots may be half changed, and there is no second copy of them in memory.
-            logger.exception("%s was lost %s", self._name, what)
-            self._fatal = OptserveError(
-                Reason.STATE_LOST,
-                f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
-                optimizer=self._name,
-            )
-            raise self._fatal.again() from error
+    def _lose(self, what: str) -> OptserveError:
+        """The error for slots that could not be changed, after which nothing is to be trusted any more."""
+        # They may be half changed, and there is no second copy of them in memory.
+        logger.exception("%s was lost %s", self._name, what)
+        self._fatal = OptserveError(
+            Reason.STATE_LOST,
+            f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
+            optimizer=self._name,
+        )
+        return self._fatal.again()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from enum import Enum, auto
 
 import numpy as np
@@ -22,7 +22,6 @@ from optserve_server.admission import Admission
 from optserve_server.config import ServerConfig
 from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
-from optserve_server.layout import Operand
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
@@ -67,6 +66,7 @@ class StepStream:
         self._to_status = to_status
         self._phase = _Phase.CLOSED
         self._optimizer: Optimizer
+        self._takes_curvature = False
         self._wire: np.dtype | None = None
         self._lineage = ""
         # Messages come through the stream, or through its control socket.
@@ -106,17 +106,21 @@ class StepStream:
             yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
         elif self._phase is _Phase.CLOSED:
             raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
+        # What errors from below call their fields, and the paths that these have in this message.
+        paths: dict[str, str] = {}
         try:
             if header.HasField("begin"):
-                with fields_called(_BEGIN_FIELDS):
-                    self._begin(header.begin, announced=not (header.HasField("chunk") or header.HasField("commit")))
+                paths = _BEGIN_FIELDS
+                self._begin(header.begin, announced=not (header.HasField("chunk") or header.HasField("commit")))
             if header.HasField("chunk"):
-                with fields_called(_CHUNK_FIELDS):
-                    self._chunk(header.chunk, frame.data or b"")
+                paths = _CHUNK_FIELDS
+                self._chunk(header.chunk, frame.data or b"")
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
+                paths = {}
                 yield from self._commit()
+                self._end(_Phase.IDLE)
         except GeneratorExit:
             # Nobody takes the answer any more; a step that was committed has ended nevertheless.
             if header.HasField("commit"):
@@ -124,6 +128,8 @@ class StepStream:
             raise
         # Every failure is answered in the stream, which lives on.
         except Exception as error:  # noqa: BLE001
+            if isinstance(error, OptserveError):
+                error.field = paths.get(error.field, error.field)
             yield self._fail(error)
             if header.HasField("commit"):
                 self._phase = _Phase.IDLE
@@ -164,6 +170,7 @@ class StepStream:
         self._wire = convert.wire_dtype(request.wire_type, "open.wire_type")
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
+        self._takes_curvature = optimizer.rule.takes_curvature
         with fields_called({"worker": "open.worker"}):
             step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker)
         self._worker = request.worker
@@ -188,20 +195,23 @@ class StepStream:
 
     def _begin(self, request: steps_pb2.Begin, *, announced: bool) -> None:
         interrupted = self._phase is _Phase.STAGING
-        self._end(_Phase.IDLE)
+        if self._phase is not _Phase.IDLE:
+            self._end(_Phase.IDLE)
         self._request_id = request.request_id
         if interrupted:
             raise OptserveError(
                 Reason.STEP_NOT_ENDED, "A step was begun inside another; both are discarded.", field="begin"
             )
-        rule = self._optimizer.rule
-        if request.with_curvature != rule.takes_curvature:
-            needs = "needs" if rule.takes_curvature else "takes no"
+        if request.with_curvature != self._takes_curvature:
+            needs = "needs" if self._takes_curvature else "takes no"
             raise OptserveError(
-                Reason.INVALID_FIELD, f"{rule.name} {needs} curvature, diag(H).", field="begin.with_curvature"
+                Reason.INVALID_FIELD,
+                f"{self._optimizer.rule.name} {needs} curvature, diag(H).",
+                field="begin.with_curvature",
             )
         reply = convert.reply(request.reply, "begin.reply")
-        self._check_nonce(request.shared_memory_nonce)
+        if self._segment is not None and not self._proven:
+            self._check_nonce(request.shared_memory_nonce)
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:
@@ -229,12 +239,9 @@ class StepStream:
 
     def _check_nonce(self, nonce: bytes) -> None:
         """At the first step, look whether the client has found the segment that it was offered."""
-        if self._segment is None or self._proven:
-            return
-        if nonce != self._segment.nonce:
+        self._proven = self._segment is not None and nonce == self._segment.nonce
+        if not self._proven:
             self._unshare()
-        else:
-            self._proven = True
         if nonce and not self._proven:
             raise OptserveError(
                 Reason.INVALID_FIELD,
@@ -256,7 +263,7 @@ class StepStream:
             raise OptserveError(
                 Reason.INVALID_FIELD, "A chunk came for a step whose gradients are in shared memory.", field="chunk"
             )
-        convert.check_known(chunk, "operand", "chunk")
+        operand = convert.operand(chunk.operand, "chunk.operand")
         if len(data) > self._config.max_chunk_bytes:
             raise OptserveError(
                 Reason.MESSAGE_TOO_LARGE,
@@ -265,28 +272,28 @@ class StepStream:
                 limit_bytes=self._config.max_chunk_bytes,
                 actual_bytes=len(data),
             )
-        self._turnstile.moved(self)
-        operand = Operand.CURVATURE if chunk.operand == steps_pb2.OPERAND_CURVATURE else Operand.GRADIENT
+        if self._worker:
+            self._turnstile.moved(self)
         self._step.stage(chunk.tensor, chunk.offset, data, operand)
 
-    def _commit(self) -> Iterator[bytes]:
+    def _commit(self) -> Iterable[bytes]:
+        """Apply the step; gives the messages that answer it."""
         if self._phase is _Phase.FAILED:
-            self._phase = _Phase.IDLE
-            return
+            return ()
         if self._step is None:
             raise OptserveError(Reason.NO_STEP, "A commit came outside a step; begin one first.", field="commit")
-        consistency = self._optimizer.settings.consistency
-        if consistency is not None and consistency.waits:
-            # Those that it may wait for have to come in first.
-            self._turnstile.leave(self)
+        if self._worker:
+            consistency = self._optimizer.settings.consistency
+            if consistency is not None and consistency.waits:
+                # Those that it may wait for have to come in first.
+                self._turnstile.leave(self)
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
-        last = steps_pb2.StreamStepsResponse(result=result(outcome))
+        last = steps_pb2.StreamStepsResponse()
+        set_result(last.result, outcome)
         if self._segment is not None or not self._step.reply_bytes:
-            yield encode(last)
-        else:
-            yield from self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
-        self._end(_Phase.IDLE)
+            return (encode(last),)
+        return self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
 
     def _fail(self, error: Exception) -> bytes:
         failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
@@ -296,7 +303,8 @@ class StepStream:
     def _end(self, phase: _Phase) -> None:
         step, self._step, self._phase = self._step, None, phase
         self._request_id = ""
-        self._turnstile.leave(self)
+        if self._worker:
+            self._turnstile.leave(self)
         if step is not None:
             try:
                 step.close()
@@ -304,19 +312,20 @@ class StepStream:
                 self._admission.leave()
 
 
-def result(outcome: Outcome) -> steps_pb2.Result:
-    """A step's outcome as the contract shows it."""
-    return steps_pb2.Result(
-        request_id=outcome.request_id,
-        step=outcome.step,
-        replayed=outcome.replayed,
-        gradient_norm=outcome.gradient_norm,
-        staleness=outcome.staleness,
-    )
+def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:
+    """Show a step's outcome as the contract does."""
+    result.request_id, result.step = outcome.request_id, outcome.step
+    if outcome.replayed:
+        result.replayed = True
+    if outcome.staleness:
+        result.staleness = outcome.staleness
+    if outcome.gradient_norm is not None:
+        result.gradient_norm = outcome.gradient_norm
 
 
 def _message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:
     header = last if piece.last else steps_pb2.StreamStepsResponse()
-    header.chunk.tensor, header.chunk.offset = piece.tensor, piece.offset
-    header.chunk.SetInParent()
+    chunk = header.chunk
+    chunk.tensor, chunk.offset = piece.tensor, piece.offset
+    chunk.SetInParent()
     return encode(header, piece.data)

@@ -383,9 +383,9 @@ class Workers:
         steps = [step for worker in there if (step := worker.contribution) is not None]
         payload, mean = steps[0].payload, self._owner.main.staging
         for operand in mean.operands:
-            targets = mean.parts(operand, payload)
+            targets = payload.parts(mean.operands[operand])
             for turn, target in enumerate(targets):
-                parts = [contributor.lane.staging.parts(operand, payload)[turn] for contributor in there]
+                parts = [payload.parts(one.lane.staging.operands[operand])[turn] for one in there]
                 target[...] = parts[0]
                 for part in parts[1:]:
                     np.add(target, part, out=target)

@@ -201,6 +201,7 @@ def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so(steps, mo
 
 def test_a_step_that_cannot_be_made_durable_is_not_applied():
     class Full(InMemory):
+        reads_staging = True
         full = False
 
         def stepping(self, record):

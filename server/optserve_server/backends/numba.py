@@ -66,6 +66,9 @@ class NumbaBackend(NumpyBackend):
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
             arrays = (staged, *inputs, *slots)
+            if self._slices.is_one(staged.size):
+                loop(*arrays, *scalars)
+                return
 
             def work(start: int, stop: int) -> None:
                 loop(*(array[start:stop] for array in arrays), *scalars)
