@@ -30,6 +30,7 @@ class Model:
 
     Attributes:
         parameters: All of them.
+        names: Theirs.
     """
 
     def __init__(self, name: str, messages: Sequence[optimizer_pb2.Parameter], *, takes_curvature: bool) -> None:
@@ -37,18 +38,21 @@ class Model:
         self.takes_curvature = takes_curvature
         self.parameters = [Parameter(item.name, tuple(item.shape), DTYPES[item.data_type]) for item in messages]
         self._indices = {parameter.name: index for index, parameter in enumerate(self.parameters)}
+        self.names = list(self._indices)
+        self._all = list(self._indices.values())
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self.parameters)
 
-    @property
-    def names(self) -> list[str]:
-        """Of all parameters."""
-        return list(self._indices)
+    def names_of(self, indices: Sequence[int]) -> list[str]:
+        """Names of parameters."""
+        return self.names if indices is self._all else [self.parameters[index].name for index in indices]
 
     def taking_part(self, grads: Mapping[str, object], *, partial: bool) -> list[int]:
         """Indices, ascending, of the parameters that have a gradient; all must, unless `partial`."""
+        if grads.keys() == self._indices.keys():
+            return self._all
         for name in grads:
             if name not in self._indices:
                 raise InvalidArgumentError(f"{self._name!r} has no parameter {name!r}.", metadata={"parameter": name})
@@ -82,7 +86,8 @@ class Model:
 
     def contiguous(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
         """`array`, if it has the parameter's shape and dtype, or a copy in one piece."""
-        return np.ascontiguousarray(self._checked(index, np.asarray(array), what))
+        array = self._checked(index, np.asarray(array), what)
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
     def _checked(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
         """`array`, if it has the parameter's shape and dtype."""

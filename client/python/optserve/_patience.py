@@ -16,7 +16,9 @@ class Watchdog:
     """Calls an action when its deadline passes before it is disarmed. One thread serves all."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        # To be taken again by what is collected, or interrupted, while it is held.
+        self._lock = threading.RLock()
+        self._earlier = threading.Condition(self._lock)
         self._armed: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakes_at = float("inf")
         self._thread: threading.Thread | None = None
@@ -27,7 +29,7 @@ class Watchdog:
 
         Once this is closed it is called at once.
         """
-        with self._condition:
+        with self._lock:
             if not self._closed:
                 self._armed[key] = (deadline, action)
                 if self._thread is None:
@@ -35,23 +37,23 @@ class Watchdog:
                     self._thread.start()
                 # The thread is woken for a deadline before its next look only; most waits end long before theirs.
                 elif deadline < self._wakes_at:
-                    self._condition.notify()
+                    self._earlier.notify()
                 return
         action()
 
     def disarm(self, key: object) -> None:
         """Do not call the action of that key any more."""
-        with self._condition:
+        with self._lock:
             self._armed.pop(key, None)
 
     def close(self) -> None:
         """End the thread, and call every action that is armed."""
-        with self._condition:
+        with self._lock:
             self._closed = True
-            self._condition.notify()
+            self._earlier.notify()
 
     def _run(self) -> None:
-        with self._condition:
+        with self._lock:
             while not self._closed:
                 now = time.monotonic()
                 for key, (deadline, action) in list(self._armed.items()):
@@ -59,7 +61,7 @@ class Watchdog:
                         del self._armed[key]
                         action()
                 self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
-                self._condition.wait(self._wakes_at - now)
+                self._earlier.wait(self._wakes_at - now)
             for _, action in self._armed.values():
                 action()
 
@@ -112,7 +114,7 @@ class Patience:
         """Raise StepCancelledError or DeadlineExceededError if it is at its end."""
         if self._cancelled:
             raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
-        if self.left_s == 0:
+        if time.monotonic() >= self._deadline:
             raise DeadlineExceededError(
                 f"No answer within {self._timeout_s:g} s; the step may or may not have been applied."
             )

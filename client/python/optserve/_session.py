@@ -90,7 +90,8 @@ class StepSession:
         Raises:
             OptserveError: See `Optimizer.step`.
         """
-        with self._turn(patience):
+        self._begin_turn(patience)
+        try:
             if self._unsettled:
                 self._raise_if_applied(patience)
             request_id = self._next_request_id()
@@ -111,6 +112,8 @@ class StepSession:
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
             self._unsettled.clear()
+        finally:
+            self._end_turn()
 
     def replay(self, make_updates: Callable[[list[int]], Updates], patience: Patience) -> None:
         """Receive the reply of the last applied step once more.
@@ -173,18 +176,30 @@ class StepSession:
 
     @contextmanager
     def _turn(self, patience: Patience) -> Iterator[None]:
-        """Wait until no other thread is in the middle of a step."""
+        """For the length of a with-block, let no other thread be in the middle of a step."""
+        self._begin_turn(patience)
+        try:
+            yield
+        finally:
+            self._end_turn()
+
+    def _begin_turn(self, patience: Patience) -> None:
+        """What `_turn` does at its beginning: wait for other threads."""
         self._connection.check_usable()
-        if not self._lock.acquire(timeout=patience.left_s):
+        if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=patience.left_s):
             patience.check()
             raise InternalError("A lock was not to be had before its deadline, which has not passed.")
         try:
             patience.check()
-            self._patience = patience
-            yield
-        finally:
-            self._patience = None
+        except BaseException:
             self._lock.release()
+            raise
+        self._patience = patience
+
+    def _end_turn(self) -> None:
+        """What `_turn` does at its end."""
+        self._patience = None
+        self._lock.release()
 
     def _raise_if_applied(self, patience: Patience) -> None:
         """Raise StepInDoubtError unless no unsettled step has been applied so far."""
@@ -209,13 +224,13 @@ class StepSession:
             _NotApplied: The server has refused it at the first try, so it was certainly not applied.
             OptserveError: Anything else, after which that is open.
         """
-        backoff = Backoff(self._connection.config)
+        backoff: Backoff | None = None
         # Whether the step may have been applied: before the present try, and now.
         before = doubtful = False
         shared: SharedStaging | None = None
         while True:
             try:
-                stream = self._opened(patience)
+                stream = self._stream or self._opened(patience)
                 # What has been applied is only asked for again; the gradients need not travel.
                 applied = stream.opened.last_request_id == request_id
                 if gradients is not None and not applied:
@@ -245,6 +260,7 @@ class StepSession:
                 return
             # A step that has not moved for long is discarded; under the same id it is the same step.
             if self._is_passing(error) or error.reason == "STEP_TAKEN_OVER":
+                backoff = backoff or Backoff(self._connection.config)
                 try:
                     self._pause(patience, backoff, error)
                 except OptserveError as ended:
@@ -291,10 +307,16 @@ class StepSession:
                 "life of it or by another worker of the same name; this gradient was not. Call refresh() to go on."
             )
 
-    def _begin(self, request_id: str) -> steps_pb2.Begin:
-        if self.open_request.worker:
-            return steps_pb2.Begin(request_id=request_id, parameters_step=self.at_step)
-        return steps_pb2.Begin(request_id=request_id, expected_step=self.current_step)
+    def _begin(self, request_id: str) -> steps_pb2.StreamStepsRequest:
+        """The first message of a step."""
+        request = steps_pb2.StreamStepsRequest()
+        begin = request.begin
+        begin.request_id = request_id
+        if not self.open_request.worker:
+            begin.expected_step = self.current_step
+        elif self.at_step is not None:
+            begin.parameters_step = self.at_step
+        return request
 
     def _check_intact(self, gradients: Gradients, updates: Updates, shared: SharedStaging | None) -> None:
         """Raise StepInDoubtError if an earlier try has put updates where the gradients were."""

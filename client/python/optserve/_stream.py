@@ -6,7 +6,7 @@ import queue
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain
 
 import grpc
 import numpy as np
@@ -53,13 +53,14 @@ class Gradients:
         self.whole = whole
         self._wire = wire
 
-    def messages(self, begin: steps_pb2.Begin, max_chunk_bytes: int, *, announce: bool) -> Iterator[bytes]:
-        """Begin, chunks and commit; a step that fits into one chunk is one message.
+    def messages(
+        self, request: steps_pb2.StreamStepsRequest, max_chunk_bytes: int, *, announce: bool
+    ) -> Iterator[bytes]:
+        """`request`, which has begin, then chunks and commit; a step that fits into one chunk is one message.
 
         Where many workers share a server, begin is better sent ahead: the server reads on when it is its turn, and what
         it has not read it need not keep.
         """
-        request = steps_pb2.StreamStepsRequest(begin=begin)
         pending: list[memoryview] = []
         if announce and sum(array.nbytes for array in self.arrays) >= ANNOUNCED_BYTES:
             yield wire.encode(request)
@@ -70,9 +71,8 @@ class Gradients:
                 request, pending = steps_pb2.StreamStepsRequest(), []
             if chunk is None:
                 continue
-            operand, tensor, offset, pending = chunk
-            request.chunk.tensor, request.chunk.offset, request.chunk.operand = tensor, offset, operand
-            request.chunk.SetInParent()
+            header = request.chunk
+            header.operand, header.tensor, header.offset, pending = chunk
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
 
@@ -82,21 +82,18 @@ class Gradients:
         None where the next one may be long in coming, and what there is should be sent.
         """
         parts: list[memoryview] = []
-        operand, tensor, offset, size = GRADIENT, 0, 0, 0
-        following: tuple[Operand, int | None] = operand, None
+        operand, index, tensor, offset, size = GRADIENT, 0, 0, 0, 0
         for arrival in self.arrivals():
             # A chunk runs on into the next tensor of the step, and into no other.
-            if parts and (arrival is None or arrival[:2] != following):
+            if parts and (arrival is None or arrival[:2] != (operand, self._after(index))):
                 yield operand, tensor, offset, parts
                 parts, size = [], 0
             if arrival is None:
                 yield None
                 continue
             operand, index, array = arrival
-            following = operand, self._after(index)
-            elements, item = array.reshape(-1), (self._wire or array.dtype).itemsize
-            begin = 0
-            while begin < elements.size:
+            item, begin = (self._wire or array.dtype).itemsize, 0
+            while begin < array.size:
                 # Chunks end between elements.
                 room = (max_chunk_bytes - size) // item
                 if room == 0:
@@ -105,7 +102,8 @@ class Gradients:
                     continue
                 if not parts:
                     tensor, offset = index, begin * item
-                part = self._on_the_wire(elements[begin : begin + room])
+                elements = array.reshape(-1)[begin : begin + room] if begin or room < array.size else array
+                part = self._on_the_wire(elements)
                 parts.append(part)
                 begin, size = begin + room, size + len(part)
         if parts:
@@ -118,9 +116,10 @@ class Gradients:
 
     def arrivals(self) -> Iterator[Arrival | None]:
         """Each parameter's gradient, then each one's curvature; None before one that is waited for."""
-        yield from zip(repeat(GRADIENT), self.indices, self.arrays, strict=False)
-        if self._curvature is not None:
-            yield from zip(repeat(CURVATURE), self.indices, self._curvature, strict=False)
+        for index, array in zip(self.indices, self.arrays, strict=True):
+            yield GRADIENT, index, array
+        for index, array in zip(self.indices, self._curvature or (), strict=False):
+            yield CURVATURE, index, array
 
     def _after(self, index: int) -> int | None:
         """The parameter after that one in the step."""
@@ -130,9 +129,9 @@ class Gradients:
     def _on_the_wire(self, elements: np.ndarray) -> memoryview:
         if self._wire is not None and self._wire != elements.dtype:
             converted = np.empty(elements.size, self._wire)
-            halves.convert(elements, converted)
+            halves.convert(elements.reshape(-1), converted)
             elements = converted
-        return elements.view(np.uint8).data
+        return elements.data.cast("B")
 
 
 class Updates:
@@ -153,16 +152,23 @@ class Updates:
         reply: steps_pb2.Reply = steps_pb2.REPLY_UPDATES,
     ) -> None:
         self.reply = reply
+        self.indices = indices
         self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
         self.arrays = arrays
-        self._arrays = [array.reshape(-1) for array in arrays]
-        self._wires = [array.dtype if wire is None else wire for array in arrays]
-        self.reset()
+        self._arrays: list[np.ndarray] = []
+        self._wires: list[np.dtype] = []
+        self._size_bytes = 0
+        for array in arrays:
+            self._arrays.append(array.reshape(-1))
+            self._wires.append(array.dtype if wire is None else wire)
+            self._size_bytes += array.size * self._wires[-1].itemsize
+        self.begun = False
+        self._missing = self._size_bytes
 
     def reset(self) -> None:
         """Forget what has arrived, before the reply is received once more."""
         self.begun = False
-        self._missing = sum(a.size * wire.itemsize for a, wire in zip(self._arrays, self._wires, strict=True))
+        self._missing = self._size_bytes
 
     def put(self, chunk: steps_pb2.Chunk, data: wire.Buffer) -> None:
         """Copy a chunk to where it belongs; what is beyond the end of its tensor belongs to the next.
@@ -171,26 +177,30 @@ class Updates:
             InternalError: It does not fit there.
         """
         ordinal, offset = self._ordinals.get(chunk.tensor, len(self._arrays)), chunk.offset
-        self._missing -= len(data)
+        taken, size = 0, len(data)
+        self._missing -= size
         self.begun = True
-        while len(data):
+        while taken < size:
             if ordinal >= len(self._arrays) or self._missing < 0:
                 raise InternalError("The server's reply has more bytes than the step's tensors.")
             array, wire_dtype = self._arrays[ordinal], self._wires[ordinal]
-            start, uneven = divmod(offset, wire_dtype.itemsize)
-            count = min(max(array.size - start, 0), len(data) // wire_dtype.itemsize)
-            if uneven or (not count and start < array.size):
+            item = wire_dtype.itemsize
+            start, room = offset // item, array.size - offset // item
+            count = min(room, (size - taken) // item)
+            if offset % item or (count <= 0 < room):
                 raise InternalError("The server's reply is cut within an element.")
-            elements = np.frombuffer(data, wire_dtype, count)
-            if wire_dtype == array.dtype:
-                array[start : start + count] = elements
-            else:
-                halves.convert(elements, array[start : start + count])
-            data, ordinal, offset = memoryview(data)[count * wire_dtype.itemsize :], ordinal + 1, 0
+            if count > 0:
+                elements = np.frombuffer(data, wire_dtype, count, taken)
+                if wire_dtype == array.dtype:
+                    array[start : start + count] = elements
+                else:
+                    halves.convert(elements, array[start : start + count])
+                taken += count * item
+            ordinal, offset = ordinal + 1, 0
 
     def by_index(self) -> dict[int, np.ndarray]:
         """The arrays by index of their parameters."""
-        return {index: self.arrays[ordinal] for index, ordinal in self._ordinals.items()}
+        return dict(zip(self.indices, self.arrays, strict=True))
 
     def check_complete(self) -> None:
         """Raise InternalError if bytes are missing."""
@@ -264,6 +274,9 @@ class StepStream:
         try:
             with patience.watching(self._interrupt):
                 self.opened: steps_pb2.Opened = self._next(patience).header.opened
+            limits = self.opened.limits
+            wanted = transport.config.max_chunk_bytes or limits.preferred_chunk_bytes
+            self._chunk_bytes = min(wanted, limits.max_chunk_bytes)
             self.shared, self.transport_reason = _shared(request, self.opened)
             self._nonce = self.shared.nonce if self.shared else b""
             if self.shared is not None:
@@ -281,12 +294,12 @@ class StepStream:
             weakref.finalize(self, self._control.close)
 
     def step(
-        self, begin: steps_pb2.Begin, gradients: Gradients | None, updates: Updates, patience: Patience
+        self, request: steps_pb2.StreamStepsRequest, gradients: Gradients | None, updates: Updates, patience: Patience
     ) -> steps_pb2.Result:
         """Make one step and receive its reply.
 
         Args:
-            begin: Its request id and expected step.
+            request: Its first message, which has its request id and expected step.
             gradients: None to ask for the reply of a step that has been applied.
             updates: Take the reply.
             patience: How long to wait.
@@ -296,6 +309,7 @@ class StepStream:
             UnavailableError: The connection was lost; whether the step was applied is open.
             DeadlineExceededError, StepCancelledError: Patience is at its end; likewise.
         """
+        begin = request.begin
         if gradients is not None and not gradients.whole:
             begin.tensors.extend(gradients.indices)
         begin.with_curvature, begin.reply = self._takes_curvature, updates.reply
@@ -303,7 +317,7 @@ class StepStream:
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())
         with patience.watching(self._interrupt):
-            receive = self._send(begin, gradients)
+            receive = self._send(request, gradients)
             while True:
                 frame = receive(patience)
                 if frame.header.HasField("error"):
@@ -319,24 +333,22 @@ class StepStream:
             updates.check_complete()
         return frame.header.result
 
-    def _send(self, begin: steps_pb2.Begin, gradients: Gradients | None) -> Callable[[Patience], wire.ResponseFrame]:
+    def _send(
+        self, request: steps_pb2.StreamStepsRequest, gradients: Gradients | None
+    ) -> Callable[[Patience], wire.ResponseFrame]:
         """Send a step's messages, or let them be sent; gives what its answer is received with."""
         if self.shared is None and gradients is not None:
-            messages = gradients.messages(begin, self._chunk_bytes(), announce=bool(self._worker))
+            messages = gradients.messages(request, self._chunk_bytes, announce=bool(self._worker))
             # Made here, while the sending thread need not be woken for it.
             self._outgoing.put(messages if gradients.grow else chain([next(messages)], messages))
             return self._next
-        request = wire.encode(steps_pb2.StreamStepsRequest(begin=begin, commit=steps_pb2.Commit()))
-        if self._control is not None and len(request) <= MAX_PACKET_BYTES:
-            self._control.send(request)
+        request.commit.SetInParent()
+        message = wire.encode(request)
+        if self._control is not None and len(message) <= MAX_PACKET_BYTES:
+            self._control.send(message)
             return self._next_packet
-        self._outgoing.put(iter([request]))
+        self._outgoing.put(iter([message]))
         return self._next
-
-    def _chunk_bytes(self) -> int:
-        limits = self.opened.limits
-        wanted = self._transport.config.max_chunk_bytes or limits.preferred_chunk_bytes
-        return min(wanted, limits.max_chunk_bytes)
 
     def close(self) -> None:
         """End the stream at once. Safe from any thread, and more than once."""

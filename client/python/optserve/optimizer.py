@@ -177,7 +177,7 @@ class Optimizer(Resource):
                 of the step.
         """
         return self.step_patiently(
-            self.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
+            self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
         )
 
     def patience(self, timeout_s: float | None = None) -> Patience:
@@ -196,16 +196,14 @@ class Optimizer(Resource):
     ) -> dict[str, np.ndarray]:
         """`step` with a patience that the caller can end; what `optserve.aio` is made of."""
         indices = self._model.taking_part(grads, partial=partial)
-        names = [self._model.parameters[index].name for index in indices]
-        arrays = [
-            self._model.contiguous(index, grads[name], "gradient") for index, name in zip(indices, names, strict=True)
-        ]
+        names = self._model.names_of(indices)
+        arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
         diagonals = self._model.diagonals(indices, curvature)
         updates = self._taking(indices, out, reply)
         if self._feedback is not None:
             arrays = self._feedback.compensated(indices, arrays)
         gradients = Gradients(
-            indices, arrays, whole=len(indices) == len(self._model), wire=self._wire, curvature=diagonals
+            indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
         )
         self._session.step(gradients, updates, patience)
         if self._feedback is not None:
@@ -220,7 +218,7 @@ class Optimizer(Resource):
         return Updates(wanted, self._model.outputs(wanted, out), self._wire, _REPLIES[reply])
 
     def _named(self, updates: Updates) -> dict[str, np.ndarray]:
-        return {self._model.parameters[index].name: array for index, array in updates.by_index().items()}
+        return dict(zip(self._model.names_of(updates.indices), updates.arrays, strict=True))
 
     @contextmanager
     def begin_step(
