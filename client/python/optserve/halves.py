@@ -13,8 +13,9 @@ BFLOAT16 = np.dtype("<u2")
 
 _FLOAT32 = np.dtype("<f4")
 _BITS32 = np.dtype("<u4")
-BLOCK = 1 << 15
-"""Elements whose temporaries stay in the cache."""
+BLOCK = 1 << 17
+"""Elements whose temporaries stay in the cache, yet so many that NumPy seldom gives the interpreter up, which gRPC's
+threads would take."""
 _QUIET_NAN = np.uint16(0x7FC0)
 
 
