@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 # glibc's malloc.h. What a process that has freed an array of 16 MiB gets by itself; a process that never has would
 # return the memory of every message to the system, and pay a page fault per 4 KiB to have it back.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MAPPED_FROM_BYTES, _KEPT_BYTES = 8 << 20, 16 << 20
 
 
@@ -25,3 +25,5 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    # Asked for in one go, too: a heap that grows message by message is soon trimmed again.
+    mallopt(_M_TOP_PAD, _KEPT_BYTES)
