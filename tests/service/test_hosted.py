@@ -1,5 +1,6 @@
 """Hosted mode: the server holds the parameters x as well."""
 
+import itertools
 import threading
 
 import grpc
@@ -276,7 +277,8 @@ def test_copies_on_their_way_are_bounded_and_whoever_comes_late_is_told_to_come_
 
 def test_a_client_that_does_not_read_its_pull_is_cut_off(tmp_path):
     config = tmp_path / "optserve.toml"
-    config.write_text("max_pull_bytes = 50000000\nidle_step_s = 0.5\n")
+    # Long enough for a busy machine between two messages of an upload.
+    config.write_text("max_pull_bytes = 50000000\nidle_step_s = 2.0\n")
     size = 12_000_000
     with (
         optserve.local_server(options=["--config", str(config)]) as server,
@@ -292,6 +294,25 @@ def test_a_client_that_does_not_read_its_pull_is_cut_off(tmp_path):
         assert opt.pull_parameters().step == 1
         with pytest.raises(grpc.RpcError):
             list(unread)
+
+
+def test_an_upload_that_was_taken_over_is_made_again(server, client, stub, name, monkeypatch):
+    x, encode, chunks = {"x": np.arange(2_000_000, dtype=np.float32)}, optserve.wire.encode, itertools.count()
+    begun = []
+
+    def disturbed(header, *parts):
+        if parts and next(chunks) == 1:
+            # As when the connection was lost and another try has begun: the same upload, which ends before its commit.
+            with pytest.raises(grpc.RpcError):
+                stub.PushParameters(iter(begun))
+        elif not parts:
+            begun.append(header)
+        return encode(header, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optserve.wire, "encode", disturbed)
+        opt = client.create_optimizer(name, optserve.Sgd(), x, hosted=True)
+    assert bits(opt.pull_parameters().arrays) == bits(x)
 
 
 def test_state_and_checkpoints_hold_the_parameters(client, name, params):

@@ -103,7 +103,8 @@ def _persistently(connection: Transport, attempt: Callable[[], _Result]) -> _Res
             return attempt()
         except grpc.RpcError as error:
             failure = connection.translate(error, connection.config.step_timeout_s)
-        if not is_retryable(failure):
+        # What has not moved for long is discarded; under the same id it is the same upload.
+        if not (is_retryable(failure) or failure.reason == "STEP_TAKEN_OVER"):
             raise failure
         patience.pause(backoff.next_s(failure), failure)
 
