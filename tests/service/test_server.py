@@ -129,14 +129,14 @@ def test_watchers_that_come_and_go_never_stop_the_server(tmp_path):
 
 
 def test_a_step_that_does_not_move_gives_way(tmp_path):
-    options = config_file(tmp_path, idle_step_s=1.0)
+    options = config_file(tmp_path, idle_step_s=4.0)
     with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         name = create(stub, "a", {"x": (2,)}).name
         with stream(stub, name) as idle, stream(stub, name) as other:
             idle.send(begin(), chunk(0, 0, bytes(4)))
             _wait_until_under_way(stub, name)
-            for _ in range(10_000):
+            for _ in range(100_000):
                 other.send(begin(), chunk(0, 0, bytes(8)), commit())
                 response = other.receive()
                 if response.HasField("result"):
