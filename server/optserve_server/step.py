@@ -105,6 +105,7 @@ class Step:
         worker: str = "",
         parameters_step: int = 0,
         lineage: str = "",
+        stream: int | None = None,
     ) -> None:
         self._holder = holder
         self.request_id = request_id
@@ -116,6 +117,8 @@ class Step:
         # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
         self.worker = worker
         self.lineage = lineage
+        # Streams are numbered as they are opened; None for a step by unary call.
+        self.stream = stream
         self.parameters_step = parameters_step
         self.outcome: Outcome | None = None
         self.given_up = False

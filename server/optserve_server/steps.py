@@ -113,6 +113,7 @@ class Steps:
         segment: Segment | None = None,
         worker: str = "",
         parameters_step: int | None = None,
+        stream: int | None = None,
     ) -> Step:
         """Start a step and hold the staging buffer for it.
 
@@ -126,6 +127,7 @@ class Steps:
             segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
             worker: Who makes it, where several share the optimizer.
             parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
+            stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
@@ -136,8 +138,9 @@ class Steps:
 
         def make(lane: Lane) -> Step:
             return self._make(
-                lane, request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step
-            )
+                lane, request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step,
+                stream,
+            )  # fmt: skip
 
         if worker:
             with self._lock:
@@ -162,6 +165,7 @@ class Steps:
         segment: Segment | None,
         worker: str,
         parameters_step: int | None,
+        stream: int | None,
     ) -> Step:
         """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
         if self._fatal:
@@ -183,7 +187,7 @@ class Steps:
             lane.staging.leave_segment()
         return Step(
             lane, request_id, payload, self._state.operand_kinds, replay=repeated is not None, reply=reply,
-            segment=segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
+            segment=segment, worker=worker, parameters_step=at_step, lineage=self.lineage, stream=stream,
         )  # fmt: skip
 
     def _parameters_step(self, worker: str, given: int | None) -> int:

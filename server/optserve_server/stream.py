@@ -7,6 +7,7 @@ closed ──open──> idle ──begin──> staging ──commit──> idl
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -28,6 +29,9 @@ from optserve_server.step import Outcome, ReplyChunk, Step
 from optserve_server.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
+"""Of streams, as they are opened."""
 
 _BEGIN_FIELDS = {name: f"begin.{name}" for name in ("request_id", "tensors", "reply", "worker", "parameters_step")}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
@@ -78,6 +82,7 @@ class StepStream:
         self._step: Step | None = None
         self._request_id = ""
         self._worker = ""
+        self._number = 0
         self._gone = False
 
     def interrupt(self) -> None:
@@ -171,6 +176,8 @@ class StepStream:
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
         self._takes_curvature = optimizer.rule.takes_curvature
+        # Before it is told what was made last: what an earlier stream brings later than that shall not count.
+        self._number = next(_numbers)
         with fields_called({"worker": "open.worker"}):
             step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker)
         self._worker = request.worker
@@ -225,6 +232,7 @@ class StepStream:
                 self._segment,
                 self._worker,
                 request.parameters_step if request.HasField("parameters_step") else None,
+                self._number,
             )
         finally:
             if self._step is None:

@@ -66,6 +66,7 @@ class Worker:
         lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
         seen_at: When it was last heard of.
         contribution: Its step that waits for those of others, in sync.
+        stepped_by: Number of the latest stream by which it has made a step; earlier ones make none any more.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Worker:
     lease_until: float = 0.0
     seen_at: float = 0.0
     contribution: Step | None = field(default=None, repr=False)
+    stepped_by: int = 0
 
     @property
     def alive(self) -> bool:
@@ -298,6 +300,11 @@ class Workers:
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
+        if step.stream is not None and step.stream < worker.stepped_by:
+            # It was given up: its message comes so late that steps after it have been made.
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER, f"A later stream of {worker.name!r} has made steps on {self._name} since."
+            )
         if step.segment is None or step.replay:
             # A replay has brought nothing, and must not be applied should its reply have gone.
             step.check_complete()
@@ -408,6 +415,7 @@ class Workers:
         step.reply_source = lane.staging.updates
         lane.retained = Retained(step.request_id, outcome.step, step.payload.tensors, holds=step.replies)
         worker.clock += 1
+        worker.stepped_by = max(worker.stepped_by, step.stream or 0)
         worker.seen_at = time.monotonic()
         step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
 

@@ -292,6 +292,9 @@ class StepSession:
         return is_retryable(error) or (error.reason == "WORKER_UNKNOWN" and self._register is not None)
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
+        if error.reason == "STEP_TAKEN_OVER":
+            # Perhaps because a later stream has made steps: then none by this one counts any more.
+            self._close_stream()
         patience.pause(backoff.next_s(error), error)
         if error.reason == "WORKER_UNKNOWN" and self._register is not None:
             # The server was started anew, or has not heard of this worker for long.
