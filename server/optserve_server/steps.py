@@ -168,15 +168,13 @@ class Steps:
         stream: int | None,
     ) -> Step:
         """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
-        if self._fatal:
-            raise self._fatal.again()
+        self.check_usable()
         if self._state.settings.hosted:
             self.check_placed()
         elif reply is not Reply.UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
-        if lineage and lineage != self.lineage:
-            raise refusals.state_replaced(self._name, self.lineage, self.step)
+        self.check_lineage(lineage)
         repeated = lane.repeated(request_id, reply)
         if not repeated and expected_step is not None and expected_step != self.step:
             raise refusals.wrong_step(self._name, self.step, expected_step)

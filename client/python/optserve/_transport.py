@@ -61,7 +61,6 @@ class Transport:
         if config.keep_freed_memory:
             malloc.keep_freed_memory()
         self._watchdog = Watchdog()
-        self._closed = False
         self._closing = threading.Event()
         self._pid = os.getpid()
         self._channel = grpc.insecure_channel(
@@ -165,7 +164,7 @@ class Transport:
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
         translated = from_rpc_error(error, self.target)
-        if self._closed:
+        if self._closing.is_set():
             return ClientUseError("This client was closed in the middle of a call.")
         if isinstance(translated, DeadlineExceededError) and not translated.reason:
             return DeadlineExceededError(f"{self.target} did not answer within {timeout_s:g} s.")
@@ -173,7 +172,7 @@ class Transport:
 
     def check_usable(self) -> None:
         """Raise ClientUseError if the client is closed or was inherited by fork."""
-        if self._closed:
+        if self._closing.is_set():
             raise ClientUseError("This client is closed.")
         if os.getpid() != self._pid:
             raise ClientUseError(
@@ -183,7 +182,6 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection. May be called more than once."""
-        self._closed = True
         self._closing.set()
         self._watchdog.close()
         if os.getpid() == self._pid:
