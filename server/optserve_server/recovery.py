@@ -95,7 +95,7 @@ class Replay:
         item.replacement_request_ids.extend(header["replacement_request_ids"])
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
         item.steps.placed_by = header.get("placed_by")
-        item.steps.workers.from_json(header.get("workers", {}))
+        item.steps.workers.roster.from_json(header.get("workers", {}))
         if header["retained"]:
             retained = header["retained"]
             item.steps.main.retained = Retained(
@@ -159,7 +159,7 @@ class Replay:
             item.steps.lsn, item.steps.step = record.lsn, message["step"] + 1
             for worker, request_id, clock in message.get("workers", ()):
                 made = Retained(request_id, item.steps.step, payload.tensors, intact=False)
-                item.steps.workers.made_step(worker, made, clock)
+                item.steps.workers.roster.made_step(worker, made, clock)
             own = Retained(message["request_id"], item.steps.step, payload.tensors)
             item.steps.main.retained = None if "workers" in message else own
         self._last_step[item.id] = record.lsn

@@ -274,8 +274,8 @@ class Steps:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             self.check_usable()
-            if settings.consistency != self._state.settings.consistency and self.workers.alive:
-                raise refusals.workers_attached(self._name, len(self.workers.alive))
+            if settings.consistency != self._state.settings.consistency and self.workers.roster.alive:
+                raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
             if settings.consistency is not None:
                 self.main.staging.leave_segment()
             with self._set_to(settings):

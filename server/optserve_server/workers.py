@@ -1,4 +1,4 @@
-"""Several workers on one optimizer: who is alive, whose turn it is, and how their gradients come together.
+"""Several workers on one optimizer: whose turn it is, and how their gradients come together.
 
 Each worker makes its steps in a lane of its own, so that gradients arrive side by side; they are applied one after the
 other under the optimizer's lock. A worker whose turn has not come waits in its commit, and nobody waits for one that
@@ -13,8 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,15 +22,13 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Payload
 from optserve_server.room import LOOK_EVERY_S, Room
+from optserve_server.roster import Roster, Worker
 from optserve_server.segment import Segment
 from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, Reply, Retained, Step
 
 logger = logging.getLogger(__name__)
-
-MAX_KNOWN = 5_000
-"""Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
 
 
 class Owner(Protocol):
@@ -56,34 +53,6 @@ class Owner(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class Worker:
-    """One worker.
-
-    Attributes:
-        clock: Steps that it has made, or the clock of the slowest when it came.
-        at_step: Step of the x that it was given last.
-        lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
-        seen_at: When it was last heard of.
-        contribution: Its step that waits for those of others, in sync.
-        stepped_by: Number of the latest stream by which it has made a step; earlier ones make none any more.
-    """
-
-    name: str
-    lane: Lane
-    clock: int = 0
-    at_step: int = 0
-    lease_until: float = 0.0
-    seen_at: float = 0.0
-    contribution: Step | None = field(default=None, repr=False)
-    stepped_by: int = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether its lease holds; one in the middle of a step is alive."""
-        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.lane.holder is not None)
-
-
 class Workers:
     """The workers of one optimizer.
 
@@ -93,6 +62,9 @@ class Workers:
         owner: Its steps.
         room: Where the buffers come from.
         idle_step_s: See Lane.
+
+    Attributes:
+        roster: Who they are.
     """
 
     def __init__(self, name: str, state: State, owner: Owner, room: Room, idle_step_s: float) -> None:
@@ -101,7 +73,7 @@ class Workers:
         self._owner = owner
         self._room = room
         self._idle_step_s = idle_step_s
-        self._known: dict[str, Worker] = {}
+        self.roster = Roster(name, self._make_lane, room)
         self._draining = False
         self._segments: set[Segment] = set()
         # Counts what those who wait are told: what happens before they have begun to wait must not be missed.
@@ -121,64 +93,27 @@ class Workers:
             )
         return consistency
 
-    @property
-    def alive(self) -> list[Worker]:
-        """Those whose leases hold."""
-        return [worker for worker in self._known.values() if worker.alive]
+    def _make_lane(self) -> Lane:
+        return Lane(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
 
     def report(self, name: str, *, leaving: bool) -> tuple[float, int, str]:
         """Register a worker, renew its lease, or let it go: (seconds of the lease, live workers, last request id)."""
         with self._owner.lock:
             self._owner.check_usable()
             lease_s = self._consistency.lease_s
-            worker = self._known.get(name)
-            if leaving:
-                if worker is not None:
-                    worker.lease_until = 0.0
-                    self._withdraw(worker)
-                    self._room.strip(worker.lane)
-            else:
-                worker = worker or self._remember(name)
-                if not worker.alive:
-                    # It must not hold up the others until it has caught up, nor wait for one that is as new.
-                    newest = max(other.clock for other in self._known.values())
-                    worker.clock = max(worker.clock, self._slowest(newest))
-                    worker.at_step = self._owner.step
-                worker.lease_until = time.monotonic() + lease_s
-                worker.seen_at = time.monotonic()
+            worker = self.roster.find(name)
+            if not leaving:
+                worker = self.roster.revive(name, lease_s, self._owner.step)
+            elif worker is not None:
+                worker.lease_until = 0.0
+                self._withdraw(worker)
+                self._room.strip(worker.lane)
             self._tell()
-            return lease_s, len(self.alive), worker.lane.last_request_id if worker else ""
-
-    def _remember(self, name: str) -> Worker:
-        if len(self._known) >= MAX_KNOWN:
-            dead = [worker for worker in self._known.values() if not worker.alive]
-            if not dead:
-                raise OptserveError(
-                    Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
-                )
-            oldest = min(dead, key=lambda worker: worker.seen_at)
-            self._room.strip(oldest.lane)
-            del self._known[oldest.name]
-        lane = Lane(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
-        worker = self._known[name] = Worker(name, lane)
-        return worker
-
-    def _slowest(self, default: int) -> int:
-        return min((worker.clock for worker in self._known.values() if worker.alive), default=default)
+            return lease_s, len(self.roster.alive), worker.lane.last_request_id if worker else ""
 
     def get(self, name: str) -> Worker:
         """A worker that is alive, or raise WORKER_UNKNOWN."""
-        self._consistency  # noqa: B018 - raises where there is none
-        worker = self._known.get(name)
-        if worker is None or not worker.alive:
-            raise OptserveError(
-                Reason.WORKER_UNKNOWN,
-                f"{name[:64]!r} is no worker of {self._name}, or its lease has run out; report it alive.",
-                field="worker",
-                worker=name[:64],
-            )
-        worker.lease_until = max(worker.lease_until, time.monotonic() + self._consistency.lease_s)
-        return worker
+        return self.roster.get(name, self._consistency.lease_s)
 
     # Steps.
 
@@ -241,7 +176,7 @@ class Workers:
 
     def evict_if_idle(self) -> None:
         """Discard all steps under way, or raise STEP_IN_PROGRESS if one has moved lately."""
-        for worker in self._known.values():
+        for worker in self.roster:
             # Not in the usual order of locks, so not to be waited for.
             if not worker.lane.lock.acquire(blocking=False):
                 raise worker.lane.in_progress()
@@ -252,9 +187,7 @@ class Workers:
 
     def release(self) -> None:
         """The optimizer is deleted: give the room back, and let nobody wait."""
-        for worker in self._known.values():
-            self._room.strip(worker.lane)
-        self._known.clear()
+        self.roster.clear()
         self._segments.clear()
         self._tell()
 
@@ -317,7 +250,7 @@ class Workers:
         if consistency.kind == "sync":
             if step.parameters_step != self._owner.step:
                 raise self._late(step)
-            others = (other.contribution for other in self._known.values() if other is not worker)
+            others = (other.contribution for other in self.roster if other is not worker)
             if any(other and other.payload.tensors != step.payload.tensors for other in others):
                 raise OptserveError(
                     Reason.INVALID_FIELD,
@@ -326,7 +259,7 @@ class Workers:
                 )
             worker.contribution = step
             self._merge_if_complete(consistency.workers)
-        elif consistency.kind == "async" or worker.clock - self._slowest(worker.clock) <= consistency.staleness:
+        elif consistency.kind == "async" or worker.clock - self.roster.slowest(worker.clock) <= consistency.staleness:
             self._apply(worker, step)
 
     def _wait(self, worker: Worker, step: Step, told: int) -> None:
@@ -337,7 +270,7 @@ class Workers:
             self._withdraw(worker)
             raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
         consistency = self._consistency
-        alive = len(self.alive)
+        alive = len(self.roster.alive)
         if consistency.kind == "sync" and alive < consistency.workers:
             self._withdraw(worker)
             raise OptserveError(
@@ -351,10 +284,10 @@ class Workers:
             raise self._room.refusal(worker.lane)
         now = time.monotonic()
         if worker.alive:
-            worker.lease_until = max(worker.lease_until, now + consistency.lease_s)
+            worker.renew(consistency.lease_s)
         step.moved_at = now
         # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
-        leases = [other.lease_until - now for other in self._known.values() if other is not worker and other.alive]
+        leases = [other.lease_until - now for other in self.roster if other is not worker and other.alive]
         timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
         # A lease that runs out is not told, nor that room is wanted.
         self._owner.lock.wait_for(lambda: self._told != told, min(timeout_s, self._idle_step_s / 2, LOOK_EVERY_S))
@@ -383,7 +316,7 @@ class Workers:
 
     def _merge_if_complete(self, needed: int) -> None:
         """The mean of all gradients for this step, once there are enough, summed in the order of the workers' names."""
-        there = [worker for worker in self._known.values() if worker.contribution is not None]
+        there = [worker for worker in self.roster if worker.contribution is not None]
         if len(there) < needed:
             return
         there.sort(key=lambda worker: worker.name)
@@ -419,35 +352,15 @@ class Workers:
         worker.seen_at = time.monotonic()
         step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
 
-    # What outlives the process.
-
     def forget_replies(self) -> None:
         """The state is another one: no step that was made is a step of it."""
         with self._owner.lock:
-            for worker in self._known.values():
+            for worker in self.roster:
                 self._withdraw(worker)
                 worker.lane.retained, worker.at_step = None, self._owner.step
             self._tell()
 
-    def made_step(self, name: str, retained: Retained, clock: int) -> None:
-        """A worker has made a step in an earlier life of this server, after which its clock stood there."""
-        worker = self._known.get(name) or self._remember(name)
-        worker.lane.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
-
-    def to_json(self) -> dict[str, Any]:
-        """What is known of all workers, as it is written down."""
-        return {
-            worker.name: [worker.clock, retained.request_id, retained.step, retained.tensors]
-            for worker in self._known.values()
-            if (retained := worker.lane.retained) is not None
-        }
-
-    def from_json(self, content: dict[str, Any]) -> None:
-        """The reverse of `to_json`."""
-        for name, (clock, request_id, step, tensors) in content.items():
-            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False), clock)
-
     def discard_idle(self) -> None:
         """See Lane."""
-        for worker in list(self._known.values()):
+        for worker in self.roster:
             worker.lane.discard_idle()

@@ -1,0 +1,149 @@
+"""Who the workers of one optimizer are: which are alive, what each has done, and what of that outlives the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.lane import Lane
+from optserve_server.room import Room
+from optserve_server.step import Retained, Step
+
+MAX_KNOWN = 5_000
+"""Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One worker.
+
+    Attributes:
+        clock: Steps that it has made, or the clock of the slowest when it came.
+        at_step: Step of the x that it was given last.
+        lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
+        seen_at: When it was last heard of.
+        contribution: Its step that waits for those of others, in sync.
+        stepped_by: Number of the latest stream by which it has made a step; earlier ones make none any more.
+    """
+
+    name: str
+    lane: Lane
+    clock: int = 0
+    at_step: int = 0
+    lease_until: float = 0.0
+    seen_at: float = 0.0
+    contribution: Step | None = field(default=None, repr=False)
+    stepped_by: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether its lease holds; one in the middle of a step is alive."""
+        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.lane.holder is not None)
+
+    def renew(self, lease_s: float) -> None:
+        """Let it live for so many seconds at least."""
+        self.lease_until = max(self.lease_until, time.monotonic() + lease_s)
+
+
+class Roster:
+    """All workers of one optimizer that are remembered, to be used under the optimizer's lock.
+
+    Args:
+        name: The optimizer's, for messages.
+        make_lane: Makes the lane of a new one.
+        room: Takes the buffers of those who are forgotten.
+    """
+
+    def __init__(self, name: str, make_lane: Callable[[], Lane], room: Room) -> None:
+        self._name = name
+        self._make_lane = make_lane
+        self._room = room
+        self._known: dict[str, Worker] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        """All of them, as they are at the moment."""
+        return iter(tuple(self._known.values()))
+
+    @property
+    def alive(self) -> list[Worker]:
+        """Those whose leases hold."""
+        return [worker for worker in self if worker.alive]
+
+    def slowest(self, default: int) -> int:
+        """The least clock of those alive."""
+        return min((worker.clock for worker in self if worker.alive), default=default)
+
+    def find(self, name: str) -> Worker | None:
+        """One that is remembered, dead or alive."""
+        return self._known.get(name)
+
+    def get(self, name: str, lease_s: float) -> Worker:
+        """One that is alive, and is so for another `lease_s` seconds, or raise WORKER_UNKNOWN."""
+        worker = self._known.get(name)
+        if worker is None or not worker.alive:
+            raise OptserveError(
+                Reason.WORKER_UNKNOWN,
+                f"{name[:64]!r} is no worker of {self._name}, or its lease has run out; report it alive.",
+                field="worker",
+                worker=name[:64],
+            )
+        worker.renew(lease_s)
+        return worker
+
+    def revive(self, name: str, lease_s: float, step: int) -> Worker:
+        """Let one live for another `lease_s` seconds; if it comes anew, at the given step of the optimizer.
+
+        Raises:
+            OptserveError: SERVER_FULL.
+        """
+        worker = self._known.get(name) or self._remember(name)
+        if not worker.alive:
+            # It must not hold up the others until it has caught up, nor wait for one that is as new.
+            newest = max(other.clock for other in self)
+            worker.clock = max(worker.clock, self.slowest(newest))
+            worker.at_step = step
+        worker.lease_until = time.monotonic() + lease_s
+        worker.seen_at = time.monotonic()
+        return worker
+
+    def _remember(self, name: str) -> Worker:
+        if len(self._known) >= MAX_KNOWN:
+            dead = [worker for worker in self if not worker.alive]
+            if not dead:
+                raise OptserveError(
+                    Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
+                )
+            oldest = min(dead, key=lambda worker: worker.seen_at)
+            self._room.strip(oldest.lane)
+            del self._known[oldest.name]
+        worker = self._known[name] = Worker(name, self._make_lane())
+        return worker
+
+    def clear(self) -> None:
+        """Forget all, and give their room back."""
+        for worker in self:
+            self._room.strip(worker.lane)
+        self._known.clear()
+
+    # What outlives the process.
+
+    def made_step(self, name: str, retained: Retained, clock: int) -> None:
+        """A worker has made a step in an earlier life of this server, after which its clock stood there."""
+        worker = self._known.get(name) or self._remember(name)
+        worker.lane.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of all workers, as it is written down."""
+        return {
+            worker.name: [worker.clock, retained.request_id, retained.step, retained.tensors]
+            for worker in self
+            if (retained := worker.lane.retained) is not None
+        }
+
+    def from_json(self, content: dict[str, Any]) -> None:
+        """The reverse of `to_json`."""
+        for name, (clock, request_id, step, tensors) in content.items():
+            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False), clock)
