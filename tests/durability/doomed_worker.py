@@ -9,7 +9,7 @@ import numpy as np
 
 import optserve
 
-CONFIG = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2, step_timeout_s=300, connect_timeout_s=60)
+CONFIG = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2, step_timeout_s=120, connect_timeout_s=60)
 
 
 def work(client: optserve.Client, optimizer: str, name: str, steps: int, value: int) -> None:

@@ -6,8 +6,10 @@ integers are compared without branches. Arrays are seen as those integers within
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from functools import cache
+from typing import TypeVar
 
 import numba
 import numpy as np
@@ -16,6 +18,8 @@ _FLOAT32, _FLOAT64 = np.dtype("<f4"), np.dtype("<f8")
 _BITS = {_FLOAT32: np.uint32, _FLOAT64: np.uint64}
 _MAGNITUDE = {_FLOAT32: np.uint32(0x7FFF_FFFF), _FLOAT64: np.uint64(0x7FFF_FFFF_FFFF_FFFF)}
 """All bits but the sign."""
+
+_Loop = TypeVar("_Loop", bound=Callable[..., bool | None])
 
 
 def take(staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
@@ -40,6 +44,21 @@ def give_bfloat16(staged: np.ndarray) -> np.ndarray:
     return elements
 
 
+def _once(make: Callable[..., _Loop]) -> Callable[..., _Loop]:
+    """`functools.cache`, which lets every thread make what is not there yet, and here it takes half a second.
+
+    The first step of each of many streams would wait for as many compilations. What is there is found without the lock.
+    """
+    lock, made = threading.Lock(), cache(make)
+
+    @cache
+    def find(*key: Hashable) -> _Loop:
+        with lock:
+            return made(*key)
+
+    return find
+
+
 def _compiled(loop: Callable[..., bool], staged: np.dtype, *elements: numba.types.Array) -> Callable[..., bool]:
     """A loop that copies elements, if any, into a staging buffer, and compares what is there with a limit."""
     element = numba.from_dtype(staged)
@@ -51,7 +70,7 @@ def _received(dtype: np.dtype, *, aligned: bool) -> numba.types.Array:
     return numba.types.Array(numba.from_dtype(dtype), 1, "C", readonly=True, aligned=aligned)
 
 
-@cache
+@_once
 def _take(dtype: np.dtype, aligned: bool) -> Callable[..., bool]:
     bits, magnitude = _BITS[dtype], _MAGNITUDE[dtype]
 
@@ -66,7 +85,7 @@ def _take(dtype: np.dtype, aligned: bool) -> Callable[..., bool]:
     return _compiled(loop, dtype, _received(dtype, aligned=aligned))
 
 
-@cache
+@_once
 def _take_bfloat16(aligned: bool) -> Callable[..., bool]:
     magnitude = _MAGNITUDE[_FLOAT32]
 
@@ -82,7 +101,7 @@ def _take_bfloat16(aligned: bool) -> Callable[..., bool]:
     return _compiled(loop, _FLOAT32, _received(np.dtype("<u2"), aligned=aligned))
 
 
-@cache
+@_once
 def _within(dtype: np.dtype) -> Callable[..., bool]:
     bits, magnitude = _BITS[dtype], _MAGNITUDE[dtype]
 
@@ -96,7 +115,7 @@ def _within(dtype: np.dtype) -> Callable[..., bool]:
     return _compiled(loop, dtype)
 
 
-@cache
+@_once
 def _narrow() -> Callable[..., None]:
     magnitude = _MAGNITUDE[_FLOAT32]
 
