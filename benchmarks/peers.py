@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+RAY_WARM_UP = 20
+"""Steps."""
+
 
 class ParameterServer:
     """The same for all: one flat parameter, stepped by torch."""
@@ -148,7 +151,13 @@ def ray_actor(size: int) -> Iterator[Peer | None]:
     gradient = np.random.default_rng(0).standard_normal(size, np.float32)
     parameters = np.zeros_like(gradient)
 
+    def step() -> None:
+        np.copyto(parameters, ray.get(actor.step.remote(gradient)))
+
     try:
-        yield Peer(lambda: np.copyto(parameters, ray.get(actor.step.remote(gradient))))
+        # Its object store is twice as slow until every page of it has been used.
+        for _ in range(RAY_WARM_UP):
+            step()
+        yield Peer(step)
     finally:
         ray.shutdown()
