@@ -30,7 +30,7 @@ fuzz: .venv/.dev ## Feed a server 5,000,000 malformed frames
 
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" pytest pytest-xdist pytest-timeout hypothesis \
+	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" safetensors pytest pytest-xdist pytest-timeout hypothesis \
 		psutil torch==2.13.0
 	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers" --deselect \
 		tests/project/test_contract.py::test_the_committed_stubs_are_those_that_the_contract_generates
