@@ -48,8 +48,9 @@ class ServerConfig:
     """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
     max_chunk_bytes: int = 4 * MIB
     """Largest payload of one chunk."""
-    preferred_chunk_bytes: int = 2 * MIB
-    """Size of the chunks that the server sends, and advises clients to send."""
+    preferred_chunk_bytes: int = 0
+    """Size of the chunks that the server sends, and advises clients to send; 0 for 2 MiB, or less where
+    `max_chunk_bytes` is less."""
     max_message_bytes: int = 4 * MIB
     """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""
     max_parameter_bytes: int = 64 * GIB
@@ -100,6 +101,8 @@ class ServerConfig:
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_chunk_bytes", "max_message_bytes"):
             self._require(name, 1024 <= getattr(self, name) <= 64 * MIB, "must be 1024 bytes to 64 MiB")
+        if self.preferred_chunk_bytes == 0:
+            object.__setattr__(self, "preferred_chunk_bytes", min(2 * MIB, self.max_chunk_bytes))
         self._require(
             "preferred_chunk_bytes",
             1024 <= self.preferred_chunk_bytes <= self.max_chunk_bytes,

@@ -26,7 +26,7 @@ class Worker:
         lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
         seen_at: When it was last heard of.
         contribution: Its step that waits for those of others, in sync.
-        stepped_by: Number of the latest stream by which it has made a step; earlier ones make none any more.
+        stream: Number of the stream that it has opened last; earlier ones make no steps any more.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Worker:
     lease_until: float = 0.0
     seen_at: float = 0.0
     contribution: Step | None = field(default=None, repr=False)
-    stepped_by: int = 0
+    stream: int = 0
 
     @property
     def alive(self) -> bool:

@@ -78,15 +78,17 @@ class Steps:
         self.lsn = 0
         self.lineage = lineage
 
-    def last(self, worker: str = "") -> tuple[int, str, tuple[int, ...], str]:
+    def last(self, worker: str = "", stream: int = 0) -> tuple[int, str, tuple[int, ...], str]:
         """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
+
+        With the number of a stream that a worker has just opened, its earlier ones make no steps after this.
 
         Raises:
             OptserveError: INVALID_FIELD or WORKER_UNKNOWN.
         """
         with self._lock:
             self._check_worker(worker)
-            lane = self.workers.get(worker).lane if worker else self.main
+            lane = self.workers.attach(worker, stream).lane if worker else self.main
             retained = lane.retained
             tensors = retained.tensors if retained else ()
             return self.step, lane.last_request_id, self._payloads.named(tensors), self.lineage
@@ -146,7 +148,7 @@ class Steps:
             with self._lock:
                 self._check_worker(worker)
                 known = self.workers.get(worker)
-            return self.workers.hand_over(known, make)
+            return self.workers.hand_over(known, stream, make)
         with self._lock:
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)

@@ -176,10 +176,9 @@ class StepStream:
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _Phase.IDLE
         self._takes_curvature = optimizer.rule.takes_curvature
-        # Before it is told what was made last: what an earlier stream brings later than that shall not count.
         self._number = next(_numbers)
         with fields_called({"worker": "open.worker"}):
-            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker)
+            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker, self._number)
         self._worker = request.worker
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
             self._segment = self._optimizers.share(optimizer)

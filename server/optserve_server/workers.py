@@ -115,15 +115,34 @@ class Workers:
         """A worker that is alive, or raise WORKER_UNKNOWN."""
         return self.roster.get(name, self._consistency.lease_s)
 
+    def attach(self, name: str, stream: int) -> Worker:
+        """A worker has opened a stream: those that it opened before have been given up, and make no steps any more."""
+        worker = self.get(name)
+        if stream > worker.stream:
+            worker.stream = stream
+            # It is told now what was made last, and what waits with an earlier one must not be made after that.
+            self._withdraw(worker)
+            self._tell()
+        return worker
+
+    def _check_stream(self, worker: Worker, stream: int | None) -> None:
+        """Raise STEP_TAKEN_OVER for what comes late, by a stream that was given up."""
+        if stream is not None and stream < worker.stream:
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER, f"Worker {worker.name!r} of {self._name} has opened another stream since."
+            )
+
     # Steps.
 
-    def hand_over(self, worker: Worker, make: Callable[[Lane], Step]) -> Step:
-        """Give a worker's lane to a new step, which `make` makes with all locks held."""
+    def hand_over(self, worker: Worker, stream: int | None, make: Callable[[Lane], Step]) -> Step:
+        """Give a worker's lane to a new step that comes by a stream, and that `make` makes with all locks held."""
         while True:
             self._room.equip(worker.lane)
             with worker.lane.lock, self._owner.lock:
                 if worker.lane.equipped:
                     try:
+                        self._check_stream(worker, stream)
+                        self._evict_given_up(worker)
                         step = make(worker.lane)
                     except BaseException:
                         if worker.lane.holder is None:
@@ -138,6 +157,12 @@ class Workers:
                     self._room.use(worker.lane)
                     self._tell()
                     return step
+
+    def _evict_given_up(self, worker: Worker) -> None:
+        """Let go what a given-up stream has begun; it need not have come to its end for another to begin."""
+        holder = worker.lane.holder
+        if holder is not None and holder.stream is not None and holder.stream < worker.stream:
+            worker.lane.holder = None
 
     def _given_back(self, lane: Lane) -> None:
         """A step has ended."""
@@ -201,6 +226,7 @@ class Workers:
         lock = self._owner.lock
         with lock:
             worker = self.get(step.worker)
+            self._check_stream(worker, step.stream)
         if step.segment is not None and not step.replay:
             with worker.lane.lock:
                 worker.lane.take_shared(step)
@@ -227,17 +253,12 @@ class Workers:
     def _try(self, worker: Worker, step: Step) -> Outcome | None:
         """Let a step go on as far as it can now."""
         worker.lane.hold(step)
-        self.get(step.worker)
+        self._check_stream(self.get(step.worker), step.stream)
         self._owner.check_usable()
         self._owner.check_lineage(step.lineage)
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
-        if step.stream is not None and step.stream < worker.stepped_by:
-            # It was given up: its message comes so late that steps after it have been made.
-            raise OptserveError(
-                Reason.STEP_TAKEN_OVER, f"A later stream of {worker.name!r} has made steps on {self._name} since."
-            )
         if step.segment is None or step.replay:
             # A replay has brought nothing, and must not be applied should its reply have gone.
             step.check_complete()
@@ -348,7 +369,6 @@ class Workers:
         step.reply_source = lane.staging.updates
         lane.retained = Retained(step.request_id, outcome.step, step.payload.tensors, holds=step.replies)
         worker.clock += 1
-        worker.stepped_by = max(worker.stepped_by, step.stream or 0)
         worker.seen_at = time.monotonic()
         step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
 

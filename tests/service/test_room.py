@@ -11,6 +11,8 @@ import pytest
 
 import optserve
 from optserve.v1 import service_pb2, service_pb2_grpc, steps_pb2
+from optserve_server.app import App
+from optserve_server.config import ServerConfig
 from service.wire_client import begin, chunk, commit, create, details, stream
 from service.worker_harness import HOSTED, QUICK, X, config_of, place, report, run_all, shared
 
@@ -111,38 +113,37 @@ def test_workers_of_one_optimizer_leave_room_for_those_of_another(tmp_path):
 
 
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
-def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(tmp_path, transport):
+def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(transport):
     size = 1000
-    with (
-        # Room for one of the two.
-        optserve.local_server(options=config_of(tmp_path, max_optimizer_staged_bytes=4 * size)) as server,
-        optserve.connect(server.target, QUICK) as client,
-    ):
-        x, gradient = {"x": np.zeros(size, np.float32)}, {"x": np.full(size, -1, np.float32)}
-        one = optserve.Sgd(learning_rate=1.0)
-        opt = client.create_optimizer("a", one, x, hosted=True, consistency=optserve.Bounded(0))
-        with (
-            client.worker("a", "fast", transport=transport) as fast,
-            client.worker("a", "slow", transport=transport) as slow,
-            grpc.insecure_channel(server.target) as channel,
-        ):
-            for worker in (fast, slow):
-                worker.pull()
-            fast.step(gradient)
-            ahead = threading.Thread(target=fast.step, args=(gradient,), kwargs={"timeout_s": 60})
-            ahead.start()
-            stub = service_pb2_grpc.OptimizerServiceStub(channel)
-            reason = ""
-            while reason != "STEP_IN_PROGRESS":
-                with stream(stub, "optimizers/a", worker="fast") as probe:
-                    probe.send(begin(), commit())
-                    reason = details(probe.error())[0]
-            for _ in range(2):
-                slow.step(gradient, timeout_s=20)
-            ahead.join(30)
-            assert not ahead.is_alive()
-            assert fast.steps_made == slow.steps_made == 2
-        assert np.all(opt.pull_parameters().arrays["x"] == 4)
+    # Room for one of the two. In this process, so that it can be seen who is waiting.
+    app = App(ServerConfig(port=0, backend="numpy", max_optimizer_staged_bytes=4 * size))
+    app.start()
+    try:
+        with optserve.connect(app.target, QUICK) as client:
+            x, gradient = {"x": np.zeros(size, np.float32)}, {"x": np.full(size, -1, np.float32)}
+            one = optserve.Sgd(learning_rate=1.0)
+            opt = client.create_optimizer("a", one, x, hosted=True, consistency=optserve.Bounded(0))
+            with (
+                client.worker("a", "fast", transport=transport) as fast,
+                client.worker("a", "slow", transport=transport) as slow,
+            ):
+                for worker in (fast, slow):
+                    worker.pull()
+                fast.step(gradient)
+                workers = app._optimizers.get("a").steps.workers
+                waits, wait = threading.Event(), workers._wait
+                workers._wait = lambda *them: (waits.set(), wait(*them))
+                ahead = threading.Thread(target=fast.step, args=(gradient,), kwargs={"timeout_s": 60})
+                ahead.start()
+                assert waits.wait(30)
+                for _ in range(2):
+                    slow.step(gradient, timeout_s=20)
+                ahead.join(30)
+                assert not ahead.is_alive()
+                assert fast.steps_made == slow.steps_made == 2
+            assert np.all(opt.pull_parameters().arrays["x"] == 4)
+    finally:
+        app.stop()
 
 
 def test_more_workers_in_a_step_than_there_is_room_for_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from optserve.v1 import service_pb2, steps_pb2
+from optserve_server.config import ConfigError, ServerConfig
 from service.wire_client import Request, begin, chunk, commit, create, details, gradients, refused, stream
 
 SHAPES = {"w": (4, 3), "b": (3,), "scalar": ()}
@@ -299,3 +300,10 @@ def _step_when_free(steps) -> None:
             return
         assert details(response.error.status)[0] == "STEP_IN_PROGRESS"
     raise AssertionError("the optimizer was not freed")
+
+
+def test_chunks_are_advised_to_be_no_larger_than_is_accepted():
+    assert ServerConfig().preferred_chunk_bytes == 2 << 20
+    assert ServerConfig(max_chunk_bytes=1 << 20).preferred_chunk_bytes == 1 << 20
+    with pytest.raises(ConfigError, match="preferred_chunk_bytes"):
+        ServerConfig(max_chunk_bytes=1 << 20, preferred_chunk_bytes=2 << 20)

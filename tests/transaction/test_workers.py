@@ -33,8 +33,9 @@ def make_step(steps: Steps, worker: str) -> int:
 
 
 def shared_by(kind: str, *workers: str) -> Steps:
-    """An optimizer that these workers share."""
-    settings = Settings(Sgd(), hosted=True, consistency=Consistency(kind))
+    """An optimizer that these workers share, and a step of which takes all of them if they are in step."""
+    needed = len(workers) if kind == "sync" else 0
+    settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=Consistency(kind, workers=needed))
     state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
     steps = Steps("test", state, InMemory())
     with closing(steps.place("upload")) as upload:
@@ -78,3 +79,92 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
         with pytest.raises(OptserveError, check=lambda error: error.reason is Reason.MISSING_CHUNK):
             replay.commit()
     assert steps.step == 1
+
+
+def is_taken_over(error: OptserveError) -> bool:
+    return error.reason is Reason.STEP_TAKEN_OVER
+
+
+def test_a_stream_that_was_given_up_begins_nothing_and_disturbs_nothing():
+    steps = shared_by("async", "w")
+    steps.last("w", stream=1)
+    with closing(steps.begin("step-1", worker="w", stream=1)) as step:
+        step.stage(0, 0, ONES)
+        step.commit()
+    steps.last("w", stream=2)
+    with pytest.raises(OptserveError, check=is_taken_over):
+        steps.begin("step-2", worker="w", stream=1)
+    # The reply of the last step is still there.
+    with closing(steps.begin("step-1", worker="w", stream=2)) as replay:
+        assert replay.commit().replayed
+        assert [np.frombuffer(part.data, F4).tolist() for part in replay.reply(1 << 20, lambda part: part)] == [
+            [-1, -1]
+        ]
+    with closing(steps.begin("step-2", worker="w", stream=2)) as step:
+        # The same step with another gradient, whose caller has been told that it has failed.
+        with pytest.raises(OptserveError, check=is_taken_over):
+            steps.begin("step-2", worker="w", stream=1)
+        step.stage(0, 0, ONES)
+        assert step.commit().step == 2
+
+
+def test_what_a_given_up_stream_had_begun_is_not_applied_and_gives_way_at_once():
+    steps = shared_by("async", "w")
+    steps.last("w", stream=1)
+    given_up = steps.begin("step-1", worker="w", stream=1)
+    given_up.stage(0, 0, ONES)
+    steps.last("w", stream=2)
+    with pytest.raises(OptserveError, check=is_taken_over):
+        given_up.commit()
+    # Under another name, so not taken over for being the same.
+    with closing(steps.begin("another", worker="w", stream=2)) as step:
+        with pytest.raises(OptserveError, check=is_taken_over):
+            given_up.stage(0, 0, ONES)
+        given_up.close()
+        step.stage(0, 0, ONES)
+        assert step.commit().step == 1
+
+
+def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
+    steps = shared_by("async", "w")
+    segment = steps.share()
+    assert segment is not None
+    steps.last("w", stream=1)
+    given_up = steps.begin("step-1", segment=segment, worker="w", stream=1)
+    steps.last("w", stream=2)
+    before = given_up._holder.staging.updates[F4].copy()
+    segment.operands[Operand.GRADIENT][F4][:2] = 5
+    with pytest.raises(OptserveError, check=is_taken_over):
+        given_up.commit()
+    assert np.array_equal(steps.workers.get("w").lane.staging.updates[F4], before)
+
+
+def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
+    steps = shared_by("sync", "a", "b")
+    waits, refused = threading.Event(), []
+    wait = steps.workers._wait
+    monkeypatch.setattr(steps.workers, "_wait", lambda *them: (waits.set(), wait(*them)))
+
+    def give(worker: str, value: int, stream: int) -> None:
+        with closing(steps.begin("step-1", reply=Reply.NOTHING, worker=worker, stream=stream)) as step:
+            step.stage(0, 0, (value * np.ones(2, np.float32)).tobytes())
+            try:
+                step.commit()
+            except OptserveError as error:
+                refused.append(error.reason)
+
+    steps.last("a", stream=1)
+    thread = threading.Thread(target=give, args=("a", 100, 1), daemon=True)
+    thread.start()
+    assert waits.wait(5)
+    steps.last("a", stream=2)
+    # From now on, and not from when the one that waits has noticed.
+    assert steps.workers.get("a").contribution is None
+    thread.join(5)
+    assert refused == [Reason.STEP_TAKEN_OVER]
+    others = threading.Thread(target=give, args=("b", 3, 3), daemon=True)
+    others.start()
+    give("a", 1, 2)
+    others.join(5)
+    with steps.held_still() as state:
+        assert (steps.step, state.parameters[F4][:2].tolist()) == (1, [-1, -1])

@@ -58,7 +58,7 @@ class Watchdog:
                 now = time.monotonic()
                 for key, (deadline, action) in list(self._armed.items()):
                     if deadline <= now:
-                        del self._armed[key]
+                        self._armed.pop(key, None)
                         action()
                 self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
                 self._earlier.wait(self._wakes_at - now)

@@ -293,7 +293,7 @@ class StepSession:
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
         if error.reason == "STEP_TAKEN_OVER":
-            # Perhaps because a later stream has made steps: then none by this one counts any more.
+            # Perhaps because a later stream was opened: then no step by this one counts any more.
             self._close_stream()
         patience.pause(backoff.next_s(error), error)
         if error.reason == "WORKER_UNKNOWN" and self._register is not None:
