@@ -120,7 +120,7 @@ class StepStream:
             if header.HasField("chunk"):
                 paths = _CHUNK_FIELDS
                 self._chunk(header.chunk, frame.data or b"")
-            elif header.data:
+            elif header.data and self._phase is not _Phase.FAILED:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
                 paths = {}

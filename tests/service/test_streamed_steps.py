@@ -157,6 +157,13 @@ def test_an_error_ends_the_step_once_and_the_stream_lives_on(stub, optimizer, re
         assert steps.reply()[1].step == 1
 
 
+def test_what_follows_of_a_failed_step_is_ignored_data_without_a_chunk_too(stub, optimizer):
+    with stream(stub, optimizer) as steps:
+        steps.send(begin(), chunk(99, 0, PAYLOAD), Request(data=PAYLOAD), chunk(0, 0, PAYLOAD), commit(), whole_step())
+        assert details(steps.error())[0] == "UNKNOWN_PARAMETER"
+        assert steps.reply()[1].step == 1
+
+
 def test_an_aborted_step_is_discarded_without_an_answer(stub, optimizer):
     with stream(stub, optimizer) as steps:
         steps.send(begin(), chunk(0, 0, PAYLOAD), Request(abort=steps_pb2.Abort()), whole_step(expected_step=0))
