@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from google.protobuf import descriptor_pb2
 
 import optserve
 
@@ -38,19 +39,50 @@ def test_a_run_moves_as_it_is_shown(client, name):
 def test_settings_are_as_they_are_shown(client, name, capsys):
     params = {"w": np.ones((3, 2)), "b": np.ones(2)}
     shown = {"optserve": optserve, "client": client, "params": params, "grads": params}
-    first, rest = ANNEALED.replace('"annealed"', f'"{name}"').split("opt.update(", 1)
-    exec(first, shown)  # noqa: S102
-    shown["opt"].step(shown["params"])
-    exec(f"opt.update({rest}", shown)  # noqa: S102
+    exec(ANNEALED.replace('"annealed"', f'"{name}"'), shown)  # noqa: S102
     assert capsys.readouterr().out.startswith("{0.0: 0.1")
     assert shown["opt"].schedule is None
     assert shown["grads"]["w"][0, 0] == 1 + 1e-4
 
 
 def test_workers_share_a_model_as_it_is_shown(client, name):
-    shown = {"optserve": optserve, "client": client, "params": {"w": np.ones((3, 2)), "b": np.ones(2)}}
+    zeros = {"w": np.zeros((3, 2)), "b": np.zeros(2)}
+    shown = {"optserve": optserve, "client": client, "params": zeros}
     exec(SHARED.replace('"shared"', f'"{name}"'), shown)  # noqa: S102
-    assert client.optimizer(name).pull_parameters().step == 10
+    pulled = client.optimizer(name).pull_parameters()
+    assert pulled.step == 10
+    assert all((array > 0).all() for array in pulled.arrays.values()), "it moves towards 1"
+
+
+def test_the_commands_work_as_they_are_shown(client, server, tmp_path):
+    client.create_optimizer("mine", optserve.Adadelta(), {"b": np.zeros(2, np.float32)})
+    block = re.findall(r"named `mine`:\n\n```\n(.*?)```", README, re.DOTALL)[0]
+    commands = [line.split("#")[0].split() for line in block.splitlines()]
+    assert len(commands) == 4
+    try:
+        for command in commands:
+            assert command[0] == "optserve"
+            done = subprocess.run(
+                [Path(sys.executable).parent / "optserve", *command[1:], "--target", server.target],
+                capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+    finally:
+        client.delete_checkpoint("mine", "epoch-1")
+        client.delete_optimizer("mine")
+
+
+def test_a_client_in_another_language_has_all_that_it_includes(tmp_path):
+    assert "protoc -I proto --cpp_out=client $(find proto -name '*.proto')" in README
+    files = [str(path) for path in (ROOT / "proto").rglob("*.proto")]
+    made = tmp_path / "descriptors"
+    tool = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'proto'}", f"--descriptor_set_out={made}", *files]
+    subprocess.run(tool, check=True, capture_output=True)
+    generated = descriptor_pb2.FileDescriptorSet.FromString(made.read_bytes()).file
+    names = {file.name for file in generated}
+    # Those of google/protobuf come with every language's runtime.
+    included = {name for file in generated for name in file.dependency if not name.startswith("google/protobuf/")}
+    assert included <= names
 
 
 def test_every_link_within_the_project_leads_somewhere():
