@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +17,9 @@ from typing import BinaryIO
 
 from optserve_server.checkpoint_store import Store
 from optserve_server.errors import OptserveError, Reason, disk_errors
+from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer, Optimizers, is_id
+from optserve_server.settings import Settings
 from optserve_server.state_file import Description, StateFile, StateFileError
 from optserve_server.step import check_request_id
 
@@ -126,11 +128,14 @@ class Checkpoints:
             _check_fit(optimizer, tag, description)
             with disk_errors():
                 file.verify()
-            # Who shares the optimizer is no part of its state.
-            settings = replace(description.settings, consistency=optimizer.settings.consistency)
+
+            def change(present: Settings, _: Layout) -> Settings:
+                # Who shares the optimizer is no part of its state.
+                return replace(description.settings, consistency=present.consistency)
+
             with file.mapped() as arrays:
                 self._optimizers.replace(
-                    optimizer, description.step, settings, arrays, etag, request_id, description.placed_by
+                    optimizer, description.step, change, arrays, etag, request_id, description.placed_by
                 )
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
@@ -201,12 +206,20 @@ class Checkpoints:
         finally:
             self._transfers.release()
 
-    def put(self, optimizer: Optimizer, step: int, file: StateFile, etag: str = "", request_id: str = "") -> None:
-        """Put a state in the place of an optimizer's own; its hyper-parameters stay. See `Optimizers.replace`."""
+    def put(
+        self,
+        optimizer: Optimizer,
+        step: int,
+        file: StateFile,
+        change: Callable[[Settings, Layout], Settings],
+        etag: str = "",
+        request_id: str = "",
+    ) -> None:
+        """Put a state in the place of an optimizer's own. See `Optimizers.replace`."""
         with file.mapped() as arrays:
             # All arrays were sent, x as well where it is hosted.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
-            self._optimizers.replace(optimizer, step, None, arrays, etag, request_id, placed_by)
+            self._optimizers.replace(optimizer, step, change, arrays, etag, request_id, placed_by)
 
     def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
         """The checkpoint, if that request has made it."""

@@ -272,7 +272,7 @@ class Optimizers:
         self,
         optimizer: Optimizer,
         step: int,
-        settings: Settings | None,
+        change: Callable[[Settings, Layout], Settings],
         arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
         etag: str = "",
         request_id: str = "",
@@ -283,21 +283,23 @@ class Optimizers:
         Args:
             optimizer: Whose layout the arrays have.
             step: Its step counter from then on.
-            settings: Its settings from then on, with a method of the same kind; None for the present ones.
+            change: Makes its settings from then on of the present ones; the method stays the same.
             arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
             placed_by: See `Steps.placed_by`.
 
         Raises:
-            OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or OPTIMIZER_NOT_FOUND.
+            OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or what `change` raises.
         """
         with optimizer.steps.held_still():
             if optimizer.was_replaced_by(request_id):
                 return
             optimizer.check_etag(etag)
+            settings = change(optimizer.settings, optimizer.layout)
+            self._check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
-                optimizer.id, step, settings or optimizer.settings, _token(), _token(), request_id,
+                optimizer.id, step, settings, _token(), _token(), request_id,
                 datetime.now(UTC), arrays, placed_by,
             )  # fmt: skip
             optimizer.steps.replace(record)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason, disk_errors
-from optserve_server.layout import Parameter, Payload
+from optserve_server.layout import Layout, Parameter, Payload
 from optserve_server.optimizers import Optimizer
-from optserve_server.settings import PARAMETER
+from optserve_server.settings import PARAMETER, Settings
 from optserve_server.state_file import StateFile
 
 MAX_STEP = 1 << 62
@@ -23,9 +25,17 @@ class StateImport:
         checkpoints: Put it in place.
         optimizer: Whose state is to be replaced.
         staged: Takes the pieces.
+        change: Makes the settings that come with the state of the present ones.
     """
 
-    def __init__(self, checkpoints: Checkpoints, optimizer: Optimizer, staged: StateFile) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        optimizer: Optimizer,
+        staged: StateFile,
+        change: Callable[[Settings, Layout], Settings],
+    ) -> None:
+        self._change = change
         self._checkpoints = checkpoints
         self._optimizer = optimizer
         self._slots = optimizer.settings.arrays
@@ -70,8 +80,8 @@ class StateImport:
         """Put the state in place, once per request id.
 
         Raises:
-            OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE or
-                OPTIMIZER_NOT_FOUND.
+            OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE,
+                OPTIMIZER_NOT_FOUND or HYPERPARAMETER_OUT_OF_RANGE.
         """
         if step > MAX_STEP:
             raise OptserveError(Reason.INVALID_FIELD, f"step must be at most {MAX_STEP}, not {step}.", field="step")
@@ -87,7 +97,7 @@ class StateImport:
                 parameter=name,
                 offset=offset,
             )
-        self._checkpoints.put(self._optimizer, step, self._staged, etag, request_id)
+        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id)
 
     def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
         begin = slot * self._payload.size_bytes + self._payload.places[tensor][0] + offset

@@ -276,17 +276,17 @@ class Steps:
         """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
         with self._lock:
             self.check_usable()
-            if settings.consistency != self._state.settings.consistency and self.workers.roster.alive:
-                raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
-            if settings.consistency is not None:
-                self.main.staging.leave_segment()
             with self._set_to(settings):
                 self.lsn = self._durability.updated(self._name, settings, etag, time)
 
     @contextmanager
     def _set_to(self, settings: Settings) -> Iterator[None]:
-        """Take other hyper-parameters, if they are good and the block succeeds."""
+        """Take other settings, if they are good and the block succeeds."""
         before = self._state.settings
+        if settings.consistency != before.consistency and self.workers.roster.alive:
+            raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
+        if settings.consistency is not None:
+            self.main.staging.leave_segment()
         self._state.set(settings)
         try:
             yield
@@ -298,7 +298,8 @@ class Steps:
         """Put another state in the place of this one. That also mends a state that a device has lost.
 
         Raises:
-            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, HYPERPARAMETER_OUT_OF_RANGE, that workers are alive whose
+                consistency would change, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
         with self._lock:
             if self._fatal and self._fatal.reason is not Reason.STATE_LOST:

@@ -10,8 +10,9 @@ from optserve.v1 import checkpoints_pb2
 from optserve_server import convert, convert_settings
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason, fields_called
+from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer, Optimizers
-from optserve_server.settings import PARAMETER
+from optserve_server.settings import PARAMETER, Settings
 from optserve_server.state_import import StateImport
 from optserve_server.step import check_request_id
 
@@ -28,7 +29,7 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         message = convert.optimizer(optimizer)
         # The optimizer may have been stepped since.
         message.step = file.description.step
-        for field in ("schedule", "clipping", "groups", "weight_decay"):
+        for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
             message.ClearField(field)
         convert_settings.set_settings(message, file.description.settings, optimizer.layout)
         yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
@@ -67,8 +68,17 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
     if not optimizer.was_replaced_by(start.request_id):
         # Looked at again at the commit; a stale client need not send everything before it is told.
         optimizer.check_etag(start.etag)
+    paths = list(start.update_mask.paths)
+
+    def change(present: Settings, layout: Layout) -> Settings:
+        if not (paths or start.HasField("optimizer")):
+            return present
+        return convert_settings.updated_settings(present, layout, start.optimizer, paths)
+
+    # Made again at the commit; what cannot be used is said before the state has travelled.
+    change(optimizer.settings, optimizer.layout).check()
     with checkpoints.staging(optimizer) as staged:
-        state = StateImport(checkpoints, optimizer, staged)
+        state = StateImport(checkpoints, optimizer, staged, change)
         for frame in chain((first,), frames):
             header = frame.header
             if header.HasField("chunk"):

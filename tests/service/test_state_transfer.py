@@ -4,8 +4,8 @@ import grpc
 import numpy as np
 import pytest
 
+from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
 from optserve.v1 import checkpoints_pb2 as pb
-from optserve.v1 import service_pb2, steps_pb2
 from service.wire_client import create, gradients, refused
 
 SHAPES = {"w": (20, 30), "b": (30,)}
@@ -69,6 +69,25 @@ def test_an_import_may_come_in_any_order_and_in_one_message_per_byte_range(stub,
     assert exported(stub, optimizer) == arrays
 
 
+def test_settings_come_with_a_state_and_those_that_are_not_named_stay(stub, name):
+    made = create(stub, name, {"x": (2,)}, clipping=optimizer_pb2.Clipping(value=1.0))
+    settings = optimizer_pb2.Optimizer(
+        algorithm=algorithms_pb2.Algorithm(adadelta=algorithms_pb2.Adadelta(rho=0.5)),
+        schedule=algorithms_pb2.Schedule(cosine=algorithms_pb2.CosineSchedule(period_steps=9)),
+    )
+    messages = [
+        Import(
+            name=made.name, step=3, optimizer=settings, update_mask={"paths": ["algorithm.adadelta.rho", "schedule"]}
+        ),
+        *whole(exported(stub, made.name)),
+        COMMIT,
+    ]
+    after = stub.ImportState(iter(messages)).optimizer
+    assert (after.step, after.algorithm.adadelta.rho, after.algorithm.adadelta.eps) == (3, 0.5, 1e-6)
+    assert (after.schedule.cosine.period_steps, after.clipping.value) == (9, 1.0)
+    assert get(stub, made.name) == after
+
+
 def test_first_chunk_and_commit_may_share_a_message(stub, name):
     made = create(stub, name, {"x": (2,)})
     messages = [
@@ -125,6 +144,33 @@ def test_a_retried_import_is_made_once(stub, optimizer):
             "INVALID_ARGUMENT",
             "INVALID_FIELD",
             "step",
+        ),
+        (
+            lambda m: [Import(name=m[0].name, optimizer=optimizer_pb2.Optimizer()), *m[1:]],
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "update_mask",
+        ),
+        (
+            lambda m: [Import(name=m[0].name, update_mask={"paths": ["schedule", "mode"]}), *m[1:]],
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "update_mask",
+        ),
+        (
+            lambda m: [
+                Import(
+                    name=m[0].name,
+                    optimizer=optimizer_pb2.Optimizer(
+                        algorithm=algorithms_pb2.Algorithm(adadelta=algorithms_pb2.Adadelta(rho=2.0))
+                    ),
+                    update_mask={"paths": ["algorithm"]},
+                ),
+                *m[1:],
+            ],
+            "INVALID_ARGUMENT",
+            "HYPERPARAMETER_OUT_OF_RANGE",
+            "optimizer.algorithm.adadelta.rho",
         ),
         (lambda m: [Import(name="optimizers/nobody")], "NOT_FOUND", "OPTIMIZER_NOT_FOUND", "name"),
         (lambda m: [Import(name=m[0].name, etag="old"), *m[1:]], "ABORTED", "ETAG_MISMATCH", "etag"),

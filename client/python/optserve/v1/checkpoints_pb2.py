@@ -22,44 +22,45 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import steps_pb2 as optserve_dot_v1_dot_steps__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"m\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"[\n\x15SaveCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"`\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x18RestoreCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x19RestoreCheckpointResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\"\n\x12\x45xportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"v\n\x13\x45xportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xad\x01\n\x12ImportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12#\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"@\n\x13ImportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"Y\n\tSlotChunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x04slot\x18\x02 \x01(\rH\x00\x12\x13\n\tparameter\x18\x03 \x01(\x08H\x00\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x42\x07\n\x05\x61rrayb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doptserve/v1/checkpoints.proto\x12\x0boptserve.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"m\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"[\n\x15SaveCheckpointRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"E\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.optserve.v1.Checkpoint\"O\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"`\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.optserve.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x18RestoreCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x19RestoreCheckpointResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\"\n\x12\x45xportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"v\n\x13\x45xportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\x89\x02\n\x12ImportStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12%\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x16.optserve.v1.SlotChunk\x12#\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12)\n\toptimizer\x18\x07 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12/\n\x0bupdate_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"@\n\x13ImportStateResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"Y\n\tSlotChunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x04slot\x18\x02 \x01(\rH\x00\x12\x13\n\tparameter\x18\x03 \x01(\x08H\x00\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x42\x07\n\x05\x61rrayb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.checkpoints_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHECKPOINT']._serialized_start=133
-  _globals['_CHECKPOINT']._serialized_end=242
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=244
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=335
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=337
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=406
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=408
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=487
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=489
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=585
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=587
-  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=661
-  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_start=663
-  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_end=733
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=735
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=797
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=799
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=825
-  _globals['_EXPORTSTATEREQUEST']._serialized_start=827
-  _globals['_EXPORTSTATEREQUEST']._serialized_end=861
-  _globals['_EXPORTSTATERESPONSE']._serialized_start=863
-  _globals['_EXPORTSTATERESPONSE']._serialized_end=981
-  _globals['_IMPORTSTATEREQUEST']._serialized_start=984
-  _globals['_IMPORTSTATEREQUEST']._serialized_end=1157
-  _globals['_IMPORTSTATERESPONSE']._serialized_start=1159
-  _globals['_IMPORTSTATERESPONSE']._serialized_end=1223
-  _globals['_SLOTCHUNK']._serialized_start=1225
-  _globals['_SLOTCHUNK']._serialized_end=1314
+  _globals['_CHECKPOINT']._serialized_start=167
+  _globals['_CHECKPOINT']._serialized_end=276
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=278
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=369
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=371
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=440
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=442
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=521
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=523
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=619
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_start=621
+  _globals['_RESTORECHECKPOINTREQUEST']._serialized_end=695
+  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_start=697
+  _globals['_RESTORECHECKPOINTRESPONSE']._serialized_end=767
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=769
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=831
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=833
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=859
+  _globals['_EXPORTSTATEREQUEST']._serialized_start=861
+  _globals['_EXPORTSTATEREQUEST']._serialized_end=895
+  _globals['_EXPORTSTATERESPONSE']._serialized_start=897
+  _globals['_EXPORTSTATERESPONSE']._serialized_end=1015
+  _globals['_IMPORTSTATEREQUEST']._serialized_start=1018
+  _globals['_IMPORTSTATEREQUEST']._serialized_end=1283
+  _globals['_IMPORTSTATERESPONSE']._serialized_start=1285
+  _globals['_IMPORTSTATERESPONSE']._serialized_end=1349
+  _globals['_SLOTCHUNK']._serialized_start=1351
+  _globals['_SLOTCHUNK']._serialized_end=1440
 # @@protoc_insertion_point(module_scope)

@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import steps_pb2 as _steps_pb2
@@ -104,13 +105,15 @@ class ExportStateResponse(_message.Message):
     def __init__(self, optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateRequest(_message.Message):
-    __slots__ = ("name", "step", "etag", "chunk", "commit", "request_id", "data")
+    __slots__ = ("name", "step", "etag", "chunk", "commit", "request_id", "optimizer", "update_mask", "data")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     step: int
@@ -118,8 +121,10 @@ class ImportStateRequest(_message.Message):
     chunk: SlotChunk
     commit: _steps_pb2.Commit
     request_id: str
+    optimizer: _optimizer_pb2.Optimizer
+    update_mask: _field_mask_pb2.FieldMask
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateResponse(_message.Message):
     __slots__ = ("optimizer",)
