@@ -52,7 +52,8 @@ def local_server(
         >>> with optserve.local_server() as server, optserve.connect(server.target) as client:  # doctest: +SKIP
         ...     print(client.server_info().backend)
     """
-    command = [sys.executable, "-m", "optserve_server", "--port", "0", "--backend", backend]
+    # -P: `python -m` would look for modules in the working folder first, and find the user's random.py there.
+    command = [sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", backend]
     command += ["--announce", "--exit-on-eof", "--log-level", "warning", *options]
     if data_dir is not None:
         command += ["--data-dir", str(data_dir)]
