@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -13,6 +14,7 @@ class Proxy:
         target: Where clients connect.
         refuse: Close new connections at once.
         cuts: How often connections were cut.
+        accepted: How many connections were made.
     """
 
     def __init__(self, target: str) -> None:
@@ -26,6 +28,7 @@ class Proxy:
         self._stalled = threading.Event()
         self.refuse = False
         self.cuts = 0
+        self.accepted = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, direction: str, count: int) -> None:
@@ -54,8 +57,17 @@ class Proxy:
             connection.close()
 
     def close(self) -> None:
+        # shutdown wakes the thread that waits for connections, which close would not.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
+
+    def reopen(self) -> float:
+        """Listen again after `close`, at the same address; gives the time at which connections are taken."""
+        self._listener = socket.create_server(("127.0.0.1", int(self.target.rpartition(":")[2])))
+        threading.Thread(target=self._accept, daemon=True).start()
+        return time.monotonic()
 
     def _accept(self) -> None:
         while True:
@@ -63,6 +75,7 @@ class Proxy:
                 downstream, _ = self._listener.accept()
             except OSError:
                 return
+            self.accepted += 1
             if self.refuse:
                 downstream.close()
                 continue

@@ -193,6 +193,72 @@ def test_a_closed_client_says_so(server, name, stepped):
         opt.step({"x": np.ones(3, np.float32)})
 
 
+def resumed_after_s(opt, answers_again) -> float:
+    """Seconds between the return of a server and that of a step that has been waiting for it."""
+    done = []
+
+    def step() -> None:
+        opt.step(gradient(0), timeout_s=60)
+        done.append(time.monotonic())
+
+    waiting = threading.Thread(target=step)
+    waiting.start()
+    # Long enough for pauses that double to have grown far beyond the promise.
+    waiting.join(2.5)
+    assert waiting.is_alive()
+    returned = answers_again()
+    waiting.join(30)
+    return done[0] - returned
+
+
+def test_a_step_goes_on_at_once_when_the_server_is_back(server, client, name):
+    """With the settings that a client has by itself."""
+    with proxy(server.target) as wire, optserve.connect(wire.target) as waiting:
+        opt = waiting.create_optimizer(name, optserve.Sgd(), gradient(0))
+        opt = waiting.optimizer(name, transport="grpc")
+        opt.step(gradient(0))
+        took_s = []
+        for _ in range(3):
+            wire.close()
+            took_s.append(resumed_after_s(opt, wire.reopen))
+    # A busy machine may be late once.
+    assert min(took_s) < 0.3, took_s
+    assert sorted(took_s)[1] < 0.6, took_s
+
+
+def test_a_step_goes_on_at_once_when_a_server_that_was_killed_is_started_again(tmp_path):
+    data_dir = tmp_path / "data"
+    with optserve.local_server(data_dir, backend="numpy") as server:
+        port = server.target.rpartition(":")[2]
+        with optserve.connect(server.target) as client:
+            opt = client.create_optimizer("a", optserve.Sgd(), gradient(0))
+            opt.step(gradient(0))
+            server.process.kill()
+            server.process.wait()
+            again = optserve.local_server(data_dir, backend="numpy", options=["--port", port])
+
+            def restart() -> float:
+                assert again.__enter__().target == server.target
+                return time.monotonic()
+
+            try:
+                assert resumed_after_s(opt, restart) < 1
+            finally:
+                again.__exit__(None, None, None)
+            assert opt.current_step == 2
+
+
+def test_a_server_that_is_not_there_is_asked_for_at_a_bounded_rate(server, name):
+    with proxy(server.target) as wire, optserve.connect(wire.target) as waiting:
+        opt = waiting.create_optimizer(name, optserve.Sgd(), gradient(0))
+        wire.refuse = True
+        wire.cut()
+        before, started = wire.accepted, time.monotonic()
+        with pytest.raises(optserve.UnavailableError):
+            opt.step(gradient(0), timeout_s=2)
+        assert wire.accepted - before <= 15 * (time.monotonic() - started) + 3
+
+
 def test_a_client_inherited_by_fork_says_so(server, name):
     """A real fork, in a process of its own, with a stream open; without gRPC's own fork handlers, which can crash."""
     script = f"""

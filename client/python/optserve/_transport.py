@@ -13,6 +13,7 @@ import grpc
 
 from optserve import malloc, wire
 from optserve._patience import Patience, Watchdog
+from optserve._proxies import channel_options, proxy_hint
 from optserve.config import ClientConfig
 from optserve.errors import (
     ClientUseError,
@@ -28,9 +29,20 @@ _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
 _Response = TypeVar("_Response")
 
+RECONNECT_PAUSE_S = 0.1
+"""Longest pause between tries while no server is there, of the channel and of a call, so that a client goes on within
+0.3 s of a server's return. A try is one small packet to a host that refuses it; all pauses have jitter."""
+
+CONNECT_ATTEMPT_S = 5.0
+"""After so long without an answer, as from a host that is down and says nothing, a connection is tried anew: the kernel
+by itself would ask again ever more seldom."""
+
 
 class Backoff:
-    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for."""
+    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
+
+    While no server is there they are at most RECONNECT_PAUSE_S.
+    """
 
     def __init__(self, config: ClientConfig) -> None:
         self._pause_s = config.initial_backoff_s
@@ -39,6 +51,9 @@ class Backoff:
     def next_s(self, error: OptserveError) -> float:
         """Seconds to wait after `error`."""
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
+        # What a server says of itself has a reason.
+        if isinstance(error, UnavailableError) and not error.reason:
+            pause_s = min(pause_s, RECONNECT_PAUSE_S)
         return max(pause_s, error.retry_after_s or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
@@ -69,11 +84,14 @@ class Transport:
                 ("grpc.max_receive_message_length", config.max_receive_bytes),
                 ("grpc.max_send_message_length", config.max_receive_bytes),
                 *wire.http2_options(),
+                *channel_options(target),
                 ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
                 # A connection of its own: clients that share one would share its flow control too.
                 ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.initial_reconnect_backoff_ms", int(1000 * config.initial_backoff_s)),
-                ("grpc.max_reconnect_backoff_ms", int(1000 * config.max_backoff_s)),
+                # gRPC takes no less than 100 ms, and varies it by a fifth.
+                ("grpc.initial_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+                ("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+                ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_ATTEMPT_S)),
             ],
         )
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
@@ -163,11 +181,13 @@ class Transport:
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
-        translated = from_rpc_error(error, self.target)
+        translated = from_rpc_error(error, self.target, proxy_hint(self.target))
         if self._closing.is_set():
             return ClientUseError("This client was closed in the middle of a call.")
         if isinstance(translated, DeadlineExceededError) and not translated.reason:
-            return DeadlineExceededError(f"{self.target} did not answer within {timeout_s:g} s.")
+            return DeadlineExceededError(
+                f"{self.target} did not answer within {timeout_s:g} s.{proxy_hint(self.target)}"
+            )
         return translated
 
     def check_usable(self) -> None:

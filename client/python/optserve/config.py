@@ -1,7 +1,8 @@
-"""The client's settings."""
+"""The client's settings, and what it reads of the environment."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ class ClientConfig:
     initial_backoff_s: float = 0.05
     """Pause before the first retry; it doubles with each."""
     max_backoff_s: float = 2.0
-    """Longest pause between retries."""
+    """Longest pause between retries; while no server is there, it is a tenth of a second at most."""
     transport: Literal["auto", "grpc", "shm"] = "auto"
     """How tensors travel where `Client.optimizer` does not say: `auto` shares memory with a server on the same host."""
     max_chunk_bytes: int = 0
@@ -45,3 +46,14 @@ class ClientConfig:
             raise ValueError(f"keepalive_s must be at least 60, not {self.keepalive_s!r}: servers refuse more.")
         if self.max_chunk_bytes and not 1024 <= self.max_chunk_bytes <= self.max_receive_bytes:
             raise ValueError(f"max_chunk_bytes must be 0 or 1024 to {self.max_receive_bytes}.")
+
+
+def proxy_variable() -> str:
+    """Name of the environment variable that gRPC takes its proxy from; empty where it takes none."""
+    return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), "")
+
+
+def no_proxy_hosts() -> list[str]:
+    """Names, suffixes and networks that gRPC reaches without the proxy."""
+    listed = next((listed for name in ("no_grpc_proxy", "no_proxy") if (listed := os.environ.get(name))), "")
+    return [entry for item in listed.split(",") if (entry := item.strip())]

@@ -217,8 +217,8 @@ _TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
 _BUSY_RETRY_S = 0.5
 
 
-def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
-    """The exception for a failed call to `target`."""
+def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> OptserveError:
+    """The exception for a failed call to `target`; `hint` says what else may keep a server from being reached."""
     if not isinstance(error, grpc.Call):
         return InternalError(f"The call to {target} failed: {error}")
     for item in error.trailing_metadata() or ():
@@ -228,6 +228,7 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> OptserveError:
     if code == code_pb2.UNAVAILABLE:
         message = (
             f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
+            + hint
         )
     elif _TOO_MANY_CALLS in (error.details() or ""):
         busy = f"{target} has as many calls as it takes at a time; try again later."

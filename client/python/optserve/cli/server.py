@@ -40,11 +40,14 @@ def health(
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(target) as channel:
+    from optserve._proxies import channel_options, proxy_hint
+
+    with grpc.insecure_channel(target, options=channel_options(target)) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            fail(f"{target} does not answer: {error.details() if isinstance(error, grpc.Call) else error}")
+            said = error.details() if isinstance(error, grpc.Call) else error
+            fail(f"{target} does not answer: {said}.{proxy_hint(target)}")
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         fail(f"{target} is {status}")
