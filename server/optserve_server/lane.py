@@ -168,12 +168,29 @@ class Lane:
             self.retained.intact = False
 
     def take_shared(self, step: Step) -> None:
-        """Take the gradients of a step that a client has put into the memory that it shares."""
-        if step.segment:
-            self.hold(step)
-            if self.retained:
-                self.retained.intact = False
-            self.staging.take_from(step.segment, step.payload)
+        """Take the gradients of a step that a client has put into the memory that it shares.
+
+        Raises:
+            OptserveError: MISSING_CHUNK, NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER.
+        """
+        segment = step.segment
+        if segment is None or step.replay:
+            return
+        self.hold(step)
+        if not segment.dirty:
+            # Else the last reply would be taken for a gradient, or the last gradient once more.
+            raise OptserveError(
+                Reason.MISSING_CHUNK,
+                "The dirty word of the shared memory has not been set since gradients were last taken from there, so "
+                "this step has brought none. Set it, write all gradients of the step, and send begin and commit again.",
+                field="commit",
+            )
+        if self.retained:
+            self.retained.intact = False
+        # Taken once: whoever does not write again has nothing more to be taken.
+        segment.clean()
+        self.staging.take_from(segment, step.payload)
+        step.taken_whole = True
 
     def give_shared(self, step: Step, number: int) -> None:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""

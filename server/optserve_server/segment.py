@@ -52,11 +52,11 @@ class Segment:
 
     @property
     def dirty(self) -> bool:
-        """Whether the client has, or may have, overwritten what was last put into it."""
+        """Whether the client has, or may have, overwritten what was last put into it or taken from it."""
         return bool(self._words[DIRTY_OFFSET // 8])
 
     def clean(self) -> None:
-        """A reply has been put into it."""
+        """Gradients have been taken from it, or a reply has been put into it."""
         self._words[DIRTY_OFFSET // 8] = 0
 
     def replying(self, step: int) -> None:

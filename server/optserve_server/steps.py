@@ -367,10 +367,8 @@ class Steps:
             if step.replay and lane.retained:
                 lane.give_shared(step, self.step)
                 return Outcome(step.request_id, lane.retained.step, replayed=True)
-            if step.segment and not step.replay:
-                lane.take_shared(step)
-            else:
-                step.check_complete()
+            lane.take_shared(step)
+            step.check_complete()
             norm = self.advance(staging, step.payload, request_id=step.request_id, segment=step.segment)
             step.committed = True
             lane.retained = Retained(step.request_id, self.step, step.payload.tensors)

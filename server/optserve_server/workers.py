@@ -227,7 +227,7 @@ class Workers:
         with lock:
             worker = self.get(step.worker)
             self._check_stream(worker, step.stream)
-        if step.segment is not None and not step.replay:
+        if step.segment is not None:
             with worker.lane.lock:
                 worker.lane.take_shared(step)
         try:
@@ -259,9 +259,8 @@ class Workers:
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
-        if step.segment is None or step.replay:
-            # A replay has brought nothing, and must not be applied should its reply have gone.
-            step.check_complete()
+        # A replay has brought nothing, and must not be applied should its reply have gone.
+        step.check_complete()
         self._make_progress(worker, step)
         return step.outcome
 

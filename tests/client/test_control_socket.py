@@ -244,13 +244,21 @@ def test_a_server_of_another_user_is_not_trusted(tmp_path):
 
 
 @pytest.fixture
-def offered(stub, name):
-    """An open stream on an optimizer of two elements, its offer, and the nonce."""
+def memory(stub, name):
+    """An open stream on an optimizer of two elements, its offer, and the segment, in which the first gradients are."""
     optimizer = create(stub, name, {"x": (2,)}).name
     with stream(stub) as steps:
         offer = steps.open(optimizer, transport=steps_pb2.TRANSPORT_SHARED_MEMORY).shared_memory
         memory = sysv.attach(int(offer.segment.removeprefix("sysv:")), offer.size_bytes)
-        yield steps, offer.control_socket, memory[offer.nonce_offset :][:32].tobytes()
+        memory[offer.dirty_offset] = 1
+        yield steps, offer, memory
+
+
+@pytest.fixture
+def offered(memory):
+    """The stream, its control socket, and the nonce."""
+    steps, offer, segment = memory
+    return steps, offer.control_socket, segment[offer.nonce_offset :][:32].tobytes()
 
 
 def packets(name: str, first: bytes) -> socket.socket:
@@ -287,15 +295,32 @@ def test_a_client_without_the_nonce_is_turned_away_and_the_next_one_is_not(offer
         assert answer.result.step == 1
 
 
-def test_messages_may_take_either_way_one_at_a_time(offered):
+def test_messages_may_take_either_way_one_at_a_time(offered, memory):
     steps, name, nonce = offered
+    _, offer, segment = memory
     with closing(packets(name, nonce)) as end:
         end.send(request(begin(), nonce))
         # Begun there, committed here.
         end.send(encode(commit()))
         assert steps_pb2.StreamStepsResponse.FromString(end.recv(1 << 16)).result.step == 1
+        segment[offer.dirty_offset] = 1
         steps.send(begin(), commit())
         assert steps.reply()[1].step == 2
+
+
+def test_what_lies_in_the_memory_is_a_gradient_once(memory, offered):
+    steps, _, nonce = offered
+    _, offer, segment = memory
+    steps.send(begin(shared_memory_nonce=nonce), commit())
+    assert steps.reply()[1].step == 1
+    # What lies there now is the last update.
+    steps.send(begin(), commit())
+    assert details(steps.error())[0] == "MISSING_CHUNK"
+    segment[offer.dirty_offset] = 1
+    steps.send(begin("written"), commit())
+    assert steps.reply()[1].step == 2
+    steps.send(begin("written"), commit())
+    assert steps.reply()[1].replayed
 
 
 @pytest.mark.parametrize("bad", [b"\xff" * 40, encode(steps_pb2.StreamStepsRequest(open=steps_pb2.Open(name="x")))])

@@ -315,6 +315,7 @@ def test_the_client_has_to_prove_that_it_sees_the_segment(stub, name):
         nonce = memory[offer.nonce_offset :][:32].tobytes()
         steps.send(begin(shared_memory_nonce=nonce), chunk(0, 0, bytes(8)))
         assert details(steps.error())[0] == "INVALID_FIELD"
+        memory[offer.dirty_offset] = 1
         steps.send(commit(), begin(), commit())
         payload, result = steps.reply()
         assert (payload, result.step) == (b"", 3)

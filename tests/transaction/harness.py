@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from optserve import sysv
 from optserve_server import backends
 from optserve_server.durability import InMemory
-from optserve_server.layout import Layout, Parameter
+from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.rules import Adadelta, Rule
+from optserve_server.segment import DIRTY_OFFSET, Segment
 from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.steps import Steps
@@ -29,6 +31,12 @@ def run_step(steps: Steps, request_id: str, chunks, **options) -> bytes:
         return b"".join(step.reply(1 << 20, lambda piece: bytes(piece.data)))
     finally:
         step.close()
+
+
+def write_shared(segment: Segment, gradient: np.ndarray) -> None:
+    """What a client does before it begins a step in shared memory."""
+    sysv.attach(int(segment.name.removeprefix("sysv:")), segment.size_bytes)[DIRTY_OFFSET] = 1
+    segment.operands[Operand.GRADIENT][gradient.dtype][: gradient.size] = gradient
 
 
 def fingerprint(steps: Steps) -> tuple:

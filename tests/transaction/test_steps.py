@@ -7,8 +7,8 @@ import pytest
 
 from optserve_server.durability import InMemory
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Operand, Parameter
-from transaction.harness import F4, F8, fingerprint, make_steps, run_step
+from optserve_server.layout import Parameter
+from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
 G = np.arange(1, 8, dtype=np.float32)
 
@@ -241,7 +241,7 @@ def test_a_chunk_must_not_split_an_element_of_the_next_dtype():
 def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_memory(steps):
     segment = steps.share()
     assert segment is not None
-    segment.operands[Operand.GRADIENT][F4][:7] = G
+    write_shared(segment, G)
     with closing(steps.begin("a", segment=segment)) as step:
         step.commit()
     with closing(steps.begin("a", segment=segment)) as replay:

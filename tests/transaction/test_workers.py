@@ -17,7 +17,7 @@ from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.step import Reply
 from optserve_server.steps import Steps
-from transaction.harness import F4
+from transaction.harness import F4, write_shared
 
 ONES = np.ones(2, np.float32).tobytes()
 
@@ -46,6 +46,11 @@ def shared_by(kind: str, *workers: str) -> Steps:
     return steps
 
 
+def x_of(steps: Steps) -> list[float]:
+    with steps.held_still() as state:
+        return state.parameters[F4][:2].tolist()
+
+
 def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(monkeypatch):
     steps = shared_by("bounded", "fast", "slow")
     make_step(steps, "fast")
@@ -71,7 +76,7 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
     steps = shared_by("async", "w")
     segment = steps.share()
     assert segment is not None
-    segment.operands[Operand.GRADIENT][F4][:2] = 1
+    write_shared(segment, np.ones(2, F4))
     with closing(steps.begin("a", segment=segment, worker="w")) as step:
         step.commit()
     with closing(steps.begin("a", segment=segment, worker="w")) as replay:
@@ -79,6 +84,23 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
         with pytest.raises(OptserveError, check=lambda error: error.reason is Reason.MISSING_CHUNK):
             replay.commit()
     assert steps.step == 1
+
+
+@pytest.mark.parametrize("reply", [Reply.UPDATES, Reply.PARAMETERS, Reply.NOTHING])
+def test_what_lies_in_shared_memory_is_a_workers_gradient_once(reply):
+    steps = shared_by("async", "w")
+    segment = steps.share()
+    assert segment is not None
+    write_shared(segment, np.ones(2, F4))
+    with closing(steps.begin("a", segment=segment, worker="w", reply=reply)) as step:
+        step.commit()
+    before = x_of(steps)
+    with (
+        closing(steps.begin("b", segment=segment, worker="w", reply=reply)) as step,
+        pytest.raises(OptserveError, check=lambda error: error.reason is Reason.MISSING_CHUNK),
+    ):
+        step.commit()
+    assert x_of(steps) == before
 
 
 def is_taken_over(error: OptserveError) -> bool:
@@ -133,7 +155,7 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     given_up = steps.begin("step-1", segment=segment, worker="w", stream=1)
     steps.last("w", stream=2)
     before = given_up._holder.staging.updates[F4].copy()
-    segment.operands[Operand.GRADIENT][F4][:2] = 5
+    write_shared(segment, np.full(2, 5, F4))
     with pytest.raises(OptserveError, check=is_taken_over):
         given_up.commit()
     assert np.array_equal(steps.workers.get("w").lane.staging.updates[F4], before)
