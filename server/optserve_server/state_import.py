@@ -124,8 +124,14 @@ class StateImport:
         """Raise NON_FINITE_VALUE for what would poison the state: NaN, infinity, a negative mean of squares."""
         good = np.isfinite(values)
         name = self._slots[slot]
-        if name != PARAMETER and name not in self._optimizer.rule.signed_slots:
-            good &= values >= 0
+        rule, negative = self._optimizer.rule, False
+        if name != PARAMETER:
+            if name not in rule.signed_slots:
+                good &= values >= 0
+                negative = True
+            impossible = rule.impossible(name, values)
+            if impossible is not None:
+                good &= ~impossible
         if good.all():
             return
         index = start + int(np.argmin(good))
@@ -133,7 +139,7 @@ class StateImport:
         raise OptserveError(
             Reason.INVALID_FIELD if np.isfinite(value) else Reason.NON_FINITE_VALUE,
             f"{name} of {parameter.name!r} is {value} at flat index {index}"
-            + (", and cannot be negative." if np.isfinite(value) else "."),
+            + (f", which {'is negative' if negative else 'no step leaves behind'}." if np.isfinite(value) else "."),
             field="data",
             parameter=parameter.name,
             index=index,

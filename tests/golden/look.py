@@ -30,6 +30,12 @@ def written(array: np.ndarray) -> str:
     return f"{array.dtype} {base64.b64encode(data).decode()}"
 
 
+def read(text: str) -> np.ndarray:
+    """The reverse of `written`, flat, for small arrays."""
+    dtype, data = text.split(" ")
+    return np.frombuffer(base64.b64decode(data), dtype)
+
+
 def all_written(arrays: Arrays) -> dict[str, str]:
     return {name: written(array) for name, array in arrays.items()}
 

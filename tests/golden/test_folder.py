@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 import optserve
-from golden.look import CONFIG, look, state, step, written
+from golden.look import CONFIG, look, read, state, step, written
 from golden.write_folder import LARGE, METHODS, PARAMS
 
 HERE = Path(__file__).parent
 FOLDERS = [path.stem for path in sorted(HERE.glob("*.json"))]
 TORN = "a torn record"
+
+MENDED = {"vsgd": "its averages no longer cancel"}
+"""Optimizers whose formula was mended since, and how. Steps behind the snapshot are made again by the mended one."""
 
 
 def golden(name: str, where: Path) -> tuple[Path, dict]:
@@ -24,6 +27,18 @@ def golden(name: str, where: Path) -> tuple[Path, dict]:
     with tarfile.open(HERE / f"{name}.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return folder, json.loads((HERE / f"{name}.json").read_text())
+
+
+def assert_close(now, seen) -> None:
+    """The same but for the last bits of arrays."""
+    if isinstance(seen, dict):
+        assert now.keys() == seen.keys()
+        for key in seen:
+            assert_close(now[key], seen[key])
+    elif isinstance(seen, str) and seen.startswith("float") and " sha256 " not in seen:
+        assert np.allclose(read(now), read(seen), rtol=1e-4, atol=1e-7)
+    else:
+        assert now == seen
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -44,7 +59,10 @@ def test_an_old_folder_comes_back_bit_for_bit(tmp_path, name):
             now = found["optimizers"][optimizer]
             # There may be more to be seen today.
             now["message"] = {key: now["message"].get(key) for key in seen["message"]}
-            assert now == seen, optimizer
+            if optimizer in MENDED:
+                assert_close(now, seen)
+            else:
+                assert now == seen, optimizer
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -53,7 +71,11 @@ def test_an_old_folder_goes_on_as_its_server_would_have(tmp_path, name):
     with optserve.local_server(folder, backend="numpy") as server, optserve.connect(server.target, CONFIG) as client:
         for method, updates in expected["following"].items():
             made = step(client.optimizer(method), PARAMS, 500)
-            assert {key: value.tolist() for key, value in made.items()} == updates, method
+            if method in MENDED:
+                for key, value in made.items():
+                    assert np.allclose(value, np.reshape(updates[key], value.shape), rtol=1e-4, atol=1e-7), key
+            else:
+                assert {key: value.tolist() for key, value in made.items()} == updates, method
         looked = client.optimizer("adadelta").statistics(["w"], indices=[0, 5])
         slots = client.optimizer("adadelta").export_state().slots["w"]
         assert looked.step == 7

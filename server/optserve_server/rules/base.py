@@ -66,6 +66,13 @@ class Rule:
         """The factor on −g, in float64, that slots in float64 stand for; None if it does not depend on them alone."""
         return None
 
+    def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Which values of a slot no step leaves behind, as booleans, beside negative ones of slots that have no sign.
+
+        None for none.
+        """
+        return None
+
     def check(self, dtype: np.dtype) -> None:
         """Refuse hyper-parameters that are out of range, or become so when rounded to `dtype`.
 

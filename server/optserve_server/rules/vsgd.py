@@ -19,9 +19,14 @@ _TINY = 1e-30
 class Vsgd(Rule):
     """Δx = −(1 / E[|h|]) (E[g]² / E[g²]) g, h = diag(H), over a window of τ steps that adapts per dimension.
 
-    Each average y takes y ← (1 − 1/τ) E[y] + y / τ, and then τ ← (1 − E[g]² / E[g²]) τ + 1. The first
-    `initial_steps` steps move nothing: they make the first estimates, plain means, of which E[g²] and E[|h|] are
-    enlarged by `initial_overestimate` (the authors' slow start). E[|h|] has ε added to it.
+    Each average y takes y ← (1 − 1/τ) E[y] + y / τ, and then τ ← (1 − E[g]² / E[g²]) τ + 1. The signal E[g]² / E[g²] is
+    kept at 1 at most, which rounding would exceed where gradients are constant, and τ at 1 at least. E[|h|] has ε added
+    to it.
+
+    The first `initial_steps` steps move nothing: they make the first estimates, plain means, of which E[g²] and E[|h|]
+    are enlarged by `initial_overestimate`, the authors' slow start. This is the C of their section 4, for which they
+    advise a tenth of the number of parameters. Their own program (PyOptim) takes 2 after 10 samples, adds 1e-9 to the
+    mean of g², and enlarges E[|h|] in its earlier versions only.
 
     While it makes its first estimates, the slot τ holds minus the number of steps so far.
     """
@@ -48,8 +53,15 @@ class Vsgd(Rule):
 
     def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
         """E[g]² / (E[g²] E[|h|]); 0 while the first estimates are made."""
-        signal = slots["grad_avg"] ** 2 / (slots["square_avg"] + _TINY)
+        power = slots["grad_avg"] ** 2
+        signal = power / (np.maximum(slots["square_avg"], power) + _TINY)
         return (slots["tau"] > 0) * signal / (slots["curvature_avg"] + self.eps)
+
+    def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:
+        """τ is at least 1, or minus a number of steps."""
+        if slot != "tau":
+            return None
+        return (values < 1) & ((values > 0) | (values != np.rint(values)))
 
     @staticmethod
     def update(
@@ -73,11 +85,19 @@ class Vsgd(Rule):
         past = seen + one + one - initial_steps
         last = starting * (half * (abs(past) - abs(past - one) + one))
         weight = one / (seen + starting)
+        kept = one - weight
         enlarged = one + overestimate_less_one * last
-        grad_avg = grad_avg + weight * (g - grad_avg)
-        square_avg = enlarged * (square_avg + weight * (g * g - square_avg))
-        curvature_avg = enlarged * (curvature_avg + weight * (abs(h) - curvature_avg))
-        signal = grad_avg * grad_avg / (square_avg + tiny)
+        # Not average + weight * (new - average), which cancels where the weight is 1 and the average is much larger.
+        grad_avg = kept * grad_avg + weight * g
+        square_avg = enlarged * (kept * square_avg + weight * (g * g))
+        curvature_avg = enlarged * (kept * curvature_avg + weight * abs(h))
+        # max(E[g²], E[g]²), halves first, so that the sum of two large numbers is finite.
+        power = half * (grad_avg * grad_avg)
+        square = half * square_avg
+        signal = (power + power) / (square + power + abs(square - power) + tiny)
         started = one - starting
-        tau = starting * (last * (initial_steps + seen + one) - (seen + one)) + started * ((one - signal) * tau + one)
+        # Rounding can leave the signal a little above 1.
+        tau = starting * (last * (initial_steps + seen + one) - (seen + one)) + started * (
+            abs(one - signal) * tau + one
+        )
         return -(started * (signal / (curvature_avg + eps))) * g, grad_avg, square_avg, curvature_avg, tau
