@@ -6,11 +6,21 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command. Whatever the client or the system refuses ends it with a sentence."""
     try:
         from optserve.cli.app import app
+        from optserve.cli.console import show_error, words
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "platformdirs"):
             raise
         sys.exit("The command line needs a few more packages: pip install 'optserve[cli]', or 'optserve[server]'.")
-    app()
+    from optserve.errors import OptserveError
+
+    # What an encoding of the terminal does not have is shown as an escape.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        app()
+    except (OptserveError, OSError) as error:
+        show_error(words(error))
+        sys.exit(1)

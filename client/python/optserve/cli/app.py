@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from optserve.cli import checkpoints, mnist, optimizers, paper, server
@@ -14,6 +16,25 @@ app = typer.Typer(
     help="An optimizer as a service: a server keeps the state of ADADELTA and its relatives, takes gradients, gives "
     "updates.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"optserve {version('optserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options of the command itself, which has no docstring to show: its help is above."""
+
+
 # The options of these are the server's own, --help included.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASSED_ON)(server.serve)

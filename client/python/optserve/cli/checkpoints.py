@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
-from optserve.cli.console import DEFAULT_TARGET, Target, console, failing_clearly
-from optserve.cli.optimizers import size
+from optserve.cli.as_json import Json, print_json
+from optserve.cli.console import DEFAULT_TARGET, Target, clean, console, fail, say, show_table, size
+
+if TYPE_CHECKING:
+    from optserve.client import Client
+    from optserve.state import Checkpoint
 
 app = typer.Typer(no_args_is_help=True, help="Take, list, restore and delete named copies of an optimizer's state.")
 
@@ -19,16 +23,31 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.command(name="list")
-def list_(name: Name, target: Target = DEFAULT_TARGET) -> None:
+def list_(name: Name, target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """List the checkpoints of an optimizer, oldest first."""
     from optserve import connect
 
-    table = Table("tag", "step", "size", "taken")
-    with failing_clearly(), connect(target) as client:
-        for item in client.list_checkpoints(name):
-            taken = datetime.fromtimestamp(item.create_time, UTC)
-            table.add_row(item.tag, f"{item.step:,}", size(item.size_bytes), f"{taken:%Y-%m-%d %H:%M:%S} UTC")
-    console.print(table)
+    with connect(target) as client:
+        found = client.list_checkpoints(name)
+    taken = [datetime.fromtimestamp(item.create_time, UTC) for item in found]
+    if json:
+        print_json(
+            [
+                {
+                    "tag": item.tag,
+                    "step": item.step,
+                    "size_bytes": item.size_bytes,
+                    "create_time": f"{time:%Y-%m-%dT%H:%M:%S.%f}Z",
+                }
+                for item, time in zip(found, taken, strict=True)
+            ]
+        )
+        return
+    rows = [
+        [item.tag, f"{item.step:,}", size(item.size_bytes), f"{time:%Y-%m-%d %H:%M:%S} UTC"]
+        for item, time in zip(found, taken, strict=True)
+    ]
+    show_table(("tag", "step", "size", "taken"), rows, right=("step", "size"))
 
 
 @app.command()
@@ -41,9 +60,9 @@ def save(
     """Take a checkpoint of what an optimizer is now."""
     from optserve import connect
 
-    with failing_clearly(), connect(target) as client, console.status(f"saving {tag} …"):
+    with connect(target) as client, console.status(Text(clean(f"saving {tag} …"))):
         saved = client.optimizer(name).save_checkpoint(tag, overwrite=overwrite)
-    console.print(f"Saved {tag}: step {saved.step:,}, {size(saved.size_bytes)}.")
+    say(f"Saved {tag}: step {saved.step:,}, {size(saved.size_bytes)}.")
 
 
 @app.command()
@@ -51,13 +70,17 @@ def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fa
     """Roll an optimizer back to a checkpoint. Clients that are stepping it are told at their next step."""
     from optserve import connect
 
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
         optimizer = client.optimizer(name)
+        found = _find(client, name, tag)
         if not yes:
-            typer.confirm(f"Give up what {name!r} is at step {optimizer.current_step:,} for {tag!r}?", abort=True)
-        with console.status(f"restoring {tag} …"):
+            question = (
+                f"Give up what {name!r} is at step {optimizer.current_step:,} for {tag!r} of step {found.step:,}?"
+            )
+            typer.confirm(clean(question), abort=True)
+        with console.status(Text(clean(f"restoring {tag} …"))):
             optimizer.restore_checkpoint(tag)
-    console.print(f"Restored {name} from {tag}: step {optimizer.current_step:,}.")
+    say(f"Restored {name} from {tag}: step {optimizer.current_step:,}.")
 
 
 @app.command()
@@ -65,8 +88,18 @@ def delete(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fal
     """Delete a checkpoint; its optimizer need not exist any more."""
     from optserve import connect
 
-    if not yes:
-        typer.confirm(f"Delete the checkpoint {tag!r} of {name!r} on {target}?", abort=True)
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
+        found = _find(client, name, tag)
+        if not yes:
+            question = f"Delete the checkpoint {tag!r} of {name!r} at step {found.step:,} on {target}?"
+            typer.confirm(clean(question), abort=True)
         client.delete_checkpoint(name, tag)
-    console.print(f"Deleted {tag} of {name}.")
+    say(f"Deleted {tag} of {name}.")
+
+
+def _find(client: Client, name: str, tag: str) -> Checkpoint:
+    """The checkpoint of that tag; nothing is asked about one that does not exist."""
+    found = [item for item in client.list_checkpoints(name) if item.tag == tag]
+    if not found:
+        fail(f"{name!r} has no checkpoint {tag!r} on this server.")
+    return found[0]

@@ -1,15 +1,21 @@
-"""What the subcommands share: the console, the option --target, and how errors are shown."""
+"""What the subcommands share: what they print, how errors end them, and the option --target.
+
+Names, paths and what a server says are text: they are never taken for markup, and reach the terminal without control
+characters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-
-from optserve.errors import OptserveError
+from rich.table import Table
+from rich.text import Text
 
 console = Console()
 errors = Console(stderr=True)
@@ -18,17 +24,123 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 
 Target = Annotated[str, typer.Option(help="Server, HOST:PORT or unix:PATH.")]
 
+_STEERING = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f"  # control characters; the line feed is kept
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # turn the direction of writing
+    r"\u2028\u2029\ud800-\udfff]"  # other ends of lines; halves of characters, from file names that are no text
+)
+_MIN_FOLDED_WIDTH = 16
+"""Characters that a folded column keeps at least; below that a table is shown cell by cell."""
+
+
+def clean(text: str, *, one_line: bool = False) -> str:
+    r"""Text in which whatever would steer a terminal is written as an escape, such as \x1b.
+
+    Args:
+        text: From a server, a file or a user.
+        one_line: Write line feeds as escapes too.
+    """
+    text = _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return text.replace("\n", "\\n") if one_line else text
+
+
+def say(*parts: str | tuple[str, str], style: str = "", to: Console = console) -> None:
+    """Print a line of parts, some of them (text, style), as they are: without markup, neither cut nor wrapped."""
+    pairs = (part if isinstance(part, tuple) else (part, "") for part in parts)
+    text = Text.assemble(*((clean(text), style) for text, style in pairs), style=style)
+    to.print(text, highlight=False, soft_wrap=True)
+
+
+def show_error(message: str, command: str = "optserve") -> None:
+    """Show an error on standard error; lines after its first are indented, so that they pass for nothing else."""
+    indented = message.replace("\n", "\n  ")
+    say((f"{command}:", "red"), f" {indented}", to=errors)
+
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Show an error and end the command."""
-    errors.print(f"[red]optserve:[/red] {message}", highlight=False, soft_wrap=True)
+    show_error(message)
     raise typer.Exit(code)
 
 
-@contextmanager
-def failing_clearly() -> Iterator[None]:
-    """Show errors of the client as a line instead of a traceback."""
-    try:
-        yield
-    except OptserveError as error:
-        fail(str(error))
+def words(error: Exception) -> str:
+    """An exception in a sentence; an OSError with the file and without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."
+    return str(error)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it, that its result cannot be written to this path.
+
+    Raises:
+        OSError: Why it cannot. Nothing was changed.
+    """
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
+
+
+def show_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    right: Collection[str] = (),
+    folded: str = "",
+) -> None:
+    """Print a table of which nothing is ever cut.
+
+    In a pipe it is as wide as its cells. On a terminal that is too narrow one column is folded, and where that does
+    not do, every cell has a line of its own.
+
+    Args:
+        columns: Headers.
+        rows: Cells.
+        title: Above the table.
+        right: Columns of numbers, to be aligned on the right.
+        folded: The column that may be folded; the first by default.
+    """
+    rows = [[clean(cell, one_line=True) for cell in row] for row in rows]
+    if title:
+        say((title, "bold"))
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    turn = columns.index(folded) if folded else 0
+    total = sum(widths) + 3 * len(columns) + 1
+    width = console.width if console.is_terminal else total
+    if total - max(widths[turn] - _MIN_FOLDED_WIDTH, 0) > width:
+        _show_cells(columns, rows)
+        return
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(
+            Text(column),
+            justify="right" if column in right else "left",
+            min_width=None if index == turn else widths[index],
+            no_wrap=index != turn,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    (console if console.is_terminal else Console(width=total)).print(table)
+
+
+def _show_cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    width = max(map(len, columns))
+    for turn, row in enumerate(rows):
+        if turn:
+            say("")
+        for column, cell in zip(columns, row, strict=True):
+            say((f"{column:<{width}}", "dim"), f"  {cell}")
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from optserve import algorithms
-from optserve.cli.console import console, fail, failing_clearly
+from optserve.cli.console import check_writable, console, fail, say
 from optserve.errors import OptserveError
 
 if TYPE_CHECKING:
@@ -73,15 +73,14 @@ def command(
 
     if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
         fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
-    with failing_clearly():
-        together = None
-        if replicas > 1:
-            kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
-            together = Together(replicas, kind, push_every, fetch_every)
+    together = None
+    if replicas > 1:
+        kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
+        together = Together(replicas, kind, push_every, fetch_every)
     method = _method(algorithm, {"rho": rho, "eps": eps, "learning_rate": learning_rate})
     _check_outputs(json, plot)
     try:
-        dataset = load(data_dir, lambda line: console.print(line, style="dim"))
+        dataset = load(data_dir, lambda line: say(line, style="dim"))
     except DataError as error:
         fail(str(error))
     report = Report(
@@ -99,19 +98,19 @@ def command(
             "data": dataset.source,
         }
     )
-    with failing_clearly(), _server(target, backend) as address, connect(address) as client:
+    with _server(target, backend) as address, connect(address) as client:
         try:
             _run(client, method, dataset, report, together)
         except KeyboardInterrupt:
-            console.print(f"Stopped after {report.steps:,} steps.")
+            say(f"Stopped after {report.steps:,} steps.")
     if json:
         report.write(json)
-        console.print(f"Report: {json}")
+        say(f"Report: {json}")
     if plot:
         from optserve.examples.mnist.plot import draw
 
         draw(report, plot)
-        console.print(f"Plot:   {plot}")
+        say(f"Plot:   {plot}")
     if len(report.epochs) < epochs:
         raise typer.Exit(130)
 
@@ -131,6 +130,7 @@ def _check_outputs(json: Path | None, plot: Path | None) -> None:
     for path in filter(None, (json, plot)):
         if not path.parent.is_dir():
             fail(f"There is no folder {path.parent} to write {path.name} to.", 2)
+        check_writable(path)
     if plot:
         if find_spec("matplotlib") is None:
             fail("--plot needs matplotlib: pip install 'optserve[plots]'.", 2)
@@ -173,12 +173,10 @@ def _run(
     settings = report.settings
     network = new_network(dataset, settings["activation"], settings["seed"])
     size = sum(param.size for param in network.params.values())
-    console.print(
+    say(
         f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images ({dataset.source})\n"
         f"{size:,} weights, {settings['activation']}; {method}\n"
-        f"server {client.target}, optserve {info.version}: {info.backend} on {info.device}",
-        highlight=False,
-        soft_wrap=True,
+        f"server {client.target}, optserve {info.version}: {info.backend} on {info.device}"
     )
     # A name of its own, so that several trainers can share a server.
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
@@ -203,11 +201,10 @@ def _run(
         # A server that is gone has nothing to be tidied, and must not hide why the training ended.
         with suppress(OptserveError):
             client.delete_optimizer(name, missing_ok=True, timeout_s=5.0)
-    console.print(
-        f"[bold]Test error {100 * report.test_error:.2f} %[/bold] after {settings['epochs']} epochs: "
-        f"{report.steps:,} steps in {report.seconds:.1f} s, every update from the server.",
-        highlight=False,
-        soft_wrap=True,
+    say(
+        (f"Test error {100 * report.test_error:.2f} %", "bold"),
+        f" after {settings['epochs']} epochs: {report.steps:,} steps in {report.seconds:.1f} s, "
+        "every update from the server.",
     )
 
 
@@ -247,9 +244,8 @@ def _display(epochs: int, report: Report) -> Iterator[Any]:
 
 def _print_epochs(report: Report, shown: int) -> int:
     for epoch in report.epochs[shown:]:
-        console.print(
+        say(
             f"epoch {epoch.epoch:>3}   loss {epoch.loss:.4f}   test error {100 * epoch.test_error:5.2f} %   "
-            f"{epoch.seconds:6.1f} s",
-            highlight=False,
+            f"{epoch.seconds:6.1f} s"
         )
     return len(report.epochs)

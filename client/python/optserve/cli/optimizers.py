@@ -9,77 +9,116 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
-from optserve.cli.console import DEFAULT_TARGET, Target, console, errors, fail, failing_clearly
+from optserve.cli.as_json import Json, plain, print_json
+from optserve.cli.console import (
+    DEFAULT_TARGET,
+    Target,
+    check_writable,
+    clean,
+    errors,
+    fail,
+    say,
+    show_table,
+    size,
+)
 
 app = typer.Typer(no_args_is_help=True, help="List, show, delete, export and import the optimizers of a server.")
 
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
 
 @app.command(name="list")
-def list_(target: Target = DEFAULT_TARGET) -> None:
+def list_(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """List all optimizers."""
     from optserve import connect
     from optserve.v1 import optimizer_pb2
 
-    table = Table("optimizer", "method", "mode", "step", "memory", "created")
-    with failing_clearly(), connect(target) as client:
-        for item in client.list_optimizers():
-            table.add_row(
-                item.name.removeprefix("optimizers/"),
-                item.algorithm.WhichOneof("method"),
-                "hosted" if item.mode == optimizer_pb2.MODE_HOSTED else "delta",
-                f"{item.step:,}",
-                size(item.memory_bytes),
-                item.create_time.ToDatetime().isoformat(" ", "seconds") + " UTC",
-            )
-    console.print(table)
+    with connect(target) as client:
+        found = [
+            {
+                "name": item.name.removeprefix("optimizers/"),
+                "method": item.algorithm.WhichOneof("method"),
+                "mode": "hosted" if item.mode == optimizer_pb2.MODE_HOSTED else "delta",
+                "step": item.step,
+                "memory_bytes": item.memory_bytes,
+                "create_time": item.create_time.ToJsonString(),
+            }
+            for item in client.list_optimizers()
+        ]
+    if json:
+        print_json(found)
+        return
+    rows = [
+        [
+            item["name"],
+            item["method"],
+            item["mode"],
+            f"{item['step']:,}",
+            size(item["memory_bytes"]),
+            f"{item['create_time'][:19].replace('T', ' ')} UTC",
+        ]
+        for item in found
+    ]
+    show_table(("optimizer", "method", "mode", "step", "memory", "created"), rows, right=("step", "memory"))
 
 
 @app.command()
-def show(name: str, target: Target = DEFAULT_TARGET) -> None:
+def show(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """Show one optimizer with its parameters."""
+    from google.protobuf.text_format import MessageToString
+
     from optserve import connect
     from optserve.v1 import service_pb2
 
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
         request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
         item = client._transport.call(client._transport.stub.GetOptimizer, request).optimizer
-    console.print(item)
+    if json:
+        print_json(plain(item))
+    else:
+        say(MessageToString(item, as_utf8=True))
 
 
 @app.command()
-def statistics(name: str, target: Target = DEFAULT_TARGET) -> None:
+def statistics(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """Show root mean squares and effective learning rates, parameter by parameter."""
     from optserve import connect
     from optserve.statistics import QUANTILES
 
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
         found = client.optimizer(name).statistics()
-    table = Table(title=f"{name} at step {found.step:,}", title_justify="left", title_style="bold")
-    table.add_column("parameter")
-    for column in (r"RMS\[g]", r"RMS\[Δx]", "rate: least", "quarter", "median", "three quarters", "most"):
-        table.add_column(column, justify="right")
+    if json:
+        parameters = [
+            {
+                "name": parameter,
+                "rms_gradient": item.rms_gradient,
+                "rms_update": item.rms_update,
+                "rates": [{"quantile": quantile, "rate": rate} for quantile, rate in item.rates.items()],
+            }
+            for parameter, item in found.parameters.items()
+        ]
+        print_json({"name": name, "step": found.step, "parameters": parameters})
+        return
+    numbers = ("RMS[g]", "RMS[Δx]", "rate: least", "quarter", "median", "three quarters", "most")
+    rows = []
     for parameter, item in found.parameters.items():
         cells = [item.rms_gradient, item.rms_update, *(item.rates.get(quantile) for quantile in QUANTILES)]
-        table.add_row(parameter, *("" if cell is None else f"{cell:.3g}" for cell in cells))
-    console.print(table)
+        rows.append([parameter, *("" if cell is None else f"{cell:.3g}" for cell in cells)])
+    show_table(("parameter", *numbers), rows, title=f"{name} at step {found.step:,}", right=numbers)
 
 
 @app.command()
-def delete(
-    name: str,
-    target: Target = DEFAULT_TARGET,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
+def delete(name: str, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
     """Delete an optimizer and its state."""
     from optserve import connect
 
-    if not yes:
-        typer.confirm(f"Delete {name!r} and its state on {target}?", abort=True)
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
+        step = client.optimizer(name).current_step
+        if not yes:
+            typer.confirm(clean(f"Delete {name!r} at step {step:,}, and its state, on {target}?"), abort=True)
         client.delete_optimizer(name)
-    console.print(f"Deleted {name}.")
+    say(f"Deleted {name}.")
 
 
 @app.command(name="export")
@@ -94,10 +133,12 @@ def export(
 
     if file.exists() and not overwrite:
         fail(f"{file} exists; --overwrite replaces it.")
-    with failing_clearly(), connect(target) as client, _transferring("exporting") as on_progress:
+    # The state is written under this name first; better to find out before it has travelled that it cannot be.
+    check_writable(file.with_name(f"{file.name}.tmp"))
+    with connect(target) as client, _transferring("exporting") as on_progress:
         state = client.optimizer(name).export_state(on_progress=on_progress)
         state.save(file)
-    console.print(f"Exported {name}: step {state.step:,}, {size(file.stat().st_size)} in {file}.")
+    say(f"Exported {name}: step {state.step:,}, {size(file.stat().st_size)} in {file}.")
 
 
 @app.command(name="import")
@@ -110,7 +151,7 @@ def import_(
     """Bring a state into an optimizer, which is made if there is none of that name."""
     from optserve import NotFoundError, OptimizerState, connect
 
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
         state = OptimizerState.load(file)
         try:
             optimizer = client.optimizer(name)
@@ -118,10 +159,10 @@ def import_(
             optimizer = client.create_optimizer(name, state.algorithm, state.parameters, hosted=state.hosted)
         else:
             if not yes:
-                typer.confirm(f"Replace what {name!r} is at step {optimizer.current_step:,}?", abort=True)
+                typer.confirm(clean(f"Replace what {name!r} is at step {optimizer.current_step:,}?"), abort=True)
         with _transferring("importing") as on_progress:
             optimizer.import_state(state, on_progress=on_progress)
-    console.print(f"Imported {name}: step {state.step:,}.")
+    say(f"Imported {name}: step {state.step:,}.")
 
 
 @contextmanager
@@ -131,13 +172,3 @@ def _transferring(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def size(count: int) -> str:
-    """A number of bytes for people."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -12,7 +12,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from optserve.cli.console import console, fail, failing_clearly
+from optserve.cli.console import console, fail, say
 
 ExperimentName = Literal[
     "table1", "table2", "figure1", "figure2", "figure3", "figure4", "mnist-tanh", "curvature", "annealing", "all"
@@ -52,11 +52,11 @@ def command(
         fail("The experiments need matplotlib and threadpoolctl: pip install 'optserve[plots]'.", 2)
     try:
         # Fetched once, before many processes want it.
-        load(data_dir, lambda line: console.print(line, style="dim"))
+        load(data_dir, lambda line: say(line, style="dim"))
     except DataError as error:
         fail(str(error))
     names = list(EXPERIMENTS) if experiment == "all" else [experiment]
-    with failing_clearly(), ExitStack() as stack:
+    with ExitStack() as stack:
         if target is None:
             target = stack.enter_context(local_server(backend=backend)).target
         for name in names:
@@ -79,7 +79,7 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
         jobs = 1
     missing = [plan for plan in plans if results[plan.key] is None]
     if len(missing) < len(plans):
-        console.print(f"{len(plans) - len(missing)} of {len(plans)} runs of {name} were made before.", style="dim")
+        say(f"{len(plans) - len(missing)} of {len(plans)} runs of {name} were made before.", style="dim")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -98,13 +98,15 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
         for result in at_work.carry_out(missing, folder, target, min(jobs, max(len(missing), 1)), data_dir, on_step):
             results[result.key] = result
             ended = "diverged" if result.diverged else f"{result.test_errors[-1]:.2f} %"
-            progress.console.print(f"{name} {result.key}: {ended} in {result.seconds:.0f} s", style="dim")
+            say(f"{name} {result.key}: {ended} in {result.seconds:.0f} s", style="dim", to=progress.console)
     there = [result for result in results.values() if result is not None]
     # Label by label, in the order of the plan, whatever the order in which they ended.
     table = report.rows(experiment, there)
     files = report.write(experiment, table, out, quick=quick) + figures.draw(experiment, there, out)
-    console.print(Markdown(report.markdown(experiment, table, quick=quick)))
-    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
+    text = report.markdown(experiment, table, quick=quick)
+    # In a pipe as it is, so that nothing is cut to the width of a terminal.
+    console.print(Markdown(text)) if console.is_terminal else say(text)
+    say(f"Written: {', '.join(map(str, files))}")
 
 
 def _cores() -> int:

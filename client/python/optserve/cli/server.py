@@ -1,4 +1,4 @@
-"""optserve serve, health and info: run a server, ask whether it lives and what it is."""
+"""optserve serve, journal, health and info: run a server, look at its folder, ask whether it lives and what it is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from importlib.util import find_spec
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from optserve.cli.console import DEFAULT_TARGET, Target, console, fail, failing_clearly
-from optserve.cli.optimizers import size
+from optserve.cli.as_json import Json, plain, print_json
+from optserve.cli.console import DEFAULT_TARGET, Target, fail, say, show_table, size
 
 
 def serve(context: typer.Context) -> None:
@@ -51,28 +50,34 @@ def health(
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         fail(f"{target} is {status}")
-    console.print(f"{target} is {status}")
+    say(f"{target} is {status}")
 
 
-def info(target: Target = DEFAULT_TARGET) -> None:
+def info(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """Show what a server is, can do and accepts."""
     from optserve import connect
     from optserve.v1 import service_pb2
 
-    with failing_clearly(), connect(target) as client:
+    with connect(target) as client:
         answer = client.server_info()
-    table = Table("", target, show_header=True)
-    table.add_row("version", answer.version)
-    table.add_row("started", answer.start_time.ToDatetime().isoformat(" ", "seconds") + " UTC")
-    table.add_row("backend", f"{answer.backend} on {answer.device}")
-    table.add_row("", answer.backend_reason, style="dim")
-    table.add_row("durability", answer.durability)
-    table.add_row("tensors from here", "shared memory" if client.shares_memory else "gRPC: not this host and user")
-    table.add_row("methods", ", ".join(answer.methods))
-    table.add_row("optimizers", str(answer.optimizer_count))
+        shares_memory = client.shares_memory
+    if json:
+        print_json({"target": target, "shares_memory": shares_memory, **plain(answer)})
+        return
+    rows = [
+        ["version", answer.version],
+        ["started", answer.start_time.ToDatetime().isoformat(" ", "seconds") + " UTC"],
+        ["backend", f"{answer.backend} on {answer.device}"],
+        ["why", answer.backend_reason],
+        ["durability", answer.durability],
+        ["tensors from here", "shared memory" if shares_memory else "gRPC: not this host and user"],
+        ["methods", ", ".join(answer.methods)],
+        ["optimizers", str(answer.optimizer_count)],
+    ]
     for field, value in answer.limits.ListFields():
-        table.add_row(field.name, size(value) if field.name.endswith("bytes") else f"{value:,}")
+        rows.append([field.name, size(value) if field.name.endswith("bytes") else f"{value:,}"])
     for feature in answer.features:
-        name = service_pb2.Feature.Name(feature.feature).removeprefix("FEATURE_").lower().replace("_", " ")
-        table.add_row(name, "yes" if feature.available else "not in this version")
-    console.print(table)
+        known = service_pb2.Feature.DESCRIPTOR.values_by_number.get(feature.feature)
+        name = known.name.removeprefix("FEATURE_").lower().replace("_", " ") if known else f"feature {feature.feature}"
+        rows.append([name, "yes" if feature.available else "not in this version"])
+    show_table(("", target), rows, folded=target)
