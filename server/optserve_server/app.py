@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 QUEUED_CALLS_PER_THREAD = 8
 """Unary calls that may wait for each unary thread; more are refused by gRPC."""
 
+NO_COMPRESSION = 1
+"""Of gRPC's bits for the algorithms that are taken, that of the identity."""
+
 LOOKS_PER_IDLE_TIME = 4
 """How often `idle_step_s` is looked for steps that have not moved for so long."""
 
@@ -173,6 +176,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_frame_bytes),
         *wire.http2_options(),
         ("grpc.so_reuseport", 0),
+        # Gradients hardly shrink, and a few bytes could become a message of the largest size, many times over.
+        ("grpc.compression_enabled_algorithms_bitset", NO_COMPRESSION),
         ("grpc.keepalive_time_ms", 1000 * config.keepalive_s),
         # Clients that probe more often than this are cut off by gRPC ("too_many_pings"), so allow for twice ours.
         ("grpc.http2.min_ping_interval_without_data_ms", 500 * config.keepalive_s),

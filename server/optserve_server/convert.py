@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Operand, Parameter
 from optserve_server.optimizers import Optimizer, is_id
 from optserve_server.segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
+from optserve_server.settings import Settings
 from optserve_server.statistics import TensorStatistics
 from optserve_server.step import Reply
 
@@ -36,6 +37,9 @@ _REPLIES: dict[int, Reply] = {
 }
 
 MAX_PAGE_SIZE = 1000
+STATUS_BYTES = 1024
+"""What an optimizer's name, counters, times and tokens take in its message, at most."""
+
 MAX_RANK = 32
 """Extents of a parameter; NumPy has arrays of up to 64."""
 
@@ -117,6 +121,16 @@ def check_known(message: Message, field: str, path: str) -> None:
         )
 
 
+def check_tensor_count(tensors: Sized, layout: Layout, field: str) -> None:
+    """Raise DUPLICATE_PARAMETER if more tensors are named than there are, before anything is made of the list."""
+    if len(tensors) > len(layout.parameters):
+        raise OptserveError(
+            Reason.DUPLICATE_PARAMETER,
+            f"{len(tensors)} tensors are named, but the model has {len(layout.parameters)}; name each once.",
+            field=field,
+        )
+
+
 def wire_dtype(data_type: int, field: str) -> np.dtype | None:
     """The dtype on the wire, None for each parameter's own; or raise WRONG_DATA_TYPE."""
     if data_type == optimizer_pb2.DATA_TYPE_UNSPECIFIED:
@@ -181,13 +195,30 @@ def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optim
     )
     set_settings(message, item.settings, item.layout)
     if with_parameters:
-        for parameter in item.layout.parameters:
-            message.parameters.add(
-                name=parameter.name,
-                shape=parameter.shape,
-                data_type=wire.DATA_TYPES[parameter.dtype],
-            )
+        _set_parameters(message, item.layout)
     return message
+
+
+def _set_parameters(message: optimizer_pb2.Optimizer, layout: Layout) -> None:
+    for parameter in layout.parameters:
+        message.parameters.add(name=parameter.name, shape=parameter.shape, data_type=wire.DATA_TYPES[parameter.dtype])
+
+
+def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -> None:
+    """Raise MODEL_TOO_LARGE if an optimizer could be made, but not be shown in one message."""
+    message = optimizer_pb2.Optimizer()
+    set_settings(message, settings, layout)
+    _set_parameters(message, layout)
+    size = message.ByteSize() + STATUS_BYTES
+    if size > max_message_bytes:
+        raise OptserveError(
+            Reason.MODEL_TOO_LARGE,
+            f"The names, shapes and settings of the parameters take {size} bytes; this server shows an optimizer in at "
+            f"most {max_message_bytes} (max_message_bytes). Use shorter names, or fewer groups.",
+            field="optimizer.parameters",
+            limit=max_message_bytes,
+            actual=size,
+        )
 
 
 def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:

@@ -337,19 +337,24 @@ class Optimizers:
                 field="optimizer.consistency.sync.workers",
             )
 
+    def check_count(self, parameters: int) -> None:
+        """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""
+        self._check_limit("parameters", parameters, self._config.max_parameters)
+
     def _check_size(self, layout: Layout) -> None:
-        for what, actual, limit in (
-            ("parameters", len(layout.parameters), self._config.max_parameters),
-            ("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes),
-        ):
-            if actual > limit:
-                raise OptserveError(
-                    Reason.MODEL_TOO_LARGE,
-                    f"The model has {actual} {what}; this server accepts {limit}.",
-                    field="optimizer.parameters",
-                    limit=limit,
-                    actual=actual,
-                )
+        self.check_count(len(layout.parameters))
+        self._check_limit("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes)
+
+    @staticmethod
+    def _check_limit(what: str, actual: int, limit: int) -> None:
+        if actual > limit:
+            raise OptserveError(
+                Reason.MODEL_TOO_LARGE,
+                f"The model has {actual} {what}; this server accepts {limit}.",
+                field="optimizer.parameters",
+                limit=limit,
+                actual=actual,
+            )
 
     def _reserved_by(self, optimizer_id: str) -> str:
         """The request id that is making an optimizer of that id; empty if none is."""

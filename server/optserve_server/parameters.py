@@ -58,6 +58,7 @@ def pull(
 ) -> Iterator[bytes]:
     """The parameters of this moment, all of one step, while others go on."""
     wire_dtype = convert.wire_dtype(request.wire_type, "wire_type")
+    convert.check_tensor_count(request.tensors, optimizer.layout, "tensors")
     payload: Payload = optimizer.steps.payload(tuple(request.tensors), wire_dtype)
     newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
     step, copy = copies.of(optimizer, newer_than)

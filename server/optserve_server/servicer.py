@@ -36,6 +36,12 @@ from optserve_server.turnstile import Turnstile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
+PAGE_MARGIN_BYTES = 256
+"""Of a page, for its token."""
+
+ENTRY_BYTES = 8
+"""What an entry of a page takes beside its own bytes, at most."""
+
 
 class Servicer:
     """One method per call of the contract; `handlers` registers them."""
@@ -79,8 +85,10 @@ class Servicer:
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
         """Make an optimizer."""
         convert.check_known(request.optimizer, "mode", "optimizer")
+        self._optimizers.check_count(len(request.optimizer.parameters))
         layout = convert.layout(request.optimizer)
         settings = convert_settings.settings(request.optimizer, layout)
+        convert.check_showable(layout, settings, self._config.max_message_bytes)
         item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
         return pb.CreateOptimizerResponse(optimizer=convert.optimizer(item))
 
@@ -92,10 +100,19 @@ class Servicer:
         """Read a page of optimizers."""
         size = convert.page_size(request.page_size)
         items, more = self._optimizers.page(size, convert.last_id(request.page_token))
-        return pb.ListOptimizersResponse(
-            optimizers=[convert.optimizer(item, with_parameters=False) for item in items],
-            next_page_token=convert.page_token(items[-1].id) if more else "",
-        )
+        response = pb.ListOptimizersResponse()
+        left = self._config.max_message_bytes - PAGE_MARGIN_BYTES
+        for position, item in enumerate(items):
+            shown = convert.optimizer(item, with_parameters=False)
+            left -= shown.ByteSize() + ENTRY_BYTES
+            if left < 0 and position:
+                # Each one alone fits, see `convert.check_showable`.
+                items, more = items[:position], True
+                break
+            response.optimizers.append(shown)
+        if more:
+            response.next_page_token = convert.page_token(items[-1].id)
+        return response
 
     def update_optimizer(self, request: pb.UpdateOptimizerRequest) -> pb.UpdateOptimizerResponse:
         """Change hyper-parameters."""
@@ -103,7 +120,9 @@ class Servicer:
         paths = list(request.update_mask.paths)
 
         def change(present: Settings, layout: Layout) -> Settings:
-            return convert_settings.updated_settings(present, layout, request.optimizer, paths)
+            changed = convert_settings.updated_settings(present, layout, request.optimizer, paths)
+            convert.check_showable(layout, changed, self._config.max_message_bytes)
+            return changed
 
         item = self._optimizers.update(optimizer_id, change, request.optimizer.etag)
         return pb.UpdateOptimizerResponse(optimizer=convert.optimizer(item))

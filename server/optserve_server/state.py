@@ -5,7 +5,8 @@ It knows nothing of gradients on their way in, see `staging.py`, nor of steps as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,22 +64,24 @@ class State:
             for rule in rules:
                 rule.check(dtype)
         self.settings = settings
+        self._rules = rules
+        self._position_of = {
+            index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
+        }
         self.limits = {dtype: dtype.type(min(rule.gradient_limit(dtype) for rule in rules)) for dtype in self._dtypes}
         self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
+        self._stretch_stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
         self._keeps = {dtype: [dtype.type(1 - decay) for decay in settings.decays()] for dtype in self._dtypes}
         # Without a schedule the constants are always the same.
         self._constants = None if settings.schedule else self._scalars(0)
 
     def _stretches_of(self, dtype: np.dtype) -> list[tuple[int, int, int]]:
         """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""
-        position_of = {
-            index: position for position, group in enumerate(self.settings.groups, 1) for index in group.parameters
-        }
         stretches: list[tuple[int, int, int]] = []
         for index, parameter in enumerate(self.layout.parameters):
             if parameter.dtype != dtype or not parameter.size:
                 continue
-            start, position = self.layout.starts[index], position_of.get(index, 0)
+            start, position = self.layout.starts[index], self._position_of.get(index, 0)
             if stretches and stretches[-1][2] == position:
                 start = stretches.pop()[0]
             stretches.append((start, self.layout.starts[index] + parameter.size, position))
@@ -86,7 +89,7 @@ class State:
 
     def _scalars(self, step: int, staleness: int = 0) -> dict[np.dtype, list[list[np.generic]]]:
         """The constants of each rule at a step."""
-        rules = [self.settings.at(rule, step, staleness) for rule in self.settings.rules()]
+        rules = [self.settings.at(rule, step, staleness) for rule in self._rules]
         return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
 
     @staticmethod
@@ -126,14 +129,22 @@ class State:
         """
         scalars = self._scalars(step, staleness) if staleness or not self._constants else self._constants
         for run in runs:
-            for start, stop, position in self._stretches[run.dtype]:
-                part = slice(max(start, run.start), min(stop, run.stop))
-                if part.start < part.stop:
-                    slots = [slot[part] for slot in self.slots[run.dtype]]
-                    staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
-                    self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
-                    if self.parameters:
-                        self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
+            for part, position in self._parts_of(run):
+                slots = [slot[part] for slot in self.slots[run.dtype]]
+                staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
+                self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
+                if self.parameters:
+                    self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
+
+    def _parts_of(self, run: Run) -> Iterator[tuple[slice, int]]:
+        """(part of the arena, position among the rules) of the stretches that a run has something of."""
+        stretches = self._stretches[run.dtype]
+        # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
+        for turn in range(bisect_right(self._stretch_stops[run.dtype], run.start), len(stretches)):
+            start, stop, position = stretches[turn]
+            if start >= run.stop:
+                break
+            yield slice(max(start, run.start), min(stop, run.stop)), position
 
     def place(self, runs: Iterable[Run], arrays: Iterable[np.ndarray]) -> None:
         """Put x in place, run by run."""
@@ -149,9 +160,7 @@ class State:
 
     def rule_of(self, tensor: int) -> Rule:
         """The rule that a parameter follows."""
-        groups = self.settings.groups
-        position = next((turn for turn, group in enumerate(groups, 1) if tensor in group.parameters), 0)
-        return self.settings.rules()[position]
+        return self._rules[self._position_of.get(tensor, 0)]
 
     def look(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
         """A copy of elements of one arena of one slot, in float64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,22 @@ from optserve_server.state import State
 MAX_SAMPLE = 1 << 20
 """Elements of a tensor that its statistics are made of: all, or so many, evenly spread. Nobody steps meanwhile."""
 
+MAX_SAMPLES = 1 << 22
+"""Elements of all tensors of one call that its statistics are made of; each tensor then has an equal share at least."""
+
 MAX_ELEMENTS = 100_000
 """Elements that can be asked for at a time, over all tensors."""
+
+MAX_QUANTILES = 1000
+"""Quantiles that can be asked for at a time, of each tensor."""
+
+MAX_LOOKS = 2
+"""Calls that look at a time; each holds copies of its samples."""
+
+LOOK_WAIT_S = 5.0
+"""How long a call waits for others before it is told to come back."""
+
+_looks = threading.BoundedSemaphore(MAX_LOOKS)
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -58,45 +73,85 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
     """(number of steps applied, statistics of each tensor), all of one step.
 
     Raises:
-        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, or what steps are refused with.
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER, TOO_MANY_STREAMS, or what steps are
+            refused with.
     """
-    layout = optimizer.layout
-    tensors = list(query.tensors) or list(range(len(layout.parameters)))
+    tensors = _tensors(optimizer, query)
+    _check_counts(optimizer, query, tensors)
     wanted = {tensor: _indices(optimizer, tensor, query) for tensor in tensors}
+    max_sample = _max_sample(optimizer, tensors)
+    if not _looks.acquire(timeout=LOOK_WAIT_S):
+        raise OptserveError(
+            Reason.TOO_MANY_STREAMS,
+            f"{MAX_LOOKS} calls are computing statistics, which is all that this server does at a time; try again.",
+            limit=MAX_LOOKS,
+        )
+    try:
+        with optimizer.steps.held_still() as state:
+            optimizer.steps.check_usable()
+            step = optimizer.steps.step
+            looks = [_Look(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]
+        # The arithmetic is done when others may step again.
+        return step, [look.statistics(query.quantiles) for look in looks]
+    finally:
+        _looks.release()
+
+
+def _tensors(optimizer: Optimizer, query: Query) -> list[int]:
+    """Indices of the parameters that are asked for, or raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+    parameters = optimizer.layout.parameters
+    seen: set[int] = set()
+    for tensor in query.tensors:
+        if tensor >= len(parameters):
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"There is no parameter {tensor}; {optimizer.id!r} has {len(parameters)}.",
+                field="tensors",
+                parameter=tensor,
+            )
+        if tensor in seen:
+            name = parameters[tensor].name
+            raise OptserveError(
+                Reason.DUPLICATE_PARAMETER, f"Parameter {name!r} is listed twice.", field="tensors", parameter=name
+            )
+        seen.add(tensor)
+    return list(query.tensors) or list(range(len(parameters)))
+
+
+def _check_counts(optimizer: Optimizer, query: Query, tensors: Sequence[int]) -> None:
+    """Raise INVALID_FIELD for more than is answered at a time, before anything is made for it."""
+    if query.random_indices and query.indices:
+        raise OptserveError(Reason.INVALID_FIELD, "Name indices or a number to draw, not both.", field="random_indices")
+    if query.random_indices > MAX_ELEMENTS:
+        raise OptserveError(Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} can be drawn.", field="random_indices")
+    drawn = sum(min(query.random_indices, optimizer.layout.parameters[tensor].size) for tensor in tensors)
+    for what, field_name, asked, limit in (
+        ("elements", "indices", len(query.indices) * len(tensors) + drawn, MAX_ELEMENTS),
+        ("quantiles", "quantiles", len(query.quantiles), MAX_QUANTILES),
+    ):
+        if asked > limit:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"At most {limit} {what} can be asked for at a time, not {asked}; ask for fewer, or of fewer tensors.",
+                field=field_name,
+            )
     for quantile in query.quantiles:
         if not 0 <= quantile <= 1:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"A quantile lies in [0, 1], not at {quantile!r}.", field="quantiles"
             )
-    if sum(map(len, wanted.values())) > MAX_ELEMENTS:
-        raise OptserveError(
-            Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} elements can be asked for at a time.", field="indices"
-        )
-    with optimizer.steps.held_still() as state:
-        optimizer.steps.check_usable()
-        step = optimizer.steps.step
-        looks = [_Look(optimizer, state, tensor, wanted[tensor]) for tensor in tensors]
-    # The arithmetic is done when others may step again.
-    return step, [look.statistics(query.quantiles) for look in looks]
+
+
+def _max_sample(optimizer: Optimizer, tensors: Sequence[int]) -> int:
+    """Elements of one tensor that may be looked at, so that those of all stay within MAX_SAMPLES."""
+    sizes = [min(optimizer.layout.parameters[tensor].size, MAX_SAMPLE) for tensor in tensors]
+    return MAX_SAMPLE if sum(sizes) <= MAX_SAMPLES else max(1, MAX_SAMPLES // len(tensors))
 
 
 def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
     parameters = optimizer.layout.parameters
-    if tensor >= len(parameters):
-        raise OptserveError(
-            Reason.UNKNOWN_PARAMETER,
-            f"There is no parameter {tensor}; the model has {len(parameters)}.",
-            field="tensors",
-            parameter=tensor,
-        )
     size = parameters[tensor].size
     if query.random_indices:
-        if query.indices:
-            raise OptserveError(
-                Reason.INVALID_FIELD, "Name indices or a number to draw, not both.", field="random_indices"
-            )
-        if query.random_indices > MAX_ELEMENTS:
-            raise OptserveError(Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} can be drawn.", field="random_indices")
         rng = np.random.default_rng([query.seed, tensor])
         return np.sort(rng.choice(size, min(query.random_indices, size), replace=False))
     for index in query.indices:
@@ -113,13 +168,13 @@ def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
 class _Look:
     """Copies of what the statistics of one tensor need, taken while nobody steps."""
 
-    def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray) -> None:
+    def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray, max_sample: int) -> None:
         parameter, start = state.layout.parameters[tensor], state.layout.starts[tensor]
         steps = optimizer.steps
         self.tensor, self.indices = tensor, indices
         self.rule = state.settings.at(state.rule_of(tensor), steps.step)
         self.stepped = steps.step > 0
-        stride = max(1, -(-parameter.size // MAX_SAMPLE))
+        stride = max(1, -(-parameter.size // max_sample))
         part = slice(start, start + parameter.size, stride)
         slots = range(len(self.rule.slots))
         self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]

@@ -218,6 +218,7 @@ class StepStream:
         reply = convert.reply(request.reply, "begin.reply")
         if self._segment is not None and not self._proven:
             self._check_nonce(request.shared_memory_nonce)
+        convert.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()
         try:

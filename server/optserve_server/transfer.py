@@ -37,6 +37,9 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
             arenas = {(dtype, slot): array for dtype, slot, array in mapped}
         layout = optimizer.layout
         for tensor, parameter in enumerate(layout.parameters):
+            if not parameter.size:
+                # An arena of empty tensors only is not in the file at all.
+                continue
             start = layout.starts[tensor]
             stride = max_chunk_bytes // parameter.dtype.itemsize
             for slot, name in enumerate(optimizer.settings.arrays):

@@ -1,0 +1,173 @@
+"""What one request may make the server do, hold and answer: each has a limit, and costs no more than its size."""
+
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from optserve import wire
+from optserve.v1 import algorithms_pb2, checkpoints_pb2, optimizer_pb2, service_pb2, statistics_pb2, steps_pb2
+from optserve.v1.steps_pb2 import StreamStepsRequest as Request
+from service.wire_client import begin, create, refused, stream
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+SGD = algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd())
+
+
+def statistics(stub, **query):
+    return stub.GetStatistics(statistics_pb2.GetStatisticsRequest(**query), timeout=30)
+
+
+def test_statistics_are_counted_before_anything_is_made_for_them(stub, name):
+    """169 bytes took 2.4 GiB: a tensor listed 150 times was copied 150 times."""
+    full_name = create(stub, name, {"x": (1 << 20,), "y": (2,)}).name
+    with refused(INVALID, "DUPLICATE_PARAMETER", "tensors"):
+        statistics(stub, name=full_name, tensors=[0] * 150)
+    with refused(INVALID, "UNKNOWN_PARAMETER", "tensors"):
+        statistics(stub, name=full_name, tensors=[2])
+    with refused(INVALID, "INVALID_FIELD", "indices"):
+        statistics(stub, name=full_name, indices=[0] * 50_001)
+    with refused(INVALID, "INVALID_FIELD", "indices"):
+        statistics(stub, name=full_name, random_indices=100_000)
+    with refused(INVALID, "INVALID_FIELD", "quantiles"):
+        statistics(stub, name=full_name, quantiles=[0.5] * 1001)
+    assert len(statistics(stub, name=full_name, indices=[0, 1], tensors=[1]).tensors[0].elements) == 2
+
+
+def test_the_statistics_of_large_models_are_of_a_share_of_each_tensor(stub, name):
+    """Their copies are bounded whatever the model; here six million elements, of which four million are looked at."""
+    size = 1_000_000
+    full_name = create(stub, name, {f"x{index}": (size,) for index in range(6)}).name
+    with stream(stub, full_name) as steps:
+        steps.send(begin())
+        for index in range(6):
+            steps.send(Request(chunk=steps_pb2.Chunk(tensor=index), data=np.full(size, index + 1, "<f4").tobytes()))
+        steps.send(Request(commit=steps_pb2.Commit()))
+        steps.reply()
+    found = statistics(stub, name=full_name).tensors
+    expected = [((index + 1) ** 2 * 0.05 + 1e-6) ** 0.5 for index in range(6)]
+    assert [item.rms_gradient for item in found] == pytest.approx(expected, rel=1e-5)
+
+
+def time_of_a_step_and_statistics(stub, name: str, count: int) -> float:
+    """Seconds, with as many groups as parameters and alternating dtypes, so that no two parameters are neighbours."""
+    rate = algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd(learning_rate=0.5))
+    optimizer = optimizer_pb2.Optimizer(
+        algorithm=SGD,
+        parameters=[optimizer_pb2.Parameter(name=f"{i}", shape=[1], data_type=1 + i % 2) for i in range(count)],
+        groups=[optimizer_pb2.ParameterGroup(parameters=[f"{i}"], algorithm=rate) for i in range(count)],
+    )
+    created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
+    given = [steps_pb2.Tensor(name=f"{i}", data=np.ones(1, f"<f{4 + 4 * (i % 2)}").tobytes()) for i in range(count)]
+    took = []
+    for turn in range(3):
+        started = time.monotonic()
+        answer = stub.ApplyGradients(
+            steps_pb2.ApplyGradientsRequest(name=created.optimizer.name, request_id=f"{turn}", gradients=given)
+        )
+        statistics(stub, name=created.optimizer.name)
+        took.append(time.monotonic() - started)
+    assert {np.frombuffer(update.data, f"<f{len(update.data)}")[0] for update in answer.updates} == {-0.5}
+    return min(took)
+
+
+def test_steps_and_statistics_take_linear_time_in_the_number_of_groups(stub, name):
+    """4,000 groups took 5 s for a step and 25 s for statistics: every run of tensors went through every group."""
+    few, many = (time_of_a_step_and_statistics(stub, f"{name}-{count}", count) for count in (500, 4000))
+    # Eight times as many: quadratic time would be 64 times as long.
+    assert many < 25 * few
+
+
+def test_pages_of_optimizers_are_bounded_by_bytes(stub, name):
+    """Six large optimizers made ListOptimizers fail for everybody."""
+    names = [f"{i:05d}" + "n" * 90 for i in range(9000)]
+    optimizer = optimizer_pb2.Optimizer(
+        algorithm=SGD,
+        parameters=[optimizer_pb2.Parameter(name=item, shape=[0]) for item in names],
+        groups=[optimizer_pb2.ParameterGroup(parameters=names)],
+    )
+    made = [f"{name}-large-{turn}" for turn in range(6)]
+    for optimizer_id in made:
+        stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=optimizer_id, optimizer=optimizer))
+    found, token = [], ""
+    while True:
+        page = stub.ListOptimizers(service_pb2.ListOptimizersRequest(page_size=1000, page_token=token))
+        assert page.ByteSize() <= 4 << 20
+        found += [item.name.removeprefix("optimizers/") for item in page.optimizers]
+        token = page.next_page_token
+        if not token:
+            break
+    assert [item for item in found if item in made] == made
+    assert found == sorted(found)
+    for optimizer_id in made:
+        stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=f"optimizers/{optimizer_id}"))
+
+
+def test_an_optimizer_that_could_not_be_shown_is_not_made(stub, name):
+    names = [f"{i:05d}" + "n" * 200 for i in range(12_000)]
+    optimizer = optimizer_pb2.Optimizer(
+        algorithm=SGD, parameters=[optimizer_pb2.Parameter(name=item, shape=[0]) for item in names]
+    )
+    stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=f"{name}-fits", optimizer=optimizer))
+    grouped = optimizer_pb2.Optimizer(
+        name=f"optimizers/{name}-fits", groups=[optimizer_pb2.ParameterGroup(parameters=names)]
+    )
+    update = service_pb2.UpdateOptimizerRequest(optimizer=grouped)
+    update.update_mask.paths.append("groups")
+    with refused(EXHAUSTED, "MODEL_TOO_LARGE", "optimizer.parameters"):
+        stub.UpdateOptimizer(update)
+    shown = stub.GetOptimizer(service_pb2.GetOptimizerRequest(name=f"optimizers/{name}-fits"))
+    assert not shown.optimizer.groups
+
+
+def test_a_state_is_exported_where_all_tensors_of_one_dtype_are_empty(stub, name):
+    optimizer = optimizer_pb2.Optimizer(
+        algorithm=algorithms_pb2.Algorithm(adadelta=algorithms_pb2.Adadelta()),
+        parameters=[
+            optimizer_pb2.Parameter(name="full", shape=[2], data_type=optimizer_pb2.DATA_TYPE_FLOAT32),
+            optimizer_pb2.Parameter(name="empty", shape=[0], data_type=optimizer_pb2.DATA_TYPE_FLOAT64),
+        ],
+    )
+    stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
+    messages = list(stub.ExportState(checkpoints_pb2.ExportStateRequest(name=f"optimizers/{name}")))
+    assert [(m.chunk.tensor, len(m.data)) for m in messages if m.HasField("chunk")] == [(0, 8), (0, 8)]
+
+
+def test_fields_that_nobody_knows_are_not_looked_through_one_by_one():
+    """They were, in Python: 9 MiB of them, 9 kB on the wire when compressed, took 4 s and the interpreter with them."""
+    header = Request(chunk=steps_pb2.Chunk(tensor=1)).SerializeToString()
+    unknown = b"\x48\x00" * 500_000  # field 9 is none of the contract
+    started = time.thread_time()
+    generated = Request.FromString(header + unknown)
+    parsed_s = time.thread_time() - started
+    started = time.thread_time()
+    frame = wire.decode_request(header + unknown)
+    assert time.thread_time() - started < 5 * parsed_s + 0.05
+    assert frame.header.chunk == generated.chunk
+    assert frame.data == b""
+
+
+@pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_compressed_messages_are_refused(server, algorithm):
+    """A thousandth of a message's bytes would make the server hold it whole."""
+    with grpc.insecure_channel(server.target, compression=algorithm) as channel:
+        call = channel.unary_unary("/optserve.v1.OptimizerService/GetServerInfo")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(bytes(10_000), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "gzip" in caught.value.details() or "deflate" in caught.value.details()
+
+
+def test_lists_of_tensors_are_no_longer_than_the_model(stub, name):
+    full_name = create(stub, name, {"x": (1,), "y": (1,)}).name
+    with stream(stub, full_name) as steps:
+        steps.send(begin(tensors=[0, 1, 0]))
+        assert "3 tensors are named" in steps.error().message
+
+
+def test_the_number_of_parameters_is_looked_at_before_each_of_them(stub, name):
+    optimizer = optimizer_pb2.Optimizer(algorithm=SGD, parameters=[optimizer_pb2.Parameter()] * 20_001)
+    with refused(EXHAUSTED, "MODEL_TOO_LARGE", "optimizer.parameters"):
+        stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
