@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -86,12 +87,16 @@ class App:
 
     def _listen(self) -> str:
         config = self._config
-        address = f"unix:{config.uds}" if config.uds else f"{config.host}:{config.port}"
+        if config.uds:
+            _check_unused(config.uds)
+        # An IPv6 address has colons of its own.
+        host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
+        address = f"unix:{config.uds}" if config.uds else f"{host}:{config.port}"
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"Cannot listen on {address}: is it in use, or not this machine's?") from error
-        return address if config.uds else f"{config.host}:{port}"
+        return address if config.uds else f"{host}:{port}"
 
     def start(self) -> None:
         """Begin to answer."""
@@ -161,6 +166,21 @@ def _wait_for_eof(stop: int) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.write(stop, b"\0")
+
+
+def _check_unused(path: str) -> None:
+    """Raise ConfigError if a server answers at a Unix socket: gRPC would put its own in the place of it.
+
+    A socket that nobody listens at is left by a server that was killed, and may be replaced.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise ConfigError(f"Cannot listen on unix:{path}: {error}") from error
+    raise ConfigError(f"Cannot listen on unix:{path}: another server listens there. Stop it, or choose another path.")
 
 
 def _data_folder(config: ServerConfig) -> DataFolder | None:

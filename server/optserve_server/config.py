@@ -12,6 +12,10 @@ from typing import Any
 MIB = 1 << 20
 GIB = 1 << 30
 
+UNASKED_CHUNK_BYTES = 4 * MIB - 4096
+"""Largest payload that is sent to a client that has not asked for a larger one. By themselves gRPC's clients take
+messages of 4 MiB, and the header is a part of it."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which and why."""
@@ -50,7 +54,8 @@ class ServerConfig:
     """Largest payload of one chunk."""
     preferred_chunk_bytes: int = 0
     """Size of the chunks that the server sends, and advises clients to send; 0 for 2 MiB, or less where
-    `max_chunk_bytes` is less."""
+    `max_chunk_bytes` is less. Larger ones than any gRPC client takes, UNASKED_CHUNK_BYTES, are sent only to
+    clients that ask for them."""
     max_message_bytes: int = 4 * MIB
     """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""
     max_parameter_bytes: int = 64 * GIB
@@ -136,6 +141,11 @@ class ServerConfig:
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise ConfigError(f"{name} {what}; it is {getattr(self, name)!r}.")
+
+    @property
+    def sent_chunk_bytes(self) -> int:
+        """Size of the chunks that the server sends to clients that do not say how large they may be."""
+        return min(self.preferred_chunk_bytes, UNASKED_CHUNK_BYTES)
 
     @property
     def max_frame_bytes(self) -> int:

@@ -36,6 +36,9 @@ from optserve_server.turnstile import Turnstile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
+RESULT_BYTES = 256
+"""What a unary reply takes beside its tensors, at most."""
+
 PAGE_MARGIN_BYTES = 256
 """Of a page, for its token."""
 
@@ -157,7 +160,8 @@ class Servicer:
         tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
         if not tensors:
             raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
-        size = sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
+        size = RESULT_BYTES
+        size += sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
         if size > limit:
             # Refused before the step is applied, not found out after.
             raise OptserveError(
@@ -249,7 +253,7 @@ class Servicer:
 
     def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[bytes]:
         """Send an optimizer's whole state."""
-        return transfer.export_messages(self._checkpoints, self._find(request.name), self._config.preferred_chunk_bytes)
+        return transfer.export_messages(self._checkpoints, self._find(request.name), self._config.sent_chunk_bytes)
 
     def import_state(self, requests: Iterator[transfer.ImportFrame]) -> checkpoints_pb2.ImportStateResponse:
         """Replace an optimizer's whole state."""
@@ -264,7 +268,7 @@ class Servicer:
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Iterator[bytes]:
         """Send hosted parameters, all of one step."""
         item = self._find(request.name)
-        return parameters.pull(item, self._copies, request, self._config.preferred_chunk_bytes)
+        return parameters.pull(item, self._copies, request, self._config.sent_chunk_bytes)
 
     def report_worker(self, request: replicas_pb2.ReportWorkerRequest) -> replicas_pb2.ReportWorkerResponse:
         """Register a worker, renew its lease, or let it go."""

@@ -20,7 +20,7 @@ from optserve.v1 import steps_pb2
 from optserve.wire import RequestFrame, decode_request, encode
 from optserve_server import convert
 from optserve_server.admission import Admission
-from optserve_server.config import ServerConfig
+from optserve_server.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -78,7 +78,7 @@ class StepStream:
         self._control: ControlSocket | None = None
         self._segment: Segment | None = None
         self._proven = False
-        self._reply_chunk_bytes = config.preferred_chunk_bytes
+        self._reply_chunk_bytes = config.sent_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
         self._worker = ""
@@ -165,7 +165,7 @@ class StepStream:
         convert.check_known(request, "transport", "open")
         # Of many streams together the fewest messages cost least; of one, whose ends take turns, smaller ones do.
         preferred = self._config.max_chunk_bytes if request.worker else self._config.preferred_chunk_bytes
-        wanted = request.max_chunk_bytes or preferred
+        wanted = request.max_chunk_bytes or min(preferred, UNASKED_CHUNK_BYTES)
         if wanted < 1024:
             raise OptserveError(
                 Reason.INVALID_FIELD, "max_chunk_bytes must be at least 1024.", field="open.max_chunk_bytes"

@@ -61,15 +61,14 @@ def time_of_a_step_and_statistics(stub, name: str, count: int) -> float:
     )
     created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
     given = [steps_pb2.Tensor(name=f"{i}", data=np.ones(1, f"<f{4 + 4 * (i % 2)}").tobytes()) for i in range(count)]
-    took = []
+    took, updates = [], []
     for turn in range(3):
         started = time.monotonic()
-        answer = stub.ApplyGradients(
-            steps_pb2.ApplyGradientsRequest(name=created.optimizer.name, request_id=f"{turn}", gradients=given)
-        )
+        request = steps_pb2.ApplyGradientsRequest(name=created.optimizer.name, request_id=f"{turn}", gradients=given)
+        updates = stub.ApplyGradients(request).updates
         statistics(stub, name=created.optimizer.name)
         took.append(time.monotonic() - started)
-    assert {np.frombuffer(update.data, f"<f{len(update.data)}")[0] for update in answer.updates} == {-0.5}
+    assert {np.frombuffer(update.data, f"<f{len(update.data)}")[0] for update in updates} == {-0.5}
     return min(took)
 
 
@@ -157,7 +156,7 @@ def test_compressed_messages_are_refused(server, algorithm):
         with pytest.raises(grpc.RpcError) as caught:
             call(bytes(10_000), timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "gzip" in caught.value.details() or "deflate" in caught.value.details()
+    assert "is disabled" in str(caught.value.details())
 
 
 def test_lists_of_tensors_are_no_longer_than_the_model(stub, name):

@@ -17,7 +17,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import optserve
 from optserve.v1 import (
     algorithms_pb2,
+    checkpoints_pb2,
     optimizer_pb2,
+    replicas_pb2,
     service_pb2,
     service_pb2_grpc,
 )
@@ -369,3 +371,68 @@ def test_more_calls_than_the_server_takes_at_a_time_are_made_in_the_end(tmp_path
         while not refused:
             list(pool.map(call, [client] * 100))
     assert {error.retry_after_s for error in refused} == {0.5}
+
+
+def test_a_socket_that_a_server_listens_at_is_not_taken_over(tmp_path):
+    path = tmp_path / "socket"
+    options = ["--uds", str(path)]
+    with optserve.local_server(backend="numpy", options=options) as first:
+        message = "another server listens there"
+        with (
+            pytest.raises(optserve.UnavailableError, match=message),
+            optserve.local_server(backend="numpy", options=options),
+        ):
+            pass
+        with optserve.connect(first.target) as client:
+            assert client.server_info().backend
+        first.process.kill()
+        first.process.wait()
+        # What is left of a server that was killed is in nobody's way.
+        with (
+            optserve.local_server(backend="numpy", options=options) as second,
+            optserve.connect(second.target) as client,
+        ):
+            assert client.server_info().backend
+
+
+def test_a_path_that_is_no_socket_is_not_replaced(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    with (
+        pytest.raises(optserve.UnavailableError, match="Cannot listen on unix:"),
+        optserve.local_server(backend="numpy", options=["--uds", str(path)]),
+    ):
+        pass
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_a_host_may_be_an_ipv6_address(host):
+    with optserve.local_server(backend="numpy", options=["--host", host]) as server:
+        port = int(server.target.rsplit(":", 1)[1])
+        assert server.target == ("[::]" if host == "::" else "[::1]") + f":{port}"
+        with optserve.connect(f"[::1]:{port}") as client:
+            assert client.server_info().backend
+
+
+@pytest.mark.parametrize("size", [4 * MIB, 16 * MIB])
+def test_chunks_as_large_as_the_limits_leave_room_for_their_headers(tmp_path, size):
+    """A chunk of the limit's size is a longer message: 4194346 bytes where 4194304 were accepted."""
+    options = config_file(tmp_path, max_chunk_bytes=size, preferred_chunk_bytes=size)
+    config = optserve.ClientConfig(max_receive_bytes=8 * MIB, max_chunk_bytes=8 * MIB)
+    x = {"x": np.zeros(size // 4, np.float32)}
+    with optserve.local_server(backend="numpy", options=options) as server:
+        with optserve.connect(server.target, config) as client:
+            client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), x)
+            client.optimizer("a", transport="grpc").step(x)
+            client.create_optimizer("b", optserve.Sgd(), x, hosted=True, consistency=optserve.Async())
+            with client.worker("b", "w", transport="grpc") as worker:
+                worker.pull()
+                worker.step(x)
+        # A client of another language takes 4 MiB unless it is told more.
+        with grpc.insecure_channel(server.target) as channel:
+            stub = service_pb2_grpc.OptimizerServiceStub(channel)
+            pulled = stub.PullParameters(replicas_pb2.PullParametersRequest(name="optimizers/b"))
+            assert sum(len(message.data) for message in pulled) == size
+            exported = stub.ExportState(checkpoints_pb2.ExportStateRequest(name="optimizers/b"))
+            assert sum(len(message.data) for message in exported) == size

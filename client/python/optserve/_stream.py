@@ -276,7 +276,7 @@ class StepStream:
                 self.opened: steps_pb2.Opened = self._next(patience).header.opened
             limits = self.opened.limits
             wanted = transport.config.max_chunk_bytes or limits.preferred_chunk_bytes
-            self._chunk_bytes = min(wanted, limits.max_chunk_bytes)
+            self._chunk_bytes = min(wanted, limits.max_chunk_bytes, transport.config.max_receive_bytes)
             self.shared, self.transport_reason = _shared(request, self.opened)
             self._nonce = self.shared.nonce if self.shared else b""
             if self.shared is not None:

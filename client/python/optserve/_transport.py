@@ -81,8 +81,8 @@ class Transport:
         self._channel = grpc.insecure_channel(
             target,
             options=[
-                ("grpc.max_receive_message_length", config.max_receive_bytes),
-                ("grpc.max_send_message_length", config.max_receive_bytes),
+                ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
+                ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
                 *wire.http2_options(),
                 *channel_options(target),
                 ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),

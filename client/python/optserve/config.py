@@ -26,7 +26,7 @@ class ClientConfig:
     max_chunk_bytes: int = 0
     """Largest payload of one message, either way; 0 for the server's preference. Its limit holds as well."""
     max_receive_bytes: int = 64 << 20
-    """Largest message that is accepted from the server."""
+    """Largest payload of a message that is accepted from the server, or sent to it."""
     keep_freed_memory: bool = True
     """Tell glibc's allocator, for the whole process, to keep up to 16 MiB of freed memory per arena instead of
     returning it after every message. Large steps over gRPC take a quarter less time."""

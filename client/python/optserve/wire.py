@@ -158,6 +158,10 @@ FRAME_BYTES = 1 << 16
 of one in a block, as an object of its own: frames of the usual 16 KiB cost a tenth of a large step."""
 
 
+HEADER_BYTES = 1 << 12
+"""More than a message takes beside its payload; whoever limits messages leaves so much room beside the chunk."""
+
+
 def http2_options() -> list[tuple[str, int]]:
     """The options of a gRPC channel or server that hold WINDOW_BYTES and FRAME_BYTES.
 
