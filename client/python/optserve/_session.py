@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from optserve._feedback import ErrorFeedback
+from optserve._outcomes import Outcomes
 from optserve._patience import Patience
 from optserve._shared import SharedStaging
 from optserve._stream import Gradients, StepRefused, StepStream, Updates
@@ -62,6 +64,7 @@ class StepSession:
         must_share: bool = False,
         takes_curvature: bool = False,
         register: Callable[[], object] | None = None,
+        feedback: ErrorFeedback | None = None,
     ) -> None:
         self._register = register
         self.at_step: int | None = None
@@ -77,41 +80,40 @@ class StepSession:
         self._lock = threading.Lock()
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
-        # Request ids of steps whose outcome is not known, or whose updates did not reach the caller.
-        self._unsettled: set[str] = set()
-        self._last_request_id = ""
+        self._outcomes = Outcomes(feedback)
         # Request ids: this object's own, and a number.
         self._id = uuid.uuid4().hex
         self._steps_begun = 0
 
-    def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> None:
-        """Make one new step.
+    def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> str:
+        """Make one new step; gives its request id.
 
         Raises:
             OptserveError: See `Optimizer.step`.
         """
         self._begin_turn(patience)
         try:
-            if self._unsettled:
+            if self._outcomes.unsettled or self._outcomes.overtaken:
                 self._raise_if_applied(patience)
             request_id = self._next_request_id()
-            self._unsettled.add(request_id)
+            self._outcomes.begin(request_id, gradients)
             try:
                 self._exchange(request_id, gradients, updates, patience)
             except _NotApplied as refusal:
-                self._unsettled.discard(request_id)
+                self._outcomes.refused(request_id)
                 # The server may have come to commit an interrupted step only after it was asked about it.
-                if self._unsettled and isinstance(refusal.error, WrongStepError):
+                if self._outcomes.unsettled and isinstance(refusal.error, WrongStepError):
                     self._raise_if_applied(patience)
                 raise refusal.error from None
-            self._last_request_id = request_id
+            self._outcomes.applied(request_id)
             if self.open_request.worker:
                 self.count_from(request_id)
             else:
                 self.steps_made += 1
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
-            self._unsettled.clear()
+            self._outcomes.received(request_id)
+            return request_id
         finally:
             self._end_turn()
 
@@ -126,8 +128,9 @@ class StepSession:
             OptserveError: See `Optimizer.replay`.
         """
         with self._turn(patience):
-            opened = self._reopened(patience).opened
-            if self._unsettled and opened.last_request_id not in self._unsettled:
+            self._raise_if_overtaken()
+            opened, unsettled = self._reopened(patience).opened, self._outcomes.unsettled
+            if unsettled and opened.last_request_id not in unsettled:
                 raise FailedPreconditionError(
                     f"The last step of {self._name} on the server, which is at step {opened.step}, is not the "
                     "interrupted one. If nobody else steps this optimizer, that one was not applied: step again."
@@ -139,25 +142,31 @@ class StepSession:
                 self._exchange(opened.last_request_id, None, updates, patience)
             except _NotApplied as refusal:
                 raise refusal.error from None
-            self._unsettled.clear()
+            self._outcomes.applied(opened.last_request_id)
+            self._outcomes.received(opened.last_request_id)
 
     def refresh(self, read: Callable[[], tuple[int, str]]) -> None:
         """Take the server's step and lineage, which `read` gives, for granted, and give up what was unsettled."""
-        with self._turn(self._connection.patience(self._connection.config.timeout_s)):
-            self.current_step, lineage = read()
-            if lineage != self.lineage:
+        patience = self._connection.patience(self._connection.config.timeout_s)
+        with self._turn(patience):
+            step, lineage = read()
+            state_is_another = lineage != self.lineage or step < self.current_step
+            self.current_step = step
+            if state_is_another:
                 self._close_stream()
                 self.lineage = lineage
-            self._unsettled.clear()
+            elif self._outcomes.errors_are_undecided:
+                self._outcomes.applied(self._reopened(patience).opened.last_request_id)
+            self._outcomes.forget(state_is_another=state_is_another)
 
     def stream(self, patience: Patience) -> StepStream:
         """The stream of the next step, opened if it is not open."""
         with self._turn(patience):
             return self._opened(patience)
 
-    def undelivered(self) -> None:
-        """The updates of the last step were received, but did not reach who had asked for them."""
-        self._unsettled.add(self._last_request_id)
+    def undelivered(self, request_id: str = "") -> None:
+        """A reply was received, but did not reach who had asked for it: that of a step, of the last one by default."""
+        self._outcomes.undelivered(request_id)
 
     def cancel(self) -> None:
         """Interrupt the step that is being made, if there is one; it raises in its thread."""
@@ -203,8 +212,10 @@ class StepSession:
 
     def _raise_if_applied(self, patience: Patience) -> None:
         """Raise StepInDoubtError unless no unsettled step has been applied so far."""
+        self._raise_if_overtaken()
         opened = self._reopened(patience).opened
-        if opened.last_request_id in self._unsettled:
+        if opened.last_request_id in self._outcomes.unsettled:
+            self._outcomes.applied(opened.last_request_id)
             self.current_step = opened.step
             raise StepInDoubtError(
                 f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
@@ -215,6 +226,13 @@ class StepSession:
             raise StepInDoubtError(
                 f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
                 "the interrupted step was applied is no longer known. Call refresh() to go on."
+            )
+
+    def _raise_if_overtaken(self) -> None:
+        if self._outcomes.overtaken:
+            raise StepInDoubtError(
+                f"An interrupted step of {self._name} had been applied, and others after it, so its updates are no "
+                "longer to be had. Call refresh() to go on without them."
             )
 
     def _exchange(self, request_id: str, gradients: Gradients | None, updates: Updates, patience: Patience) -> None:

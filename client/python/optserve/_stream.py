@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from optserve import halves, wire
+from optserve._feedback import Attempt, Rounding
 from optserve._patience import Patience
 from optserve._shared import CURVATURE, GRADIENT, Arrival, Operand, SharedStaging
 from optserve._transport import Transport
@@ -33,6 +34,9 @@ class Gradients:
         whole: Whether these are all parameters of the optimizer.
         wire: Dtype of the payload; None for each array's own.
         curvature: The diagonals of the Hessian, like `arrays`, for the methods that take them.
+
+    Attributes:
+        rounding: Adds to the gradients what rounding has left out of those before, where that is wanted.
     """
 
     grow = False
@@ -51,6 +55,7 @@ class Gradients:
         self._curvature = curvature
         self.arrays = arrays
         self.whole = whole
+        self.rounding: Rounding | None = None
         self._wire = wire
 
     def messages(
@@ -65,7 +70,8 @@ class Gradients:
         if announce and sum(array.nbytes for array in self.arrays) >= ANNOUNCED_BYTES:
             yield wire.encode(request)
             request = steps_pb2.StreamStepsRequest()
-        for chunk in self._chunks(max_chunk_bytes):
+        attempt = self.rounding.attempt() if self.rounding else None
+        for chunk in self._chunks(max_chunk_bytes, attempt):
             if pending:
                 yield wire.encode(request, *pending)
                 request, pending = steps_pb2.StreamStepsRequest(), []
@@ -73,10 +79,14 @@ class Gradients:
                 continue
             header = request.chunk
             header.operand, header.tensor, header.offset, pending = chunk
+        if attempt is not None:
+            attempt.finish()
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
 
-    def _chunks(self, max_chunk_bytes: int) -> Iterator[tuple[Operand, int, int, list[memoryview]] | None]:
+    def _chunks(
+        self, max_chunk_bytes: int, attempt: Attempt | None
+    ) -> Iterator[tuple[Operand, int, int, list[memoryview]] | None]:
         """(operand, tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
 
         None where the next one may be long in coming, and what there is should be sent.
@@ -103,7 +113,12 @@ class Gradients:
                 if not parts:
                     tensor, offset = index, begin * item
                 elements = array.reshape(-1)[begin : begin + room] if begin or room < array.size else array
-                part = self._on_the_wire(elements)
+                if self._wire is None or self._wire == array.dtype:
+                    part = elements.data.cast("B")
+                elif attempt is not None and operand == GRADIENT:
+                    part = self._rounded(attempt, index, array, begin, elements.size)
+                else:
+                    part = self._on_the_wire(elements)
                 parts.append(part)
                 begin, size = begin + room, size + len(part)
         if parts:
@@ -127,11 +142,14 @@ class Gradients:
         return self.indices[position] if position < len(self.indices) else None
 
     def _on_the_wire(self, elements: np.ndarray) -> memoryview:
-        if self._wire is not None and self._wire != elements.dtype:
-            converted = np.empty(elements.size, self._wire)
-            halves.convert(elements.reshape(-1), converted)
-            elements = converted
-        return elements.data.cast("B")
+        converted = np.empty(elements.size, self._wire)
+        halves.convert(elements.reshape(-1), converted)
+        return converted.data.cast("B")
+
+    def _rounded(self, attempt: Attempt, index: int, array: np.ndarray, begin: int, size: int) -> memoryview:
+        converted = np.empty(size, self._wire)
+        attempt.convert(index, array.reshape(-1), begin, converted)
+        return converted.data.cast("B")
 
 
 class Updates:

@@ -146,7 +146,9 @@ class Client:
                 host; `auto` takes the fastest that works.
             wire_dtype: Element type of gradients and updates on the way; `native` is each parameter's own. State
                 keeps its own in any case.
-            error_feedback: Add to each gradient what rounding it for the wire has left out of those before.
+            error_feedback: Add to each gradient what rounding it for the wire has left out of those before, so that
+                what this object's steps have applied stays within one rounding of the sum of their gradients. It
+                begins anew when the state is replaced, by a restore or an import.
 
         Raises:
             NotFoundError: There is none of that name.

@@ -80,8 +80,8 @@ class Optimizer(Resource):
             must_share=transport == "shm",
             takes_curvature=self._model.takes_curvature,
             register=register,
+            feedback=ErrorFeedback() if error_feedback and self._wire is not None else None,
         )
-        self._feedback = ErrorFeedback(self._wire) if error_feedback and self._wire is not None else None
 
     @property
     def current_step(self) -> int:
@@ -200,14 +200,10 @@ class Optimizer(Resource):
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
         diagonals = self._model.diagonals(indices, curvature)
         updates = self._taking(indices, out, reply)
-        if self._feedback is not None:
-            arrays = self._feedback.compensated(indices, arrays)
         gradients = Gradients(
             indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
         )
         self._session.step(gradients, updates, patience)
-        if self._feedback is not None:
-            self._feedback.keep(indices, arrays)
         return self._named(updates)
 
     def _taking(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:
@@ -264,16 +260,11 @@ class Optimizer(Resource):
         ) -> tuple[int, np.ndarray, np.ndarray | None]:
             (index,) = self._model.taking_part({name: gradient}, partial=True)
             array = self._model.contiguous(index, gradient, "gradient")
-            if self._feedback is not None:
-                (array,) = self._feedback.compensated([index], [array])
             diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
             return index, array, diagonals[0] if diagonals else None
 
         def run() -> dict[str, np.ndarray]:
             self._session.step(gradients, updates, patience)
-            if self._feedback is not None:
-                sent = [arrival for arrival in gradients.arrivals() if arrival and arrival[0] == GRADIENT]
-                self._feedback.keep([index for _, index, _ in sent], [array for _, _, array in sent])
             return self._named(updates)
 
         step = StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
