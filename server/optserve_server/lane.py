@@ -189,7 +189,7 @@ class Lane:
             self.retained.intact = False
         # Taken once: whoever does not write again has nothing more to be taken.
         segment.clean()
-        self.staging.take_from(segment, step.payload)
+        self.staging.take_from(segment, step.payload, step.largest)
         step.taken_whole = True
 
     def give_shared(self, step: Step, number: int) -> None:
@@ -219,7 +219,7 @@ class Lane:
             step.coverage[operand].add(position, position + len(data))
             if self.retained:
                 self.retained.intact = False
-            staging.stage(step.payload, operand, position, data)
+            staging.stage(step.payload, operand, position, data, step.largest)
 
     def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
         """See Holder."""

@@ -40,6 +40,9 @@ Arenas = dict[np.dtype, np.ndarray]
 Operands = dict[Operand, Arenas]
 """The arenas of each operand of a step, the gradient first."""
 
+Largest = dict[tuple[Operand, np.dtype], float]
+"""The largest magnitude of each operand of a step, in each dtype of state."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -119,6 +122,7 @@ class Payload:
         begins: Position of each tensor, in their order.
         places: (first byte, byte after the last) of each tensor, by index of its parameter.
         size_bytes: Of all.
+        narrow: The dtype on the wire, where it does not hold all that some of the parameters' own dtypes do.
         runs: The stretches of arenas that take part.
     """
 
@@ -126,11 +130,14 @@ class Payload:
         self.layout = layout
         self.tensors = tensors
         self.begins: list[int] = []
+        self.narrow = None
         runs: list[Run] = []
         position = 0
         for index in tensors:
             parameter, start = layout.parameters[index], layout.starts[index]
             wire_dtype = parameter.dtype if wire is None else wire
+            if wire_dtype.itemsize < parameter.dtype.itemsize:
+                self.narrow = wire_dtype
             end = position + parameter.size * wire_dtype.itemsize
             run = Run(position, end, parameter.dtype, wire_dtype, start, start + parameter.size)
             if runs and runs[-1].dtype == run.dtype and runs[-1].stop == run.start:

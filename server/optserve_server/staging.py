@@ -13,7 +13,7 @@ import numpy as np
 
 from optserve import halves
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Arenas, Operand, Operands, Payload, Run
+from optserve_server.layout import Arenas, Largest, Operand, Operands, Payload, Run
 from optserve_server.segment import Segment
 from optserve_server.state import State
 
@@ -51,11 +51,11 @@ class Staging:
         """The arenas that hold the updates once a step is applied, and its gradients before."""
         return self.operands[Operand.GRADIENT]
 
-    def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, np.floating]:
+    def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
         """(arena that takes an operand, largest magnitude that it may have)."""
         if operand is Operand.PARAMETER:
-            return self.updates[dtype], np.finfo(dtype).max
-        return self.operands[operand][dtype], self._state.limits[dtype]
+            return self.updates[dtype], float(np.finfo(dtype).max)
+        return self.operands[operand][dtype], self._state.limits[operand, dtype]
 
     def copy_updates(self, source: Arenas, payload: Payload) -> None:
         """Put what a source has for the tensors of a step where their updates are."""
@@ -65,7 +65,9 @@ class Staging:
 
     # Chunks.
 
-    def stage(self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes) -> None:
+    def stage(
+        self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes, largest: Largest
+    ) -> None:
         """Copy wire bytes of a step to their place.
 
         Args:
@@ -73,6 +75,7 @@ class Staging:
             operand: What they are.
             position: Of the first of them in the payload.
             data: All of them within the payload.
+            largest: Takes note of their magnitudes.
 
         Raises:
             OptserveError: CHUNK_OUT_OF_BOUNDS, NON_FINITE_VALUE or GRADIENT_OVERFLOW.
@@ -80,12 +83,21 @@ class Staging:
         end = position + len(data)
         for run in payload.runs_between(position, end):
             if run.begin <= position and end <= run.end:
-                self._stage_run(payload, operand, run, position, data)
+                self._stage_run(payload, operand, run, position, data, largest)
             else:
                 low, high = max(position, run.begin), min(end, run.end)
-                self._stage_run(payload, operand, run, low, memoryview(data)[low - position : high - position])
+                part = memoryview(data)[low - position : high - position]
+                self._stage_run(payload, operand, run, low, part, largest)
 
-    def _stage_run(self, payload: Payload, operand: Operand, run: Run, position: int, data: memoryview | bytes) -> None:
+    def _stage_run(
+        self,
+        payload: Payload,
+        operand: Operand,
+        run: Run,
+        position: int,
+        data: memoryview | bytes,
+        largest: Largest,
+    ) -> None:
         size = run.wire.itemsize
         if (position - run.begin) % size or len(data) % size:
             raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
@@ -93,9 +105,14 @@ class Staging:
         arena, limit = self._place(operand, run.dtype)
         start = run.start + (position - run.begin) // size
         staged = arena[start : start + elements.size]
-        if not self._backend.take(staged, elements, limit):
+        found = self._backend.take(staged, elements)
+        # In this form it holds for NaN as well.
+        if not found <= limit:
             bad = _first_beyond(staged, limit)
             raise self._bad_value(payload, operand, run, position + bad * size, halves.value(elements[bad : bad + 1]))
+        key = (operand, run.dtype)
+        if found > largest.get(key, -1.0):
+            largest[key] = found
 
     def give(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
         """What a source has from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
@@ -147,8 +164,8 @@ class Staging:
         segment = self.segment
         return segment.size_bytes if segment is not None and self.operands is not segment.operands else 0
 
-    def take_from(self, segment: Segment, payload: Payload) -> None:
-        """Take the gradients that a client has written into a segment.
+    def take_from(self, segment: Segment, payload: Payload, largest: Largest) -> None:
+        """Take the gradients that a client has written into a segment, and note of their magnitudes.
 
         Raises:
             OptserveError: NON_FINITE_VALUE or GRADIENT_OVERFLOW.
@@ -157,12 +174,15 @@ class Staging:
         for operand, arenas in self.operands.items():
             for run in payload.runs:
                 part = slice(run.start, run.stop)
-                staged, limit = arenas[run.dtype][part], self._state.limits[run.dtype]
+                staged, limit = arenas[run.dtype][part], self._state.limits[operand, run.dtype]
                 source = segment.operands[operand][run.dtype][part]
-                if not (self._backend.within(staged, limit) if here else self._backend.take_all(staged, source, limit)):
+                found = self._backend.largest(staged) if here else self._backend.take_all(staged, source)
+                if not found <= limit:
                     bad = _first_beyond(staged, limit)
                     position = run.begin + bad * run.dtype.itemsize
                     raise self._bad_value(payload, operand, run, position, float(staged[bad]))
+                key = (operand, run.dtype)
+                largest[key] = max(found, largest.get(key, 0.0))
 
     def give_to(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
         """Put the reply of a step where a client has written its gradients."""
@@ -190,6 +210,6 @@ class Staging:
         )
 
 
-def _first_beyond(staged: np.ndarray, limit: np.floating) -> int:
+def _first_beyond(staged: np.ndarray, limit: float) -> int:
     """Index of the first element that is NaN, infinite or too large."""
     return int(np.flatnonzero(~(np.abs(staged) <= limit))[0])

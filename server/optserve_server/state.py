@@ -32,7 +32,7 @@ class State:
         backend: Computes it.
         slots: The arenas of each slot.
         parameters: The arenas of x, in host memory, where it is hosted.
-        limits: The largest magnitude that an operand may have, by dtype.
+        limits: The largest magnitude with which an operand may arrive, in each dtype.
 
     Raises:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
@@ -68,12 +68,22 @@ class State:
         self._position_of = {
             index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
         }
-        self.limits = {dtype: dtype.type(min(rule.gradient_limit(dtype) for rule in rules)) for dtype in self._dtypes}
+        self.limits = {
+            (operand, dtype): self._limit(operand, dtype, rules)
+            for operand in operands_of(settings.rule)
+            for dtype in self._dtypes
+        }
         self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
         self._stretch_stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
         self._keeps = {dtype: [dtype.type(1 - decay) for decay in settings.decays()] for dtype in self._dtypes}
         # Without a schedule the constants are always the same.
         self._constants = None if settings.schedule else self._scalars(0)
+
+    def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
+        if operand is Operand.GRADIENT and self.settings.clipping is not None:
+            # What is too large for the rule is about to be brought down.
+            return float(np.finfo(dtype).max)
+        return float(dtype.type(min(rule.gradient_limit(dtype) for rule in rules)))
 
     def _stretches_of(self, dtype: np.dtype) -> list[tuple[int, int, int]]:
         """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""

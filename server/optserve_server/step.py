@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Arenas, Operand, Payload, Run
+from optserve_server.layout import Arenas, Largest, Operand, Payload, Run
 from optserve_server.segment import Segment
 
 _Used = TypeVar("_Used")
@@ -127,6 +127,7 @@ class Step:
         self.coverage = {operand: Coverage() for operand in operands}
         # Whether the gradients have been taken whole, out of memory that is shared with the client.
         self.taken_whole = False
+        self.largest: Largest = {}
 
     @property
     def reply_bytes(self) -> int:

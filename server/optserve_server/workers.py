@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
-from optserve_server.consistency import Consistency
+from optserve_server.consistency import Consistency, mean
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Payload
@@ -341,20 +339,17 @@ class Workers:
             return
         there.sort(key=lambda worker: worker.name)
         steps = [step for worker in there if (step := worker.contribution) is not None]
-        payload, mean = steps[0].payload, self._owner.main.staging
-        for operand in mean.operands:
-            targets = payload.parts(mean.operands[operand])
+        payload, merged = steps[0].payload, self._owner.main.staging
+        for operand in merged.operands:
+            targets = payload.parts(merged.operands[operand])
             for turn, target in enumerate(targets):
                 parts = [payload.parts(one.lane.staging.operands[operand])[turn] for one in there]
-                target[...] = parts[0]
-                for part in parts[1:]:
-                    np.add(target, part, out=target)
-                np.divide(target, target.dtype.type(len(there)), out=target)
+                mean(parts, target, max(step.largest[operand, target.dtype] for step in steps))
         made = [(w.name, step.request_id, w.clock + 1) for w, step in zip(there, steps, strict=True)]
-        norm = self._owner.advance(mean, payload, made)
+        norm = self._owner.advance(merged, payload, made)
         for worker, step in zip(there, steps, strict=True):
             if step.replies is Reply.UPDATES:
-                worker.lane.staging.copy_updates(mean.updates, payload)
+                worker.lane.staging.copy_updates(merged.updates, payload)
             self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm))
             self._withdraw(worker)
         self._tell()

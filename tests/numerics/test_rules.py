@@ -46,9 +46,9 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
     staging, payload = Staging(state), Payload(layout, (0,))
     x = np.zeros(given[0].shape)
     for step, (g, h) in enumerate(zip(given, diagonals, strict=True)):
-        staging.stage(payload, Operand.GRADIENT, 0, g.tobytes())
+        staging.stage(payload, Operand.GRADIENT, 0, g.tobytes(), {})
         if rule.takes_curvature:
-            staging.stage(payload, Operand.CURVATURE, 0, h.tobytes())
+            staging.stage(payload, Operand.CURVATURE, 0, h.tobytes(), {})
         state.apply(staging.operands, payload.runs, step)
         x += staging.updates[dtype]
     return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]

@@ -63,23 +63,22 @@ class Backend(abc.ABC):
     def fill(self, slot: Any, values: np.ndarray) -> None:
         """Overwrite a slot, or a slice of one, by values from host memory."""
 
-    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
-        """Copy what came over the wire into the staging buffer, and check it on the way.
+    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
+        """Copy what came over the wire into the staging buffer, and look at it on the way.
 
         Args:
             staged: A stretch of the staging buffer.
             elements: As many in a wire dtype.
-            limit: The largest magnitude that is allowed.
 
         Returns:
-            Whether all are numbers of at most that magnitude.
+            The largest magnitude of what is staged then; NaN if one is NaN, 0 if there are none.
         """
         halves.convert(elements, staged)
-        return self.within(staged, limit)
+        return self.largest(staged)
 
-    def take_all(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+    def take_all(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """`take` for large arrays in memory, over as many threads as there are."""
-        return self.take(staged, elements, limit)
+        return self.take(staged, elements)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy large arrays in memory, over as many threads as there are."""
@@ -98,10 +97,13 @@ class Backend(abc.ABC):
                 parameters *= keep
             parameters += updates
 
-    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
-        """Whether all elements are numbers of at most that magnitude."""
-        # NaN wins every max and min and loses every comparison.
-        return staged.size == 0 or bool(staged.max() <= limit and staged.min() >= -limit)
+    def largest(self, staged: np.ndarray) -> float:
+        """The largest magnitude in a stretch of host memory; NaN if one is NaN, 0 if it is empty."""
+        if staged.size == 0:
+            return 0.0
+        # NaN wins every max and min of an array, and loses every comparison.
+        high, low = float(staged.max()), -float(staged.min())
+        return high if high >= low else low
 
     def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
         """Elements of the staging buffer in a wire dtype; the elements themselves where that is their own."""

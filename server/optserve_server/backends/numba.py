@@ -27,16 +27,16 @@ class NumbaBackend(NumpyBackend):
 
     name = "numba"
 
-    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
-        """Copy and check in one pass; see Backend."""
+    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
+        """Copy and look in one pass; see Backend."""
         if elements.dtype == staged.dtype:
-            return numba_loops.take(staged, elements, limit)
+            return numba_loops.take(staged, elements)
         if elements.dtype == halves.BFLOAT16 and staged.dtype == np.dtype("<f4"):
-            return numba_loops.take_bfloat16(staged, elements, limit)
-        return super().take(staged, elements, limit)
+            return numba_loops.take_bfloat16(staged, elements)
+        return super().take(staged, elements)
 
-    def _within(self, staged: np.ndarray, limit: np.floating) -> bool:
-        return numba_loops.within(staged, limit)
+    def _largest(self, staged: np.ndarray) -> float:
+        return numba_loops.largest(staged)
 
     def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
         """Convert in one pass; see Backend."""

@@ -19,22 +19,22 @@ _BITS = {_FLOAT32: np.uint32, _FLOAT64: np.uint64}
 _MAGNITUDE = {_FLOAT32: np.uint32(0x7FFF_FFFF), _FLOAT64: np.uint64(0x7FFF_FFFF_FFFF_FFFF)}
 """All bits but the sign."""
 
-_Loop = TypeVar("_Loop", bound=Callable[..., bool | None])
+_Loop = TypeVar("_Loop", bound=Callable[..., float | None])
 
 
-def take(staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
-    """Copy elements of the staging buffer's own dtype; whether all are numbers of at most `limit`."""
-    return _take(staged.dtype, elements.flags.aligned)(staged, elements, limit)
+def take(staged: np.ndarray, elements: np.ndarray) -> float:
+    """Copy elements of the staging buffer's own dtype; gives the largest magnitude, NaN if one is NaN."""
+    return _take(staged.dtype, elements.flags.aligned)(staged, elements)
 
 
-def take_bfloat16(staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+def take_bfloat16(staged: np.ndarray, elements: np.ndarray) -> float:
     """Likewise from bfloat16 to float32."""
-    return _take_bfloat16(elements.flags.aligned)(staged, elements, limit)
+    return _take_bfloat16(elements.flags.aligned)(staged, elements)
 
 
-def within(staged: np.ndarray, limit: np.floating) -> bool:
-    """Whether all elements are numbers of at most `limit`."""
-    return _within(staged.dtype)(staged, limit)
+def largest(staged: np.ndarray) -> float:
+    """The largest magnitude, NaN if one is NaN."""
+    return _largest(staged.dtype)(staged)
 
 
 def give_bfloat16(staged: np.ndarray) -> np.ndarray:
@@ -59,10 +59,10 @@ def _once(make: Callable[..., _Loop]) -> Callable[..., _Loop]:
     return find
 
 
-def _compiled(loop: Callable[..., bool], staged: np.dtype, *elements: numba.types.Array) -> Callable[..., bool]:
-    """A loop that copies elements, if any, into a staging buffer, and compares what is there with a limit."""
+def _compiled(loop: Callable[..., float], staged: np.dtype, *elements: numba.types.Array) -> Callable[..., float]:
+    """A loop that copies elements, if any, into a staging buffer, and gives the largest magnitude that is there."""
     element = numba.from_dtype(staged)
-    return numba.njit(numba.boolean(element[::1], *elements, element), nogil=True)(loop)
+    return numba.njit(element(element[::1], *elements), nogil=True)(loop)
 
 
 def _received(dtype: np.dtype, *, aligned: bool) -> numba.types.Array:
@@ -71,46 +71,46 @@ def _received(dtype: np.dtype, *, aligned: bool) -> numba.types.Array:
 
 
 @_once
-def _take(dtype: np.dtype, aligned: bool) -> Callable[..., bool]:
-    bits, magnitude = _BITS[dtype], _MAGNITUDE[dtype]
+def _take(dtype: np.dtype, aligned: bool) -> Callable[..., float]:
+    number, bits, magnitude = dtype.type, _BITS[dtype], _MAGNITUDE[dtype]
 
-    def loop(staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
-        target, source, most = staged.view(bits), elements.view(bits), np.full(1, limit).view(bits)[0]
+    def loop(staged: np.ndarray, elements: np.ndarray) -> float:
+        target, source = staged.view(bits), elements.view(bits)
         largest = bits(0)
         for i in range(target.size):
             target[i] = source[i]
             largest = max(largest, source[i] & magnitude)
-        return largest <= most
+        return np.full(1, bits(largest)).view(number)[0]
 
     return _compiled(loop, dtype, _received(dtype, aligned=aligned))
 
 
 @_once
-def _take_bfloat16(aligned: bool) -> Callable[..., bool]:
+def _take_bfloat16(aligned: bool) -> Callable[..., float]:
     magnitude = _MAGNITUDE[_FLOAT32]
 
-    def loop(staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
-        target, most = staged.view(np.uint32), np.full(1, limit).view(np.uint32)[0]
+    def loop(staged: np.ndarray, elements: np.ndarray) -> float:
+        target = staged.view(np.uint32)
         largest = np.uint32(0)
         for i in range(target.size):
             wide = np.uint32(elements[i]) << np.uint32(16)
             target[i] = wide
             largest = max(largest, wide & magnitude)
-        return largest <= most
+        return np.full(1, np.uint32(largest)).view(np.float32)[0]
 
     return _compiled(loop, _FLOAT32, _received(np.dtype("<u2"), aligned=aligned))
 
 
 @_once
-def _within(dtype: np.dtype) -> Callable[..., bool]:
-    bits, magnitude = _BITS[dtype], _MAGNITUDE[dtype]
+def _largest(dtype: np.dtype) -> Callable[..., float]:
+    number, bits, magnitude = dtype.type, _BITS[dtype], _MAGNITUDE[dtype]
 
-    def loop(staged: np.ndarray, limit: np.floating) -> bool:
-        words, most = staged.view(bits), np.full(1, limit).view(bits)[0]
+    def loop(staged: np.ndarray) -> float:
+        words = staged.view(bits)
         largest = bits(0)
         for i in range(words.size):
             largest = max(largest, words[i] & magnitude)
-        return largest <= most
+        return np.full(1, bits(largest)).view(number)[0]
 
     return _compiled(loop, dtype)
 

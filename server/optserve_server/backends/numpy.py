@@ -46,16 +46,16 @@ class NumpyBackend(Backend):
         """Copy."""
         slot[...] = values
 
-    def take(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """On the calling thread, which may be one of the kernel's own; see Backend."""
         halves.convert(elements, staged)
-        return self._within(staged, limit)
+        return self._largest(staged)
 
-    def take_all(self, staged: np.ndarray, elements: np.ndarray, limit: np.floating) -> bool:
+    def take_all(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        found: list[bool] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self.take(staged[a:b], elements[a:b], limit)))
-        return all(found)
+        found: list[float] = []
+        self._slices.run(staged.size, lambda a, b: found.append(self.take(staged[a:b], elements[a:b])))
+        return float(np.max(found))
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Slice by slice; see Backend."""
@@ -66,14 +66,14 @@ class NumpyBackend(Backend):
         advance = super().advance
         self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], keep))
 
-    def within(self, staged: np.ndarray, limit: np.floating) -> bool:
+    def largest(self, staged: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        found: list[bool] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self._within(staged[a:b], limit)))
-        return all(found)
+        found: list[float] = []
+        self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])))
+        return float(np.max(found))
 
-    def _within(self, staged: np.ndarray, limit: np.floating) -> bool:
-        return super().within(staged, limit)
+    def _largest(self, staged: np.ndarray) -> float:
+        return super().largest(staged)
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:  # noqa: ARG002 - the dtype is that of the operands
         """The formula, block by block."""
