@@ -26,7 +26,7 @@ import numpy as np
 from optserve_server import recovery, snapshot
 from optserve_server.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason, disk_errors
-from optserve_server.journal import Journal, JournalError, Reader, segment_paths, sync_folder
+from optserve_server.journal import Journal, JournalError, Reader, segment_paths, set_newest, sync_folder
 from optserve_server.optimizers import Optimizers
 from optserve_server.settings import Settings
 
@@ -98,8 +98,10 @@ class _Unjournalled:
 
     def cut_before(self, lsn: int) -> None:  # noqa: ARG002
         """Remove what an earlier server with a journal has left; it has been recovered and is in the snapshot."""
-        for path in segment_paths(self._folder):
-            path.unlink()
+        if paths := segment_paths(self._folder):
+            set_newest(self._folder, None)
+            for path in paths:
+                path.unlink()
 
     def close(self) -> None:
         """Nothing to close."""

@@ -109,7 +109,7 @@ def test_a_torn_last_record_is_cut_and_said(tmp_path):
     for index in range(1, 4):
         writer.append(STEP, f"meta {index}".encode(), [payload(index)])
     # The process dies while it writes the fourth: a part is there, nobody was told.
-    header = on_disk.header(STEP, 4, 3, b"meta 4", 700, 0)
+    header = writer._segment.form.header(STEP, 4, 3, b"meta 4", 700, 0)
     os.pwrite(writer._segment._descriptor, header + b"meta 4" + payload(4)[:300], writer._segment.end)
     reader = Reader(tmp_path, 0)
     assert [record.lsn for record in reader] == [1, 2, 3]
@@ -217,8 +217,8 @@ def test_no_room_for_a_new_segment_refuses_records_until_there_is(tmp_path, monk
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_disk, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(on_disk, "FORMAT_VERSION", 3)
     write(tmp_path, 1, segment_bytes=4096)
     monkeypatch.undo()
-    with pytest.raises(journal.JournalError, match="format 2"):
+    with pytest.raises(journal.JournalError, match="format 3"):
         read(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -12,17 +13,19 @@ from pathlib import Path
 
 from optserve_server.journal.format import (
     MARK,
+    MAX_ATTEMPTS,
     RECORD,
     SEGMENT,
     Buffer,
+    Form,
     attempt_of,
     first_lsn_of,
-    header,
     padding,
-    segment_header,
     segment_paths,
+    sync_file,
     sync_folder,
 )
+from optserve_server.journal.newest import newest_name, set_newest
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,11 @@ class Journal:
     Args:
         folder: Where the segments are.
         next_lsn: Of the first record to be written; everything before is durable.
-        segment_bytes: Size at which a new segment is begun.
+        segment_bytes: Size at which a new segment is begun. The first one is made for the first record, so that a
+            journal can be opened on a full disk.
 
     Raises:
-        OSError: The first segment cannot be made.
+        OSError: What was read of an older journal cannot be made durable.
     """
 
     def __init__(self, folder: Path, next_lsn: int, segment_bytes: int = 64 << 20) -> None:
@@ -51,14 +55,24 @@ class Journal:
         self._syncing = False
         # Counts failed syncs; what was written before one and not durable is taken back.
         self._failures = 0
-        self._segment = _OpenSegment(folder, next_lsn, segment_bytes)
-        self._durable_end = self._segment.end
+        self._segment: _OpenSegment | None = None
+        self._durable_end = SEGMENT.size
+        self._closed_bytes = 0
+        # What a killed process has written may have been read from the system's cache only.
+        for path in segment_paths(folder)[-1:]:
+            sync_file(path)
 
     @property
     def last_lsn(self) -> int:
         """Of the last durable record."""
         with self._lock:
             return self._durable_lsn
+
+    @property
+    def bytes_written(self) -> int:
+        """All bytes of all segments since it was opened: headers, records and marks."""
+        with self._lock:
+            return self._closed_bytes + (self._segment.end if self._segment else 0)
 
     def append(self, kind: int, meta: bytes, payload: Sequence[Buffer] = ()) -> int:
         """Write a record and return its lsn when it is on disk.
@@ -77,57 +91,84 @@ class Journal:
                 # One thread syncs for all that have written so far; the others wait for it.
                 if self._syncing:
                     self._lock.wait()
+                elif self._segment is not None:
+                    self._sync(self._segment)
                 else:
-                    self._sync()
+                    raise OSError("the journal was closed")
             if self._failures != failures:
                 raise OSError("the journal could not be synced, and the record was taken back")
             return lsn
 
     def cut_before(self, lsn: int) -> None:
         """Remove the segments whose records all come before `lsn`."""
-        paths = segment_paths(self._folder)
-        for path, following in pairwise(paths):
+        for path, following in pairwise(segment_paths(self._folder)):
             if first_lsn_of(following) > lsn:
                 break
             path.unlink()
+        with self._lock:
+            # The last one as well, where nothing is written to it any more: on a full disk its room is needed.
+            if self._segment is None and self._durable_lsn < lsn:
+                set_newest(self._folder, None)
+                for path in segment_paths(self._folder):
+                    path.unlink()
         sync_folder(self._folder)
 
     def close(self) -> None:
-        """Close the segment; what was appended is durable already."""
+        """Close the segment, with everything in it durable."""
         with self._lock:
-            self._wait_for_sync()
-            self._segment.close()
+            try:
+                self._settle()
+            except OSError:
+                logger.exception("the journal's end could not be synced, and nobody was told that it was")
+            self._leave_segment()
 
     def _write(self, kind: int, meta: bytes, payload: Sequence[Buffer], size_bytes: int, checksum: int) -> int:
         """Write a record behind the last; called under the lock."""
-        if self._segment.must_be_left(RECORD.size + len(meta) + size_bytes):
+        while (segment := self._segment) is None or segment.is_too_full_for(RECORD.size + len(meta) + size_bytes):
             self._new_segment()
         lsn = self._next_lsn
-        start = header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
-        self._segment.write([start, meta, *payload])
+        start = segment.form.header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
+        segment.write([start, meta, *payload])
         self._next_lsn = lsn + 1
         return lsn
 
-    def _wait_for_sync(self) -> None:
-        while self._syncing:
-            self._lock.wait()
+    def _settle(self) -> None:
+        """Wait until everything in the present segment is durable or taken back; called under the lock.
+
+        Others may write during a sync, which would be lost if the segment were left after it.
+
+        Raises:
+            OSError: Something was taken back.
+        """
+        while self._syncing or (self._segment is not None and self._durable_lsn < self._next_lsn - 1):
+            if self._syncing:
+                self._lock.wait()
+            elif self._segment is not None:
+                self._sync(self._segment)
 
     def _new_segment(self) -> None:
-        """Go on in a new segment, with everything in the present one durable or taken back."""
-        self._wait_for_sync()
-        if self._durable_lsn < self._next_lsn - 1:
-            self._sync()
-        self._segment.close()
-        self._segment = _OpenSegment(self._folder, self._next_lsn, self._segment_bytes)
-        self._durable_end = self._segment.end
+        """Go on in a new segment."""
+        before = self._segment
+        self._settle()
+        # Another thread may have been here meanwhile.
+        if self._segment is before:
+            self._leave_segment()
+            self._segment = _OpenSegment(self._folder, self._next_lsn, self._segment_bytes)
+            self._durable_end = self._segment.end
 
-    def _sync(self) -> None:
+    def _leave_segment(self) -> None:
+        if self._segment is not None:
+            self._closed_bytes += self._segment.end
+            self._segment.close()
+            self._segment = None
+
+    def _sync(self, segment: _OpenSegment) -> None:
         """Make durable what has been written so far; called under the lock, which others can have meanwhile.
 
         Raises:
             OSError: Nothing that was not durable before counts any more.
         """
-        segment, target, end = self._segment, self._next_lsn - 1, self._segment.end
+        target, end = self._next_lsn - 1, segment.end
         self._syncing = True
         self._lock.release()
         failure: OSError | None = None
@@ -145,7 +186,8 @@ class Journal:
             self._failures += 1
             self._next_lsn = self._durable_lsn + 1
             # The next segment says with its first lsn how much of this one counts.
-            segment.leave(self._durable_end)
+            segment.take_back(self._durable_end)
+            self._leave_segment()
             raise failure
         self._durable_lsn, self._durable_end = target, end
         if target == self._next_lsn - 1:
@@ -157,82 +199,79 @@ class _OpenSegment:
 
     Attributes:
         path: Its file.
+        form: Of its records.
         end: Byte behind the last record.
     """
 
     def __init__(self, folder: Path, first_lsn: int, size_bytes: int) -> None:
         self._capacity = size_bytes
+        self.form = Form.drawn()
         attempt = 1 + max(
             (attempt_of(path) for path in segment_paths(folder) if first_lsn_of(path) == first_lsn), default=0
         )
+        if attempt > MAX_ATTEMPTS:
+            raise OSError(f"{MAX_ATTEMPTS} files of the journal begin at record {first_lsn}, each left for its errors")
         self.path = folder / f"{first_lsn:020d}-{attempt:04d}.journal"
         # Made under another name, so that a segment without its header is never seen.
         temporary = self.path.with_suffix(".tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, size_bytes)
-            _write_all(descriptor, [segment_header(first_lsn)], 0)
-            os.fsync(descriptor)
+            os.posix_fallocate(self._descriptor, 0, size_bytes)
+            _write_all(self._descriptor, [self.form.segment_header(first_lsn)], 0)
+            os.fsync(self._descriptor)
             temporary.rename(self.path)
             sync_folder(folder)
+            set_newest(folder, self.path)
         except OSError:
-            os.close(descriptor)
+            os.close(self._descriptor)
             temporary.unlink(missing_ok=True)
+            if newest_name(folder) != self.path.name:
+                self.path.unlink(missing_ok=True)
             raise
-        self._descriptor: int | None = descriptor
         self.end = SEGMENT.size
 
-    def must_be_left(self, record_bytes: int) -> bool:
+    def is_too_full_for(self, record_bytes: int) -> bool:
         """Whether a record of that size belongs into a new segment."""
-        if self._descriptor is None:
-            return True
         return self.end > SEGMENT.size and self.end + record_bytes > self._capacity
 
     def write(self, parts: list[Buffer]) -> None:
         """Write a record behind the last, or raise OSError and have written nothing that counts."""
-        if self._descriptor is None:
-            raise OSError("the journal has no segment")
         size = sum(len(part) for part in parts)
         try:
             _write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
         except OSError:
             # A part of a record is no record; zeros instead keep it from being taken for a torn one.
-            self._zero_from(self.end)
+            self.take_back(self.end)
             raise
         self.end += size + padding(size)
 
     def mark(self, durable_lsn: int) -> None:
         """Note what is durable. Not synced: worth having, and no loss if it is lost."""
         try:
-            self.write([header(MARK, 0, durable_lsn, b"", 0, 0)])
+            self.write([self.form.header(MARK, 0, durable_lsn, b"", 0, 0)])
         except OSError as error:
             logger.warning("the journal's mark could not be written: %s", error)
 
     def sync(self) -> None:
-        """Wait until the disk has it."""
-        if self._descriptor is None:
-            raise OSError("the journal has no segment")
+        """Wait until the disk has it.
+
+        Raises:
+            OSError: It has it not, or in a file that nobody will find.
+        """
         os.fdatasync(self._descriptor)
+        if not os.fstat(self._descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the journal was deleted", str(self.path))
 
-    def leave(self, durable_end: int) -> None:
-        """Close it after a failed sync, and take back what was not durable, as far as the disk lets us."""
-        if self._descriptor is not None:
-            self._zero_from(durable_end)
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _zero_from(self, position: int) -> None:
-        if self._descriptor is None:
-            return
+    def take_back(self, position: int) -> None:
+        """Remove what was written behind a position, as far as the disk lets us."""
         try:
             os.ftruncate(self._descriptor, position)
         except OSError as error:
             logger.warning("%s: the end could not be cut: %s", self.path, error)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
 
 
 def _write_all(descriptor: int, parts: Sequence[Buffer], position: int) -> None:
