@@ -149,6 +149,12 @@ def check_worker(name: str) -> None:
         )
 
 
+def check_life(life: int, field: str) -> None:
+    """Raise INVALID_FIELD unless it can be the number of a worker's life, to which others can be added."""
+    if life >= 1 << 63:
+        raise OptserveError(Reason.INVALID_FIELD, f"{field} is less than 2^63.", field=field)
+
+
 def reply(value: int, field: str) -> Reply:
     """What a reply carries, or raise INVALID_FIELD."""
     if value not in _REPLIES:

@@ -61,6 +61,7 @@ class Reason(Enum):
     GRADIENT_LATE = auto()
     WORKERS_ATTACHED = auto()
     TOO_FEW_WORKERS = auto()
+    WORKER_REPLACED = auto()
     STAGING_FULL = auto()
     NOT_OPEN = auto()
     ALREADY_OPEN = auto()
@@ -111,6 +112,7 @@ CODES: dict[Reason, Code] = {
     Reason.GRADIENT_LATE: Code.ABORTED,
     Reason.WORKERS_ATTACHED: Code.FAILED_PRECONDITION,
     Reason.TOO_FEW_WORKERS: Code.UNAVAILABLE,
+    Reason.WORKER_REPLACED: Code.ABORTED,
     Reason.STAGING_FULL: Code.RESOURCE_EXHAUSTED,
     Reason.NOT_OPEN: Code.FAILED_PRECONDITION,
     Reason.ALREADY_OPEN: Code.FAILED_PRECONDITION,

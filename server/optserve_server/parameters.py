@@ -59,11 +59,12 @@ def pull(
     """The parameters of this moment, all of one step, while others go on."""
     wire_dtype = convert.wire_dtype(request.wire_type, "wire_type")
     convert.check_tensor_count(request.tensors, optimizer.layout, "tensors")
+    convert.check_life(request.life, "life")
     payload: Payload = optimizer.steps.payload(tuple(request.tensors), wire_dtype)
     newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
     step, copy = copies.of(optimizer, newer_than)
     if request.worker:
-        optimizer.steps.workers.pulled(request.worker, step)
+        optimizer.steps.workers.pulled(request.worker, step, request.life)
     yield wire.encode(replicas_pb2.PullParametersResponse(step=step, not_modified=copy is None))
     if copy is None:
         return

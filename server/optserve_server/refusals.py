@@ -59,3 +59,26 @@ def workers_attached(name: str, alive: int) -> OptserveError:
         field="optimizer.consistency",
         live_workers=alive,
     )
+
+
+def worker_replaced(name: str, worker: str) -> OptserveError:
+    """A life of a worker is over."""
+    return OptserveError(
+        Reason.WORKER_REPLACED,
+        f"This life of worker {worker!r} of {name} is over: another one has begun under its name since, or it has "
+        "taken its leave. Nothing was changed; to go on under this name, enter it as a new worker.",
+        field="worker",
+        worker=worker,
+    )
+
+
+def wrong_last_request(name: str, step: int, last_request_id: str) -> OptserveError:
+    """The client believes that another step was the last one under its name."""
+    return OptserveError(
+        Reason.WRONG_STEP,
+        f"The last step that was applied on {name} under this name is {last_request_id!r}, not the one that this "
+        "client knows.",
+        field="last_request_id",
+        current_step=step,
+        last_request_id=last_request_id,
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from optserve_server import refusals
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.room import Room
@@ -27,6 +28,7 @@ class Worker:
         seen_at: When it was last heard of.
         contribution: Its step that waits for those of others, in sync.
         stream: Number of the stream that it has opened last; earlier ones make no steps any more.
+        life: Number of the life that has the name now; lower ones are over. 0 for a client that sends none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Worker:
     seen_at: float = 0.0
     contribution: Step | None = field(default=None, repr=False)
     stream: int = 0
+    life: int = 0
 
     @property
     def alive(self) -> bool:
@@ -46,6 +49,22 @@ class Worker:
     def renew(self, lease_s: float) -> None:
         """Let it live for so many seconds at least."""
         self.lease_until = max(self.lease_until, time.monotonic() + lease_s)
+
+
+class Standing(NamedTuple):
+    """What a worker that has reported is told.
+
+    Attributes:
+        lease_s: How long it lives from now, in seconds.
+        live_workers: How many are alive.
+        last_request_id: Of the last step under its name; empty if there is none.
+        life: The number of its life, or of one that it may begin.
+    """
+
+    lease_s: float
+    live_workers: int
+    last_request_id: str
+    life: int
 
 
 class Roster:
@@ -62,6 +81,7 @@ class Roster:
         self._make_lane = make_lane
         self._room = room
         self._known: dict[str, Worker] = {}
+        self._newest_life = 0
 
     def __iter__(self) -> Iterator[Worker]:
         """All of them, as they are at the moment."""
@@ -80,8 +100,8 @@ class Roster:
         """One that is remembered, dead or alive."""
         return self._known.get(name)
 
-    def get(self, name: str, lease_s: float) -> Worker:
-        """One that is alive, and is so for another `lease_s` seconds, or raise WORKER_UNKNOWN."""
+    def get(self, name: str) -> Worker:
+        """One that is alive, or raise WORKER_UNKNOWN."""
         worker = self._known.get(name)
         if worker is None or not worker.alive:
             raise OptserveError(
@@ -90,8 +110,30 @@ class Roster:
                 field="worker",
                 worker=name[:64],
             )
-        worker.renew(lease_s)
         return worker
+
+    def new_life(self, name: str) -> int:
+        """A number for a life that may begin, greater than all that were given here or used under that name.
+
+        It also grows from one start of the server to the next, as long as its clock does.
+        """
+        self._newest_life = max(self._newest_life + 1, time.time_ns())
+        worker = self._known.get(name)
+        return max(self._newest_life, worker.life + 1) if worker else self._newest_life
+
+    def claim(self, worker: Worker, life: int) -> bool:
+        """Let a life act under a worker's name; gives whether that ends another one.
+
+        Raises:
+            OptserveError: WORKER_REPLACED.
+        """
+        if life == worker.life:
+            return False
+        # One without a number cannot be told from others of its kind, so it may come in when nobody is there.
+        if life < worker.life and (life or worker.alive):
+            raise refusals.worker_replaced(self._name, worker.name)
+        worker.life = life
+        return True
 
     def revive(self, name: str, lease_s: float, step: int) -> Worker:
         """Let one live for another `lease_s` seconds; if it comes anew, at the given step of the optimizer.

@@ -151,6 +151,7 @@ class Servicer:
                 actual_bytes=size,
             )
         reply = convert.reply(request.reply, "reply")
+        convert.check_life(request.life, "life")
         item = self._find(request.name)
         if item.settings.consistency is not None and item.settings.consistency.kind != "async":
             # Those who wait must not keep the threads from those whom they wait for.
@@ -182,6 +183,8 @@ class Servicer:
                     reply=reply,
                     worker=request.worker,
                     parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
+                    life=request.life,
+                    last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
                 )
             try:
                 for position, gradient in enumerate(request.gradients):
@@ -274,13 +277,17 @@ class Servicer:
         """Register a worker, renew its lease, or let it go."""
         convert.check_known(request, "state", "request")
         convert.check_worker(request.worker)
+        convert.check_life(request.life, "life")
         steps = self._find(request.name).steps
         leaving = request.state == replicas_pb2.WORKER_STATE_LEAVING
-        lease_s, live, last_request_id = steps.workers.report(request.worker, leaving=leaving)
+        standing = steps.workers.report(request.worker, leaving=leaving, life=request.life)
         response = replicas_pb2.ReportWorkerResponse(
-            live_workers=live, step=steps.step, last_request_id=last_request_id
+            live_workers=standing.live_workers,
+            step=steps.step,
+            last_request_id=standing.last_request_id,
+            life=standing.life,
         )
-        response.lease.FromNanoseconds(int(lease_s * 1e9))
+        response.lease.FromNanoseconds(int(standing.lease_s * 1e9))
         return response
 
     def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Arenas, Largest, Operand, Payload, Run
@@ -22,6 +24,23 @@ class Reply(Enum):
     UPDATES = "updates"
     PARAMETERS = "parameters"
     NOTHING = "nothing"
+
+
+class Wanted(NamedTuple):
+    """The step that a client wants to begin; see `Steps.begin`."""
+
+    request_id: str
+    expected_step: int | None
+    tensors: tuple[int, ...]
+    wire: np.dtype | None
+    lineage: str
+    reply: Reply
+    segment: Segment | None
+    worker: str
+    parameters_step: int | None
+    stream: int | None
+    life: int
+    last_request_id: str | None
 
 
 class Outcome(NamedTuple):
@@ -106,6 +125,7 @@ class Step:
         parameters_step: int = 0,
         lineage: str = "",
         stream: int | None = None,
+        life: int = 0,
     ) -> None:
         self._holder = holder
         self.request_id = request_id
@@ -116,6 +136,7 @@ class Step:
         self.committed = False
         # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
         self.worker = worker
+        self.life = life
         self.lineage = lineage
         # Streams are numbered as they are opened; None for a step by unary call.
         self.stream = stream

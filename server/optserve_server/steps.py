@@ -29,7 +29,7 @@ from optserve_server.segment import Segment
 from optserve_server.settings import Settings
 from optserve_server.staging import Staging
 from optserve_server.state import State
-from optserve_server.step import Outcome, Reply, Retained, Step, check_request_id
+from optserve_server.step import Outcome, Reply, Retained, Step, Wanted, check_request_id
 from optserve_server.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -78,17 +78,18 @@ class Steps:
         self.lsn = 0
         self.lineage = lineage
 
-    def last(self, worker: str = "", stream: int = 0) -> tuple[int, str, tuple[int, ...], str]:
+    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, tuple[int, ...], str]:
         """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
 
-        With the number of a stream that a worker has just opened, its earlier ones make no steps after this.
+        With the number of a stream that a life of a worker has just opened, its earlier streams and lives make no steps
+        after this.
 
         Raises:
-            OptserveError: INVALID_FIELD or WORKER_UNKNOWN.
+            OptserveError: INVALID_FIELD, WORKER_UNKNOWN or WORKER_REPLACED.
         """
         with self._lock:
             self._check_worker(worker)
-            lane = self.workers.attach(worker, stream).lane if worker else self.main
+            lane = self.workers.attach(worker, stream, life).lane if worker else self.main
             retained = lane.retained
             tensors = retained.tensors if retained else ()
             return self.step, lane.last_request_id, self._payloads.named(tensors), self.lineage
@@ -116,6 +117,8 @@ class Steps:
         worker: str = "",
         parameters_step: int | None = None,
         stream: int | None = None,
+        life: int = 0,
+        last_request_id: str | None = None,
     ) -> Step:
         """Start a step and hold the staging buffer for it.
 
@@ -130,69 +133,60 @@ class Steps:
             worker: Who makes it, where several share the optimizer.
             parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
             stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
+            life: Number of the worker's life; 0 where its client sends none.
+            last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
-                DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, GRADIENT_LATE,
-                STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+                DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, WORKER_REPLACED,
+                GRADIENT_LATE, STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
         check_request_id(request_id)
-
-        def make(lane: Lane) -> Step:
-            return self._make(
-                lane, request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step,
-                stream,
-            )  # fmt: skip
-
+        wanted = Wanted(
+            request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step, stream, life,
+            last_request_id,
+        )  # fmt: skip
         if worker:
             with self._lock:
                 self._check_worker(worker)
-                known = self.workers.get(worker)
-            return self.workers.hand_over(known, stream, make)
+                known = self.workers.act(worker, life)
+            return self.workers.hand_over(known, stream, life, lambda lane: self._make(lane, wanted))
         with self._lock:
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)
-            step = self.main.holder = make(self.main)
+            step = self.main.holder = self._make(self.main, wanted)
             return step
 
-    def _make(
-        self,
-        lane: Lane,
-        request_id: str,
-        expected_step: int | None,
-        tensors: tuple[int, ...],
-        wire: np.dtype | None,
-        lineage: str,
-        reply: Reply,
-        segment: Segment | None,
-        worker: str,
-        parameters_step: int | None,
-        stream: int | None,
-    ) -> Step:
+    def _make(self, lane: Lane, wanted: Wanted) -> Step:
         """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
         self.check_usable()
         if self._state.settings.hosted:
             self.check_placed()
-        elif reply is not Reply.UPDATES:
+        elif wanted.reply is not Reply.UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
-        self.check_lineage(lineage)
-        repeated = lane.repeated(request_id, reply)
-        if not repeated and expected_step is not None and expected_step != self.step:
-            raise refusals.wrong_step(self._name, self.step, expected_step)
+        self.check_lineage(wanted.lineage)
+        worker, parameters_step = wanted.worker, wanted.parameters_step
+        repeated = lane.repeated(wanted.request_id, wanted.reply)
+        if repeated is None:
+            if wanted.expected_step is not None and wanted.expected_step != self.step:
+                raise refusals.wrong_step(self._name, self.step, wanted.expected_step)
+            if wanted.last_request_id is not None and wanted.last_request_id != lane.last_request_id:
+                raise refusals.wrong_last_request(self._name, self.step, lane.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self._payloads.of(repeated.tensors if repeated else tensors, wire)
-        if segment is None and not worker and lane.staging.segment is not None:
+        payload = self._payloads.of(repeated.tensors if repeated else wanted.tensors, wanted.wire)
+        if wanted.segment is None and not worker and lane.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
         return Step(
-            lane, request_id, payload, self._state.operand_kinds, replay=repeated is not None, reply=reply,
-            segment=segment, worker=worker, parameters_step=at_step, lineage=self.lineage, stream=stream,
+            lane, wanted.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
+            reply=wanted.reply, segment=wanted.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
+            stream=wanted.stream, life=wanted.life,
         )  # fmt: skip
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
         if given is None:
-            return self.workers.get(worker).at_step if worker else self.step
+            return self.workers.roster.get(worker).at_step if worker else self.step
         if not worker:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"{self._name} has no workers, so x is of no other step.", field="parameters_step"

@@ -81,7 +81,7 @@ class StepStream:
         self._reply_chunk_bytes = config.sent_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
-        self._worker = ""
+        self._worker, self._life = "", 0
         self._number = 0
         self._gone = False
 
@@ -178,8 +178,11 @@ class StepStream:
         self._takes_curvature = optimizer.rule.takes_curvature
         self._number = next(_numbers)
         with fields_called({"worker": "open.worker"}):
-            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(request.worker, self._number)
-        self._worker = request.worker
+            convert.check_life(request.life, "open.life")
+            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(
+                request.worker, self._number, request.life
+            )
+        self._worker, self._life = request.worker, request.life
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
             self._segment = self._optimizers.share(optimizer)
         return steps_pb2.Opened(
@@ -233,6 +236,7 @@ class StepStream:
                 self._worker,
                 request.parameters_step if request.HasField("parameters_step") else None,
                 self._number,
+                self._life,
             )
         finally:
             if self._step is None:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from optserve_server import refusals
 from optserve_server.consistency import Consistency, mean
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.lane import Lane
 from optserve_server.layout import Payload
 from optserve_server.room import LOOK_EVERY_S, Room
-from optserve_server.roster import Roster, Worker
+from optserve_server.roster import Roster, Standing, Worker
 from optserve_server.segment import Segment
 from optserve_server.staging import Staging
 from optserve_server.state import State
@@ -94,28 +95,67 @@ class Workers:
     def _make_lane(self) -> Lane:
         return Lane(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
 
-    def report(self, name: str, *, leaving: bool) -> tuple[float, int, str]:
-        """Register a worker, renew its lease, or let it go: (seconds of the lease, live workers, last request id)."""
+    def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
+        """Register a life of a worker, renew its lease, or let it go; without its number, give it one.
+
+        Raises:
+            OptserveError: WORKER_REPLACED, SERVER_FULL, INVALID_FIELD where there are no workers, or what every step
+                is refused with.
+        """
         with self._owner.lock:
             self._owner.check_usable()
             lease_s = self._consistency.lease_s
             worker = self.roster.find(name)
-            if not leaving:
-                worker = self.roster.revive(name, lease_s, self._owner.step)
-            elif worker is not None:
-                worker.lease_until = 0.0
-                self._withdraw(worker)
-                self._room.strip(worker.lane)
+            if leaving:
+                if worker is not None:
+                    self._leave(worker, life)
+            # Who asks for a number takes nothing from a life that has one.
+            elif worker is None or life or not (worker.life and worker.alive):
+                worker = self._admit(name, life, lease_s)
             self._tell()
-            return lease_s, len(self.roster.alive), worker.lane.last_request_id if worker else ""
+            last_request_id = worker.lane.last_request_id if worker else ""
+            return Standing(lease_s, len(self.roster.alive), last_request_id, life or self.roster.new_life(name))
 
-    def get(self, name: str) -> Worker:
-        """A worker that is alive, or raise WORKER_UNKNOWN."""
-        return self.roster.get(name, self._consistency.lease_s)
+    def _admit(self, name: str, life: int, lease_s: float) -> Worker:
+        """Let a life of a worker be alive, which ends others before it."""
+        known = self.roster.find(name)
+        replaces = known is not None and self.roster.claim(known, life)
+        worker = self.roster.revive(name, lease_s, self._owner.step)
+        worker.life = life
+        if replaces:
+            self._begin_life(worker)
+        return worker
 
-    def attach(self, name: str, stream: int) -> Worker:
+    def _begin_life(self, worker: Worker) -> None:
+        """Let nothing be made any more that a life before has under way, and forget which x it had."""
+        worker.at_step = self._owner.step
+        self._withdraw(worker)
+        self._tell()
+
+    def _leave(self, worker: Worker, life: int) -> None:
+        self.roster.claim(worker, life)
+        worker.lease_until = 0.0
+        if life:
+            # A report that it has sent before, and that arrives after this, must not bring it back.
+            worker.life = life + 1
+        self._withdraw(worker)
+        self._room.strip(worker.lane)
+
+    def act(self, name: str, life: int = 0) -> Worker:
+        """The worker as which a life does something, which ends others before it.
+
+        Raises:
+            OptserveError: WORKER_UNKNOWN, WORKER_REPLACED.
+        """
+        worker = self.roster.get(name)
+        if self.roster.claim(worker, life):
+            self._begin_life(worker)
+        worker.renew(self._consistency.lease_s)
+        return worker
+
+    def attach(self, name: str, stream: int, life: int = 0) -> Worker:
         """A worker has opened a stream: those that it opened before have been given up, and make no steps any more."""
-        worker = self.get(name)
+        worker = self.act(name, life)
         if stream > worker.stream:
             worker.stream = stream
             # It is told now what was made last, and what waits with an earlier one must not be made after that.
@@ -123,8 +163,17 @@ class Workers:
             self._tell()
         return worker
 
-    def _check_stream(self, worker: Worker, stream: int | None) -> None:
-        """Raise STEP_TAKEN_OVER for what comes late, by a stream that was given up."""
+    def _acting(self, step: Step) -> Worker:
+        """The worker that makes a step, if the step may still be made."""
+        worker = self.roster.get(step.worker)
+        self._check_current(worker, step.stream, step.life)
+        worker.renew(self._consistency.lease_s)
+        return worker
+
+    def _check_current(self, worker: Worker, stream: int | None, life: int) -> None:
+        """Raise WORKER_REPLACED for an earlier life, STEP_TAKEN_OVER for a stream that this one has given up."""
+        if life != worker.life:
+            raise refusals.worker_replaced(self._name, worker.name)
         if stream is not None and stream < worker.stream:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER, f"Worker {worker.name!r} of {self._name} has opened another stream since."
@@ -132,14 +181,14 @@ class Workers:
 
     # Steps.
 
-    def hand_over(self, worker: Worker, stream: int | None, make: Callable[[Lane], Step]) -> Step:
-        """Give a worker's lane to a new step that comes by a stream, and that `make` makes with all locks held."""
+    def hand_over(self, worker: Worker, stream: int | None, life: int, make: Callable[[Lane], Step]) -> Step:
+        """Give a worker's lane to a new step of a life, by a stream, which `make` makes with all locks held."""
         while True:
             self._room.equip(worker.lane)
             with worker.lane.lock, self._owner.lock:
                 if worker.lane.equipped:
                     try:
-                        self._check_stream(worker, stream)
+                        self._check_current(worker, stream, life)
                         self._evict_given_up(worker)
                         step = make(worker.lane)
                     except BaseException:
@@ -157,9 +206,11 @@ class Workers:
                     return step
 
     def _evict_given_up(self, worker: Worker) -> None:
-        """Let go what a given-up stream has begun; it need not have come to its end for another to begin."""
+        """Let go what an earlier life or a given-up stream has begun; another may begin before that has ended."""
         holder = worker.lane.holder
-        if holder is not None and holder.stream is not None and holder.stream < worker.stream:
+        if holder is None:
+            return
+        if holder.life != worker.life or (holder.stream is not None and holder.stream < worker.stream):
             worker.lane.holder = None
 
     def _given_back(self, lane: Lane) -> None:
@@ -168,10 +219,10 @@ class Workers:
             self._tell()
         self._room.rest(lane)
 
-    def pulled(self, name: str, step: int) -> None:
+    def pulled(self, name: str, step: int, life: int = 0) -> None:
         """A worker has been given the x of a step."""
         with self._owner.lock:
-            self.get(name).at_step = step
+            self.act(name, life).at_step = step
 
     def share(self) -> Segment | None:
         """Memory for a worker on this host, out of which its gradients are copied, and into which its replies are."""
@@ -223,8 +274,7 @@ class Workers:
     def _commit(self, step: Step) -> Outcome:
         lock = self._owner.lock
         with lock:
-            worker = self.get(step.worker)
-            self._check_stream(worker, step.stream)
+            worker = self._acting(step)
         if step.segment is not None:
             with worker.lane.lock:
                 worker.lane.take_shared(step)
@@ -250,8 +300,8 @@ class Workers:
 
     def _try(self, worker: Worker, step: Step) -> Outcome | None:
         """Let a step go on as far as it can now."""
+        self._acting(step)
         worker.lane.hold(step)
-        self._check_stream(self.get(step.worker), step.stream)
         self._owner.check_usable()
         self._owner.check_lineage(step.lineage)
         if step.replay and worker.lane.retained:

@@ -158,7 +158,7 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     write_shared(segment, np.full(2, 5, F4))
     with pytest.raises(OptserveError, check=is_taken_over):
         given_up.commit()
-    assert np.array_equal(steps.workers.get("w").lane.staging.updates[F4], before)
+    assert np.array_equal(steps.workers.roster.get("w").lane.staging.updates[F4], before)
 
 
 def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
@@ -181,7 +181,7 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     assert waits.wait(5)
     steps.last("a", stream=2)
     # From now on, and not from when the one that waits has noticed.
-    assert steps.workers.get("a").contribution is None
+    assert steps.workers.roster.get("a").contribution is None
     thread.join(5)
     assert refused == [Reason.STEP_TAKEN_OVER]
     others = threading.Thread(target=give, args=("b", 3, 3), daemon=True)

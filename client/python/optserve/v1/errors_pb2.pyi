@@ -39,6 +39,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_GRADIENT_LATE: _ClassVar[ErrorReason]
     ERROR_REASON_WORKERS_ATTACHED: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_FEW_WORKERS: _ClassVar[ErrorReason]
+    ERROR_REASON_WORKER_REPLACED: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_ALREADY_OPEN: _ClassVar[ErrorReason]
     ERROR_REASON_NO_STEP: _ClassVar[ErrorReason]
@@ -87,6 +88,7 @@ ERROR_REASON_WORKER_UNKNOWN: ErrorReason
 ERROR_REASON_GRADIENT_LATE: ErrorReason
 ERROR_REASON_WORKERS_ATTACHED: ErrorReason
 ERROR_REASON_TOO_FEW_WORKERS: ErrorReason
+ERROR_REASON_WORKER_REPLACED: ErrorReason
 ERROR_REASON_NOT_OPEN: ErrorReason
 ERROR_REASON_ALREADY_OPEN: ErrorReason
 ERROR_REASON_NO_STEP: ErrorReason

@@ -27,25 +27,25 @@ from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import steps_pb2 as optserve_dot_v1_dot_steps__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoptserve/v1/replicas.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"\xa2\x01\n\x15PullParametersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x0fnewer_than_step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12(\n\twire_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\x12\x0f\n\x07tensors\x18\x04 \x03(\r\x12\x0e\n\x06worker\x18\x05 \x01(\tB\x12\n\x10_newer_than_step\"n\n\x16PullParametersResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xba\x01\n\x15PushParametersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\twire_type\x18\x02 \x01(\x0e\x32\x15.optserve.v1.DataType\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"&\n\x16PushParametersResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\\\n\x13ReportWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.optserve.v1.WorkerState\"}\n\x14ReportWorkerResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clive_workers\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x17\n\x0flast_request_id\x18\x04 \x01(\t*]\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_ALIVE\x10\x01\x12\x18\n\x14WORKER_STATE_LEAVING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoptserve/v1/replicas.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x17optserve/v1/steps.proto\"\xb0\x01\n\x15PullParametersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x0fnewer_than_step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12(\n\twire_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\x12\x0f\n\x07tensors\x18\x04 \x03(\r\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\x0c\n\x04life\x18\x06 \x01(\x04\x42\x12\n\x10_newer_than_step\"n\n\x16PullParametersResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0cnot_modified\x18\x02 \x01(\x08\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xba\x01\n\x15PushParametersRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\twire_type\x18\x02 \x01(\x0e\x32\x15.optserve.v1.DataType\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x13.optserve.v1.Commit\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"&\n\x16PushParametersResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"j\n\x13ReportWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.optserve.v1.WorkerState\x12\x0c\n\x04life\x18\x04 \x01(\x04\"\x8b\x01\n\x14ReportWorkerResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0clive_workers\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x17\n\x0flast_request_id\x18\x04 \x01(\t\x12\x0c\n\x04life\x18\x05 \x01(\x04*]\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_ALIVE\x10\x01\x12\x18\n\x14WORKER_STATE_LEAVING\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.replicas_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=856
-  _globals['_WORKERSTATE']._serialized_end=949
+  _globals['_WORKERSTATE']._serialized_start=899
+  _globals['_WORKERSTATE']._serialized_end=992
   _globals['_PULLPARAMETERSREQUEST']._serialized_start=130
-  _globals['_PULLPARAMETERSREQUEST']._serialized_end=292
-  _globals['_PULLPARAMETERSRESPONSE']._serialized_start=294
-  _globals['_PULLPARAMETERSRESPONSE']._serialized_end=404
-  _globals['_PUSHPARAMETERSREQUEST']._serialized_start=407
-  _globals['_PUSHPARAMETERSREQUEST']._serialized_end=593
-  _globals['_PUSHPARAMETERSRESPONSE']._serialized_start=595
-  _globals['_PUSHPARAMETERSRESPONSE']._serialized_end=633
-  _globals['_REPORTWORKERREQUEST']._serialized_start=635
-  _globals['_REPORTWORKERREQUEST']._serialized_end=727
-  _globals['_REPORTWORKERRESPONSE']._serialized_start=729
-  _globals['_REPORTWORKERRESPONSE']._serialized_end=854
+  _globals['_PULLPARAMETERSREQUEST']._serialized_end=306
+  _globals['_PULLPARAMETERSRESPONSE']._serialized_start=308
+  _globals['_PULLPARAMETERSRESPONSE']._serialized_end=418
+  _globals['_PUSHPARAMETERSREQUEST']._serialized_start=421
+  _globals['_PUSHPARAMETERSREQUEST']._serialized_end=607
+  _globals['_PUSHPARAMETERSRESPONSE']._serialized_start=609
+  _globals['_PUSHPARAMETERSRESPONSE']._serialized_end=647
+  _globals['_REPORTWORKERREQUEST']._serialized_start=649
+  _globals['_REPORTWORKERREQUEST']._serialized_end=755
+  _globals['_REPORTWORKERRESPONSE']._serialized_start=758
+  _globals['_REPORTWORKERRESPONSE']._serialized_end=897
 # @@protoc_insertion_point(module_scope)

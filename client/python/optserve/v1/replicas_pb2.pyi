@@ -22,18 +22,20 @@ WORKER_STATE_ALIVE: WorkerState
 WORKER_STATE_LEAVING: WorkerState
 
 class PullParametersRequest(_message.Message):
-    __slots__ = ("name", "newer_than_step", "wire_type", "tensors", "worker")
+    __slots__ = ("name", "newer_than_step", "wire_type", "tensors", "worker", "life")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NEWER_THAN_STEP_FIELD_NUMBER: _ClassVar[int]
     WIRE_TYPE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     name: str
     newer_than_step: int
     wire_type: _optimizer_pb2.DataType
     tensors: _containers.RepeatedScalarFieldContainer[int]
     worker: str
-    def __init__(self, name: _Optional[str] = ..., newer_than_step: _Optional[int] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., tensors: _Optional[_Iterable[int]] = ..., worker: _Optional[str] = ...) -> None: ...
+    life: int
+    def __init__(self, name: _Optional[str] = ..., newer_than_step: _Optional[int] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., tensors: _Optional[_Iterable[int]] = ..., worker: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
 class PullParametersResponse(_message.Message):
     __slots__ = ("step", "not_modified", "chunk", "data")
@@ -70,23 +72,27 @@ class PushParametersResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ...) -> None: ...
 
 class ReportWorkerRequest(_message.Message):
-    __slots__ = ("name", "worker", "state")
+    __slots__ = ("name", "worker", "state", "life")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     name: str
     worker: str
     state: WorkerState
-    def __init__(self, name: _Optional[str] = ..., worker: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ...) -> None: ...
+    life: int
+    def __init__(self, name: _Optional[str] = ..., worker: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., life: _Optional[int] = ...) -> None: ...
 
 class ReportWorkerResponse(_message.Message):
-    __slots__ = ("lease", "live_workers", "step", "last_request_id")
+    __slots__ = ("lease", "live_workers", "step", "last_request_id", "life")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     LIVE_WORKERS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     lease: _duration_pb2.Duration
     live_workers: int
     step: int
     last_request_id: str
-    def __init__(self, lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., live_workers: _Optional[int] = ..., step: _Optional[int] = ..., last_request_id: _Optional[str] = ...) -> None: ...
+    life: int
+    def __init__(self, lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., live_workers: _Optional[int] = ..., step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...

@@ -39,7 +39,7 @@ OPERAND_GRADIENT: Operand
 OPERAND_CURVATURE: Operand
 
 class ApplyGradientsRequest(_message.Message):
-    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage")
+    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage", "life", "last_request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,8 @@ class ApplyGradientsRequest(_message.Message):
     REPLY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_STEP_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     expected_step: int
@@ -56,7 +58,9 @@ class ApplyGradientsRequest(_message.Message):
     reply: Reply
     parameters_step: int
     lineage: str
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ...) -> None: ...
+    life: int
+    last_request_id: str
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ..., life: _Optional[int] = ..., last_request_id: _Optional[str] = ...) -> None: ...
 
 class ApplyGradientsResponse(_message.Message):
     __slots__ = ("result", "updates")
@@ -111,20 +115,22 @@ class StreamStepsResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[StepError, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("name", "wire_type", "transport", "worker", "max_chunk_bytes", "etag")
+    __slots__ = ("name", "wire_type", "transport", "worker", "max_chunk_bytes", "etag", "life")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WIRE_TYPE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     name: str
     wire_type: _optimizer_pb2.DataType
     transport: Transport
     worker: str
     max_chunk_bytes: int
     etag: str
-    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ...) -> None: ...
+    life: int
+    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "shared_memory")
