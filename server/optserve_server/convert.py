@@ -244,6 +244,7 @@ def statistics(item: TensorStatistics) -> statistics_pb2.TensorStatistics:
         rms_gradient=item.rms_gradient,
         rms_update=item.rms_update,
         effective_rate_quantiles=item.rate_quantiles,
+        rates_count_last_update=item.rates_count_last_update,
     )
     for position, index in enumerate(item.indices):
         message.elements.add(

@@ -167,6 +167,13 @@ class Lane:
         if segment and self.retained and self.staging.in_place and segment.dirty:
             self.retained.intact = False
 
+    def keeps_updates(self, tensor: int) -> bool:
+        """Whether the staging buffer holds the updates that the last step made of a parameter."""
+        if self._staging is not None and self._staging.segment is not None:
+            self.note_overwritten()
+        retained = self.retained
+        return retained is not None and retained.intact and tensor in retained.tensors
+
     def take_shared(self, step: Step) -> None:
         """Take the gradients of a step that a client has put into the memory that it shares.
 

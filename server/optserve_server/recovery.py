@@ -185,6 +185,7 @@ class Replay:
                     state.write(dtype, slot, start, values[start:stop])
         if record.lsn > item.steps.lsn:
             item.state.set(settings)
+            item.state.forget_last_step()
             item.steps.lsn, item.steps.step = record.lsn, message["step"]
             item.steps.lineage, item.steps.main.retained = message["lineage"], None
             item.steps.workers.forget_replies()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from optserve_server.settings import Settings
 def operands_of(rule: Rule) -> tuple[Operand, ...]:
     """What a step of that rule brings."""
     return (Operand.GRADIENT, Operand.CURVATURE) if rule.takes_curvature else (Operand.GRADIENT,)
+
+
+class _LastStep(NamedTuple):
+    """What the last step that was applied was made with: the settings of that time, and what follows from them."""
+
+    settings: Settings
+    rules: list[Rule]
+    position_of: dict[int, int]
+    step: int
+    staleness: int
 
 
 class State:
@@ -41,6 +51,7 @@ class State:
     def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self.backend = backend
+        self._last: _LastStep | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self.set(settings)
         rule = settings.rule
@@ -137,6 +148,7 @@ class State:
             step: Number of steps applied before, by which the learning rate is scheduled.
             staleness: By which it is scaled; 0 where it is not.
         """
+        self._last = _LastStep(self.settings, self._rules, self._position_of, step, staleness)
         scalars = self._scalars(step, staleness) if staleness or not self._constants else self._constants
         for run in runs:
             for part, position in self._parts_of(run):
@@ -168,9 +180,22 @@ class State:
             self.backend.copy(arena, copies[dtype])
         return copies
 
-    def rule_of(self, tensor: int) -> Rule:
-        """The rule that a parameter follows."""
-        return self._rules[self._position_of.get(tensor, 0)]
+    def last_rule_of(self, tensor: int, step: int) -> Rule:
+        """The rule that a parameter followed in the last step, with the learning rate that it had there.
+
+        A state that came from a file or a client does not say what that step was made with: then by its settings.
+
+        Args:
+            tensor: The parameter.
+            step: Number of steps applied.
+        """
+        last = self._last or _LastStep(self.settings, self._rules, self._position_of, max(step - 1, 0), 0)
+        rule = last.rules[last.position_of.get(tensor, 0)]
+        return last.settings.at(rule, last.step, last.staleness)
+
+    def forget_last_step(self) -> None:
+        """The state is another one, which that step has not made."""
+        self._last = None
 
     def look(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
         """A copy of elements of one arena of one slot, in float64."""

@@ -57,7 +57,12 @@ class Query:
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Of one tensor. Arrays are float64; `rates` and `updates` are None where there are none."""
+    """Of one tensor. Arrays are float64; `rates` and `updates` are None where there are none.
+
+    Attributes:
+        rates_count_last_update: Whether the rates are RMS[Δx]_t / RMS[g]_t, as the last update, which would say what
+            RMS[Δx]_{t−1} was, is no longer retained.
+    """
 
     tensor: int
     rms_gradient: float | None
@@ -67,6 +72,7 @@ class TensorStatistics:
     rates: np.ndarray | None
     updates: np.ndarray | None
     slots: list[np.ndarray] = field(default_factory=list)
+    rates_count_last_update: bool = False
 
 
 def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStatistics]]:
@@ -172,35 +178,40 @@ class _Look:
         parameter, start = state.layout.parameters[tensor], state.layout.starts[tensor]
         steps = optimizer.steps
         self.tensor, self.indices = tensor, indices
-        self.rule = state.settings.at(state.rule_of(tensor), steps.step)
+        self.rule = state.last_rule_of(tensor, steps.step)
         self.stepped = steps.step > 0
         stride = max(1, -(-parameter.size // max_sample))
         part = slice(start, start + parameter.size, stride)
         slots = range(len(self.rule.slots))
         self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]
         self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
-        retained = steps.main.retained
-        there = retained is not None and retained.intact and tensor in retained.tensors
-        self.updates = (
-            steps.main.staging.updates[parameter.dtype][start + indices].astype(np.float64) if there else None
-        )
+        self.sample_updates = self.updates = None
+        if steps.main.keeps_updates(tensor):
+            updates = steps.main.staging.updates[parameter.dtype]
+            self.updates = updates[start + indices].astype(np.float64)
+            if self.rule.rate_needs_update:
+                self.sample_updates = updates[part].astype(np.float64)
+            # A client that shares this memory may have begun to write there.
+            if not steps.main.keeps_updates(tensor):
+                self.sample_updates = self.updates = None
 
     def statistics(self, quantiles: Sequence[float]) -> TensorStatistics:
-        rates = self._rates(self.sample) if self.stepped else None
+        rates = self._rates(self.sample, self.sample_updates) if self.stepped else None
         return TensorStatistics(
             self.tensor,
             self._rms(self.rule.gradient_square_slot),
             self._rms(self.rule.update_square_slot),
             np.quantile(rates, quantiles).tolist() if rates is not None and rates.size else [],
             self.indices,
-            self._rates(self.elements) if self.stepped else None,
+            self._rates(self.elements, self.updates) if self.stepped else None,
             self.updates,
             self.elements,
+            self.stepped and self.rule.rate_needs_update and self.updates is None,
         )
 
-    def _rates(self, slots: list[np.ndarray]) -> np.ndarray | None:
+    def _rates(self, slots: list[np.ndarray], updates: np.ndarray | None) -> np.ndarray | None:
         with np.errstate(all="ignore"):
-            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)))
+            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)), updates)
         size = slots[0].size if slots else max(self.indices.size, 1)
         return None if rates is None else np.broadcast_to(np.asarray(rates, np.float64), (size,))
 

@@ -307,6 +307,7 @@ class Steps:
                     self._state.write(dtype, slot, 0, values)
             except Exception as error:
                 raise self._lose("while the state was replaced") from error
+            self._state.forget_last_step()
             self.step, self.lineage = record.step, record.lineage
             self.main.retained, self.placed_by = None, record.placed_by
             self.workers.forget_replies()

@@ -31,7 +31,7 @@ def stepped(client, name: str, algorithm: optserve.Algorithm, steps: int = 3, **
     return opt
 
 
-def test_adadeltas_root_mean_squares_and_rates_are_those_of_its_slots(client, name):
+def test_adadeltas_root_mean_squares_are_those_of_its_slots(client, name):
     opt = stepped(client, name, optserve.Adadelta(rho=0.9, eps=1e-4))
     found, slots = opt.statistics(quantiles=[0.0, 0.5, 1.0]), opt.export_state().slots
     assert found.step == 3
@@ -41,9 +41,7 @@ def test_adadeltas_root_mean_squares_and_rates_are_those_of_its_slots(client, na
         square, delta = (slots[parameter][slot].astype(np.float64) for slot in ("square_avg", "acc_delta"))
         assert item.rms_gradient == pytest.approx(np.sqrt(square.mean() + 1e-4), rel=1e-12)
         assert item.rms_update == pytest.approx(np.sqrt(delta.mean() + 1e-4), rel=1e-12)
-        rates = np.sqrt((delta + 1e-4) / (square + 1e-4))
         assert list(item.rates) == [0.0, 0.5, 1.0]
-        assert list(item.rates.values()) == pytest.approx(np.quantile(rates, [0, 0.5, 1]).tolist(), rel=1e-12)
     assert found.parameters["none"].rates == {}
 
 
@@ -86,8 +84,77 @@ def test_rates_follow_schedules_and_groups(client, name):
         groups=[optserve.Group(["b"], {"learning_rate": 8.0})],
     )  # fmt: skip
     found = opt.statistics(quantiles=[0.5]).parameters
-    assert found["w"].rates == {0.5: 0.25}
-    assert found["b"].rates == {0.5: 2.0}
+    # Those of the last step, before which two had been applied.
+    assert found["w"].rates == {0.5: pytest.approx(1 / 3)}
+    assert found["b"].rates == {0.5: pytest.approx(8 / 3)}
+    opt.update(optserve.Sgd(learning_rate=5.0), schedule=None, groups=[])
+    after = opt.statistics(quantiles=[0.5]).parameters
+    assert [after[parameter].rates for parameter in "wb"] == [found[parameter].rates for parameter in "wb"]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [optserve.Adadelta(rho=0.9, eps=1e-4, learning_rate=0.3), optserve.Adadelta(rho=0)]
+)
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_rate_of_adadelta_is_the_factor_between_the_last_gradient_and_its_update(client, name, algorithm, transport):
+    client.create_optimizer(name, algorithm, gradients(0))
+    opt = client.optimizer(name, transport=transport)
+    updates = {}
+    for seed in range(4):
+        updates = opt.step(gradients(seed))
+    found = opt.statistics(indices=[0, 8], quantiles=[0.0, 0.5, 1.0], names=["w", "b"]).parameters
+    for parameter, precision in (("w", 2e-6), ("b", 1e-12)):
+        item, rates = found[parameter], -updates[parameter].astype(np.float64) / gradients(3)[parameter]
+        assert not item.rates_count_last_update
+        np.testing.assert_allclose(list(item.rates.values()), np.quantile(rates, [0, 0.5, 1]), rtol=precision)
+        np.testing.assert_allclose(item.elements.rates, rates.reshape(-1)[[0, 8]], rtol=precision)
+
+
+def test_without_the_last_update_rates_count_it_and_say_so(client, name):
+    client.create_optimizer(name, optserve.Adadelta(eps=1e-4), gradients(0))
+    opt = client.optimizer(name, transport="grpc")
+    opt.step(gradients(0))
+    opt.step({"b": gradients(1)["b"]}, partial=True)
+    found, slots = opt.statistics(names=["w", "b"], indices=[0]).parameters, opt.export_state().slots["w"]
+    assert found["w"].rates_count_last_update
+    assert not found["b"].rates_count_last_update
+    expected = np.sqrt((slots["acc_delta"][0, 0] + 1e-4) / (slots["square_avg"][0, 0] + 1e-4))
+    np.testing.assert_allclose(found["w"].elements.rates, [expected], rtol=1e-6)
+
+
+def test_the_memory_that_a_client_has_begun_to_overwrite_is_no_last_update(client, name):
+    client.create_optimizer(name, optserve.Adadelta(), gradients(0))
+    opt = client.optimizer(name, transport="shm")
+    opt.step(gradients(0))
+    assert opt.statistics(["w"], indices=[0]).parameters["w"].elements.updates is not None
+    opt.buffers()["w"][...] = 7.0
+    item = opt.statistics(["w"], indices=[0]).parameters["w"]
+    assert item.elements.updates is None
+    assert item.rates_count_last_update
+
+
+def test_rates_are_the_same_after_a_restart_and_those_of_the_settings_after_a_restore(tmp_path):
+    schedule = optserve.Exponential(rate=0.5)
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        opt = client.create_optimizer("kept", optserve.Adadelta(), gradients(0), schedule=schedule)
+        for seed in range(3):
+            opt.step(gradients(seed))
+        opt.save_checkpoint("three")
+        before = opt.statistics(indices=[0, 3], names=["w", "b"])
+    with optserve.local_server(tmp_path) as server, optserve.connect(server.target) as client:
+        opt = client.optimizer("kept")
+        after = opt.statistics(indices=[0, 3], names=["w", "b"])
+        for parameter, item in before.parameters.items():
+            assert after.parameters[parameter].rates == item.rates
+            assert after.parameters[parameter].elements.updates.tolist() == item.elements.updates.tolist()
+        opt.step(gradients(9))
+        opt.restore_checkpoint("three")
+        restored = opt.statistics(names=["b"], indices=[0]).parameters["b"]
+        slots = opt.export_state().slots["b"]
+        assert restored.rates_count_last_update
+        # A quarter is the factor of the third step.
+        expected = 0.25 * np.sqrt((slots["acc_delta"][0] + 1e-6) / (slots["square_avg"][0] + 1e-6))
+        np.testing.assert_allclose(restored.elements.rates, [expected], rtol=1e-12)
 
 
 def test_elements_have_the_last_update_as_long_as_it_is_retained(client, name):

@@ -18,8 +18,8 @@ class Elements:
 
     Attributes:
         indices: Their flat indices.
-        rates: Effective learning rates: the factor on −g; None before the first step, and for methods whose factor
-            does not depend on the state alone.
+        rates: Effective learning rates: the factor on −g that the last step used; None before the first step, and for
+            methods whose factor does not follow from the state.
         updates: The last Δx; None where the server has it no more.
         slots: The state, slot by slot.
     """
@@ -37,14 +37,18 @@ class TensorStatistics:
     Attributes:
         rms_gradient: √(mean(E[g²]) + ε); None where the method has no such average.
         rms_update: √(mean(E[Δx²]) + ε), likewise.
-        rates: Quantiles of the effective learning rate; empty before the first step.
+        rates: Quantiles of the effective learning rate of the last step, for ADADELTA RMS[Δx]_{t−1} / RMS[g]_t; empty
+            before the first step.
         elements: Those asked for.
+        rates_count_last_update: Whether all rates are RMS[Δx]_t / RMS[g]_t instead, because the server no longer has
+            the last update, as where workers share the optimizer.
     """
 
     rms_gradient: float | None
     rms_update: float | None
     rates: dict[float, float]
     elements: Elements
+    rates_count_last_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def statistics_from(
             # Without rates there are no quantiles of them.
             dict(zip(quantiles, tensor.effective_rate_quantiles, strict=False)),
             _elements(tensor.elements, slots),
+            tensor.rates_count_last_update,
         )
         for tensor in message.tensors
     }

@@ -29,9 +29,24 @@ class Adadelta(Rule):
         """ρ, 1−ρ, ε, learning rate."""
         return self.rho, 1.0 - self.rho, self.eps, self.learning_rate
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
-        """RMS[Δx] / RMS[g], times the learning rate."""
-        return self.learning_rate * np.sqrt((slots["acc_delta"] + self.eps) / (slots["square_avg"] + self.eps))
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:
+        """RMS[Δx]_{t−1} / RMS[g]_t, times the learning rate (equation 14); without the update RMS[Δx]_t / RMS[g]_t."""
+        squares, deltas = slots["square_avg"], slots["acc_delta"]
+        rates = self.learning_rate * np.sqrt((deltas + self.eps) / (squares + self.eps))
+        if update is None or not self.rate_needs_update:
+            return rates
+        if self.rho == 0:
+            # Nothing is left of E[Δx²]_{t−1}, but E[g²] is the square of the last gradient, if that was not 0.
+            return np.where(squares > 0, np.abs(update) / np.sqrt(squares), rates)
+        delta = update / self.learning_rate
+        # Line 6 of Algorithm 1 the other way round. Rounding can leave less than nothing of what was 0.
+        before = np.maximum(deltas - (1.0 - self.rho) * delta * delta, 0.0) / self.rho
+        return self.learning_rate * np.sqrt((before + self.eps) / (squares + self.eps))
+
+    @property
+    def rate_needs_update(self) -> bool:
+        """Unless every rate is 0."""
+        return self.learning_rate > 0
 
     @staticmethod
     def update(

@@ -30,7 +30,7 @@ class Adagrad(Rule):
         """−η, ε."""
         return -self.learning_rate, self.eps
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η / (√(Σ g²) + ε)."""
         return self.learning_rate / (np.sqrt(slots["sum"]) + self.eps)
 

@@ -62,9 +62,19 @@ class Rule:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
         raise NotImplementedError
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
-        """The factor on −g, in float64, that slots in float64 stand for; None if it does not depend on them alone."""
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """The factor on −g that the last step used, in float64; None if it does not follow from the slots.
+
+        Args:
+            slots: As that step has left them behind, in float64.
+            update: What it answered with, in float64; None where that is no longer known.
+        """
         return None
+
+    @property
+    def rate_needs_update(self) -> bool:
+        """Whether `effective_rate` is another one without the update."""
+        return False
 
     def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
         """Which values of a slot no step leaves behind, as booleans, beside negative ones of slots that have no sign.

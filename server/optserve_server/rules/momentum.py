@@ -31,7 +31,7 @@ class Momentum(Rule):
         """ρ, η."""
         return self.rho, self.learning_rate
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η."""
         return self.learning_rate
 

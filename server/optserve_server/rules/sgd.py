@@ -25,7 +25,7 @@ class Sgd(Rule):
         """−η."""
         return (-self.learning_rate,)
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η."""
         return self.learning_rate
 

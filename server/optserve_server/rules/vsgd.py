@@ -51,11 +51,13 @@ class Vsgd(Rule):
         """As for every rule; the enlarged square has to be finite as well."""
         return super().gradient_limit(dtype) / math.sqrt(self.initial_overestimate)
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """E[g]² / (E[g²] E[|h|]); 0 while the first estimates are made."""
         power = slots["grad_avg"] ** 2
         signal = power / (np.maximum(slots["square_avg"], power) + _TINY)
-        return (slots["tau"] > 0) * signal / (slots["curvature_avg"] + self.eps)
+        # The step that ends the first estimates, and leaves their number behind as τ, has moved nothing either.
+        started = (slots["tau"] > 0) & (slots["tau"] != self.initial_steps)
+        return started * signal / (slots["curvature_avg"] + self.eps)
 
     def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:
         """τ is at least 1, or minus a number of steps."""

@@ -44,7 +44,7 @@ class WindowedRms(Rule):
         """ρ, 1−ρ, ε, ε_outer, −η."""
         return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray]) -> Any:
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η / RMS[g]."""
         return self.learning_rate / (np.sqrt(slots["square_avg"] + self.eps) + self.outer_eps)
 

@@ -31,18 +31,20 @@ class GetStatisticsResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorStatistics, _Mapping]]] = ...) -> None: ...
 
 class TensorStatistics(_message.Message):
-    __slots__ = ("tensor", "rms_gradient", "rms_update", "effective_rate_quantiles", "elements")
+    __slots__ = ("tensor", "rms_gradient", "rms_update", "effective_rate_quantiles", "elements", "rates_count_last_update")
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     RMS_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     RMS_UPDATE_FIELD_NUMBER: _ClassVar[int]
     EFFECTIVE_RATE_QUANTILES_FIELD_NUMBER: _ClassVar[int]
     ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    RATES_COUNT_LAST_UPDATE_FIELD_NUMBER: _ClassVar[int]
     tensor: int
     rms_gradient: float
     rms_update: float
     effective_rate_quantiles: _containers.RepeatedScalarFieldContainer[float]
     elements: _containers.RepeatedCompositeFieldContainer[ElementStatistics]
-    def __init__(self, tensor: _Optional[int] = ..., rms_gradient: _Optional[float] = ..., rms_update: _Optional[float] = ..., effective_rate_quantiles: _Optional[_Iterable[float]] = ..., elements: _Optional[_Iterable[_Union[ElementStatistics, _Mapping]]] = ...) -> None: ...
+    rates_count_last_update: bool
+    def __init__(self, tensor: _Optional[int] = ..., rms_gradient: _Optional[float] = ..., rms_update: _Optional[float] = ..., effective_rate_quantiles: _Optional[_Iterable[float]] = ..., elements: _Optional[_Iterable[_Union[ElementStatistics, _Mapping]]] = ..., rates_count_last_update: bool = ...) -> None: ...
 
 class ElementStatistics(_message.Message):
     __slots__ = ("index", "effective_rate", "update", "slots")
