@@ -132,13 +132,14 @@ class App:
         logger.info("stopped")
 
 
-def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
+def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         config: The settings.
         announce: Print `ready TARGET` on standard output once the server answers.
         exit_on_eof: Stop as well when standard input ends, that is, when the parent process is gone.
+        target_file: Holds the target while the server answers.
     """
     # The system may give a signal to any thread, which leaves a main thread that waits for an event asleep. The wakeup
     # descriptor is written whichever thread it is.
@@ -152,14 +153,33 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool) -> None:
     malloc.keep_freed_memory()
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    if target_file:
+        _tell_target(target_file, "")
     app = App(config)
     app.start()
+    if target_file:
+        _tell_target(target_file, app.target)
     if announce:
         print(f"ready {app.target}", flush=True)
     if exit_on_eof:
         threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
     os.read(wish_to_stop, 1)
     app.stop()
+    if target_file:
+        _tell_target(target_file, "")
+
+
+def _tell_target(path: Path, target: str) -> None:
+    """Write what clients connect to into a file, or remove it where there is nothing to connect to."""
+    try:
+        if not target:
+            path.unlink(missing_ok=True)
+            return
+        whole = path.with_name(f"{path.name}.{os.getpid()}")
+        whole.write_text(f"{target}\n", encoding="utf-8")
+        whole.replace(path)
+    except OSError as error:
+        logger.warning("%s, from which commands take the target, cannot be written: %s", path, error)
 
 
 def _wait_for_eof(stop: int) -> None:

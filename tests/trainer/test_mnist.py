@@ -184,12 +184,14 @@ def test_nothing_is_left_behind_on_the_server(server, client, small):
     assert not [item.name for item in client.list_optimizers() if "mnist" in item.name]
 
 
-def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_ends_the_training_in_order_with_a_report_of_what_was_done(small, tmp_path, number):
     report = tmp_path / "report.json"
     # Where the tests run in the background, SIGINT is ignored, and children inherit that. Not a preexec_fn, for which
     # this process would have to fork: that does not go with gRPC in it.
     program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);from optserve.cli import main; main()"
+        "import signal; from optserve_command import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "main()"
     )
     command = [sys.executable, "-u", "-c", program, "mnist", "--epochs", "10000"]
     command += ["--data-dir", str(small), "--json", str(report), "--backend", "numpy"]
@@ -198,7 +200,7 @@ def test_ctrl_c_ends_the_training_in_order_with_a_report_of_what_was_done(small,
     for line in iter(process.stdout.readline, ""):
         if line.startswith("epoch"):
             break
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=20)
     assert process.returncode == 130, errors
     assert "Stopped after" in output

@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from optserve_command.config import default_target
+
 console = Console()
 errors = Console(stderr=True)
 
-DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TARGET = default_target()
 
 Target = Annotated[str, typer.Option(help="Server, HOST:PORT or unix:PATH.")]
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from optserve.cli.as_json import Json, plain, print_json
-from optserve.cli.console import DEFAULT_TARGET, Target, fail, say, show_table, size
+from optserve.cli.console import DEFAULT_TARGET, Target, fail, show_table, size
+from optserve_command import probe
 
 
 def serve(context: typer.Context) -> None:
@@ -33,24 +34,11 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
 
 def health(
     target: Target = DEFAULT_TARGET,
-    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = probe.DEFAULT_TIMEOUT_S,
+    json: Json = False,
 ) -> None:
     """Ask a server whether it is serving; exit code 0 if so, 1 if not."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    from optserve._proxies import channel_options, proxy_hint
-
-    with grpc.insecure_channel(target, options=channel_options(target)) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            said = error.details() if isinstance(error, grpc.Call) else error
-            fail(f"{target} does not answer: {said}.{proxy_hint(target)}")
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        fail(f"{target} is {status}")
-    say(f"{target} is {status}")
+    raise typer.Exit(probe.report(target, timeout_s, json))
 
 
 def info(target: Target = DEFAULT_TARGET, json: Json = False) -> None:

@@ -1,0 +1,207 @@
+"""Asks a server for its health with a socket alone: a few frames of HTTP/2 that call grpc.health.v1.Health/Check.
+
+A gRPC library would take ten times as long to load as the question takes; even dataclasses and json would double that.
+No proxy is asked, whatever the environment names: this is for a server that one is beside.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import time
+
+from optserve_command.config import default_target
+
+STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+"""Names of grpc.health.v1.HealthCheckResponse.ServingStatus."""
+
+DEFAULT_TIMEOUT_S = 5.0
+
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY = 0, 1, 3, 4, 6, 7
+_END_STREAM = _ACK = 1
+_END_HEADERS = 4
+_MAX_FRAME_BYTES = 16_384
+"""The largest frame that a server may send to who has asked for no larger ones."""
+
+
+class ProbeError(Exception):
+    """There is no answer, or none that says how the server is."""
+
+
+def parse(arguments: list[str]) -> tuple[str, float, bool] | None:
+    """The arguments of `report` from a plain command line; None where another parser has to explain something."""
+    target, timeout_s, as_json = "", DEFAULT_TIMEOUT_S, False
+    rest = [part for item in arguments for part in (item.split("=", 1) if item.startswith("--") else [item])]
+    while rest:
+        option = rest.pop(0)
+        if option == "--json":
+            as_json = True
+        elif option == "--target" and rest:
+            target = rest.pop(0)
+        elif option == "--timeout-s" and rest:
+            try:
+                timeout_s = float(rest.pop(0))
+            except ValueError:
+                return None
+        else:
+            return None
+    return target, timeout_s, as_json
+
+
+def report(target: str, timeout_s: float, as_json: bool) -> int:
+    """Ask, print the answer, and give the exit code: 0 if the server is serving, else 1.
+
+    Args:
+        target: HOST:PORT or unix:PATH; empty for the default.
+        timeout_s: How long to wait for the answer, in seconds.
+        as_json: Print it as JSON.
+    """
+    target = target or default_target()
+    status, error = None, None
+    try:
+        status = ask(target, timeout_s)
+    except ProbeError as unknown:
+        error = str(unknown)
+    if as_json:
+        import json
+
+        print(json.dumps({"target": target, "status": status, "error": error}, indent=2))
+    elif status == "SERVING":
+        print(f"{target} is {status}")
+    else:
+        print(f"optserve: {error or f'{target} is {status}'}", file=sys.stderr)
+    return 0 if status == "SERVING" else 1
+
+
+def ask(target: str, timeout_s: float) -> str:
+    """The status of a server, one of STATUSES.
+
+    Args:
+        target: HOST:PORT or unix:PATH.
+        timeout_s: In all, in seconds.
+
+    Raises:
+        ProbeError: It does not answer in time, or not with a status.
+    """
+    if not 0 < timeout_s < float("inf"):
+        raise ProbeError(f"The time to wait must be a positive number of seconds, not {timeout_s:g}.")
+    connection = _Connection(time.monotonic() + timeout_s)
+    try:
+        connection.open(target)
+        return connection.check()
+    except TimeoutError:
+        raise ProbeError(f"{target} does not answer within {timeout_s:g} s.") from None
+    except (OSError, UnicodeError) as error:
+        raise ProbeError(f"{target} does not answer: {getattr(error, 'strerror', None) or error}.") from None
+    except ProbeError as error:
+        raise ProbeError(f"{target} {error}.") from None
+    finally:
+        connection.close()
+
+
+class _Connection:
+    """One call over one connection, until a deadline of time.monotonic."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._socket: socket.socket | None = None
+
+    def open(self, target: str) -> None:
+        if target.startswith("unix:"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket.settimeout(self._left_s())
+            path = target.removeprefix("unix:")
+            self._socket.connect(path.removeprefix("//") if path.startswith("///") else path)
+            return
+        for scheme in ("dns:///", "dns:", "ipv4:", "ipv6:"):
+            target = target.removeprefix(scheme)
+        host, _, port = target.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ProbeError("is neither HOST:PORT nor unix:PATH")
+        self._socket = socket.create_connection((host.strip("[]"), int(port)), self._left_s())
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def check(self) -> str:
+        fields = (
+            b"\x83\x86"  # :method POST, :scheme http, which HPACK knows by number
+            + b"\x04" + _text(b"/grpc.health.v1.Health/Check")  # :path
+            + b"\x01" + _text(b"localhost")  # :authority
+            + b"\x0f\x10" + _text(b"application/grpc")  # content-type
+            + b"\x00" + _text(b"te") + _text(b"trailers")
+        )  # fmt: skip
+        self._send(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + _frame(_SETTINGS, 0, 0)
+            + _frame(_HEADERS, _END_HEADERS, 1, fields)
+            # A request without fields, hence without bytes, behind the five of its gRPC header.
+            + _frame(_DATA, _END_STREAM, 1, bytes(5))
+        )
+        answer = b""
+        while True:
+            kind, flags, stream, payload = self._frame()
+            if kind == _SETTINGS and not flags & _ACK:
+                self._send(_frame(_SETTINGS, _ACK, 0))
+            elif kind == _PING and not flags & _ACK:
+                self._send(_frame(_PING, _ACK, 0, payload))
+            elif kind == _DATA and stream == 1:
+                answer += payload
+                if len(answer) > _MAX_FRAME_BYTES:
+                    raise ProbeError("answers with more than a status")
+            elif kind == _GOAWAY or (kind == _RST_STREAM and stream == 1):
+                raise ProbeError("refuses the call")
+            if kind in (_DATA, _HEADERS) and stream == 1 and flags & _END_STREAM:
+                return _status(answer)
+
+    def _frame(self) -> tuple[int, int, int, bytes]:
+        """(kind, flags, stream, payload) of the next frame."""
+        head = self._receive(9)
+        size = int.from_bytes(head[:3], "big")
+        if size > _MAX_FRAME_BYTES:
+            raise ProbeError("does not speak HTTP/2")
+        return head[3], head[4], struct.unpack(">I", head[5:])[0] & 0x7FFF_FFFF, self._receive(size)
+
+    def _receive(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size:
+            part = self._ready().recv(size - len(received))
+            if not part:
+                raise ProbeError("closes the connection")
+            received += part
+        return received
+
+    def _send(self, data: bytes) -> None:
+        self._ready().sendall(data)
+
+    def _ready(self) -> socket.socket:
+        if self._socket is None:
+            raise ProbeError("is not connected")
+        self._socket.settimeout(self._left_s())
+        return self._socket
+
+    def _left_s(self) -> float:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+def _text(value: bytes) -> bytes:
+    """A string of HPACK of less than 127 bytes."""
+    return bytes((len(value),)) + value
+
+
+def _status(answer: bytes) -> str:
+    """The status in a gRPC message: not compressed, its size in four bytes, then field 1, of one byte, or nothing."""
+    if answer == bytes(5):
+        return STATUSES[0]
+    if len(answer) == 7 and answer[:6] == b"\0\0\0\0\2\x08" and answer[6] < len(STATUSES):
+        return STATUSES[answer[6]]
+    raise ProbeError("gives no status: it is no optserve server, or refuses the call")
