@@ -45,7 +45,7 @@ class ServerConfig:
     backend: str = "auto"
     """`auto`, `cupy`, `numba` or `numpy`."""
     threads: int = 0
-    """Threads that a CPU kernel uses; 0 for one per core."""
+    """Threads that a CPU kernel uses; 0 for one per core that the server may use, a container's quota counted."""
     max_streams: int = 256
     """Streams open at the same time; each occupies a thread."""
     unary_threads: int = 16

@@ -6,21 +6,17 @@ process when two threads enter it, and NumPy has none. Rules are per dimension, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+from optserve_server.machine import usable_cores
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a second thread pays for its wake-up."""
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Slices:
-    """Splits [0, size) evenly over `threads` threads, of which the caller is one; 0 for one per core."""
+    """Splits [0, size) evenly over `threads` threads, of which the caller is one; 0 for one per usable core."""
 
     def __init__(self, threads: int = 0) -> None:
         self.threads = threads or usable_cores()

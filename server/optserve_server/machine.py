@@ -1,0 +1,65 @@
+"""What this process may use of its machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def usable_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> int:
+    """Cores that this process may run on, or fewer where a quota, such as that of a container, gives it less time.
+
+    A part of a core counts as a whole one: two threads at a quota of 1.5 cores are faster than one.
+
+    Args:
+        cgroups: Where the kernel shows control groups, of version 1 or 2.
+        own_cgroups: The file that says which of them this process is in.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _groups("cpu", cgroups, own_cgroups):
+        quota = _quota(folder)
+        if quota is not None:
+            cores = min(cores, max(1, math.ceil(quota)))
+    return cores
+
+
+def _groups(controller: str, cgroups: Path, own_cgroups: Path) -> Iterator[Path]:
+    """The folders of the groups that limit this process, its own and those around it.
+
+    Within a container its own is usually shown as the root, whatever its name outside.
+    """
+    yield cgroups
+    yield cgroups / controller
+    # Lines such as "0::/user.slice" of version 2, or "4:cpu,cpuacct:/docker/1f" of version 1.
+    for line in _read(own_cgroups).splitlines():
+        _, controllers, name = line.split(":", 2) if line.count(":") >= 2 else ("", "", "/")
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = cgroups / controller if controllers else cgroups
+        parts = [part for part in name.split("/") if part and part != ".."]
+        for count in range(len(parts), 0, -1):
+            yield base.joinpath(*parts[:count])
+
+
+def _quota(folder: Path) -> float | None:
+    """Cores' worth of time that a group may use; None where it has no limit."""
+    # Version 2: "50000 100000" or "max 100000"; version 1 has two files, and -1 for no limit.
+    words = _read(folder / "cpu.max").split() or (
+        _read(folder / "cpu.cfs_quota_us").split() + _read(folder / "cpu.cfs_period_us").split()
+    )
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or int(words[1]) == 0:
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _read(path: Path) -> str:
+    """A file's text; empty where there is none, or none that this process may read."""
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""
