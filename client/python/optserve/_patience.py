@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from optserve.errors import DeadlineExceededError, OptserveError, StepCancelledError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Watchdog:
@@ -66,6 +71,67 @@ class Watchdog:
                 action()
 
 
+class Cancellation:
+    """Ends one call of the synchronous client, from any thread and wherever it waits; `optserve.aio` is made of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._actions: set[Callable[[], object]] = set()
+
+    def run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Make a call that this can end; whatever it waits for in this thread is ended with it."""
+        _in_thread.cancellation = self
+        try:
+            self.check()
+            return call(*args, **kwargs)
+        finally:
+            _in_thread.cancellation = None
+
+    def cancel(self) -> None:
+        """End the call."""
+        with self._lock:
+            self._cancelled = True
+            actions, self._actions = self._actions, set()
+        for action in actions:
+            action()
+
+    def check(self) -> None:
+        """Raise StepCancelledError if it was cancelled."""
+        if self._cancelled:
+            raise StepCancelledError("The call was cancelled; it may or may not have been carried out.")
+
+    def add(self, action: Callable[[], object]) -> None:
+        """Call `action`, which must not block, when the call is cancelled; at once if it was."""
+        with self._lock:
+            if not self._cancelled:
+                self._actions.add(action)
+                return
+        action()
+
+    @contextmanager
+    def watching(self, action: Callable[[], object]) -> Iterator[None]:
+        """What `add` does, for the length of a with-block."""
+        self.add(action)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._actions.discard(action)
+
+
+class _InThread(threading.local):
+    cancellation: Cancellation | None = None
+
+
+_in_thread = _InThread()
+
+
+def cancellation() -> Cancellation | None:
+    """What can end the call that this thread makes; None where nobody can."""
+    return _in_thread.cancellation
+
+
 class Patience:
     """The patience of one call.
 
@@ -82,8 +148,8 @@ class Patience:
         self._cancelled = False
         self._settled = False
         self._action: Callable[[], object] | None = None
-        # Made when there is a pause to be cut short; most steps have none.
-        self._wake: threading.Event | None = None
+        if _in_thread.cancellation is not None:
+            _in_thread.cancellation.add(self.cancel)
 
     @property
     def left_s(self) -> float:
@@ -97,8 +163,6 @@ class Patience:
                 return False
             self._cancelled = True
             action = self._action
-            if self._wake is not None:
-                self._wake.set()
         if action is not None:
             action()
         return True
@@ -139,15 +203,19 @@ class Patience:
         with self._lock:
             self._action = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `check` would raise."""
+        return self._cancelled or time.monotonic() >= self._deadline
+
     def pause(self, seconds: float, error: OptserveError) -> None:
         """Wait before another try; raise `error` if that would be beyond the deadline."""
         if seconds >= self.left_s:
             raise error
-        with self._lock:
-            self._wake = self._wake or threading.Event()
-            if self._cancelled:
-                self._wake.set()
-        self._wake.wait(seconds)
+        wake = threading.Event()
+        # Also woken when the client is closed; the next try then says so.
+        with self.watching(wake.set):
+            wake.wait(seconds)
         self.check()
 
 
@@ -163,3 +231,46 @@ class _Watching:
 
     def __exit__(self, *_: object) -> None:
         self._patience.stop()
+
+
+class Turn:
+    """What one call at a time has. Whoever waits for it gives up when its patience ends."""
+
+    def __init__(self) -> None:
+        self._taken = threading.Lock()
+        self._given_back = threading.Condition()
+        self._waiting = 0
+
+    def take(self, patience: Patience) -> None:
+        """Wait for it.
+
+        Raises:
+            DeadlineExceededError, StepCancelledError: Patience has ended first.
+        """
+        if not self._taken.acquire(blocking=False):
+            self._wait(patience)
+        try:
+            patience.check()
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _wait(self, patience: Patience) -> None:
+        with patience.watching(self._wake), self._given_back:
+            self._waiting += 1
+            try:
+                while not self._taken.acquire(blocking=False):
+                    patience.check()
+                    self._given_back.wait(patience.left_s)
+            finally:
+                self._waiting -= 1
+
+    def _wake(self) -> None:
+        with self._given_back:
+            self._given_back.notify_all()
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
+        self._taken.release()
+        if self._waiting:
+            self._wake()

@@ -7,7 +7,6 @@ it may even then be about to be applied, it stays unsettled until a later step i
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import numpy as np
 
 from optserve._feedback import ErrorFeedback
 from optserve._outcomes import Outcomes
-from optserve._patience import Patience
+from optserve._patience import Patience, Turn
 from optserve._shared import SharedStaging
 from optserve._stream import Gradients, StepRefused, StepStream, Updates
 from optserve._transport import Backoff, Transport, is_retryable
@@ -52,6 +51,7 @@ class StepSession:
         at_step: The step of the parameters that gradients are taken at, for a worker among several.
         steps_made: By this object; for a worker, by all that have borne its name.
         staleness: Steps of others between those parameters and the last step.
+        outcomes: What became of steps whose callers do not know it.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class StepSession:
         self.open_request = open_request
         self.current_step = step
         self.lineage = lineage
-        self._lock = threading.Lock()
+        self._only_one = Turn()
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
-        self._outcomes = Outcomes(feedback)
+        self.outcomes = Outcomes(feedback)
         # Request ids: this object's own, and a number.
         self._id = uuid.uuid4().hex
         self._steps_begun = 0
@@ -93,26 +93,26 @@ class StepSession:
         """
         self._begin_turn(patience)
         try:
-            if self._outcomes.unsettled or self._outcomes.overtaken:
+            if self.outcomes.unsettled or self.outcomes.overtaken:
                 self._raise_if_applied(patience)
             request_id = self._next_request_id()
-            self._outcomes.begin(request_id, gradients)
+            self.outcomes.begin(request_id, gradients)
             try:
                 self._exchange(request_id, gradients, updates, patience)
             except _NotApplied as refusal:
-                self._outcomes.refused(request_id)
+                self.outcomes.refused(request_id)
                 # The server may have come to commit an interrupted step only after it was asked about it.
-                if self._outcomes.unsettled and isinstance(refusal.error, WrongStepError):
+                if self.outcomes.unsettled and isinstance(refusal.error, WrongStepError):
                     self._raise_if_applied(patience)
                 raise refusal.error from None
-            self._outcomes.applied(request_id)
+            self.outcomes.applied(request_id)
             if self.open_request.worker:
                 self.count_from(request_id)
             else:
                 self.steps_made += 1
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
-            self._outcomes.received(request_id)
+            self.outcomes.received(request_id)
             return request_id
         finally:
             self._end_turn()
@@ -129,7 +129,7 @@ class StepSession:
         """
         with self._turn(patience):
             self._raise_if_overtaken()
-            opened, unsettled = self._reopened(patience).opened, self._outcomes.unsettled
+            opened, unsettled = self._reopened(patience).opened, self.outcomes.unsettled
             if unsettled and opened.last_request_id not in unsettled:
                 raise FailedPreconditionError(
                     f"The last step of {self._name} on the server, which is at step {opened.step}, is not the "
@@ -142,8 +142,8 @@ class StepSession:
                 self._exchange(opened.last_request_id, None, updates, patience)
             except _NotApplied as refusal:
                 raise refusal.error from None
-            self._outcomes.applied(opened.last_request_id)
-            self._outcomes.received(opened.last_request_id)
+            self.outcomes.applied(opened.last_request_id)
+            self.outcomes.received(opened.last_request_id)
 
     def refresh(self, read: Callable[[], tuple[int, str]]) -> None:
         """Take the server's step and lineage, which `read` gives, for granted, and give up what was unsettled."""
@@ -155,18 +155,14 @@ class StepSession:
             if state_is_another:
                 self._close_stream()
                 self.lineage = lineage
-            elif self._outcomes.errors_are_undecided:
-                self._outcomes.applied(self._reopened(patience).opened.last_request_id)
-            self._outcomes.forget(state_is_another=state_is_another)
+            elif self.outcomes.errors_are_undecided:
+                self.outcomes.applied(self._reopened(patience).opened.last_request_id)
+            self.outcomes.forget(state_is_another=state_is_another)
 
     def stream(self, patience: Patience) -> StepStream:
         """The stream of the next step, opened if it is not open."""
         with self._turn(patience):
             return self._opened(patience)
-
-    def undelivered(self, request_id: str = "") -> None:
-        """A reply was received, but did not reach who had asked for it: that of a step, of the last one by default."""
-        self._outcomes.undelivered(request_id)
 
     def cancel(self) -> None:
         """Interrupt the step that is being made, if there is one; it raises in its thread."""
@@ -195,27 +191,20 @@ class StepSession:
     def _begin_turn(self, patience: Patience) -> None:
         """What `_turn` does at its beginning: wait for other threads."""
         self._connection.check_usable()
-        if not self._lock.acquire(blocking=False) and not self._lock.acquire(timeout=patience.left_s):
-            patience.check()
-            raise InternalError("A lock was not to be had before its deadline, which has not passed.")
-        try:
-            patience.check()
-        except BaseException:
-            self._lock.release()
-            raise
+        self._only_one.take(patience)
         self._patience = patience
 
     def _end_turn(self) -> None:
         """What `_turn` does at its end."""
         self._patience = None
-        self._lock.release()
+        self._only_one.give_back()
 
     def _raise_if_applied(self, patience: Patience) -> None:
         """Raise StepInDoubtError unless no unsettled step has been applied so far."""
         self._raise_if_overtaken()
         opened = self._reopened(patience).opened
-        if opened.last_request_id in self._outcomes.unsettled:
-            self._outcomes.applied(opened.last_request_id)
+        if opened.last_request_id in self.outcomes.unsettled:
+            self.outcomes.applied(opened.last_request_id)
             self.current_step = opened.step
             raise StepInDoubtError(
                 f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
@@ -229,7 +218,7 @@ class StepSession:
             )
 
     def _raise_if_overtaken(self) -> None:
-        if self._outcomes.overtaken:
+        if self.outcomes.overtaken:
             raise StepInDoubtError(
                 f"An interrupted step of {self._name} had been applied, and others after it, so its updates are no "
                 "longer to be had. Call refresh() to go on without them."

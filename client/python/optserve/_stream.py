@@ -399,6 +399,8 @@ class StepStream:
             # The call is its own error, and would keep the frames that it came through for as long as it lives.
             error = self._transport.translate(rpc_error.with_traceback(None), 0.0)
         fault = self._outgoing.fault
+        if isinstance(fault, OptserveError):
+            raise fault
         if fault is not None:
             raise InternalError(f"A message could not be made: {fault!r}") from fault
         patience.check()

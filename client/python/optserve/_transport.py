@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
 
 from optserve import malloc, wire
-from optserve._patience import Patience, Watchdog
+from optserve._patience import Patience, Watchdog, cancellation
 from optserve._proxies import channel_options, proxy_hint
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -28,6 +27,12 @@ from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
 _Response = TypeVar("_Response")
+
+INHERITED = (
+    "This client was made before the process forked, and gRPC connections do not survive that. "
+    "Connect again in the new process, or start it with the 'spawn' method."
+)
+"""What a client says in a process that has inherited it."""
 
 RECONNECT_PAUSE_S = 0.1
 """Longest pause between tries while no server is there, of the channel and of a call, so that a client goes on within
@@ -119,18 +124,18 @@ class Transport:
         Raises:
             OptserveError: The server's answer, or that it gave none.
         """
-        self.check_usable()
         timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + timeout_s
+        patience = self.patience(timeout_s)
         backoff = Backoff(self.config)
         while True:
+            self.check_usable()
             try:
-                return method(request, timeout=max(deadline - time.monotonic(), 0.001))
+                return _answer(method, request, max(patience.left_s, 0.001))
             except grpc.RpcError as rpc_error:
                 error = self.translate(rpc_error, timeout_s)
-            pause_s = backoff.next_s(error)
-            if not is_retryable(error) or time.monotonic() + pause_s >= deadline or self._closing.wait(pause_s):
+            if not is_retryable(error):
                 raise error
+            patience.pause(backoff.next_s(error), error)
 
     def call_once(self, method: Callable[..., _Response], request: Any) -> _Response:
         """Make a unary call and do not try it again.
@@ -140,7 +145,7 @@ class Transport:
         """
         self.check_usable()
         try:
-            return method(request, timeout=self.config.timeout_s)
+            return _answer(method, request, self.config.timeout_s)
         except grpc.RpcError as error:
             raise self.translate(error, self.config.timeout_s) from None
 
@@ -162,22 +167,22 @@ class Transport:
     def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Any:
         """Start an ExportState call; gives frames."""
         self.check_usable()
-        return self._export_state(request, timeout=self.config.step_timeout_s)
+        return _frames(self._export_state(request, timeout=self.config.step_timeout_s))
 
     def import_state(self, messages: Iterator[bytes]) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
         self.check_usable()
-        return self._import_state(messages, timeout=self.config.step_timeout_s)
+        return _answer(self._import_state, messages, self.config.step_timeout_s)
 
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Any:
         """Start a PullParameters call; gives frames."""
         self.check_usable()
-        return self._pull_parameters(request, timeout=self.config.step_timeout_s)
+        return _frames(self._pull_parameters(request, timeout=self.config.step_timeout_s))
 
     def push_parameters(self, messages: Iterator[bytes]) -> replicas_pb2.PushParametersResponse:
         """Make a PushParameters call."""
         self.check_usable()
-        return self._push_parameters(messages, timeout=self.config.step_timeout_s)
+        return _answer(self._push_parameters, messages, self.config.step_timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
@@ -195,10 +200,7 @@ class Transport:
         if self._closing.is_set():
             raise ClientUseError("This client is closed.")
         if os.getpid() != self._pid:
-            raise ClientUseError(
-                "This client was made before the process forked, and gRPC connections do not survive that. "
-                "Connect again in the new process, or start it with the 'spawn' method."
-            )
+            raise ClientUseError(INHERITED)
 
     def close(self) -> None:
         """Close the connection. May be called more than once."""
@@ -206,3 +208,32 @@ class Transport:
         self._watchdog.close()
         if os.getpid() == self._pid:
             self._channel.close()
+
+
+def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
+    """Make a call that has one answer, until it comes or the call is cancelled.
+
+    Raises:
+        grpc.RpcError: There is no answer.
+        StepCancelledError: It was cancelled.
+    """
+    cancelled = cancellation()
+    if cancelled is None:
+        return method(request, timeout=timeout_s)
+    call = method.future(request, timeout=timeout_s)  # pyright: ignore[reportFunctionMemberAccess]
+    with cancelled.watching(call.cancel):
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:
+            cancelled.check()
+            raise ClientUseError("This client was closed in the middle of a call.") from None
+
+
+def _frames(call: Any) -> Iterator[Any]:
+    """The messages of a stream from the server, until it ends or the call is cancelled."""
+    cancelled = cancellation()
+    if cancelled is None:
+        yield from call
+        return
+    with cancelled.watching(call.cancel):
+        yield from call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -20,24 +21,38 @@ class GrowingGradients(Gradients):
         indices: The parameters that take part, ascending.
         whole: Whether these are all parameters of the optimizer.
         wire: Dtype of the payload; None for each array's own.
+        patience: How long they may take.
         with_curvature: Whether each gradient comes with a diagonal of the Hessian.
     """
 
     grow = True
 
     def __init__(
-        self, indices: Sequence[int], *, whole: bool, wire: np.dtype | None, with_curvature: bool = False
+        self,
+        indices: Sequence[int],
+        *,
+        whole: bool,
+        wire: np.dtype | None,
+        patience: Patience,
+        with_curvature: bool = False,
     ) -> None:
         super().__init__(indices, [], whole=whole, wire=wire, curvature=[] if with_curvature else None)
+        self._patience = patience
         self._grown = threading.Condition()
         self._arrived: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
-        self._aborted = False
+        self._complete = self._aborted = False
 
     def add(self, index: int, gradient: np.ndarray, curvature: np.ndarray | None) -> None:
         """Let a gradient be sent, and its curvature."""
         with self._grown:
             self._arrived[index] = gradient, curvature
             self.arrays = [array for array, _ in self._arrived.values()]
+            self._grown.notify_all()
+
+    def complete(self) -> None:
+        """All are there, and the step is to be made of them."""
+        with self._grown:
+            self._complete = True
             self._grown.notify_all()
 
     def abort(self) -> None:
@@ -51,18 +66,29 @@ class GrowingGradients(Gradients):
         return index in self._arrived
 
     def arrivals(self) -> Iterator[Arrival | None]:
-        """In the order in which they were added, waiting for the next; from the first one on at every call."""
+        """In the order in which they were added, waiting for the next; from the first one on at every call.
+
+        It ends when the caller says that the step is to be made, so that a step which is given up is never committed.
+        """
         for position in range(len(self.indices)):
             if len(self._arrived) <= position:
                 yield None
-            with self._grown:
-                self._grown.wait_for(lambda position=position: self._aborted or len(self._arrived) > position)
-                if self._aborted:
-                    raise StepCancelledError("The step was given up before all of its gradients were there.")
-                index, (gradient, curvature) = list(self._arrived.items())[position]
+            self._wait(lambda position=position: len(self._arrived) > position)
+            index, (gradient, curvature) = list(self._arrived.items())[position]
             yield GRADIENT, index, gradient
             if curvature is not None:
                 yield CURVATURE, index, curvature
+        if not self._complete:
+            yield None
+            self._wait(lambda: self._complete)
+
+    def _wait(self, there: Callable[[], bool]) -> None:
+        with self._grown:
+            self._grown.wait_for(lambda: self._aborted or there(), self._patience.left_s)
+            if self._aborted:
+                raise StepCancelledError("The step was given up before all of its gradients were there.")
+            if not there():
+                self._patience.check()
 
 
 class StepUnderWay:
@@ -77,7 +103,7 @@ class StepUnderWay:
         gradients: GrowingGradients,
         check: Callable[[str, np.ndarray, np.ndarray | None], tuple[int, np.ndarray, np.ndarray | None]],
         names: dict[int, str],
-        run: Callable[[], dict[str, np.ndarray]],
+        run: Callable[[], tuple[str, dict[str, np.ndarray]]],
         patience: Patience,
     ) -> None:
         self.updates: dict[str, np.ndarray] = {}
@@ -86,6 +112,10 @@ class StepUnderWay:
         self._names = names
         self._patience = patience
         self._failure: BaseException | None = None
+        self._request_id = ""
+        self._ended: Future[None] = Future()
+        # So that whoever waits for it cannot cancel it.
+        self._ended.set_running_or_notify_cancel()
         self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
         self._thread.start()
 
@@ -112,26 +142,57 @@ class StepUnderWay:
 
     def finish(self) -> None:
         """Wait for the updates, or raise what the step has failed with."""
+        self.complete()
+        self._thread.join()
+        self.raise_failure()
+
+    def complete(self) -> None:
+        """All gradients have been sent, and the step is to be made of them.
+
+        Raises:
+            InvalidArgumentError: One is missing.
+        """
         missing = [name for index, name in self._names.items() if index not in self._gradients]
         if missing and self._failure is None:
-            self.abort()
             raise InvalidArgumentError(
                 f"There is no gradient for {missing[0]!r}; name the parameters that take part when the step is begun.",
                 metadata={"parameter": missing[0]},
             )
-        self._thread.join()
+        self._gradients.complete()
+
+    def raise_failure(self) -> None:
+        """Raise what the step has failed with, if it has."""
         if self._failure is not None:
             raise self._failure
 
-    def abort(self) -> None:
-        """Give the step up; the server discards it."""
+    def abort(self) -> str:
+        """Give the step up; the server discards it. Gives its request id if it was applied all the same, or nothing."""
+        self.cancel()
+        self._thread.join()
+        return self._request_id
+
+    def cancel(self) -> None:
+        """What `abort` does, without waiting until the step has ended."""
         self._gradients.abort()
         self._patience.cancel()
-        self._thread.join()
 
-    def _run(self, run: Callable[[], dict[str, np.ndarray]]) -> None:
+    @property
+    def request_id(self) -> str:
+        """Of the step, once its reply was received."""
+        return self._request_id
+
+    @property
+    def ended(self) -> Future[None]:
+        """Done when nothing of the step goes on any more."""
+        return self._ended
+
+    def _run(self, run: Callable[[], tuple[str, dict[str, np.ndarray]]]) -> None:
         try:
-            self.updates = run()
+            self._request_id, self.updates = run()
         # Raised where the caller is.
         except BaseException as error:  # noqa: BLE001
             self._failure = error
+            # What sends may still wait for gradients.
+            self._gradients.abort()
+        finally:
+            self._ended.set_result(None)

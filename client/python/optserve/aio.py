@@ -6,21 +6,37 @@
 
 Each call runs the synchronous client in a thread. That is about 1.7 times as fast as grpc.aio for tensors, works
 from any number of event loops, and leaves one implementation of retries and resumption (docs/adr/0003).
+
+**Cancellation.** A call that is cancelled is interrupted wherever it waits, and `CancelledError` is raised when its
+thread is through with it. From then on nothing reads or writes its arrays; no other call was touched.
+
+- A step (`step`, `begin_step`, `replay`, and a worker's) was applied or not. If it was and its updates did not reach
+  the caller, the next step raises StepInDoubtError. Then `replay` gives them; a worker does `refresh` and `pull`.
+- What only reads has no effect.
+- What changes something else (`create_optimizer`, `update`, `push_parameters`, checkpoints, `import_state`, deletions)
+  was done as a whole or not at all; what the server has begun it may still do in that moment. Ask, or do it again.
+- Entering a block that is cancelled leaves nothing behind: no connection, and no worker. Leaving one is carried out,
+  cancelled or not; once it is cancelled it takes LEAVE_S at most.
+
+**Threads.** A step may wait for those of other workers, so each optimizer or worker object has a thread of its own
+while it makes one; further steps on the same object wait for their turn without a thread. All other calls of a client
+share MAX_CONCURRENT_CALLS threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial as bound
 from types import EllipsisType, TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Self
 
 import numpy as np
 
 from optserve import algorithms, settings
 from optserve import client as sync
+from optserve._awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended
 from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
@@ -30,24 +46,13 @@ from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import optimizer_pb2, service_pb2
 from optserve.worker import Worker
 
-MAX_CONCURRENT_CALLS = 32
-"""Calls of one client under way at a time; more wait for their turn."""
+__all__ = ["LEAVE_S", "MAX_CONCURRENT_CALLS", "AsyncClient", "AsyncOptimizer", "AsyncWorker", "connect"]
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+ENTER_S = 1.0
+"""Once the entry of a worker's block is cancelled, the server's answer is waited for so long, to take leave again."""
 
-
-class _Threads:
-    """Runs synchronous calls for event loops."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(MAX_CONCURRENT_CALLS, thread_name_prefix="optserve-aio")
-
-    async def run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+LEAVE_S = 5.0
+"""Once leaving a worker's block is cancelled, it takes so long at most. The worker's lease ends it in any case."""
 
 
 def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None) -> AsyncClient:
@@ -61,30 +66,38 @@ class AsyncClient:
     def __init__(self, target: str, config: ClientConfig) -> None:
         self._target = target
         self._config = config
-        self._threads = _Threads()
+        self._threads: Threads | None = None
         self._client: sync.Client | None = None
 
     async def __aenter__(self) -> Self:
-        self._client = await self._threads.run(sync.Client, self._target, self._config)
+        threads = Threads()
+        try:
+            connect = bound(sync.Client, self._target, self._config)
+            self._client = await threads.run(connect, undelivered=sync.Client.close)
+        except BaseException:
+            await threads.close()
+            raise
+        self._threads = threads
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._client is not None:
-            # Not among the calls' own threads, which may all be busy with what this ends.
-            await asyncio.to_thread(self._client.close)
-        self._threads.close()
+        if self._client is not None and self._threads is not None:
+            # It ends every call, so none of their threads is needed, or waited for, for long.
+            self._client.close()
+            await self._threads.close()
 
     @property
-    def _connected(self) -> sync.Client:
-        if self._client is None:
+    def _connected(self) -> tuple[sync.Client, Threads]:
+        if self._client is None or self._threads is None:
             raise ClientUseError("Use this client inside `async with`.")
-        return self._client
+        return self._client, self._threads
 
     async def server_info(self) -> service_pb2.GetServerInfoResponse:
         """See `optserve.Client.server_info`."""
-        return await self._threads.run(self._connected.server_info)
+        client, threads = self._connected
+        return await threads.run(client.server_info)
 
     async def create_optimizer(
         self,
@@ -100,8 +113,9 @@ class AsyncClient:
         consistency: settings.Consistency | None = None,
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
-        made = await self._threads.run(
-            self._connected.create_optimizer,
+        client, threads = self._connected
+        create = bound(
+            client.create_optimizer,
             name,
             algorithm,
             params,
@@ -112,7 +126,7 @@ class AsyncClient:
             weight_decay=weight_decay,
             consistency=consistency,
         )
-        return AsyncOptimizer(made, self._threads)
+        return AsyncOptimizer(await threads.run(create), threads)
 
     async def optimizer(
         self,
@@ -123,14 +137,9 @@ class AsyncClient:
         error_feedback: bool = False,
     ) -> AsyncOptimizer:
         """See `optserve.Client.optimizer`."""
-        found = await self._threads.run(
-            self._connected.optimizer,
-            name,
-            transport=transport,
-            wire_dtype=wire_dtype,
-            error_feedback=error_feedback,
-        )
-        return AsyncOptimizer(found, self._threads)
+        client, threads = self._connected
+        find = bound(client.optimizer, name, transport=transport, wire_dtype=wire_dtype, error_feedback=error_feedback)
+        return AsyncOptimizer(await threads.run(find), threads)
 
     async def worker(
         self,
@@ -141,32 +150,42 @@ class AsyncClient:
         wire_dtype: sync.WireDtype = "native",
     ) -> AsyncWorker:
         """See `optserve.Client.worker`; to be used in `async with await client.worker(…)`."""
-        made = await self._threads.run(self._connected.worker, name, worker, transport=transport, wire_dtype=wire_dtype)
-        return AsyncWorker(made, self._threads)
+        client, threads = self._connected
+        make = bound(client.worker, name, worker, transport=transport, wire_dtype=wire_dtype)
+        return AsyncWorker(await threads.run(make), threads)
 
     async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
         """See `optserve.Client.list_optimizers`."""
-        return await self._threads.run(lambda: list(self._connected.list_optimizers()))
+        client, threads = self._connected
+        return await threads.run(lambda: list(client.list_optimizers()))
 
     async def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """See `optserve.Client.delete_optimizer`."""
-        await self._threads.run(self._connected.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s)
+        client, threads = self._connected
+        await threads.run(bound(client.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s))
 
     async def list_checkpoints(self, name: str) -> list[Checkpoint]:
         """See `optserve.Client.list_checkpoints`."""
-        return await self._threads.run(self._connected.list_checkpoints, name)
+        client, threads = self._connected
+        return await threads.run(bound(client.list_checkpoints, name))
 
     async def delete_checkpoint(self, name: str, tag: str) -> None:
         """See `optserve.Client.delete_checkpoint`."""
-        await self._threads.run(self._connected.delete_checkpoint, name, tag)
+        client, threads = self._connected
+        await threads.run(bound(client.delete_checkpoint, name, tag))
 
 
 class AsyncOptimizer:
-    """See `optserve.Optimizer`; every method is awaited. Cancelling an awaited step interrupts it."""
+    """See `optserve.Optimizer`; every method is awaited. Steps come one after the other, also from several tasks."""
 
-    def __init__(self, optimizer: sync.Optimizer, threads: _Threads) -> None:
+    def __init__(self, optimizer: sync.Optimizer, threads: Threads) -> None:
         self._optimizer = optimizer
         self._threads = threads
+        self._turns = Turns(self._optimizer, threads)
+
+    @property
+    def _config(self) -> ClientConfig:
+        return self._optimizer._connection.config
 
     @property
     def name(self) -> str:
@@ -180,11 +199,11 @@ class AsyncOptimizer:
 
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Optimizer.transport`."""
-        return await self._threads.run(lambda: self._optimizer.transport)
+        return await self._turns.run(lambda _: self._optimizer.transport, self._config.timeout_s)
 
     async def buffers(self) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.buffers`."""
-        return await self._threads.run(self._optimizer.buffers)
+        return await self._turns.run(lambda _: self._optimizer.buffers(), self._config.timeout_s)
 
     async def step(
         self,
@@ -197,21 +216,8 @@ class AsyncOptimizer:
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.step`."""
-        patience = self._optimizer.patience(timeout_s)
-        try:
-            return await self._threads.run(
-                self._optimizer.step_patiently,
-                patience,
-                grads,
-                curvature=curvature,
-                out=out,
-                reply=reply,
-                partial=partial,
-            )
-        except asyncio.CancelledError:
-            if not patience.cancel():
-                self._optimizer.undelivered()
-            raise
+        step = bound(self._optimizer.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)
 
     @asynccontextmanager
     async def begin_step(
@@ -223,22 +229,28 @@ class AsyncOptimizer:
         timeout_s: float | None = None,
     ) -> AsyncIterator[StepUnderWay]:
         """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
-        under_way = self._optimizer.begin_step(names, out=out, reply=reply, timeout_s=timeout_s)
-        step = await self._threads.run(under_way.__enter__)
-        try:
-            yield step
-        except BaseException:
-            await self._threads.run(step.abort)
-            raise
-        await self._threads.run(under_way.__exit__, None, None, None)
+        patience = self._optimizer.patience(timeout_s)
+        async with self._turns.turn(patience):
+            step = self._optimizer.start_step(patience, names, out=out, reply=reply)
+            try:
+                yield step
+                step.complete()
+                await asyncio.wrap_future(step.ended)
+                step.raise_failure()
+            except BaseException:
+                step.cancel()
+                await ended(step.ended)
+                if step.request_id:
+                    self._optimizer.outcomes.undelivered(step.request_id)
+                raise
 
     async def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.replay`."""
-        return await self._threads.run(self._optimizer.replay, reply=reply, timeout_s=timeout_s)
+        return await self._turns.run(lambda left_s: self._optimizer.replay(reply=reply, timeout_s=left_s), timeout_s)
 
     async def refresh(self) -> None:
         """See `optserve.Optimizer.refresh`."""
-        await self._threads.run(self._optimizer.refresh)
+        await self._turns.run(lambda _: self._optimizer.refresh(), self._config.timeout_s)
 
     async def update(
         self,
@@ -251,7 +263,7 @@ class AsyncOptimizer:
         consistency: settings.Consistency | EllipsisType | None = ...,
     ) -> None:
         """See `optserve.Optimizer.update`."""
-        await self._threads.run(
+        update = bound(
             self._optimizer.update,
             algorithm,
             schedule=schedule,
@@ -260,10 +272,11 @@ class AsyncOptimizer:
             weight_decay=weight_decay,
             consistency=consistency,
         )
+        await self._threads.run(update)
 
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """See `optserve.Optimizer.push_parameters`."""
-        await self._threads.run(self._optimizer.push_parameters, params)
+        await self._threads.run(bound(self._optimizer.push_parameters, params))
 
     async def pull_parameters(
         self,
@@ -273,7 +286,7 @@ class AsyncOptimizer:
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
         """See `optserve.Optimizer.pull_parameters`."""
-        return await self._threads.run(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out)
+        return await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
 
     async def statistics(
         self,
@@ -285,7 +298,7 @@ class AsyncOptimizer:
         seed: int = 0,
     ) -> Statistics:
         """See `optserve.Optimizer.statistics`."""
-        return await self._threads.run(
+        look = bound(
             self._optimizer.statistics,
             names,
             quantiles=quantiles,
@@ -293,10 +306,11 @@ class AsyncOptimizer:
             random_indices=random_indices,
             seed=seed,
         )
+        return await self._threads.run(look)
 
     async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """See `optserve.Optimizer.save_checkpoint`."""
-        return await self._threads.run(self._optimizer.save_checkpoint, tag, overwrite=overwrite)
+        return await self._threads.run(bound(self._optimizer.save_checkpoint, tag, overwrite=overwrite))
 
     async def list_checkpoints(self) -> list[Checkpoint]:
         """See `optserve.Optimizer.list_checkpoints`."""
@@ -304,40 +318,53 @@ class AsyncOptimizer:
 
     async def restore_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.restore_checkpoint`."""
-        await self._threads.run(self._optimizer.restore_checkpoint, tag)
+        await self._turns.run(lambda _: self._optimizer.restore_checkpoint(tag))
 
     async def delete_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.delete_checkpoint`."""
-        await self._threads.run(self._optimizer.delete_checkpoint, tag)
+        await self._threads.run(bound(self._optimizer.delete_checkpoint, tag))
 
     async def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
         """See `optserve.Optimizer.export_state`; `on_progress` is called in another thread."""
-        return await self._threads.run(self._optimizer.export_state, on_progress=on_progress)
+        return await self._threads.run(bound(self._optimizer.export_state, on_progress=on_progress))
 
     async def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
         """See `optserve.Optimizer.import_state`; `on_progress` is called in another thread."""
-        await self._threads.run(self._optimizer.import_state, state, on_progress=on_progress)
+        await self._turns.run(lambda _: self._optimizer.import_state(state, on_progress=on_progress))
 
     async def close(self) -> None:
         """See `optserve.Optimizer.close`."""
-        await self._threads.run(self._optimizer.close)
+        await self._turns.run(lambda _: self._optimizer.close(), self._config.timeout_s)
 
 
 class AsyncWorker:
-    """See `optserve.Worker`; every method is awaited. Cancelling an awaited step interrupts it."""
+    """See `optserve.Worker`; every method is awaited."""
 
-    def __init__(self, worker: Worker, threads: _Threads) -> None:
+    def __init__(self, worker: Worker, threads: Threads) -> None:
         self._worker = worker
+        self._optimizer = worker._optimizer
         self._threads = threads
+        self._turns = Turns(self._optimizer, threads)
 
     async def __aenter__(self) -> Self:
-        await self._threads.run(self._worker.__enter__)
+        entered: list[Worker] = []
+        try:
+            await self._threads.run(self._worker.__enter__, own=True, grace_s=ENTER_S, undelivered=entered.append)
+        except asyncio.CancelledError:
+            if entered:
+                await self._leave()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self._threads.run(self._worker.__exit__, kind, error, tb)
+        await self._leave()
+
+    async def _leave(self) -> None:
+        # With a thread of its own, and not in turn: it ends a step that may be waiting for others.
+        leave = bound(self._worker.__exit__, None, None, None)
+        await self._threads.run(leave, own=True, grace_s=LEAVE_S)
 
     @property
     def name(self) -> str:
@@ -356,7 +383,7 @@ class AsyncWorker:
 
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Worker.transport`."""
-        return await self._threads.run(lambda: self._worker.transport)
+        return await self._turns.run(lambda _: self._worker.transport)
 
     async def pull(
         self,
@@ -366,11 +393,15 @@ class AsyncWorker:
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
         """See `optserve.Worker.pull`."""
-        return await self._threads.run(self._worker.pull, names, newer_than=newer_than, out=out)
+        # Only parameters that have arrived are those that the next gradient is taken at.
+        found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
+        if found is not None:
+            self._optimizer.at_step = found.step
+        return found
 
     async def refresh(self) -> None:
         """See `optserve.Worker.refresh`."""
-        await self._threads.run(self._worker.refresh)
+        await self._turns.run(lambda _: self._worker.refresh())
 
     async def step(
         self,
@@ -383,11 +414,5 @@ class AsyncWorker:
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """See `optserve.Worker.step`."""
-        step = self._threads.run(
-            self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial, timeout_s=timeout_s
-        )
-        try:
-            return await step
-        except asyncio.CancelledError:
-            self._worker.cancel()
-            raise
+        step = bound(self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from optserve._feedback import ErrorFeedback
+from optserve._outcomes import Outcomes
 from optserve._patience import Patience
 from optserve._resource import Resource
 from optserve._session import StepSession
@@ -244,16 +245,35 @@ class Optimizer(Resource):
             ...         step.send(name, gradient)
             ... updates = step.updates
         """
+        step = self.start_step(self.patience(timeout_s), names, out=out, reply=reply)
+        try:
+            yield step
+            step.finish()
+        except BaseException:
+            applied = step.abort()
+            if applied:
+                self.outcomes.undelivered(applied)
+            raise
+
+    def start_step(
+        self,
+        patience: Patience,
+        names: Iterable[str] | None = None,
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+        reply: ReplyName = "updates",
+    ) -> StepUnderWay:
+        """What `begin_step` does at its beginning; what `optserve.aio` is made of."""
         wanted = self._model.names if names is None else list(names)
         indices = self._model.taking_part(dict.fromkeys(wanted), partial=True)
         gradients = GrowingGradients(
             indices,
             whole=len(indices) == len(self._model),
             wire=self._wire,
+            patience=patience,
             with_curvature=self._model.takes_curvature,
         )
         updates = self._taking(indices, out, reply)
-        patience = self.patience(timeout_s)
 
         def check(
             name: str, gradient: np.ndarray, curvature: np.ndarray | None
@@ -263,21 +283,16 @@ class Optimizer(Resource):
             diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
             return index, array, diagonals[0] if diagonals else None
 
-        def run() -> dict[str, np.ndarray]:
-            self._session.step(gradients, updates, patience)
-            return self._named(updates)
+        def run() -> tuple[str, dict[str, np.ndarray]]:
+            request_id = self._session.step(gradients, updates, patience)
+            return request_id, self._named(updates)
 
-        step = StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
-        try:
-            yield step
-        except BaseException:
-            step.abort()
-            raise
-        step.finish()
+        return StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
 
-    def undelivered(self) -> None:
-        """The last step's updates did not reach who had asked for them; the next step will say so."""
-        self._session.undelivered()
+    @property
+    def outcomes(self) -> Outcomes:
+        """What became of steps whose callers do not know it; what `optserve.aio` is made of."""
+        return self._session.outcomes
 
     def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """The reply of the last applied step once more, the same bytes.
