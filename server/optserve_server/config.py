@@ -165,21 +165,29 @@ def _memory_bytes() -> int:
     return min(limits)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What a TOML file sets, by name; the values are not checked yet.
+
+    Raises:
+        ConfigError: The file cannot be read, or has an unknown key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
+    known = {item.name for item in dataclasses.fields(ServerConfig)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path} sets {name!r}, which is no setting; `optserve config` lists all.")
+    return values
+
+
 def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
     """Read a TOML file, if there is one, and let `overrides` win over it; entries that are None do not count.
 
     Raises:
         ConfigError: The file cannot be read, has an unknown key, or a value cannot be used.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
-    known = {item.name for item in dataclasses.fields(ServerConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path} sets {name!r}, which is no setting; there are {', '.join(sorted(known))}.")
+    values = read(path) if path is not None else {}
     values.update({name: value for name, value in overrides.items() if value is not None})
     return ServerConfig(**values)

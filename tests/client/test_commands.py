@@ -11,6 +11,7 @@ import sys
 import termios
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from importlib.metadata import version
 
 import grpc
@@ -19,6 +20,7 @@ import pytest
 
 import optserve
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, service_pb2_grpc, statistics_pb2
+from optserve_server.config import ServerConfig
 
 PROGRAM = "from optserve.cli import main; main()"
 NOBODY = ("--target", "127.0.0.1:1")
@@ -298,3 +300,40 @@ def test_every_command_that_shows_something_can_show_it_as_json(server, client, 
 
 def test_the_version_is_that_of_the_package():
     assert command("--version").stdout == f"optserve {version('optserve')}\n"
+
+
+# --- The settings of a server
+
+
+def test_every_setting_of_a_server_is_listed_with_its_type_default_unit_and_meaning():
+    text, data = commands([("config",), ("config", "--json")])
+    assert (text.returncode, data.returncode) == (0, 0), text.stderr
+    rows = json.loads(data.stdout)
+    assert [row["name"] for row in rows] == [item.name for item in fields(ServerConfig)]
+    for row, item in zip(rows, fields(ServerConfig), strict=True):
+        assert list(row) == ["name", "type", "default", "unit", "meaning", "set", "value"]
+        assert (row["type"], row["default"]) == (item.type, item.default)
+        assert row["meaning"].endswith("."), row
+        assert row["unit"] == {"_s": "seconds", "bytes": "bytes"}.get(re.sub(".*(_s|bytes)$", r"\1", row["name"]), "")
+        assert (row["set"], row["value"]) == (False, None)
+        assert row["name"] in text.stdout
+        assert row["meaning"] in text.stdout
+
+
+def test_what_a_file_sets_is_marked_and_checked_as_a_start_would(tmp_path):
+    good, unknown, bad = (tmp_path / f"{name}.toml" for name in ("good[x]", "unknown", "bad"))
+    good.write_text('port = 6000\nthreads = 0\ndata_dir = "/x"\n')
+    unknown.write_text("prot = 6000\n")
+    bad.write_text("port = 70000\n")
+    lines = [("config", "--config", path) for path in (good, unknown, bad, tmp_path / "none")]
+    text, *refused, data = commands([*lines, ("config", "--json", "--config", good)])
+    rows = {row["name"]: row for row in json.loads(data.stdout)}
+    assert [name for name, row in rows.items() if row["set"]] == ["port", "data_dir", "threads"]
+    # What follows from the file and from the machine is shown as well.
+    assert [rows[name]["value"] for name in ("port", "durability")] == [6000, "journal"]
+    assert rows["max_state_bytes"]["value"] > 0
+    assert text.stdout.count("by the file") == 3
+    assert f"3 of {len(rows)} settings are set by {good}." in text.stdout
+    for done, message in zip(refused, ("'prot', which is no setting", "port must be 0 to 65535", "none"), strict=True):
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        assert "Traceback" not in done.stderr

@@ -261,7 +261,9 @@ def test_health_of_nobody_is_an_error():
     assert "does not answer" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["mnist"], ["serve"], ["journal"], ["health"], ["info"], ["optimizers"]])
+@pytest.mark.parametrize(
+    "command", [[], ["mnist"], ["serve"], ["journal"], ["config"], ["health"], ["info"], ["optimizers"]]
+)
 def test_every_command_has_a_help_text(command):
     done = optserve(*command, "--help")
     assert done.returncode == 0

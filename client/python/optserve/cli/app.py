@@ -39,6 +39,7 @@ def options(
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASSED_ON)(server.serve)
 app.command(context_settings=_PASSED_ON)(server.journal)
+app.command(context_settings=_PASSED_ON)(server.config)
 app.command(name="mnist")(mnist.command)
 app.command(name="paper")(paper.command)
 app.command()(server.health)

@@ -1,4 +1,4 @@
-"""optserve serve, journal, health and info: run a server, look at its folder, ask whether it lives and what it is."""
+"""optserve serve, journal, config, health and info: run a server, look at its folder and settings, ask how it is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def serve(context: typer.Context) -> None:
 def journal(context: typer.Context) -> None:
     """Verify, count and repair the journal of a data folder. `optserve journal --help` lists the commands."""
     _run("optserve_server.journal_tool", "optserve journal", context.args)
+
+
+def config(context: typer.Context) -> None:
+    """List what can be set in a server's TOML file, and what a given file sets. `optserve config --help` has more."""
+    _run("optserve_server.config_tool", "optserve config", context.args)
 
 
 def _run(module: str, name: str, arguments: list[str]) -> None:
