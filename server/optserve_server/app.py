@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -28,14 +28,14 @@ from optserve_server.config import ConfigError, ServerConfig
 from optserve_server.data_folder import DataFolder, describe
 from optserve_server.durability import InMemory
 from optserve_server.health import Health
-from optserve_server.interceptors import ErrorInterceptor, StreamLimiter
+from optserve_server.interceptors import Gate
 from optserve_server.optimizers import Optimizers
 from optserve_server.servicer import SERVICE, Servicer, handlers
 
 logger = logging.getLogger(__name__)
 
-QUEUED_CALLS_PER_THREAD = 8
-"""Unary calls that may wait for each unary thread; more are refused by gRPC."""
+CLOSING_S = 1.0
+"""How long clients have to take what is left for them when the server stops; then their connections are closed."""
 
 NO_COMPRESSION = 1
 """Of gRPC's bits for the algorithms that are taken, that of the identity."""
@@ -62,14 +62,8 @@ class App:
             self._recover(self._folder, optimizers)
         store = FolderStore(Path(config.data_dir) / "checkpoints") if self._folder else TemporaryStore()
         checkpoints = Checkpoints(optimizers, store, config.max_checkpoints)
-        threads = config.max_streams + config.unary_threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
-        self._server = grpc.server(
-            self._pool,
-            interceptors=[ErrorInterceptor(), StreamLimiter(config.max_streams)],
-            options=_options(config),
-            maximum_concurrent_rpcs=config.max_streams + QUEUED_CALLS_PER_THREAD * config.unary_threads,
-        )
+        self._gate = Gate(config)
+        self._server = grpc.server(self._gate.refusals, interceptors=[self._gate], options=_options(config))
         servicer = Servicer(optimizers, checkpoints, self._admission, choice, config)
         self._server.add_generic_rpc_handlers((handlers(servicer),))
         self._health = Health(("", SERVICE.full_name))
@@ -116,20 +110,32 @@ class App:
         while not self._stopping.wait(self._config.idle_step_s / LOOKS_PER_IDLE_TIME):
             self._optimizers.discard_idle_steps()
 
-    def stop(self) -> None:
-        """Let steps under way end, refuse new ones, then close every connection."""
+    def stop(self) -> bool:
+        """Let steps under way end, refuse new ones, then close every connection. No stage waits for a client.
+
+        Returns:
+            Whether all threads have ended.
+        """
         self._stopping.set()
         # First, so that who is told finds it so.
         self._admission.close()
-        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._optimizers.drain()
-        if not self._admission.drain(self._config.drain_s):
+        self._health.close()
+        until = time.monotonic() + self._config.drain_s
+        # Each optimizer is told under its lock, which a step may hold.
+        telling = threading.Thread(target=self._optimizers.drain, name="drain", daemon=True)
+        telling.start()
+        telling.join(self._config.drain_s)
+        if not self._admission.drain(max(0.0, until - time.monotonic())):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
-        self._server.stop(grace=1.0).wait()
-        self._pool.shutdown()
+        if not self._server.stop(grace=CLOSING_S).wait(2 * CLOSING_S):
+            logger.warning("some calls have not ended %s s after they were told to", CLOSING_S)
+        ended = self._gate.close(CLOSING_S)
+        if not ended:
+            logger.warning("some threads have not ended %s s after their calls; they end with the process", CLOSING_S)
         if self._folder is not None:
             self._folder.close()
         logger.info("stopped")
+        return ended
 
 
 def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file: Path | None = None) -> None:
@@ -164,9 +170,14 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     if exit_on_eof:
         threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
     os.read(wish_to_stop, 1)
-    app.stop()
+    ended = app.stop()
     if target_file:
         _tell_target(target_file, "")
+    if not ended:
+        # At its end the interpreter would wait for these threads; what had to be written is on disk.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _tell_target(path: Path, target: str) -> None:

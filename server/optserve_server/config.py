@@ -50,6 +50,11 @@ class ServerConfig:
     """Streams open at the same time; each occupies a thread."""
     unary_threads: int = 16
     """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
+    max_watchers: int = 64
+    """Clients that watch the server's health (grpc.health.v1.Health/Watch) at the same time; each occupies a thread."""
+    max_reply_bytes: int = 64 * MIB
+    """Replies of unary calls that their clients have not taken yet, with the calls that they belong to; a single one
+    may be larger."""
     max_chunk_bytes: int = 4 * MIB
     """Largest payload of one chunk."""
     preferred_chunk_bytes: int = 0
@@ -76,7 +81,10 @@ class ServerConfig:
     max_pull_bytes: int = GIB
     """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
     idle_step_s: float = 60.0
-    """A step that has not moved for so long is discarded."""
+    """A step that has not moved for so long is discarded, and so is a transfer, or a reply that its client does not
+    take. Where all places are taken, a stream that has been silent for so long gives way to a new one."""
+    receive_s: float = 10.0
+    """How long a call may take to send its message, or the first of them."""
     keepalive_s: int = 60
     """A connection that is silent for so long is probed; clients may probe twice as often."""
     drain_s: float = 20.0
@@ -101,6 +109,8 @@ class ServerConfig:
             "max_optimizers",
             "max_checkpoints",
             "max_pull_bytes",
+            "max_watchers",
+            "max_reply_bytes",
             "keepalive_s",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
@@ -116,6 +126,7 @@ class ServerConfig:
         self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
         self._require("threads", self.threads >= 0, "must not be negative")
         self._require("drain_s", self.drain_s >= 0, "must not be negative")
+        self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
         self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
         self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
         if self.max_state_bytes == 0:

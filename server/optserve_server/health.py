@@ -1,30 +1,19 @@
-"""The standard health service, grpc.health.v1. Watchers occupy no threads.
+"""The standard health service, grpc.health.v1.
 
-grpcio-health-checking's own servicer sends to watchers while it holds a lock that gRPC's only event thread takes when a
-watcher goes away: if the two meet, the whole server stands still. Here nothing is sent under a lock that the event
-thread wants.
+Each watcher has a thread of its own, of which there is a limited number: whoever does not take what it is sent holds up
+nobody else, and the status is changed without waiting for anybody.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 Response = health_pb2.HealthCheckResponse
 Status = health_pb2.HealthCheckResponse.ServingStatus.ValueType
-
-
-@dataclass(eq=False)
-class _Watcher:
-    """One Watch call. Its lock keeps what it is sent in order; the event thread never takes it."""
-
-    service: str
-    send: Callable[[Response | None], object]
-    order: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Health(health_pb2_grpc.HealthServicer):
@@ -35,52 +24,53 @@ class Health(health_pb2_grpc.HealthServicer):
     """
 
     def __init__(self, services: tuple[str, ...]) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._status: dict[str, Status] = dict.fromkeys(services, Response.NOT_SERVING)
-        self._watchers: set[_Watcher] = set()
+        self._closed = False
 
     def set(self, status: Status) -> None:
-        """Give all services a status, and tell their watchers."""
-        with self._lock:
+        """Give all services a status, of which their watchers are told."""
+        with self._changed:
             self._status = dict.fromkeys(self._status, status)
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            self._tell(watcher)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing is served any more; watchers are told so, and that is the last."""
+        with self._changed:
+            self._status = dict.fromkeys(self._status, Response.NOT_SERVING)
+            self._closed = True
+            self._changed.notify_all()
 
     def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> Response:  # noqa: N802
         """The status of a service, or NOT_FOUND."""
-        with self._lock:
-            status = self._status.get(request.service)
+        status = self._status.get(request.service)
         if status is None:
             context.set_code(grpc.StatusCode.NOT_FOUND)
             return Response()
         return Response(status=status)
 
     def Watch(  # noqa: N802 - pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        request: health_pb2.HealthCheckRequest,
-        context: grpc.ServicerContext,
-        send_response_callback: Callable[[Response | None], object],
-    ) -> None:
-        """Send the status of a service now and whenever it changes."""
-        watcher = _Watcher(request.service, send_response_callback)
-        with self._lock:
-            self._watchers.add(watcher)
-        if not context.add_callback(lambda: self._forget(watcher)):
-            self._forget(watcher)
-        self._tell(watcher)
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> Iterator[Response]:
+        """The status of a service now and whenever it changes."""
+        if not context.add_callback(self._wake):
+            return
+        last: Status | None = None
+        while context.is_active():
+            with self._changed:
+                while context.is_active() and not self._closed and self._of(request) == last:
+                    self._changed.wait()
+                status, closed = self._of(request), self._closed
+            if status != last:
+                last = status
+                yield Response(status=status)
+            if closed:
+                return
 
-    # That is how gRPC knows that a method sends by itself and gives its thread back.
-    Watch.experimental_non_blocking = True  # pyright: ignore[reportFunctionMemberAccess]
-    Watch.experimental_thread_pool = None  # pyright: ignore[reportFunctionMemberAccess]
+    def _of(self, request: health_pb2.HealthCheckRequest) -> Status:
+        return self._status.get(request.service, Response.SERVICE_UNKNOWN)
 
-    def _tell(self, watcher: _Watcher) -> None:
-        with watcher.order:
-            with self._lock:
-                status = self._status.get(watcher.service, Response.SERVICE_UNKNOWN)
-            watcher.send(Response(status=status))
-
-    def _forget(self, watcher: _Watcher) -> None:
-        with self._lock:
-            self._watchers.discard(watcher)
-        watcher.send(None)
+    def _wake(self) -> None:
+        """A watcher is gone. Called in gRPC's event thread; the lock is never held while anything is waited for."""
+        with self._changed:
+            self._changed.notify_all()

@@ -12,6 +12,7 @@ from optserve_server.copies import Copies
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.layout import Operand, Payload
 from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.places import progress
 from optserve_server.step import Outcome
 
 PushFrame = wire.Frame[replicas_pb2.PushParametersRequest]
@@ -40,8 +41,10 @@ def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
                     raise OptserveError(
                         Reason.INVALID_FIELD, "The chunks of an upload have no operand.", field="chunk.operand"
                     )
+                data = frame.data or b""
                 with fields_called(_FIELDS):
-                    step.stage(header.chunk.tensor, header.chunk.offset, frame.data or b"", Operand.PARAMETER)
+                    step.stage(header.chunk.tensor, header.chunk.offset, data, Operand.PARAMETER)
+                progress(len(data))
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):

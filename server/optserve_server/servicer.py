@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -141,15 +139,6 @@ class Servicer:
 
     def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
         """One step in one message."""
-        size, limit = request.ByteSize(), self._config.max_message_bytes
-        if size > limit:
-            raise OptserveError(
-                Reason.MESSAGE_TOO_LARGE,
-                f"The request has {size} bytes; this server accepts {limit}. Use StreamSteps for larger models.",
-                field="gradients",
-                limit_bytes=limit,
-                actual_bytes=size,
-            )
         reply = convert.reply(request.reply, "reply")
         convert.check_life(request.life, "life")
         item = self._find(request.name)
@@ -163,6 +152,7 @@ class Servicer:
             raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
         size = RESULT_BYTES
         size += sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
+        limit = self._config.max_message_bytes
         if size > limit:
             # Refused before the step is applied, not found out after.
             raise OptserveError(
@@ -298,32 +288,6 @@ class Servicer:
         step, tensors = statistics(self._find(request.name), query)
         return statistics_pb2.GetStatisticsResponse(step=step, tensors=map(convert.statistics, tensors))
 
-    def not_idle(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The requests; a client that sends none for long is cut off, because others wait for its place."""
-        while True:
-            with self._patience(context):
-                request = next(requests, None)
-            if request is None:
-                return
-            yield request
-
-    def not_stalled(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The messages; a client that takes none for long is cut off, because others wait for the room."""
-        for message in messages:
-            with self._patience(context):
-                yield message
-
-    @contextmanager
-    def _patience(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """Cancel a call if the block takes longer than `idle_step_s`."""
-        timer = threading.Timer(self._config.idle_step_s, context.cancel)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
     def _find(self, name: str, field: str = "name") -> Optimizer:
         return self._optimizers.get(convert.optimizer_id(name, field))
 
@@ -347,19 +311,19 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             checkpoints_pb2.ExportStateRequest.FromString,
         ),
         "ImportState": grpc.stream_unary_rpc_method_handler(
-            lambda requests, context: servicer.import_state(
-                convert.decode(transfer.decode_import, raw) for raw in servicer.not_idle(requests, context)
+            lambda requests, _context: servicer.import_state(
+                convert.decode(transfer.decode_import, raw) for raw in requests
             ),
             None,
             checkpoints_pb2.ImportStateResponse.SerializeToString,
         ),
         "PullParameters": grpc.unary_stream_rpc_method_handler(
-            lambda request, context: servicer.not_stalled(servicer.pull_parameters(request), context),
+            lambda request, _context: servicer.pull_parameters(request),
             replicas_pb2.PullParametersRequest.FromString,
         ),
         "PushParameters": grpc.stream_unary_rpc_method_handler(
-            lambda requests, context: servicer.push_parameters(
-                convert.decode(parameters.decode_push, raw) for raw in servicer.not_idle(requests, context)
+            lambda requests, _context: servicer.push_parameters(
+                convert.decode(parameters.decode_push, raw) for raw in requests
             ),
             None,
             replicas_pb2.PushParametersResponse.SerializeToString,

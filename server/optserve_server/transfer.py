@@ -12,6 +12,7 @@ from optserve_server.checkpoints import Checkpoints
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.places import progress
 from optserve_server.settings import PARAMETER, Settings
 from optserve_server.state_import import StateImport
 from optserve_server.step import check_request_id
@@ -85,10 +86,10 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
         for frame in chain((first,), frames):
             header = frame.header
             if header.HasField("chunk"):
+                data = frame.data or b""
                 with fields_called(_FIELDS):
-                    state.stage(
-                        header.chunk.tensor, _array(optimizer, header.chunk), header.chunk.offset, frame.data or b""
-                    )
+                    state.stage(header.chunk.tensor, _array(optimizer, header.chunk), header.chunk.offset, data)
+                progress(len(data))
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):

@@ -1,0 +1,196 @@
+"""The places of the calls of one kind: a bounded number, kept by sending and taking, not by being there.
+
+A call has a thread while it has a place. Where all are taken, one whose client owes it something gives way to a
+newcomer; where there is none, the newcomer is told to come back. And whoever waits too long for its client is ended.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from optserve_server.errors import OptserveError, Reason
+
+SPARED_S = 0.25
+"""A call that has waited for less gives way only to connections that have fewer places."""
+
+MIN_BYTES_PER_S = 64 << 10
+"""What a transfer has to move, on average, to keep its place."""
+
+
+class Waiting(Enum):
+    """What a call waits for."""
+
+    NOTHING = auto()
+    """From its client; the server is at work."""
+    FIRST_MESSAGE = auto()
+    NEXT_MESSAGE = auto()
+    TAKING = auto()
+    """That the client takes a message."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long calls of one kind may wait for their clients, in seconds, by what they wait for.
+
+    Attributes:
+        gives_way_s: After so long it gives way to a newcomer that needs the place; what is not named never does.
+        ends_s: After so long it is ended; what is not named never is.
+        by_bytes: `ends_s` is what it may wait in all, and each byte that was missing buys more; otherwise what it may
+            wait for each message.
+    """
+
+    gives_way_s: Mapping[Waiting, float]
+    ends_s: Mapping[Waiting, float]
+    by_bytes: bool = False
+
+
+class Place:
+    """That of one call, in whose thread it is used.
+
+    Attributes:
+        peer: The connection that the call came by.
+        patience: With its client.
+        waiting: What it waits for.
+        since: From when on, by the monotonic clock.
+        waited_s: For how long in all, less what was bought, where that counts.
+    """
+
+    __slots__ = ("_by_bytes", "_cancel", "patience", "peer", "since", "waited_s", "waiting")
+
+    def __init__(self, peer: str, cancel: Callable[[], object], patience: Patience) -> None:
+        self.peer = peer
+        self.patience = patience
+        self._cancel = cancel
+        self._by_bytes = patience.by_bytes
+        self.since = time.monotonic()
+        self.waited_s = 0.0
+        self.waiting = Waiting.FIRST_MESSAGE
+
+    def wait(self, waiting: Waiting) -> None:
+        """Begin to wait for the client."""
+        self.since = time.monotonic()
+        self.waiting = waiting
+
+    def go_on(self) -> None:
+        """The client has done what was waited for."""
+        if self._by_bytes and self.waiting is not Waiting.FIRST_MESSAGE:
+            self.waited_s += time.monotonic() - self.since
+        self.waiting = Waiting.NOTHING
+
+    def moved(self, size: int) -> None:
+        """So many bytes that were missing have come, or have been taken."""
+        self.waited_s = max(0.0, self.waited_s - size / MIN_BYTES_PER_S)
+
+    def end(self) -> None:
+        """End the call, from any thread."""
+        self.waiting = Waiting.NOTHING
+        self._cancel()
+
+
+_current: ContextVar[Place] = ContextVar("place")
+
+
+def progress(size: int) -> None:
+    """The present call, if it has a place, has moved so many bytes that were missing."""
+    place = _current.get(None)
+    if place is not None:
+        place.moved(size)
+
+
+class Places:
+    """The places of one kind. Safe to use from several threads.
+
+    Args:
+        what: The kind and what it does, for messages, as "streams are open".
+        limit: Most of them.
+    """
+
+    def __init__(self, what: str, limit: int) -> None:
+        self._what = what
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._taken: dict[Place, None] = {}
+        self._peers: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, peer: str, cancel: Callable[[], object], patience: Patience) -> Iterator[Place]:
+        """A place for the length of a with-block, in which it is that of the present call.
+
+        Args:
+            peer: The connection that the call came by.
+            cancel: Ends the call, should it have to go.
+            patience: With its client.
+
+        Raises:
+            OptserveError: TOO_MANY_STREAMS.
+        """
+        place = Place(peer, cancel, patience)
+        self._take(place)
+        _current.set(place)
+        try:
+            yield place
+        finally:
+            with self._lock:
+                self._remove(place)
+
+    def _take(self, place: Place) -> None:
+        with self._lock:
+            leaver = None
+            if len(self._taken) >= self._limit:
+                leaver = self._one_that_gives_way(place.peer)
+                if leaver is None:
+                    raise self.full()
+                self._remove(leaver)
+            self._taken[place] = None
+            self._peers[place.peer] += 1
+        if leaver is not None:
+            leaver.end()
+
+    def full(self) -> OptserveError:
+        """What newcomers are told where nobody gives way."""
+        return OptserveError(
+            Reason.TOO_MANY_STREAMS,
+            f"{self._limit} {self._what}, which is all that this server takes; try again later.",
+            limit=self._limit,
+        )
+
+    def _remove(self, place: Place) -> None:
+        # One that had to give way has left already.
+        if place in self._taken:
+            del self._taken[place]
+            self._peers[place.peer] -= 1
+            if not self._peers[place.peer]:
+                del self._peers[place.peer]
+
+    def _one_that_gives_way(self, newcomer: str) -> Place | None:
+        """Of those who have waited long enough, one of the connection that has the most places, the longest first."""
+        now, own = time.monotonic(), self._peers[newcomer] + 1
+        best, best_key = None, (0, 0.0)
+        for place in self._taken:
+            key = (self._peers[place.peer], now - place.since)
+            spared_s = place.patience.gives_way_s.get(place.waiting, math.inf)
+            # Whoever has many places does not keep out those who have few.
+            if key[1] >= spared_s - (SPARED_S if key[0] > own else 0) and key > best_key:
+                best, best_key = place, key
+        return best
+
+    def end_those_who_wait_too_long(self) -> int:
+        """Look after all; gives how many were ended."""
+        now = time.monotonic()
+        with self._lock:
+            late = [
+                place
+                for place in self._taken
+                if place.waited_s + now - place.since > place.patience.ends_s.get(place.waiting, math.inf)
+            ]
+        for place in late:
+            place.end()
+        return len(late)
