@@ -96,6 +96,25 @@ def test_a_cancelled_step_that_was_applied_is_said_and_replayed(server, client, 
         assert np.array_equal(opt.step(gradient(2))["x"], -gradient(2)["x"])
 
 
+@pytest.mark.parametrize("size", [SIZE, 10 * SIZE])
+def test_a_reply_that_ends_in_the_middle_leaves_out_untouched_or_its_first_elements_right(server, client, name, size):
+    """Of replies of up to 1 MiB nothing is written before all is there."""
+    with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
+        g = {"x": np.arange(1, size + 1, dtype=np.float32)}
+        opt = shaky.create_optimizer(name, optserve.Sgd(learning_rate=1.0), g)
+        out = {"x": np.full(size, 7, np.float32)}
+        wire.cut_after("down", 3 * size)
+        wire.refuse = True
+        with pytest.raises(optserve.OptserveError):
+            opt.step(g, out=out, timeout_s=1)
+        written = int((out["x"] < 0).sum())
+        assert written == 0 if size == SIZE else written < size
+        assert np.array_equal(out["x"][:written], -g["x"][:written])
+        assert (out["x"][written:] == 7).all()
+        wire.refuse = False
+        assert np.array_equal(opt.replay()["x"] if client.optimizer(name).current_step else -g["x"], -g["x"])
+
+
 def test_a_cancelled_step_can_be_gone_on_from_without_its_updates(server, client, name):
     with proxy(server.target) as wire, optserve.connect(wire.target, CONFIG) as shaky:
         opt = shaky.create_optimizer(name, optserve.Sgd(), gradient(0))

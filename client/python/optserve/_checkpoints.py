@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optserve import _replies
 from optserve._transport import Transport, is_retryable
 from optserve.errors import OptserveError
 from optserve.state import Checkpoint
@@ -10,15 +11,9 @@ from optserve.v1 import checkpoints_pb2
 
 def list_checkpoints(connection: Transport, optimizer: str) -> list[Checkpoint]:
     """All checkpoints of the optimizer with that resource name, oldest first."""
-    found: list[Checkpoint] = []
-    token = ""
-    while True:
-        request = checkpoints_pb2.ListCheckpointsRequest(parent=optimizer, page_token=token)
-        page = connection.call(connection.stub.ListCheckpoints, request)
-        found.extend(checkpoint_from(item) for item in page.checkpoints)
-        token = page.next_page_token
-        if not token:
-            return found
+    request = checkpoints_pb2.ListCheckpointsRequest(parent=optimizer)
+    pages = connection.pages(connection.stub.ListCheckpoints, request)
+    return [checkpoint_from(item, optimizer) for page in pages for item in page.checkpoints]
 
 
 def delete_checkpoint(connection: Transport, optimizer: str, tag: str) -> None:
@@ -38,7 +33,14 @@ def delete_checkpoint(connection: Transport, optimizer: str, tag: str) -> None:
         connection.call(connection.stub.DeleteCheckpoint, request)
 
 
-def checkpoint_from(message: checkpoints_pb2.Checkpoint) -> Checkpoint:
-    """A checkpoint as users see it."""
-    tag = message.name.rpartition("/")[2]
-    return Checkpoint(tag, message.step, message.size_bytes, message.create_time.ToNanoseconds() / 1e9)
+def checkpoint_from(message: checkpoints_pb2.Checkpoint, optimizer: str, tag: str = "") -> Checkpoint:
+    """A checkpoint as users see it.
+
+    Raises:
+        InternalError: It is not one of that optimizer, or not the one of that tag where one is given.
+    """
+    prefix = f"{optimizer}/checkpoints/"
+    found = message.name.removeprefix(prefix)
+    if not message.name.startswith(prefix) or not found or (tag and found != tag):
+        raise _replies.broken(f"{message.name[:200]!r} is not the checkpoint {prefix}{tag}")
+    return Checkpoint(found, message.step, message.size_bytes, _replies.seconds(message.create_time))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from optserve.errors import InvalidArgumentError
+from optserve.errors import InvalidArgumentError, ResourceExhaustedError
 from optserve.v1 import optimizer_pb2
 from optserve.wire import DTYPES
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new array, or raise ResourceExhaustedError where this process has no memory for it."""
+    try:
+        return np.empty(shape, dtype)
+    # ValueError: no process could have it.
+    except (MemoryError, ValueError) as error:
+        raise ResourceExhaustedError(
+            f"There is no memory here for an array of {list(shape)} {dtype}, as the server describes it: {error}"
+        ) from error
 
 
 class Parameter(NamedTuple):
@@ -31,6 +43,7 @@ class Model:
     Attributes:
         parameters: All of them.
         names: Theirs.
+        sizes: (bytes, bytes of an element) of each.
     """
 
     def __init__(self, name: str, messages: Sequence[optimizer_pb2.Parameter], *, takes_curvature: bool) -> None:
@@ -39,6 +52,7 @@ class Model:
         self.parameters = [Parameter(item.name, tuple(item.shape), DTYPES[item.data_type]) for item in messages]
         self._indices = {parameter.name: index for index, parameter in enumerate(self.parameters)}
         self.names = list(self._indices)
+        self.sizes = [(math.prod(p.shape) * p.dtype.itemsize, p.dtype.itemsize) for p in self.parameters]
         self._all = list(self._indices.values())
 
     def __len__(self) -> int:
@@ -108,7 +122,7 @@ class Model:
         """Arrays for the updates: those of `out`, checked, or new ones."""
         if out is None:
             parameters = [self.parameters[index] for index in indices]
-            return [np.empty(item.shape, item.dtype) for item in parameters]
+            return [empty(item.shape, item.dtype) for item in parameters]
         arrays = []
         for index in indices:
             name = self.parameters[index].name

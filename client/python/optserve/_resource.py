@@ -10,14 +10,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from optserve import algorithms, settings
+from optserve import _replies, algorithms, settings
 from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
 from optserve._model import Model
-from optserve._stream import Updates
 from optserve._transfer import export_state, import_state, pull_parameters, push_parameters
 from optserve._transport import Transport
+from optserve._updates import Updates
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
-from optserve.statistics import QUANTILES, Statistics, statistics_from
+from optserve.statistics import QUANTILES, Asked, Statistics, statistics_from
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, statistics_pb2
 from optserve.wire import WIRE_DTYPES
 
@@ -80,7 +80,7 @@ class Resource(abc.ABC):
     @property
     def algorithm(self) -> algorithms.Algorithm:
         """The method with its present hyper-parameters, as the server has them."""
-        return algorithms.from_message(self._get().algorithm)
+        return _replies.method(self._get())
 
     @property
     def schedule(self) -> settings.Schedule | None:
@@ -131,7 +131,8 @@ class Resource(abc.ABC):
         Args:
             names: Those wanted; all by default.
             newer_than: Only if more steps than this have been applied.
-            out: Arrays that take them; new ones are made by default.
+            out: Arrays that take them; new ones are made by default. If the call raises, they are as they were; of more
+                than 1 MiB, the first elements, in the order of the parameters, may be newer.
 
         Returns:
             The step and the arrays; None if there is nothing newer.
@@ -181,7 +182,13 @@ class Resource(abc.ABC):
             seed=seed,
         )
         response = self._connection.call(self._connection.stub.GetStatistics, request)
-        return statistics_from(response, self._model.names, self._slots, list(quantiles) or QUANTILES)
+        asked = Asked(
+            list(request.tensors) or list(range(len(self._model))),
+            list(quantiles) or QUANTILES,
+            list(indices) or None,
+            random_indices,
+        )
+        return statistics_from(response, self._model.names, self._slots, asked)
 
     def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """Take a named copy of the state and the hyper-parameters, durable as far as the server is.
@@ -199,7 +206,8 @@ class Resource(abc.ABC):
         request = checkpoints_pb2.SaveCheckpointRequest(
             parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
         )
-        return checkpoint_from(self._call_patiently(self._connection.stub.SaveCheckpoint, request).checkpoint)
+        saved = self._call_patiently(self._connection.stub.SaveCheckpoint, request).checkpoint
+        return checkpoint_from(saved, self._resource, tag)
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """All named copies, oldest first."""
@@ -217,7 +225,7 @@ class Resource(abc.ABC):
             name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
         )
         restored = self._call_patiently(self._connection.stub.RestoreCheckpoint, request).optimizer
-        self._replaced(restored)
+        self._replaced(_replies.optimizer(restored, self._resource))
 
     def delete_checkpoint(self, tag: str) -> None:
         """Delete a named copy.
@@ -247,7 +255,8 @@ class Resource(abc.ABC):
 
     def _get(self) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
-        return self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
+        found = self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
+        return _replies.optimizer(found, self._resource)
 
     @abc.abstractmethod
     def _replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:

@@ -8,7 +8,7 @@ it may even then be about to be applied, it stays unsettled until a later step i
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,8 +17,9 @@ from optserve._feedback import ErrorFeedback
 from optserve._outcomes import Outcomes
 from optserve._patience import Patience, Turn
 from optserve._shared import SharedStaging
-from optserve._stream import Gradients, StepRefused, StepStream, Updates
+from optserve._stream import Gradients, StepRefused, StepStream
 from optserve._transport import Backoff, Transport, is_retryable
+from optserve._updates import Updates
 from optserve.errors import (
     FailedPreconditionError,
     FeatureUnavailableError,
@@ -40,6 +41,9 @@ _SHARE_AGAIN_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 _WORKER_STEP = "step-"
 """Request ids of a worker's steps are this and their number."""
 
+_MAX_DIGITS = 20
+"""Of that number; what is longer was never counted."""
+
 
 class StepSession:
     """One optimizer's stream and what is known of its steps. Safe to use from several threads.
@@ -60,6 +64,7 @@ class StepSession:
         open_request: steps_pb2.Open,
         step: int,
         lineage: str,
+        sizes: Sequence[tuple[int, int]],
         *,
         must_share: bool = False,
         takes_curvature: bool = False,
@@ -72,6 +77,7 @@ class StepSession:
         self.staleness = 0
         self._connection = connection
         self._must_share = must_share
+        self._sizes = sizes
         self._takes_curvature = takes_curvature
         self._has_shared = False
         self.open_request = open_request
@@ -292,7 +298,7 @@ class StepSession:
     def count_from(self, last_request_id: str) -> None:
         """Go on behind a worker's last step."""
         number = last_request_id.removeprefix(_WORKER_STEP)
-        self.steps_made = int(number) if number.isdecimal() else 0
+        self.steps_made = int(number) if number.isdecimal() and len(number) <= _MAX_DIGITS else 0
 
     def _is_passing(self, error: OptserveError) -> bool:
         """Whether the same call may succeed after a pause."""
@@ -310,6 +316,10 @@ class StepSession:
     def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
         self.current_step, self.staleness = result.step, result.staleness
+        if result.replayed and not known and not self.open_request.worker:
+            raise InternalError(
+                f"The server says that a new step of {self._name} had been applied before, which it cannot have been."
+            )
         if result.replayed and not known:
             self.count_from(result.request_id)
             raise StepInDoubtError(
@@ -358,7 +368,9 @@ class StepSession:
 
     def _open(self, patience: Patience) -> StepStream:
         try:
-            stream = StepStream(self._connection, self.open_request, patience, takes_curvature=self._takes_curvature)
+            stream = StepStream(
+                self._connection, self.open_request, patience, self._sizes, takes_curvature=self._takes_curvature
+            )
         except NotFoundError as error:
             if self.current_step == 0:
                 raise

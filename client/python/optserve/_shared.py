@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from optserve import sysv
+from optserve.errors import InternalError
 from optserve.v1 import steps_pb2
 
 GRADIENT, CURVATURE = steps_pb2.OPERAND_GRADIENT, steps_pb2.OPERAND_CURVATURE
@@ -25,16 +27,20 @@ class SharedStaging:
 
     Args:
         message: The server's offer.
+        sizes: (bytes, bytes of an element) of each parameter.
+        curved: Whether there is a place for the curvature of each as well.
 
     Raises:
         OSError: This process cannot reach the segment.
+        InternalError: The places in it overlap, do not lie in it, or are not those of the parameters.
     """
 
-    def __init__(self, message: steps_pb2.SharedMemory) -> None:
-        kind, _, number = message.segment.partition(":")
-        if kind != "sysv" or not number.isdecimal():
-            raise OSError(f"{message.segment!r} is no segment that this version knows")
-        self._memory = sysv.attach(int(number), message.size_bytes)
+    def __init__(self, message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, int]], *, curved: bool) -> None:
+        number = re.fullmatch(r"sysv:([0-9]{1,10})", message.segment)
+        if number is None:
+            raise OSError(f"{message.segment[:80]!r} is no segment that this version knows")
+        _check_places(message, sizes, curved=curved)
+        self._memory = sysv.attach(int(number[1]), message.size_bytes)
         self._offsets = {GRADIENT: message.offsets, CURVATURE: message.curvature_offsets}
         self._places: dict[tuple[Operand, int], np.ndarray] = {}
         self._dirty = self._word(message.dirty_offset)
@@ -89,6 +95,23 @@ class SharedStaging:
     def has_overwritten(self, step: int, arrays: Iterable[np.ndarray]) -> bool:
         """Whether these gradients of a step lie here, and the server has begun to put its updates in their place."""
         return int(self._replied[0]) == step and any(np.may_share_memory(self._memory, array) for array in arrays)
+
+
+def _check_places(message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, int]], *, curved: bool) -> None:
+    """Raise InternalError unless everything has a place of its own within the segment."""
+    places = [(message.nonce_offset, NONCE_BYTES, 1)]
+    places += [(offset, _WORD.itemsize, _WORD.itemsize) for offset in (message.dirty_offset, message.replied_offset)]
+    for offsets, wanted in ((message.offsets, sizes), (message.curvature_offsets, sizes if curved else ())):
+        if len(offsets) != len(wanted):
+            raise InternalError(f"The server's segment has {len(offsets)} places for {len(wanted)} tensors.")
+        places += [(offset, *size) for offset, size in zip(offsets, wanted, strict=True)]
+    free = 0
+    for offset, size_bytes, item_bytes in sorted(places):
+        if size_bytes and (offset < free or offset % item_bytes):
+            raise InternalError(f"The server's segment has two things at byte {offset}, or one that is not aligned.")
+        free = max(free, offset + size_bytes)
+    if free > message.size_bytes:
+        raise InternalError(f"The server's segment of {message.size_bytes} bytes has a place up to byte {free}.")
 
 
 def _same(place: np.ndarray, array: np.ndarray) -> bool:

@@ -17,12 +17,17 @@ from optserve._feedback import Attempt, Rounding
 from optserve._patience import Patience
 from optserve._shared import CURVATURE, GRADIENT, Arrival, Operand, SharedStaging
 from optserve._transport import Transport
+from optserve._updates import Updates
+from optserve.config import ClientConfig
 from optserve.control import MAX_PACKET_BYTES, ControlConnection
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
 ANNOUNCED_BYTES = 1 << 16
 """Steps of workers from this size on are announced."""
+
+MIN_CHUNK_BYTES = 1024
+"""The contract has no chunk limits below this."""
 
 
 class Gradients:
@@ -152,80 +157,6 @@ class Gradients:
         return converted.data.cast("B")
 
 
-class Updates:
-    """The arrays that take the reply of one step, in the order of the step's tensors.
-
-    Args:
-        indices: The parameters that take part.
-        arrays: C-contiguous, in the parameters' shapes and dtypes.
-        wire: Dtype of the payload; None for each array's own.
-        reply: What is asked for; no arrays for REPLY_NOTHING.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        arrays: Sequence[np.ndarray],
-        wire: np.dtype | None = None,
-        reply: steps_pb2.Reply = steps_pb2.REPLY_UPDATES,
-    ) -> None:
-        self.reply = reply
-        self.indices = indices
-        self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
-        self.arrays = arrays
-        self._arrays: list[np.ndarray] = []
-        self._wires: list[np.dtype] = []
-        self._size_bytes = 0
-        for array in arrays:
-            self._arrays.append(array.reshape(-1))
-            self._wires.append(array.dtype if wire is None else wire)
-            self._size_bytes += array.size * self._wires[-1].itemsize
-        self.begun = False
-        self._missing = self._size_bytes
-
-    def reset(self) -> None:
-        """Forget what has arrived, before the reply is received once more."""
-        self.begun = False
-        self._missing = self._size_bytes
-
-    def put(self, chunk: steps_pb2.Chunk, data: wire.Buffer) -> None:
-        """Copy a chunk to where it belongs; what is beyond the end of its tensor belongs to the next.
-
-        Raises:
-            InternalError: It does not fit there.
-        """
-        ordinal, offset = self._ordinals.get(chunk.tensor, len(self._arrays)), chunk.offset
-        taken, size = 0, len(data)
-        self._missing -= size
-        self.begun = True
-        while taken < size:
-            if ordinal >= len(self._arrays) or self._missing < 0:
-                raise InternalError("The server's reply has more bytes than the step's tensors.")
-            array, wire_dtype = self._arrays[ordinal], self._wires[ordinal]
-            item = wire_dtype.itemsize
-            start, room = offset // item, array.size - offset // item
-            count = min(room, (size - taken) // item)
-            if offset % item or (count <= 0 < room):
-                raise InternalError("The server's reply is cut within an element.")
-            if count > 0:
-                elements = np.frombuffer(data, wire_dtype, count, taken)
-                if wire_dtype == array.dtype:
-                    array[start : start + count] = elements
-                else:
-                    halves.convert(elements, array[start : start + count])
-                taken += count * item
-            ordinal, offset = ordinal + 1, 0
-
-    def by_index(self) -> dict[int, np.ndarray]:
-        """The arrays by index of their parameters."""
-        return dict(zip(self.indices, self.arrays, strict=True))
-
-    def check_complete(self) -> None:
-        """Raise InternalError if bytes are missing."""
-        if self._missing:
-            raise InternalError(f"The server's reply lacks {self._missing} bytes.")
-
-
 class _Outgoing:
     """What gRPC's sending thread iterates: step after step, each message made when the wire is ready for it.
 
@@ -268,6 +199,13 @@ class _Outgoing:
 class StepStream:
     """An open stream of steps on one optimizer. It closes itself when nobody uses it any more.
 
+    Args:
+        transport: The connection.
+        request: What the stream is opened with.
+        patience: How long to wait for the server's answer.
+        sizes: (bytes, bytes of an element) of each parameter.
+        takes_curvature: Whether the method takes the diagonal of the Hessian.
+
     Attributes:
         opened: The server's answer to `open`.
         shared: Memory shared with the server, through which tensors travel then; None if they travel in messages.
@@ -278,7 +216,13 @@ class StepStream:
     """
 
     def __init__(
-        self, transport: Transport, request: steps_pb2.Open, patience: Patience, *, takes_curvature: bool = False
+        self,
+        transport: Transport,
+        request: steps_pb2.Open,
+        patience: Patience,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        takes_curvature: bool = False,
     ) -> None:
         self._transport = transport
         self._takes_curvature = takes_curvature
@@ -291,11 +235,16 @@ class StepStream:
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
         try:
             with patience.watching(self._interrupt):
-                self.opened: steps_pb2.Opened = self._next(patience).header.opened
-            limits = self.opened.limits
-            wanted = transport.config.max_chunk_bytes or limits.preferred_chunk_bytes
-            self._chunk_bytes = min(wanted, limits.max_chunk_bytes, transport.config.max_receive_bytes)
-            self.shared, self.transport_reason = _shared(request, self.opened)
+                first = self._next(patience).header
+            self.opened: steps_pb2.Opened = first.opened
+            if not first.HasField("opened"):
+                raise InternalError("The server's first answer on a stream does not say that it is open.")
+            if len(set(self.opened.last_tensors)) < len(self.opened.last_tensors) or any(
+                tensor >= len(sizes) for tensor in self.opened.last_tensors
+            ):
+                raise InternalError("The server names parameters of the last step that there are not, or one twice.")
+            self._chunk_bytes = _chunk_bytes(self.opened.limits, transport.config)
+            self.shared, self.transport_reason = _shared(request, self.opened, sizes, curved=takes_curvature)
             self._nonce = self.shared.nonce if self.shared else b""
             if self.shared is not None:
                 self._connect_control(self.shared)
@@ -337,19 +286,52 @@ class StepStream:
         with patience.watching(self._interrupt):
             receive = self._send(request, gradients)
             while True:
-                frame = receive(patience)
-                if frame.header.HasField("error"):
+                header, data = receive(patience)
+                if header.HasField("error"):
                     self._outgoing.stop_step()
-                    raise StepRefused(from_status(frame.header.error.status))
-                if frame.data is not None:
-                    updates.put(frame.header.chunk, frame.data)
-                if frame.header.HasField("result"):
+                    raise self._refusal(begin, header.error, replied=updates.received)
+                if data is not None and self.shared is None:
+                    updates.put(header.chunk.tensor, header.chunk.offset, data)
+                elif data is not None or header.data or not header.HasField("result"):
+                    raise InternalError("The server's answer to a step has no place in one.")
+                if header.HasField("result"):
                     break
+                updates.write_large()
+        result = header.result
+        self._check_result(begin, result, sent=gradients is not None)
         if self.shared is not None:
             self.shared.get(updates.by_index())
         else:
-            updates.check_complete()
-        return frame.header.result
+            updates.finish()
+        return result
+
+    def _check_result(self, begin: steps_pb2.Begin, result: steps_pb2.Result, *, sent: bool) -> None:
+        """Raise InternalError unless a result can be that of the step that was begun; `sent` if with its gradients."""
+        if not sent:
+            # The last one that had been applied when the stream was opened; a worker's may be older than others' steps.
+            right = result.replayed and result.step <= self.opened.step
+            right &= result.step == self.opened.step or bool(self._worker)
+        elif begin.HasField("expected_step"):
+            right = result.step == begin.expected_step + 1
+        elif begin.HasField("parameters_step") and not result.replayed:
+            right = result.step == begin.parameters_step + result.staleness + 1
+        else:
+            right = result.step > 0
+        if result.request_id != begin.request_id or not right:
+            raise InternalError(
+                f"The server's answer is of step {result.step} with the request id {result.request_id[:80]!r}; that is "
+                f"not the step that was asked for, {begin.request_id!r}."
+            )
+
+    def _refusal(self, begin: steps_pb2.Begin, message: steps_pb2.StepError, *, replied: bool) -> Exception:
+        """What to raise for an error about the step that was begun; `replied` if part of its reply was received."""
+        error = from_status(message.status)
+        if message.request_id not in ("", begin.request_id):
+            return InternalError(f"The server's error is about another step: {error}")
+        # The reply can be taken away. Anything else comes too late: what is replied to was applied.
+        if replied and error.reason not in ("STEP_TAKEN_OVER", "INTERNAL"):
+            return InternalError(f"The server refuses a step in the middle of its reply: {error}")
+        return StepRefused(error)
 
     def _send(
         self, request: steps_pb2.StreamStepsRequest, gradients: Gradients | None
@@ -419,14 +401,28 @@ class StepRefused(Exception):
         self.error = error
 
 
-def _shared(request: steps_pb2.Open, opened: steps_pb2.Opened) -> tuple[SharedStaging | None, str]:
-    """(memory shared with the server, None) or (None, why not)."""
+def _chunk_bytes(limits: steps_pb2.ServerLimits, config: ClientConfig) -> int:
+    """The largest payload of one message to a server with those limits, or raise InternalError."""
+    preferred = limits.preferred_chunk_bytes or limits.max_chunk_bytes
+    if min(preferred, limits.max_chunk_bytes) < MIN_CHUNK_BYTES:
+        raise InternalError(
+            f"The server takes chunks of at most {limits.max_chunk_bytes} bytes and likes {preferred} best; it should "
+            f"take {MIN_CHUNK_BYTES}."
+        )
+    wanted = config.max_chunk_bytes or preferred
+    return min(wanted, limits.max_chunk_bytes, config.max_receive_bytes)
+
+
+def _shared(
+    request: steps_pb2.Open, opened: steps_pb2.Opened, sizes: Sequence[tuple[int, int]], *, curved: bool
+) -> tuple[SharedStaging | None, str]:
+    """(memory shared with the server, that it is) or (None, why not)."""
     if request.transport != steps_pb2.TRANSPORT_SHARED_MEMORY:
         return None, "shared memory was not asked for"
     if not opened.HasField("shared_memory"):
         return None, "the server does not offer shared memory now: it has no room, or another client has it"
     try:
-        return SharedStaging(opened.shared_memory), "the server is on this host"
+        return SharedStaging(opened.shared_memory, sizes, curved=curved), "the server is on this host"
     except OSError as error:
         return None, f"the server's shared memory cannot be reached: {error}"
 

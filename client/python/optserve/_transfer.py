@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from contextlib import closing
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
-from optserve import wire
-from optserve._stream import Updates
+from optserve import _replies, wire
+from optserve._model import empty
 from optserve._transport import Backoff, Transport, is_retryable
-from optserve.algorithms import from_message
-from optserve.errors import InternalError, InvalidArgumentError
+from optserve._updates import Updates
+from optserve.errors import InvalidArgumentError
 from optserve.state import PARAMETER, OptimizerState, Progress, TensorSpec
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, steps_pb2
 from optserve.wire import DTYPES
@@ -30,7 +31,12 @@ def export_state(connection: Transport, name: str, on_progress: Progress) -> Opt
         OptserveError: The server's answer, or that it gave none.
     """
     request = checkpoints_pb2.ExportStateRequest(name=name)
-    return _persistently(connection, lambda: _received(connection.export_state(request), on_progress))
+
+    def attempt(timeout_s: float) -> OptimizerState:
+        with closing(connection.export_state(request, timeout_s)) as frames:
+            return _received(frames, name, on_progress)
+
+    return _persistently(connection, attempt)
 
 
 def import_state(
@@ -45,10 +51,13 @@ def import_state(
     names, arrays = _array_names(optimizer), _arrays(optimizer, state)
     # One id for all tries: a retry after a lost answer must not undo the steps since.
     first = checkpoints_pb2.ImportStateRequest(name=optimizer.name, step=state.step, request_id=str(uuid.uuid4()))
-    return _persistently(
+    answer = _persistently(
         connection,
-        lambda: connection.import_state(_messages(first, names, arrays, on_progress, state.size_bytes)).optimizer,
+        lambda timeout_s: connection.import_state(
+            _messages(first, names, arrays, on_progress, state.size_bytes), timeout_s
+        ),
     )
+    return _replies.optimizer(answer.optimizer, optimizer.name)
 
 
 def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarray]) -> int:
@@ -69,7 +78,7 @@ def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarra
                 yield wire.encode(header, data[offset : offset + CHUNK_BYTES])
         yield wire.encode(replicas_pb2.PushParametersRequest(commit=steps_pb2.Commit()))
 
-    return _persistently(connection, lambda: connection.push_parameters(messages())).step
+    return _persistently(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
 
 
 def pull_parameters(
@@ -81,26 +90,43 @@ def pull_parameters(
         OptserveError: The server's answer, or that it gave none.
     """
 
-    def received() -> tuple[int, bool]:
+    def received(timeout_s: float) -> tuple[int, bool]:
         arrays.reset()
-        frames = connection.pull_parameters(request)
-        first = next(frames).header
-        for frame in frames:
-            arrays.put(frame.header.chunk, frame.data or b"")
-        if not first.not_modified:
-            arrays.check_complete()
-        return first.step, not first.not_modified
+        with closing(connection.pull_parameters(request, timeout_s)) as frames:
+            first = _first(frames)
+            newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
+            if first.not_modified:
+                if newer_than is None or first.step > newer_than or next(frames, None) is not None:
+                    raise _replies.broken(f"the parameters of step {first.step} are said not to be newer")
+                return first.step, False
+            if newer_than is not None and first.step <= newer_than:
+                raise _replies.broken(f"the parameters are of step {first.step}, which is not newer than {newer_than}")
+            for frame in frames:
+                if frame.data is None:
+                    raise _replies.broken("a message has no parameters")
+                arrays.put(frame.header.chunk.tensor, frame.header.chunk.offset, frame.data)
+                arrays.write_large()
+            arrays.finish()
+        return first.step, True
 
     return _persistently(connection, received)
 
 
-def _persistently(connection: Transport, attempt: Callable[[], _Result]) -> _Result:
-    """Try until it succeeds, the server refuses, or patience ends."""
+def _first(frames: Iterator[wire.Frame[Any]]) -> Any:
+    """The header of the first message, which has no payload, or raise InternalError."""
+    first = next(frames, None)
+    if first is None or first.data is not None:
+        raise _replies.broken("it does not begin with a message that says what follows")
+    return first.header
+
+
+def _persistently(connection: Transport, attempt: Callable[[float], _Result]) -> _Result:
+    """Try until it succeeds, the server refuses, or patience ends; `attempt` is told how many seconds are left."""
     backoff = Backoff(connection.config)
     patience = connection.patience(None)
     while True:
         try:
-            return attempt()
+            return attempt(max(patience.left_s, 0.001))
         except grpc.RpcError as error:
             failure = connection.translate(error, connection.config.step_timeout_s)
         # What has not moved for long is discarded; under the same id it is the same upload.
@@ -110,29 +136,33 @@ def _persistently(connection: Transport, attempt: Callable[[], _Result]) -> _Res
 
 
 def _received(
-    frames: Iterator[wire.Frame[checkpoints_pb2.ExportStateResponse]], on_progress: Progress
+    frames: Iterator[wire.Frame[checkpoints_pb2.ExportStateResponse]], name: str, on_progress: Progress
 ) -> OptimizerState:
-    optimizer = next(frames).header.optimizer
+    optimizer = _replies.optimizer(_first(frames).optimizer, name)
     parameters = {
         item.name: TensorSpec(tuple(item.shape), DTYPES[item.data_type].name) for item in optimizer.parameters
     }
     slots = {
-        name: {array: np.zeros(spec.shape, spec.dtype) for array in _array_names(optimizer)}
+        name: {array: empty(spec.shape, np.dtype(spec.dtype)) for array in _array_names(optimizer)}
         for name, spec in parameters.items()
     }
-    views = [[array.reshape(-1).view(np.uint8) for array in arrays.values()] for arrays in slots.values()]
-    total = sum(view.size for arrays in views for view in arrays)
-    done = 0
+    arrays = [array for of_one in slots.values() for array in of_one.values()]
+    # As if each array of each parameter was a tensor of its own.
+    received = Updates(range(len(arrays)), arrays)
+    per_parameter = len(_array_names(optimizer))
+    done, total = 0, sum(array.nbytes for array in arrays)
     on_progress(0, total)
     for frame in frames:
-        chunk, data = frame.header.chunk, frame.data or b""
-        array = -1 if chunk.WhichOneof("array") == "parameter" else chunk.slot
-        views[chunk.tensor][array][chunk.offset : chunk.offset + len(data)] = np.frombuffer(data, np.uint8)
-        done += len(data)
+        chunk = frame.header.chunk
+        array = len(optimizer.slots) if chunk.WhichOneof("array") == "parameter" else chunk.slot
+        if frame.data is None or array >= per_parameter:
+            raise _replies.broken("a message has no state, or some of an array that there is not")
+        received.put(chunk.tensor * per_parameter + array, chunk.offset, frame.data)
+        received.write_large()
+        done += len(frame.data)
         on_progress(done, total)
-    if done != total:
-        raise InternalError(f"The server sent {done} bytes of state instead of {total}.")
-    return OptimizerState(optimizer.step, from_message(optimizer.algorithm), parameters, slots)
+    received.finish()
+    return OptimizerState(optimizer.step, _replies.method(optimizer), parameters, slots)
 
 
 def _array_names(optimizer: optimizer_pb2.Optimizer) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -17,6 +18,7 @@ from optserve.config import ClientConfig
 from optserve.errors import (
     ClientUseError,
     DeadlineExceededError,
+    InternalError,
     InvalidArgumentError,
     OptserveError,
     UnavailableError,
@@ -27,6 +29,12 @@ from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
 _Response = TypeVar("_Response")
+_Page = TypeVar("_Page", bound="_HasNextPage")
+
+
+class _HasNextPage(Protocol):
+    next_page_token: str
+
 
 INHERITED = (
     "This client was made before the process forked, and gRPC connections do not survive that. "
@@ -149,6 +157,31 @@ class Transport:
         except grpc.RpcError as error:
             raise self.translate(error, self.config.timeout_s) from None
 
+    def pages(self, method: Callable[..., _Page], request: Any) -> Iterator[_Page]:
+        """Make a unary call for each page of a list, all together within `timeout_s` of waiting.
+
+        Raises:
+            DeadlineExceededError: That is not the end of the list.
+            InternalError: A page leads back to one before.
+            OptserveError: The server's answer, or that it gave none.
+        """
+        left_s = self.config.timeout_s
+        tokens = {""}
+        while left_s > 0:
+            began = time.monotonic()
+            page = self.call(method, request, timeout_s=left_s)
+            left_s -= time.monotonic() - began
+            yield page
+            if not page.next_page_token:
+                return
+            if page.next_page_token in tokens:
+                raise InternalError(f"The server's list at {self.target} leads back to a page before.")
+            tokens.add(page.next_page_token)
+            request.page_token = page.next_page_token
+        raise DeadlineExceededError(
+            f"The list at {self.target} had not ended after {len(tokens) - 1} pages and {self.config.timeout_s:g} s."
+        )
+
     def patience(self, timeout_s: float | None) -> Patience:
         """The patience of a step that begins now.
 
@@ -164,25 +197,25 @@ class Transport:
         self.check_usable()
         return self._stream_steps(messages)
 
-    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Any:
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest, timeout_s: float) -> Any:
         """Start an ExportState call; gives frames."""
         self.check_usable()
-        return _frames(self._export_state(request, timeout=self.config.step_timeout_s))
+        return _frames(self._export_state(request, timeout=timeout_s))
 
-    def import_state(self, messages: Iterator[bytes]) -> checkpoints_pb2.ImportStateResponse:
+    def import_state(self, messages: Iterator[bytes], timeout_s: float) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
         self.check_usable()
-        return _answer(self._import_state, messages, self.config.step_timeout_s)
+        return _answer(self._import_state, messages, timeout_s)
 
-    def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Any:
+    def pull_parameters(self, request: replicas_pb2.PullParametersRequest, timeout_s: float) -> Any:
         """Start a PullParameters call; gives frames."""
         self.check_usable()
-        return _frames(self._pull_parameters(request, timeout=self.config.step_timeout_s))
+        return _frames(self._pull_parameters(request, timeout=timeout_s))
 
-    def push_parameters(self, messages: Iterator[bytes]) -> replicas_pb2.PushParametersResponse:
+    def push_parameters(self, messages: Iterator[bytes], timeout_s: float) -> replicas_pb2.PushParametersResponse:
         """Make a PushParameters call."""
         self.check_usable()
-        return _answer(self._push_parameters, messages, self.config.step_timeout_s)
+        return _answer(self._push_parameters, messages, timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
@@ -216,24 +249,36 @@ def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) ->
     Raises:
         grpc.RpcError: There is no answer.
         StepCancelledError: It was cancelled.
+        InternalError: The call succeeded without an answer.
     """
     cancelled = cancellation()
     if cancelled is None:
-        return method(request, timeout=timeout_s)
+        return _some(method(request, timeout=timeout_s))
     call = method.future(request, timeout=timeout_s)  # pyright: ignore[reportFunctionMemberAccess]
     with cancelled.watching(call.cancel):
         try:
-            return call.result()
+            return _some(call.result())
         except grpc.FutureCancelledError:
             cancelled.check()
             raise ClientUseError("This client was closed in the middle of a call.") from None
 
 
 def _frames(call: Any) -> Iterator[Any]:
-    """The messages of a stream from the server, until it ends or the call is cancelled."""
+    """The messages of a stream from the server, until it ends or the call is cancelled; to be closed at the end."""
     cancelled = cancellation()
-    if cancelled is None:
-        yield from call
-        return
-    with cancelled.watching(call.cancel):
-        yield from call
+    try:
+        if cancelled is None:
+            yield from call
+            return
+        with cancelled.watching(call.cancel):
+            yield from call
+    finally:
+        # Of an answer that cannot be used nothing more is wanted.
+        call.cancel()
+
+
+def _some(response: _Response | None) -> _Response:
+    """A unary call's answer; gRPC gives None where a call succeeded without one."""
+    if response is None:
+        raise InternalError("The server ended a call well and without an answer.")
+    return response

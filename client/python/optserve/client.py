@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from optserve import algorithms, settings, sysv
+from optserve import _replies, algorithms, settings, sysv
 from optserve._checkpoints import delete_checkpoint, list_checkpoints
 from optserve._transport import Transport
 from optserve.config import ClientConfig
@@ -72,7 +72,7 @@ class Client:
     def server_info(self, *, timeout_s: float | None = None) -> service_pb2.GetServerInfoResponse:
         """What the server is, can do and accepts."""
         request = service_pb2.GetServerInfoRequest()
-        return self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s)
+        return _replies.info(self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s))
 
     @property
     def shares_memory(self) -> bool:
@@ -123,7 +123,8 @@ class Client:
         for parameter, spec in params.items():
             message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
         request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))
-        made = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
+        answer = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
+        made = _replies.made(answer, f"optimizers/{name}", message.parameters)
         optimizer = Optimizer(self._transport, made)
         arrays = {name: param for name, param in params.items() if isinstance(param, np.ndarray)}
         if hosted and len(arrays) == len(params):
@@ -153,10 +154,12 @@ class Client:
         Raises:
             NotFoundError: There is none of that name.
         """
-        request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
-        found = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
         return Optimizer(
-            self._transport, found, transport=transport, wire_dtype=wire_dtype, error_feedback=error_feedback
+            self._transport,
+            self._found(name),
+            transport=transport,
+            wire_dtype=wire_dtype,
+            error_feedback=error_feedback,
         )
 
     def worker(
@@ -180,20 +183,18 @@ class Client:
             NotFoundError: There is no optimizer of that name.
             InvalidArgumentError: It has no `consistency`, so it has no workers.
         """
+        return Worker(self._transport, self._found(name), worker, transport, wire_dtype)
+
+    def _found(self, name: str) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
-        found = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
-        return Worker(self._transport, found, worker, transport, wire_dtype)
+        answer = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
+        return _replies.optimizer(answer, request.name)
 
     def list_optimizers(self) -> Iterator[optimizer_pb2.Optimizer]:
         """All optimizers of the server, by name, without their parameters."""
-        token = ""
-        while True:
-            request = service_pb2.ListOptimizersRequest(page_token=token)
-            page = self._transport.call(self._transport.stub.ListOptimizers, request)
+        request = service_pb2.ListOptimizersRequest()
+        for page in self._transport.pages(self._transport.stub.ListOptimizers, request):
             yield from page.optimizers
-            token = page.next_page_token
-            if not token:
-                return
 
     def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """Delete an optimizer and its state.

@@ -17,21 +17,27 @@ OptserveError
 │   ├── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
 │   └── StepsLostError          the server has come back with fewer steps than this client has seen
 ├── ResourceExhaustedError      too large, too many, or no room
-├── FeatureUnavailableError     this server lacks that part of the contract
+├── FeatureUnavailableError     this server, or this client, lacks that part of the contract
 ├── StateLostError              the server's device failed; the optimizer's state is gone
 ├── CheckpointDamagedError      the checkpoint's file on the server is damaged; the optimizer is as it was
-├── InternalError               a fault of the server
+├── InternalError               a fault of the server, or an answer that the contract does not allow
 └── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+logger = logging.getLogger(__name__)
+
 _DETAILS_KEY = "grpc-status-details-bin"
+_STEP = re.compile("[0-9]{1,20}")
 
 
 class OptserveError(Exception):
@@ -145,7 +151,7 @@ class ResourceExhaustedError(OptserveError):
 
 
 class FeatureUnavailableError(OptserveError, NotImplementedError):
-    """This server lacks that part of the contract."""
+    """This server, or this client, lacks that part of the contract."""
 
 
 class StateLostError(OptserveError):
@@ -157,7 +163,11 @@ class CheckpointDamagedError(OptserveError):
 
 
 class InternalError(OptserveError):
-    """A fault of the server. Its log has the particulars under `metadata["incident"]`."""
+    """A fault of the server: it failed, or its answer is not what the contract allows.
+
+    With the reason INTERNAL its log has the particulars under `metadata["incident"]`. Nothing of a bad answer is used;
+    a step that it came to may or may not have been applied, and the next one finds out.
+    """
 
 
 class ClientUseError(OptserveError, RuntimeError):
@@ -165,6 +175,8 @@ class ClientUseError(OptserveError, RuntimeError):
 
 
 _BY_CODE: dict[int, type[OptserveError]] = {
+    # An error that says that all is well.
+    code_pb2.OK: InternalError,
     code_pb2.CANCELLED: UnavailableError,
     code_pb2.INVALID_ARGUMENT: InvalidArgumentError,
     code_pb2.DEADLINE_EXCEEDED: DeadlineExceededError,
@@ -189,7 +201,7 @@ _BY_REASON: dict[str, type[OptserveError]] = {
 
 
 def from_status(status: status_pb2.Status) -> OptserveError:
-    """The exception for a status, with what its details say."""
+    """The exception for a status, with what those of its details say that can be read."""
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -197,17 +209,23 @@ def from_status(status: status_pb2.Status) -> OptserveError:
     )
     retryable = False
     for detail in status.details:
-        # Unpack does nothing where the type is another.
-        detail.Unpack(info)
-        detail.Unpack(bad_request)
-        retryable |= detail.Unpack(retry)
+        try:
+            # Unpack does nothing where the type is another.
+            detail.Unpack(info)
+            detail.Unpack(bad_request)
+            retryable |= detail.Unpack(retry)
+        except DecodeError as error:
+            logger.debug("a detail of an error is no %s: %s", detail.type_url, error)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(status.code, OptserveError)
+    if kind is WrongStepError and not _STEP.fullmatch(info.metadata.get("current_step", "")):
+        # Without the step it is none of those whose step can be asked for.
+        kind = AbortedError
     return kind(
         status.message,
         reason=info.reason,
         metadata=info.metadata,
         field=bad_request.field_violations[0].field if bad_request.field_violations else "",
-        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retryable else None,
+        retry_after_s=max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0) if retryable else None,
     )
 
 
@@ -223,7 +241,10 @@ def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> Optserv
         return InternalError(f"The call to {target} failed: {error}")
     for item in error.trailing_metadata() or ():
         if item.key == _DETAILS_KEY and isinstance(item.value, bytes):
-            return from_status(status_pb2.Status.FromString(item.value))
+            try:
+                return from_status(status_pb2.Status.FromString(item.value))
+            except DecodeError as unreadable:
+                logger.debug("the details of an error are no Status: %s", unreadable)
     code = code_pb2.Code.Value(error.code().name)
     if code == code_pb2.UNAVAILABLE:
         message = (

@@ -9,14 +9,16 @@ from typing import Literal
 import numpy as np
 
 from optserve._feedback import ErrorFeedback
+from optserve._model import empty
 from optserve._outcomes import Outcomes
 from optserve._patience import Patience
 from optserve._resource import Resource
 from optserve._session import StepSession
 from optserve._shared import GRADIENT
-from optserve._stream import Gradients, Updates
+from optserve._stream import Gradients
 from optserve._transport import Transport
 from optserve._under_way import GrowingGradients, StepUnderWay
+from optserve._updates import Updates
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
 
@@ -78,6 +80,7 @@ class Optimizer(Resource):
             open_request,
             message.step,
             message.lineage,
+            self._model.sizes,
             must_share=transport == "shm",
             takes_curvature=self._model.takes_curvature,
             register=register,
@@ -138,7 +141,7 @@ class Optimizer(Resource):
         arrays: dict[str, np.ndarray] = {}
         for index, item in enumerate(self._model.parameters):
             arrays[item.name] = (
-                shared.array(GRADIENT, index, item.shape, item.dtype) if shared else np.empty(item.shape, item.dtype)
+                shared.array(GRADIENT, index, item.shape, item.dtype) if shared else empty(item.shape, item.dtype)
             )
         if shared:
             shared.touch()
@@ -162,7 +165,10 @@ class Optimizer(Resource):
         Args:
             grads: The gradient of every parameter, in the parameter's shape and dtype.
             curvature: The diagonal of the Hessian for each of them, likewise, for the methods that take it.
-            out: Arrays that take the reply, which may be those of the gradients; new ones are made by default.
+            out: Arrays that take the reply, which may be those of the gradients; new ones are made by default. If the
+                step raises, they are as they were; of a reply of more than 1 MiB over gRPC, the first elements, in the
+                order of the parameters, may be the reply's. What `buffers` gives of shared memory is the server's until
+                the step returns.
             reply: The updates Δx; or, where the server holds the parameters, the new parameters x or nothing.
             partial: Allow parameters to be absent; they and their state stay as they are.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.

@@ -263,7 +263,7 @@ def consistency_from(message: optimizer_pb2.Optimizer) -> Consistency | None:
         return None
     given = getattr(message.consistency, name)
     return CONSISTENCIES[name](
-        lease_s=message.consistency.lease.ToTimedelta().total_seconds(),
+        lease_s=message.consistency.lease.ToNanoseconds() / 1e9,
         scale_by_staleness=message.consistency.scale_by_staleness,
         **{item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields},
     )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from optserve.errors import InternalError
 from optserve.v1 import statistics_pb2
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_MAX_INDEX = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,25 @@ class Statistics:
     parameters: dict[str, TensorStatistics]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What statistics were asked for.
+
+    Attributes:
+        tensors: Indices of the parameters.
+        quantiles: Of the effective learning rate.
+        indices: Flat indices of elements; None if they were to be drawn.
+        random_indices: How many.
+    """
+
+    tensors: Sequence[int]
+    quantiles: Sequence[float]
+    indices: Sequence[int] | None
+    random_indices: int
+
+
 def statistics_from(
-    message: statistics_pb2.GetStatisticsResponse,
-    names: Sequence[str],
-    slots: Sequence[str],
-    quantiles: Sequence[float],
+    message: statistics_pb2.GetStatisticsResponse, names: Sequence[str], slots: Sequence[str], asked: Asked
 ) -> Statistics:
     """The statistics that a message holds.
 
@@ -76,20 +92,41 @@ def statistics_from(
         message: The server's answer.
         names: Of all parameters of the optimizer.
         slots: Names of the method's slots.
-        quantiles: Those that were asked for.
+        asked: What it answers.
+
+    Raises:
+        InternalError: It is not what was asked for.
     """
+    _check(message, slots, asked)
     parameters = {
         names[tensor.tensor]: TensorStatistics(
             tensor.rms_gradient if tensor.HasField("rms_gradient") else None,
             tensor.rms_update if tensor.HasField("rms_update") else None,
             # Without rates there are no quantiles of them.
-            dict(zip(quantiles, tensor.effective_rate_quantiles, strict=False)),
+            dict(zip(asked.quantiles, tensor.effective_rate_quantiles, strict=False)),
             _elements(tensor.elements, slots),
             tensor.rates_count_last_update,
         )
         for tensor in message.tensors
     }
     return Statistics(message.step, parameters)
+
+
+def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], asked: Asked) -> None:
+    """Raise InternalError unless a message has everything that was asked for, and nothing else."""
+    if [tensor.tensor for tensor in message.tensors] != list(asked.tensors):
+        raise InternalError("The server's statistics are of other parameters than those that were asked for.")
+    for tensor in message.tensors:
+        if len(tensor.effective_rate_quantiles) not in (0, len(asked.quantiles)):
+            raise InternalError(f"The server's statistics lack quantiles of the rates of parameter {tensor.tensor}.")
+        indices = [element.index for element in tensor.elements]
+        right = indices == list(asked.indices) if asked.indices is not None else len(indices) <= asked.random_indices
+        if not right or any(index > _MAX_INDEX for index in indices):
+            raise InternalError(
+                f"The server's statistics have other elements of parameter {tensor.tensor} than those asked for."
+            )
+        if any(len(element.slots) != len(slots) for element in tensor.elements):
+            raise InternalError(f"The server's statistics have too few or too many slots; there are {len(slots)}.")
 
 
 def _elements(messages: Sequence[statistics_pb2.ElementStatistics], slots: Sequence[str]) -> Elements:

@@ -18,6 +18,7 @@ import numpy as np
 _IPC_PRIVATE, _IPC_RMID, _IPC_STAT = 0, 0, 2
 _IPC_CREAT = 0o1000
 _OWNER_ONLY = 0o600
+_MAX_NUMBER = (1 << 31) - 1
 # struct shmid_ds of 64-bit Linux: the owner's id, the segment's size.
 _STAT_BYTES, _UID_OFFSET, _SIZE_OFFSET = 256, 4, 48
 _FAILED = ctypes.c_void_p(-1).value
@@ -75,6 +76,9 @@ def attach(number: int, size_bytes: int) -> np.ndarray:
     Raises:
         OSError: There is no such segment of that size that belongs to this user.
     """
+    # What does not fit into C's int would be cut off without a word, and name another segment.
+    if not 0 <= number <= _MAX_NUMBER:
+        raise OSError(f"there is no segment {number}")
     libc = _libc()
     status = ctypes.create_string_buffer(_STAT_BYTES)
     if libc.shmctl(number, _IPC_STAT, status) < 0:

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from optserve import _replies
 from optserve._patience import Patience
 from optserve._transport import Transport
 from optserve.errors import OptserveError, StepInDoubtError
@@ -21,6 +22,8 @@ from optserve.v1 import optimizer_pb2, replicas_pb2
 logger = logging.getLogger(__name__)
 
 BEATS_PER_LEASE = 3
+MAX_BEAT_S = 3600.0
+"""A longer lease is renewed as often as one of three hours."""
 
 
 class Worker:
@@ -164,7 +167,10 @@ class Worker:
 
     def _register(self) -> replicas_pb2.ReportWorkerResponse:
         response = self._report(replicas_pb2.WORKER_STATE_ALIVE)
-        self._beat_s = max(0.1, response.lease.ToTimedelta().total_seconds() / BEATS_PER_LEASE)
+        lease_s = _replies.seconds(response.lease)
+        if not lease_s:
+            raise _replies.broken("a worker's lease is 0 s")
+        self._beat_s = min(max(0.1, lease_s / BEATS_PER_LEASE), MAX_BEAT_S)
         return response
 
     def _report(self, state: replicas_pb2.WorkerState) -> replicas_pb2.ReportWorkerResponse:
