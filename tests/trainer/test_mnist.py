@@ -14,7 +14,7 @@ import pytest
 from optserve import DiagonalHessian, Sgd
 from optserve.cli.mnist import ActivationName, MethodName
 from optserve.examples.mnist.data import load
-from optserve.examples.mnist.train import BATCH, Report, new_network, train
+from optserve.examples.mnist.train import BATCH, Plateau, Report, new_network, train
 from trainer.test_data import write_idx
 
 
@@ -75,7 +75,7 @@ def test_the_methods_that_take_curvature_train_the_real_mnist_without_a_tuned_ra
 def test_adadelta_converges_with_as_many_asynchronous_replicas_as_in_the_paper(tmp_path, replicas, activation):
     """Figures 3 and 4, the first of their 40 epochs: 22 and 18 % after 6, where unscaled updates stay at 90 %."""
     report = tmp_path / "report.json"
-    options = ("--replicas", replicas, "--activation", activation, "--scale-by-staleness", "--epochs", 6)
+    options = ("--replicas", replicas, "--activation", activation, "--epochs", 6)
     done = optserve("mnist", *options, "--json", report, timeout=390)
     assert done.returncode == 0, done.stderr
     result = json.loads(report.read_text())
@@ -140,10 +140,61 @@ def test_weight_decay_is_an_option_and_in_the_report(server, small, tmp_path):
     assert losses[0.01] > losses[0]
 
 
+def test_the_learning_rate_falls_on_a_plateau_of_the_held_out_error(client, name, small):
+    dataset, report = load(small, lambda _line: None), Report({})
+    network = new_network(dataset, "tanh", seed=0)
+    optimizer = client.create_optimizer(name, Sgd(learning_rate=1e-30), network.params)
+    # Nothing is learned at this rate, so the error never falls.
+    plateau = Plateau(factor=0.5, patience_epochs=2, held_out=100)
+    train(network, optimizer, dataset, report, epochs=5, seed=0, on_progress=lambda _: None, plateau=plateau)
+    rates = [(change["after_epoch"], change["learning_rate"]) for change in report.settings["annealed"]]
+    assert rates == [(3, 5e-31), (5, 2.5e-31)]
+    assert optimizer.algorithm.learning_rate == 2.5e-31
+    assert report.steps == 5 * -(-(len(dataset.train_labels) - 100) // BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--algorithm", "vsgd"), "vsgd has no learning rate to be annealed"),
+        (("--replicas", "2"), "--anneal is for a single trainer"),
+        (("--data-dir", "small"), "5000 cannot be held out"),
+    ],
+)
+def test_what_cannot_be_annealed_is_said(server, small, options, message):
+    given = [small if option == "small" else option for option in options]
+    done = optserve("mnist", "--target", server.target, "--anneal", "plateau", *given)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_replicas_scale_by_staleness_unless_told_otherwise(server, small, tmp_path, scaled):
+    path = tmp_path / "report.json"
+    options = () if scaled else ("--no-scale-by-staleness",)
+    done = optserve(
+        "mnist",
+        "--target",
+        server.target,
+        "--replicas",
+        2,
+        "--epochs",
+        1,
+        "--data-dir",
+        small,
+        "--json",
+        path,
+        *options,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["settings"]["scale_by_staleness"] == scaled
+
+
 @pytest.mark.parametrize("consistency", ["async", "bounded:1", "sync", "sync:2"])
 def test_replicas_share_the_weights_and_learn(server, client, small, tmp_path, consistency):
     path = tmp_path / "report.json"
     options = ("--replicas", 7, "--consistency", consistency, "--epochs", 4, "--data-dir", small, "--json", path)
+    options += ("--no-scale-by-staleness",)
     done = optserve("mnist", "--target", server.target, "--algorithm", "momentum", *options)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
@@ -158,7 +209,7 @@ def test_replicas_share_the_weights_and_learn(server, client, small, tmp_path, c
 def test_replicas_may_push_and_fetch_less_often(server, small, tmp_path):
     path = tmp_path / "report.json"
     options = ("--replicas", 4, "--epochs", 6, "--data-dir", small, "--json", path, "--algorithm", "momentum")
-    periods = ("--push-every", 2, "--fetch-every", 3, "--scale-by-staleness")
+    periods = ("--push-every", 2, "--fetch-every", 3)
     done = optserve("mnist", "--target", server.target, *options, *periods)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optserve.examples.mnist.train import Report
 
 MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
+AnnealName = Literal["none", "plateau"]
 ActivationName = Literal["tanh", "relu", "logistic"]
 
 
@@ -37,6 +38,14 @@ def command(
         float,
         typer.Option(min=0.0, help="Times the weights, added to their gradient; with replicas decoupled from it."),
     ] = 0.0,
+    anneal: Annotated[
+        AnnealName,
+        typer.Option(
+            help="plateau: halve the learning rate when the error on 5,000 held-out training images has not fallen "
+            "for --patience epochs."
+        ),
+    ] = "none",
+    patience: Annotated[int, typer.Option(min=1, max=10_000, help="Epochs, see --anneal.")] = 2,
     activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
     epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,
@@ -48,8 +57,8 @@ def command(
     ] = "async",
     scale_by_staleness: Annotated[
         bool,
-        typer.Option("--scale-by-staleness", help="Divide the learning rate by how old a replica's gradient is."),
-    ] = False,
+        typer.Option(help="Divide the learning rate by 1 + how many steps old a replica's gradient is."),
+    ] = True,
     push_every: Annotated[
         int, typer.Option(min=1, max=10_000, help="Batches of a replica whose mean gradient is one step.")
     ] = 1,
@@ -73,6 +82,10 @@ def command(
 
     if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
         fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
+    if replicas > 1 and anneal != "none":
+        fail("--anneal is for a single trainer; replicas have nobody who looks at a plateau for all of them.", 2)
+    if anneal != "none" and not hasattr(algorithms.ALGORITHMS[algorithm], "learning_rate"):
+        fail(f"{algorithm} has no learning rate to be annealed.", 2)
     together = None
     if replicas > 1:
         kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
@@ -88,9 +101,11 @@ def command(
             "algorithm": {"name": method.name, **asdict(method)},
             "activation": activation,
             "weight_decay": weight_decay,
+            "anneal": anneal,
+            "patience_epochs": patience if anneal == "plateau" else None,
             "replicas": replicas,
             "consistency": consistency if together else None,
-            "scale_by_staleness": scale_by_staleness,
+            "scale_by_staleness": scale_by_staleness and together is not None,
             "push_every": push_every,
             "fetch_every": fetch_every,
             "epochs": epochs,
@@ -160,7 +175,7 @@ def _run(
     import uuid
 
     from optserve.examples.mnist.replicas import train_replicas
-    from optserve.examples.mnist.train import new_network, train
+    from optserve.examples.mnist.train import Plateau, new_network, train
 
     info = client.server_info()
     report.server = {
@@ -186,7 +201,13 @@ def _run(
             if together is None:
                 optimizer = client.create_optimizer(name, method, network.params)
                 decay = settings["weight_decay"]
-                train(network, optimizer, dataset, report, **how, on_progress=on_progress, weight_decay=decay)
+                plateau = (
+                    Plateau(patience_epochs=settings["patience_epochs"]) if settings["anneal"] == "plateau" else None
+                )
+                train(
+                    network, optimizer, dataset, report, **how,
+                    on_progress=on_progress, weight_decay=decay, plateau=plateau,
+                )  # fmt: skip
             else:
                 client.create_optimizer(
                     name,
@@ -248,4 +269,7 @@ def _print_epochs(report: Report, shown: int) -> int:
             f"epoch {epoch.epoch:>3}   loss {epoch.loss:.4f}   test error {100 * epoch.test_error:5.2f} %   "
             f"{epoch.seconds:6.1f} s"
         )
+        for change in report.settings.get("annealed", ()):
+            if change["after_epoch"] == epoch.epoch:
+                say(f"            learning rate {change['learning_rate']:g} from here on")
     return len(report.epochs)

@@ -7,17 +7,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from optserve.examples.paper.plan import Experiment
+from optserve.examples.paper.plan import UNSCALED, Experiment
 from optserve.examples.paper.training import WATCHED, Result
 
 _NAMES = {
     "sgd": "SGD",
     "momentum": "MOMENTUM",
+    "momentum-1e-2": "MOMENTUM, η = 0.01",
+    "momentum-1e-3": "MOMENTUM, η = 0.001",
     "adagrad": "ADAGRAD",
     "adadelta": "ADADELTA",
     "adadelta-annealed": "ADADELTA, annealed",
     "vsgd": "vSGD",
-    "diagonal-hessian": "diagonal Hessian",
+    "vsgd-eps1e-4": "vSGD, ε = 1e-4",
+    "vsgd-eps1e-6": "vSGD, ε = 1e-6",
+    "vsgd-eps1e-9": "vSGD, ε = 1e-9",
+    "diagonal-hessian": "diagonal Hessian, running mean of |h|",
+    "diagonal-hessian-zero": "h = 0",
+    "diagonal-hessian-shuffled-within": "the mean, shuffled within each tensor",
+    "diagonal-hessian-shuffled": "the mean, shuffled over all of them",
 }
 
 
@@ -61,11 +69,11 @@ def _replicas(results: Sequence[Result]) -> Any:
     figure = Figure(figsize=(10, 5), layout="constrained")
     by_steps, by_time = figure.subplots(1, 2, sharey=True)
     labels = dict.fromkeys(result.label for result in results)
-    methods = list(dict.fromkeys(label.partition("-")[0] for label in labels))
+    methods = list(dict.fromkeys(label.removesuffix(UNSCALED) for label in labels))
     for label in labels:
         result = next(result for result in results if result.label == label)
-        method, _, unscaled = label.partition("-")
-        name = _NAMES[method] + (", not scaled by staleness" if unscaled else "")
+        method, unscaled = label.removesuffix(UNSCALED), label.endswith(UNSCALED)
+        name = _NAMES.get(method, method) + (", not scaled by staleness" if unscaled else "")
         accuracy = [100 - error for error in result.test_errors]
         for axes, values in ((by_steps, result.steps), (by_time, result.times)):
             # A run that diverged has been looked at once more since.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, DiagonalHessian, Momentum, Sgd, Vsgd
+from optserve.examples.paper.curvature import CurvatureKind
 from optserve.settings import Cosine, Schedule
 
 STEPS_PER_EPOCH = 600
@@ -26,6 +27,7 @@ class Run:
         look_every: Steps between two looks at effective rates and updates; 0 for none.
         replicas: How many share the weights, each on its own images, asynchronously; 0 where one client has them.
         scale_by_staleness: Whether the learning rate is divided by how old a replica's gradient is.
+        curvature: What is sent as curvature by the methods that take one; see Curvature.
     """
 
     label: str
@@ -37,6 +39,7 @@ class Run:
     look_every: int = 0
     replicas: int = 0
     scale_by_staleness: bool = False
+    curvature: CurvatureKind = "batch"
 
     @property
     def key(self) -> str:
@@ -91,6 +94,13 @@ BEST: dict[str, Algorithm] = {
 }
 """Each method at its best setting of the paper's tables."""
 
+UNSCALED = "-unscaled"
+"""Ends the labels of runs of replicas whose rates are not scaled by staleness."""
+
+SENSITIVE = DiagonalHessian(mu=1e-3, learning_rate=1e-3)
+"""Equation 6 where curvature matters: |h| is of the size of μ. With the default of 3, some 30 times the largest |h|, it
+is gradient descent."""
+
 
 def _table1(seed: int, quick: bool) -> list[Run]:
     rates = RATES[1:3] if quick else RATES
@@ -123,8 +133,20 @@ def _mnist_tanh(seed: int, quick: bool) -> list[Run]:
 
 
 def _curvature(seed: int, quick: bool) -> list[Run]:
-    algorithms = {"vsgd": Vsgd(), "diagonal-hessian": DiagonalHessian()}
-    return [Run(label, algorithm, "tanh", 1 if quick else 6, seed) for label, algorithm in algorithms.items()]
+    epochs = 1 if quick else 6
+    runs = [Run("vsgd", Vsgd(), "tanh", epochs, seed)]
+    runs += [Run(f"vsgd-eps{eps}", Vsgd(eps=float(eps)), "tanh", epochs, seed) for eps in ("1e-4", "1e-6", "1e-9")]
+    kinds: dict[str, CurvatureKind] = {
+        "": "mean",
+        "-zero": "zero",
+        "-shuffled-within": "shuffled_within",
+        "-shuffled": "shuffled",
+    }
+    runs += [
+        Run(f"diagonal-hessian{suffix}", SENSITIVE, "tanh", epochs, seed, curvature=kind)
+        for suffix, kind in kinds.items()
+    ]
+    return runs
 
 
 def _annealing(seed: int, quick: bool) -> list[Run]:
@@ -137,19 +159,27 @@ def _annealing(seed: int, quick: bool) -> list[Run]:
     ]
 
 
-def _replicas(methods: Sequence[str], activation: str, replicas: int) -> Callable[[int, bool], list[Run]]:
-    """Each method as it is, which does not take long to fail, and with rates scaled by staleness."""
+SLOWER_MOMENTUM: dict[str, Algorithm] = {
+    f"momentum-{rate}": Momentum(learning_rate=float(rate), rho=0.9) for rate in ("1e-2", "1e-3")
+}
+"""Momentum at the next rates of Table 1: at the best one, 200 replicas diverge."""
+
+
+def _replicas(
+    methods: dict[str, Algorithm], slower: dict[str, Algorithm], activation: str, replicas: int
+) -> Callable[[int, bool], list[Run]]:
+    """Methods as they are, which does not take long to fail, and with rates scaled by staleness; the slower only so."""
 
     def runs(seed: int, quick: bool) -> list[Run]:
         count = 10 if quick else replicas
         as_it_is = [
-            Run(f"{method}-unscaled", BEST[method], activation, 1 if quick else 6, seed, replicas=count)
-            for method in methods
+            Run(f"{label}{UNSCALED}", method, activation, 1 if quick else 6, seed, replicas=count)
+            for label, method in methods.items()
         ]
         epochs = 2 if quick else 40
         return [
-            Run(method, BEST[method], activation, epochs, seed, replicas=count, scale_by_staleness=True)
-            for method in methods
+            Run(label, method, activation, epochs, seed, replicas=count, scale_by_staleness=True)
+            for label, method in (methods | slower).items()
         ] + as_it_is
 
     return runs
@@ -169,14 +199,14 @@ EXPERIMENTS = {
             "figure3",
             "Figure 3: 100 asynchronous replicas, logistic units",
             1,
-            _replicas(("adadelta", "adagrad"), "logistic", 100),
+            _replicas({name: BEST[name] for name in ("adadelta", "adagrad")}, {}, "logistic", 100),
             {},
         ),
         Experiment(
             "figure4",
             "Figure 4: 200 asynchronous replicas, rectified linear units",
             1,
-            _replicas(("adadelta", "momentum", "adagrad"), "relu", 200),
+            _replicas({name: BEST[name] for name in ("adadelta", "momentum", "adagrad")}, SLOWER_MOMENTUM, "relu", 200),
             {},
         ),
         Experiment("mnist-tanh", "Section 4.1: ADADELTA, tanh, 6 epochs", 5, _mnist_tanh, {"adadelta": 2.0}),

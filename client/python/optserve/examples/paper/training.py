@@ -16,6 +16,7 @@ from optserve.errors import InvalidArgumentError
 from optserve.examples.mnist.data import Dataset
 from optserve.examples.mnist.replicas import Together, train_replicas
 from optserve.examples.mnist.train import Progress, Report, new_network, train
+from optserve.examples.paper.curvature import Curvature
 from optserve.examples.paper.plan import Run
 from optserve.optimizer import Optimizer
 from optserve.settings import Async
@@ -125,7 +126,8 @@ def run(client: Client, name: str, plan: Run, dataset: Dataset, on_step: Callabl
         how = {"epochs": plan.epochs, "seed": plan.seed, "on_progress": on_progress}
         with np.errstate(all="ignore"):
             if together is None:
-                train(network, optimizer, dataset, report, **how)
+                curvature_of = Curvature(plan.curvature, plan.seed)
+                train(network, optimizer, dataset, report, **how, curvature_of=curvature_of)
             else:
                 # Each replica computes in a thread of its own.
                 with threadpool_limits(1):
@@ -162,6 +164,8 @@ def settings_of(plan: Run) -> dict[str, Any]:
     }
     if plan.replicas:
         content |= {"replicas": plan.replicas, "scale_by_staleness": plan.scale_by_staleness}
+    if plan.algorithm.takes_curvature:
+        content["curvature"] = plan.curvature
     return json.loads(json.dumps(content))
 
 
