@@ -26,6 +26,7 @@ from optserve_server.checkpoint_store import FolderStore, TemporaryStore
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ConfigError, ServerConfig
 from optserve_server.data_folder import DataFolder, describe
+from optserve_server.descriptors import room_for_connections
 from optserve_server.durability import InMemory
 from optserve_server.health import Health
 from optserve_server.interceptors import Gate
@@ -229,6 +230,10 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         # Gradients hardly shrink, and a few bytes could become a message of the largest size, many times over.
         ("grpc.compression_enabled_algorithms_bitset", NO_COMPRESSION),
+        ("grpc.max_allowed_incoming_connections", room_for_connections(config.max_connections, config.max_streams)),
+        ("grpc.max_connection_idle_ms", 1000 * config.connection_idle_s),
+        ("grpc.server_handshake_timeout_ms", round(1000 * config.receive_s)),
+        ("grpc.max_concurrent_streams", config.max_connection_streams),
         ("grpc.keepalive_time_ms", 1000 * config.keepalive_s),
         # Clients that probe more often than this are cut off by gRPC ("too_many_pings"), so allow for twice ours.
         ("grpc.http2.min_ping_interval_without_data_ms", 500 * config.keepalive_s),

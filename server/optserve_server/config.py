@@ -50,6 +50,12 @@ class ServerConfig:
     """Streams open at the same time; each occupies a thread."""
     unary_threads: int = 16
     """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
+    max_connections: int = 4096
+    """Connections at the same time, fewer where the system grants too few descriptors; more are closed at once."""
+    connection_idle_s: int = 300
+    """A connection without a call is closed after so long; its client makes another when it needs one."""
+    max_connection_streams: int = 1024
+    """Calls at the same time by one connection; the client holds back what goes beyond."""
     max_watchers: int = 64
     """Clients that watch the server's health (grpc.health.v1.Health/Watch) at the same time; each occupies a thread."""
     max_reply_bytes: int = 64 * MIB
@@ -109,6 +115,9 @@ class ServerConfig:
             "max_optimizers",
             "max_checkpoints",
             "max_pull_bytes",
+            "max_connections",
+            "connection_idle_s",
+            "max_connection_streams",
             "max_watchers",
             "max_reply_bytes",
             "keepalive_s",

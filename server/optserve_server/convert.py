@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sized
 from typing import TypeVar
 
@@ -183,39 +185,59 @@ def operand(value: int, field: str) -> Operand:
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """An optimizer as the contract shows it, all of one moment."""
     with item.steps.held_still():
-        return _optimizer(item, with_parameters=with_parameters)
-
-
-def _optimizer(item: Optimizer, *, with_parameters: bool) -> optimizer_pb2.Optimizer:
-    message = optimizer_pb2.Optimizer(
-        name=_PREFIX + item.id,
-        mode=optimizer_pb2.MODE_HOSTED if item.settings.hosted else optimizer_pb2.MODE_DELTA,
-        step=item.steps.step,
-        etag=item.etag,
-        create_time=_timestamp(item.create_time.timestamp()),
-        update_time=_timestamp(item.update_time.timestamp()),
-        backend=item.state.backend_name,
-        memory_bytes=item.memory_bytes,
-        slots=item.rule.slots,
-        lineage=item.steps.lineage,
-    )
-    set_settings(message, item.settings, item.layout)
+        settings = item.settings
+        message = optimizer_pb2.Optimizer(
+            name=_PREFIX + item.id,
+            mode=optimizer_pb2.MODE_HOSTED if settings.hosted else optimizer_pb2.MODE_DELTA,
+            step=item.steps.step,
+            etag=item.etag,
+            create_time=_timestamp(item.create_time.timestamp()),
+            update_time=_timestamp(item.update_time.timestamp()),
+            backend=item.state.backend_name,
+            memory_bytes=item.memory_bytes,
+            slots=item.rule.slots,
+            lineage=item.steps.lineage,
+        )
+    # The rest takes long where there are thousands of parameters, and can be told when others may step again.
+    set_settings(message, settings, item.layout)
     if with_parameters:
-        _set_parameters(message, item.layout)
+        message.MergeFromString(_parameters.of(item.layout))
     return message
 
 
-def _set_parameters(message: optimizer_pb2.Optimizer, layout: Layout) -> None:
-    for parameter in layout.parameters:
-        message.parameters.add(name=parameter.name, shape=parameter.shape, data_type=wire.DATA_TYPES[parameter.dtype])
+class _Parameters:
+    """The serialized parameters of the models that were shown last: thousands of them take long to make."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Layout, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, layout: Layout) -> bytes:
+        """Those of a model, as a serialized Optimizer that has nothing else."""
+        with self._lock:
+            if (known := self._known.get(layout)) is not None:
+                self._known.move_to_end(layout)
+                return known
+            message = optimizer_pb2.Optimizer()
+            for item in layout.parameters:
+                message.parameters.add(name=item.name, shape=item.shape, data_type=wire.DATA_TYPES[item.dtype])
+            made = self._known[layout] = message.SerializeToString()
+            self._bytes += len(made)
+            while self._bytes > self._max_bytes and len(self._known) > 1:
+                self._bytes -= len(self._known.popitem(last=False)[1])
+            return made
+
+
+_parameters = _Parameters(8 << 20)
 
 
 def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -> None:
     """Raise MODEL_TOO_LARGE if an optimizer could be made, but not be shown in one message."""
     message = optimizer_pb2.Optimizer()
     set_settings(message, settings, layout)
-    _set_parameters(message, layout)
-    size = message.ByteSize() + STATUS_BYTES
+    size = message.ByteSize() + len(_parameters.of(layout)) + STATUS_BYTES
     if size > max_message_bytes:
         raise OptserveError(
             Reason.MODEL_TOO_LARGE,

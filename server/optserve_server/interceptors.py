@@ -42,8 +42,8 @@ QUEUED_PER_THREAD = 8
 TURN_WAIT_S = 10.0
 """How long they do so before they are told to come back."""
 
-LEAVING = 16
-"""Calls that have lost their places, but not left their threads yet."""
+LEAVING = 192
+"""Calls that have just come, or have lost their places and not left their threads yet."""
 
 REFUSAL_THREADS = 2
 """Threads that tell calls that there is no room for them."""
@@ -122,11 +122,10 @@ class Gate(grpc.ServerInterceptor):
 
     def __init__(self, config: ServerConfig) -> None:
         self._max_message_bytes = config.max_message_bytes
-        queued = QUEUED_PER_THREAD * config.unary_threads
-        self._unary = Kind(
-            "unary", Places("calls wait for their messages", ARRIVING), ARRIVING + queued + config.unary_threads
-        )
-        self._health = Kind("health", Places("health checks wait for their messages", ARRIVING), ARRIVING + LEAVING)
+        queued = (1 + QUEUED_PER_THREAD) * config.unary_threads
+        arriving = ARRIVING + LEAVING
+        self._unary = Kind("unary", Places("calls wait for their messages", ARRIVING), arriving + queued)
+        self._health = Kind("health", Places("health checks wait for their messages", ARRIVING), arriving)
         watchers = Places("health watchers are there", config.max_watchers)
         self._watch = Kind("watch", watchers, config.max_watchers + LEAVING)
         self._streams = Kind("stream", Places("streams are open", config.max_streams), config.max_streams + LEAVING)

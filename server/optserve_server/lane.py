@@ -134,6 +134,14 @@ class Lane:
         if self.holder and not self._discard_if_idle(self.holder):
             raise self.in_progress()
 
+    def take_over(self, step: Step) -> None:
+        """A step is about to take the place of the one that holds the buffer, if one does.
+
+        That is no move: two connections could keep it from all others by turns, without a byte.
+        """
+        if self.holder is not None and not step.replay:
+            step.moved_at = self.holder.moved_at
+
     def in_progress(self) -> OptserveError:
         """The error for who would disturb the step that holds the buffer."""
         return OptserveError(
@@ -222,8 +230,12 @@ class Lane:
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
         with self.lock:
+            moved_at = step.moved_at
             staging = self.hold(step)
             step.coverage[operand].add(position, position + len(data))
+            if not len(data):
+                # Only what was missing is a move: empty chunks would hold the buffer for as long as they come.
+                step.moved_at = moved_at
             if self.retained:
                 self.retained.intact = False
             staging.stage(step.payload, operand, position, data, step.largest)

@@ -178,11 +178,13 @@ class Steps:
         if wanted.segment is None and not worker and lane.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
-        return Step(
+        step = Step(
             lane, wanted.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
             reply=wanted.reply, segment=wanted.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
             stream=wanted.stream, life=wanted.life,
         )  # fmt: skip
+        lane.take_over(step)
+        return step
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
         if given is None:
@@ -221,8 +223,10 @@ class Steps:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
             payload, operands = self._payloads.of((), wire), (Operand.PARAMETER,)
-            self.main.holder = Step(self.main, request_id, payload, operands, replay=placed, reply=Reply.NOTHING)
-            return self.main.holder
+            step = Step(self.main, request_id, payload, operands, replay=placed, reply=Reply.NOTHING)
+            self.main.take_over(step)
+            self.main.holder = step
+            return step
 
     def check_placed(self) -> None:
         """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""

@@ -284,9 +284,9 @@ class StepStream:
                 limit_bytes=self._config.max_chunk_bytes,
                 actual_bytes=len(data),
             )
-        if self._worker:
-            self._turnstile.moved(self)
         self._step.stage(chunk.tensor, chunk.offset, data, operand)
+        if self._worker:
+            self._turnstile.moved(self, len(data))
 
     def _commit(self) -> Iterable[bytes]:
         """Apply the step; gives the messages that answer it."""

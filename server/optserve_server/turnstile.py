@@ -14,6 +14,9 @@ from collections import deque
 PATIENCE_S = 0.02
 """One inside that has not moved for so long is slow, and is not waited for."""
 
+MOVED_BYTES = 64 << 10
+"""What it takes to have moved: messages of a few bytes, or of none, could keep the others out for ever."""
+
 
 class Turnstile:
     """Lets in as many as may be inside, in the order in which they came.
@@ -26,8 +29,9 @@ class Turnstile:
     def __init__(self, limit: int = 0, patience_s: float = PATIENCE_S) -> None:
         self._limit = limit or os.cpu_count() or 1
         self._patience_s = patience_s
-        # When each one inside has moved last.
+        # When each one inside has moved last, and the bytes that it has brought since.
         self._inside: dict[object, float] = {}
+        self._brought: dict[object, int] = {}
         self._waiting: deque[tuple[object, threading.Lock]] = deque()
         self._lock = threading.Lock()
         self._queue_began = threading.Condition(self._lock)
@@ -55,14 +59,19 @@ class Turnstile:
         if who in self._inside:
             with self._lock:
                 self._inside.pop(who, None)
+                self._brought.pop(who, None)
                 self._let_next_in()
 
-    def moved(self, who: object) -> None:
-        """One that may be inside is not slow."""
+    def moved(self, who: object, size: int) -> None:
+        """One that may be inside has brought so many bytes that were missing."""
         if who in self._inside:
             with self._lock:
-                if who in self._inside:
-                    self._inside[who] = time.monotonic()
+                if who not in self._inside:
+                    return
+                size += self._brought.get(who, 0)
+                if size >= MOVED_BYTES:
+                    self._inside[who], size = time.monotonic(), 0
+                self._brought[who] = size
 
     def _let_in(self, who: object) -> None:
         self._inside[who] = time.monotonic()
@@ -79,4 +88,5 @@ class Turnstile:
                 self._queue_began.wait(self._patience_s if self._waiting else None)
                 long_ago = time.monotonic() - self._patience_s
                 self._inside = {who: moved_at for who, moved_at in self._inside.items() if moved_at > long_ago}
+                self._brought = {who: size for who, size in self._brought.items() if who in self._inside}
                 self._let_next_in()

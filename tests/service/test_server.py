@@ -1,6 +1,7 @@
 """The server as a process: what it says of itself, its limits, its memory, its end."""
 
 import ctypes
+import itertools
 import signal
 import threading
 import time
@@ -22,7 +23,9 @@ from optserve.v1 import (
     replicas_pb2,
     service_pb2,
     service_pb2_grpc,
+    steps_pb2,
 )
+from optserve.v1.steps_pb2 import StreamStepsRequest as Request
 from optserve_server.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
@@ -162,6 +165,46 @@ def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path)
             assert details(idle.error())[0] == "STEP_TAKEN_OVER"
             idle.send(commit(), begin(), chunk(0, 0, bytes(8)), commit())
             assert idle.reply()[1].step == 1
+
+
+@pytest.mark.parametrize("how", ["empty chunks", "by turns"])
+def test_a_step_is_not_kept_by_messages_that_bring_nothing(tmp_path, how):
+    """Only bytes that were missing are a move: not empty chunks, nor the same step taken over again and again."""
+    options = config_file(tmp_path, idle_step_s=0.4)
+    with (
+        optserve.local_server(backend="numpy", options=options) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        name = create(stub, "a", {"x": (2,)}).name
+        over = threading.Event()
+        with stream(stub, name) as first, stream(stub, name) as second, stream(stub, name) as other:
+            first.send(begin("held"), chunk(0, 0, bytes(4)))
+            _wait_until_under_way(stub, name)
+
+            def hold() -> None:
+                streams = itertools.cycle([first, second])
+                while not over.wait(0.05):
+                    if how == "empty chunks":
+                        first.send(chunk(0, 4, b""))
+                    else:
+                        next(streams).send(Request(abort=steps_pb2.Abort()), begin("held"))
+
+            holding = threading.Thread(target=hold)
+            holding.start()
+            try:
+                until = time.monotonic() + 20
+                while time.monotonic() < until:
+                    other.send(begin(), chunk(0, 0, bytes(8)), commit())
+                    response = other.receive()
+                    if response.HasField("chunk"):
+                        break
+                    assert details(response.error.status)[0] == "STEP_IN_PROGRESS"
+                else:
+                    pytest.fail("the step that brings nothing did not give way")
+            finally:
+                over.set()
+                holding.join()
 
 
 def test_a_client_that_has_stalled_goes_on_with_the_same_step(tmp_path):

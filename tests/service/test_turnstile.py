@@ -42,6 +42,40 @@ def test_those_who_do_not_come_out_are_not_waited_for():
     assert order == list("abcdef")
 
 
+def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
+    """Empty chunks every 5 ms held the turn of all optimizers."""
+    turnstile, over = Turnstile(1, patience_s=0.05), threading.Event()
+    turnstile.enter("attacker")
+
+    def attack() -> None:
+        while not over.wait(0.002):
+            turnstile.moved("attacker", 1)
+
+    attacker = threading.Thread(target=attack)
+    attacker.start()
+    try:
+        order: list[str] = []
+        entering(turnstile, "other", order).join(10)
+        assert order == ["other"]
+    finally:
+        over.set()
+        attacker.join()
+
+
+def test_who_brings_much_is_waited_for():
+    turnstile, order = Turnstile(1, patience_s=1.0), list[str]()
+    turnstile.enter("first")
+    second = entering(turnstile, "second", order)
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        turnstile.moved("first", 64 << 10)
+        time.sleep(0.001)
+    assert order == []
+    turnstile.leave("first")
+    second.join(10)
+    assert order == ["second"]
+
+
 def test_workers_that_stop_in_the_middle_of_a_step_hold_up_no_other(client, name):
     size = 100_000
     gradient = {"x": np.full(size, -1, np.float32), "y": np.full(size, -1, np.float32)}
