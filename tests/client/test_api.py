@@ -16,7 +16,7 @@ PUBLIC = [
     "Constant", "Cosine", "DeadlineExceededError", "DiagonalHessian", "EtagMismatchError", "Exponential",
     "FailedPreconditionError", "FeatureUnavailableError", "GradientLateError", "Group", "HostedParameters",
     "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "Momentum", "NotFoundError", "Optimizer",
-    "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "Sgd", "StateLostError",
+    "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "Sgd", "StateLostError",
     "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepsLostError", "Sync",
     "TensorSpec", "UnavailableError", "Vsgd", "WindowedRms", "Worker", "WrongStepError", "connect", "local_server",
     "with_weight_decay",

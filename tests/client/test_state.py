@@ -1,28 +1,19 @@
-"""A state on its way out of the service and into it, and between the service and torch."""
+"""A state on its way out of the service and into it."""
 
 import asyncio
-import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
 import optserve
 import optserve.aio
-import optserve.torch
 from optserve import safetensors as ours
 
 PARAMETERS = {"w": (40, 30), "b": (30,), "scale": (), "nothing": (0, 3)}
-METHODS = [
-    optserve.Adadelta(rho=0.9, eps=1e-5, learning_rate=0.7),
-    optserve.Adagrad(learning_rate=0.05),
-    optserve.Momentum(learning_rate=0.03, rho=0.8),
-    optserve.WindowedRms(learning_rate=0.002, rho=0.95, eps=0.0, outer_eps=1e-7),
-    optserve.Sgd(learning_rate=0.2),
-]
 
 
 def gradients(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -38,14 +29,6 @@ def opt(client, name):
     return made
 
 
-def same(one: optserve.OptimizerState, other: optserve.OptimizerState) -> bool:
-    def content(state: optserve.OptimizerState):
-        arrays = {name: {slot: a.tobytes() for slot, a in slots.items()} for name, slots in state.slots.items()}
-        return state.step, state.algorithm, dict(state.parameters), arrays
-
-    return content(one) == content(other)
-
-
 def test_what_is_exported_and_imported_goes_on_with_the_same_bits(client, name, opt, tmp_path):
     told = []
     state = opt.export_state(on_progress=lambda done, total: told.append((done, total)))
@@ -54,7 +37,7 @@ def test_what_is_exported_and_imported_goes_on_with_the_same_bits(client, name, 
     assert (told[0], told[-1]) == ((0, state.size_bytes), (state.size_bytes, state.size_bytes))
     state.save(tmp_path / "state.safetensors")
     loaded = optserve.OptimizerState.load(tmp_path / "state.safetensors")
-    assert same(loaded, state)
+    assert loaded == state
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
     other = client.create_optimizer(f"{name}-2", loaded.algorithm, loaded.parameters)
     other.import_state(loaded)
@@ -90,7 +73,7 @@ def test_a_checkpoint_from_a_data_folder_is_a_state_file_too(tmp_path):
         opt.step(gradients(1, "float64"))
         opt.save_checkpoint("one")
         loaded = optserve.OptimizerState.load(tmp_path / "checkpoints/a/one.safetensors")
-        assert same(loaded, opt.export_state())
+        assert loaded == opt.export_state()
     library = safetensors.numpy.load_file(tmp_path / "checkpoints/a/one.safetensors")
     assert np.array_equal(library["w.acc_delta"], loaded.slots["w"]["acc_delta"])
 
@@ -108,8 +91,36 @@ def test_a_damaged_file_is_refused(opt, tmp_path):
             optserve.OptimizerState.load(path)
 
 
+def test_states_are_equal_where_they_are_the_same_bit_for_bit(opt):
+    state = opt.export_state()
+    assert state == opt.export_state()
+    w = dict(state.slots["w"])
+    minus_zero, nan = w["acc_delta"].copy(), w["acc_delta"].copy()
+    minus_zero[0, 0], nan[0, 0] = -0.0, np.nan
+    zero = minus_zero.copy()
+    zero[0, 0] = 0.0
+    assert changed(state, w={**w, "acc_delta": zero}) != changed(state, w={**w, "acc_delta": minus_zero})
+    assert changed(state, w={**w, "acc_delta": nan}) == changed(state, w={**w, "acc_delta": nan.copy()})
+    assert changed(state, w={**w, "acc_delta": w["acc_delta"].T}) != state
+    for name, value in (
+        ("step", 9),
+        ("algorithm", optserve.Adadelta(rho=0.5)),
+        ("schedule", optserve.InverseTime(decay=1.0)),
+        ("clipping", optserve.Clipping(value=1.0)),
+        ("groups", [optserve.Group(["w"], {"rho": 0.1})]),
+        ("weight_decay", 0.5),
+        ("consistency", optserve.Async()),
+    ):
+        assert replace(state, **{name: value}) != state, name
+    assert state.without("schedule") != state  # says nothing of it, rather than that there is none
+    assert replace(state, parameters=dict(reversed(state.parameters.items()))) == state
+    assert state != "a state"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(state)
+
+
 def changed(state: optserve.OptimizerState, **slots) -> optserve.OptimizerState:
-    return optserve.OptimizerState(state.step, state.algorithm, state.parameters, {**state.slots, **slots})
+    return replace(state, slots={**state.slots, **slots})
 
 
 def test_states_that_do_not_fit_are_refused_and_nothing_changes(client, opt):
@@ -133,7 +144,7 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(client, opt):
     ):
         with pytest.raises(optserve.InvalidArgumentError, match=message):
             opt.import_state(bad)
-    assert same(opt.export_state(), state)
+    assert opt.export_state() == state
     opt.step(gradients(9))  # and nobody takes the state for another one
 
 
@@ -165,146 +176,6 @@ def test_the_same_from_asyncio(server, name):
             assert await client.list_checkpoints(name) == []
 
     asyncio.run(run())
-
-
-# --- torch
-
-
-def torch_optimizer(method: optserve.Algorithm, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    match method:
-        case optserve.Adadelta():
-            return torch.optim.Adadelta(parameters, lr=method.learning_rate, rho=method.rho, eps=method.eps)
-        case optserve.Adagrad():
-            return torch.optim.Adagrad(parameters, lr=method.learning_rate, eps=method.eps)
-        case optserve.Momentum():
-            return torch.optim.SGD(parameters, lr=method.learning_rate, momentum=method.rho)
-        case optserve.WindowedRms():
-            return torch.optim.RMSprop(parameters, lr=method.learning_rate, alpha=method.rho, eps=method.outer_eps)
-    return torch.optim.SGD(parameters, lr=method.learning_rate)
-
-
-class TorchRun:
-    def __init__(self, method: optserve.Algorithm, values: dict[str, np.ndarray]) -> None:
-        self.parameters = {
-            name: torch.nn.Parameter(torch.from_numpy(np.array(value))) for name, value in values.items()
-        }
-        self.optimizer = torch_optimizer(method, list(self.parameters.values()))
-
-    def step(self, given: dict[str, np.ndarray]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.grad = torch.from_numpy(np.array(given[name]))
-        self.optimizer.step()
-
-    def values(self) -> dict[str, np.ndarray]:
-        return {name: parameter.detach().numpy().copy() for name, parameter in self.parameters.items()}
-
-
-def close(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    for name, value in one.items():
-        np.testing.assert_allclose(value, other[name], rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_torch_run_enters_the_service_and_leaves_it_again(client, name, method):
-    start = gradients(99, "float64")
-    whole = TorchRun(method, start)
-    for seed in range(12):
-        whole.step(gradients(seed, "float64"))
-    first = TorchRun(method, start)
-    for seed in range(4):
-        first.step(gradients(seed, "float64"))
-    state = optserve.torch.from_state_dict(first.optimizer.state_dict(), first.parameters)
-    assert state.algorithm == method
-    opt = client.create_optimizer(name, state.algorithm, state.parameters)
-    opt.import_state(state)
-    x = first.values()
-    for seed in range(4, 8):
-        for key, update in opt.step(gradients(seed, "float64")).items():
-            x[key] = x[key] + update
-    last = TorchRun(method, x)
-    exported = opt.export_state()
-    assert exported.step == (8 if method.name not in ("sgd", "momentum") else 4)  # torch's SGD counts no steps
-    last.optimizer.load_state_dict(optserve.torch.to_state_dict(exported))
-    for seed in range(8, 12):
-        last.step(gradients(seed, "float64"))
-    close(last.values(), whole.values())
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_state_dict_has_torchs_keys_and_settings(client, name, method):
-    run = TorchRun(method, gradients(0))
-    run.step(gradients(1))
-    expected = run.optimizer.state_dict()
-    opt = client.create_optimizer(name, method, gradients(0))
-    opt.step(gradients(1))
-    actual = optserve.torch.to_state_dict(opt.export_state())
-    names = {key for entry in expected["state"].values() for key in entry}
-    assert {key for entry in actual["state"].values() for key in entry} == names - (
-        {"momentum_buffer"} if method.name == "sgd" else set()
-    )
-    assert set(actual["param_groups"][0]) <= set(expected["param_groups"][0])
-    for key, value in actual["param_groups"][0].items():
-        assert value == expected["param_groups"][0][key], key
-    again = optserve.torch.from_state_dict(actual, run.parameters)
-    assert again.algorithm == method
-    for parameter, slots in opt.export_state().slots.items():
-        for slot, array in slots.items():
-            np.testing.assert_allclose(again.slots[parameter][slot], array, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: torch.optim.Adadelta(p, weight_decay=0.1), "no weight_decay; it is 0.1"),
-        (lambda p: torch.optim.Adadelta(p, maximize=True), "no maximize"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "no nesterov"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "no dampening"),
-        (lambda p: torch.optim.RMSprop(p, centered=True), "no centered"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "no momentum"),
-        (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "no lr_decay"),
-        (torch.optim.Adam, "none of Adadelta, Adagrad, RMSprop and SGD"),
-        (lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "lr": 0.5}], lr=0.1), "different settings"),
-        (lambda p: torch.optim.Adadelta(p[:2]), "of 2 parameters, not 4"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_the_service_cannot_continue_is_refused(make, message):
-    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in PARAMETERS.items()}
-    with pytest.raises(optserve.InvalidArgumentError, match=message):
-        optserve.torch.from_state_dict(make(list(parameters.values())).state_dict(), parameters)
-
-
-def test_what_torch_cannot_continue_is_refused(client, name):
-    inside = client.create_optimizer(name, optserve.WindowedRms(), gradients(0))
-    with pytest.raises(optserve.InvalidArgumentError, match=re.escape("WindowedRms(eps=0, outer_eps=…)")):
-        optserve.torch.to_state_dict(inside.export_state())
-    still = client.create_optimizer(f"{name}-2", optserve.Momentum(learning_rate=0.0), gradients(0))
-    with pytest.raises(optserve.InvalidArgumentError, match="learning rate of 0"):
-        optserve.torch.to_state_dict(still.export_state())
-
-
-def test_state_dicts_that_cannot_be_understood_are_refused():
-    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in PARAMETERS.items()}
-    good = torch.optim.SGD(list(parameters.values()), lr=0.1, momentum=0.9).state_dict()
-    for spoil, message in (
-        (lambda s: s["param_groups"].clear(), "no parameter group"),
-        (lambda s: s["param_groups"][0].update(trust_coefficient=0.1), "no trust_coefficient; it is 0.1"),
-        (lambda s: s["state"].update({0: {"momentum_buffer": torch.ones(3)}}), "momentum_buffer of 'w' is"),
-        (
-            lambda s: (
-                s["param_groups"][0].update(lr=0.0),
-                s["state"].update({0: {"momentum_buffer": torch.ones(PARAMETERS["w"])}}),
-            ),
-            "says nothing where the rate is 0",
-        ),
-    ):
-        spoilt = {"state": dict(good["state"]), "param_groups": [dict(group) for group in good["param_groups"]]}
-        spoil(spoilt)
-        with pytest.raises(optserve.InvalidArgumentError, match=message):
-            optserve.torch.from_state_dict(spoilt, parameters)
-    halves = {"w": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
-    with pytest.raises(optserve.InvalidArgumentError, match=r"'w' is torch\.bfloat16"):
-        optserve.torch.from_state_dict(torch.optim.SGD(list(halves.values()), lr=0.1).state_dict(), halves)
 
 
 def test_a_state_that_contradicts_itself_is_not_written(opt, tmp_path):
@@ -344,6 +215,14 @@ def test_checkpoints_exports_and_imports_by_command(server, client, name, opt, t
     assert command("optimizers", "export", f"{name}-held", file, "--overwrite", *target).returncode == 0
     assert command("optimizers", "import", f"{name}-held-new", file, *target).returncode == 0
     assert client.optimizer(f"{name}-held-new").pull_parameters().arrays["x"].tolist() == [1, 1, 1]
+    annealed = client.create_optimizer(
+        f"{name}-s", optserve.Sgd(), {"x": np.ones(3)}, schedule=optserve.InverseTime(decay=0.5)
+    )
+    assert command("optimizers", "export", f"{name}-s", file, "--overwrite", *target).returncode == 0
+    assert command("optimizers", "import", f"{name}-s2", file, *target).returncode == 0
+    assert client.optimizer(f"{name}-s2").schedule == annealed.schedule
+    assert command("optimizers", "import", f"{name}-s3", file, "--without", "schedule", *target).returncode == 0
+    assert client.optimizer(f"{name}-s3").schedule is None
     assert "hosted" in command("optimizers", "list", *target).stdout
     assert "Deleted one" in command("checkpoints", "delete", name, "one", "--yes", *target).stdout
     gone = command("checkpoints", "restore", name, "one", "--yes", *target)

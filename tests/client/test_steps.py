@@ -146,7 +146,7 @@ def test_hyperparameters_change_on_a_live_optimizer(client, name):
 
 def test_optimizers_are_listed_and_deleted(client, name, opt):
     opt.step(grads())
-    (listed,) = [item for item in client.list_optimizers() if item.name == f"optimizers/{name}"]
+    (listed,) = [item for item in client.list_optimizers() if item.name == name]
     assert listed.step == 1
     client.delete_optimizer(name)
     with pytest.raises(optserve.NotFoundError, match=name):

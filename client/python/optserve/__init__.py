@@ -44,6 +44,7 @@ from optserve.errors import (
 )
 from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
+from optserve.optimizer_info import OptimizerInfo
 from optserve.settings import (
     Async,
     AtSteps,
@@ -96,6 +97,7 @@ __all__ = [
     "Momentum",
     "NotFoundError",
     "Optimizer",
+    "OptimizerInfo",
     "OptimizerState",
     "OptserveError",
     "ResourceExhaustedError",

@@ -11,7 +11,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import algorithms
-from optserve.errors import FeatureUnavailableError, InternalError
+from optserve._settings_messages import method_from
+from optserve.errors import InternalError
 from optserve.v1 import optimizer_pb2, service_pb2
 from optserve.wire import DTYPES
 
@@ -57,10 +58,7 @@ def method(message: optimizer_pb2.Optimizer) -> algorithms.Algorithm:
     Raises:
         FeatureUnavailableError: A newer server's, which this client does not know.
     """
-    try:
-        return algorithms.from_message(message.algorithm)
-    except ValueError as error:
-        raise FeatureUnavailableError(str(error)) from error
+    return method_from(message)
 
 
 def info(message: service_pb2.GetServerInfoResponse) -> service_pb2.GetServerInfoResponse:

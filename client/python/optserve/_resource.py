@@ -13,15 +13,29 @@ import numpy as np
 from optserve import _replies, algorithms, settings
 from optserve._checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
 from optserve._model import Model
+from optserve._settings_messages import (
+    clipping_from,
+    consistency_from,
+    differences,
+    groups_from,
+    schedule_from,
+    settings_from,
+    update_request,
+)
 from optserve._transfer import export_state, import_state, pull_parameters, push_parameters
 from optserve._transport import Transport
 from optserve._updates import Updates
+from optserve.errors import FailedPreconditionError, InvalidArgumentError
+from optserve.optimizer_info import PREFIX
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
 from optserve.statistics import QUANTILES, Asked, Statistics, statistics_from
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, statistics_pb2
 from optserve.wire import WIRE_DTYPES
 
 _Response = TypeVar("_Response")
+
+MAX_STEP = 1 << 62
+"""No optimizer has made so many steps."""
 
 
 class Resource(abc.ABC):
@@ -38,7 +52,7 @@ class Resource(abc.ABC):
         self._wire_type = wire_type
         self._wire = WIRE_DTYPES.get(wire_type)
         self.hosted = message.mode == optimizer_pb2.MODE_HOSTED
-        self.name = message.name.removeprefix("optimizers/")
+        self.name = message.name.removeprefix(PREFIX)
         self._connection = connection
         self._resource = message.name
         self._slots = list(message.slots)
@@ -57,23 +71,37 @@ class Resource(abc.ABC):
         groups: Sequence[settings.Group] | EllipsisType = ...,
         weight_decay: float | None = None,
         consistency: settings.Consistency | EllipsisType | None = ...,
+        **hyperparameters: float,
     ) -> None:
         """Change settings from the next step on; the state stays, and so does what is not given.
 
         Args:
-            algorithm: The same method with other hyper-parameters.
+            algorithm: The same method with all hyper-parameters anew; those that are left out of it get its defaults.
             schedule: Another one, or None for a constant learning rate.
             clipping: Another bound, or None for none.
             groups: All of them anew.
             weight_decay: Another, where the server holds the parameters.
             consistency: Another way for workers to share it, or None for one client at a time.
+            hyperparameters: Single ones of the method, by name; the others stay.
 
         Raises:
-            InvalidArgumentError: Another method, or a value out of range.
+            InvalidArgumentError: Another method, an unknown hyper-parameter, or a value out of range.
             FailedPreconditionError: The consistency was to be changed while workers are alive.
+
+        Example:
+            >>> opt.update(learning_rate=0.5)                             # doctest: +SKIP
+            >>> opt.update(optserve.Adadelta(rho=0.9), schedule=None)     # doctest: +SKIP
         """
-        request = settings.update_request(
-            self._resource, self._method, algorithm, schedule, clipping, groups, weight_decay, consistency
+        request = update_request(
+            self._resource,
+            self._method,
+            algorithm,
+            schedule=schedule,
+            clipping=clipping,
+            groups=groups,
+            weight_decay=weight_decay,
+            consistency=consistency,
+            hyperparameters=hyperparameters,
         )
         self._connection.call(self._connection.stub.UpdateOptimizer, request)
 
@@ -85,17 +113,17 @@ class Resource(abc.ABC):
     @property
     def schedule(self) -> settings.Schedule | None:
         """The present schedule of the learning rate, as the server has it."""
-        return settings.schedule_from(self._get())
+        return schedule_from(self._get())
 
     @property
     def clipping(self) -> settings.Clipping | None:
         """The present bound on the gradient, as the server has it."""
-        return settings.clipping_from(self._get())
+        return clipping_from(self._get())
 
     @property
     def groups(self) -> tuple[settings.Group, ...]:
         """The present groups of parameters, as the server has them."""
-        return settings.groups_from(self._get())
+        return groups_from(self._get())
 
     @property
     def weight_decay(self) -> float:
@@ -105,7 +133,42 @@ class Resource(abc.ABC):
     @property
     def consistency(self) -> settings.Consistency | None:
         """How workers share the optimizer, as the server has it."""
-        return settings.consistency_from(self._get())
+        return consistency_from(self._get())
+
+    def _check_same(self, wanted: optimizer_pb2.Optimizer) -> None:
+        """Raise InvalidArgumentError unless it has the parameters, the mode and the settings of another one."""
+        present = self._get()
+        if [(item.name, item.shape, item.data_type) for item in present.parameters] != [
+            (item.name, item.shape, item.data_type) for item in wanted.parameters
+        ]:
+            raise InvalidArgumentError(f"There is a {self.name!r} already, and it has other parameters.")
+        if present.mode != wanted.mode:
+            raise InvalidArgumentError(
+                f"There is a {self.name!r} already, and the server {'holds' if self.hosted else 'does not hold'} its "
+                "parameters."
+            )
+        others = differences(present, **settings_from(wanted))
+        if others:
+            raise InvalidArgumentError(
+                f"There is a {self.name!r} already, and {others[0]}. Take it as it is with client.optimizer("
+                f"{self.name!r}), which has `update`."
+            )
+
+    def _push_parameters_if_missing(self, params: Mapping[str, np.ndarray]) -> None:
+        """Upload the parameters x unless somebody has; see `push_parameters`."""
+        try:
+            # More steps than there are: it is only asked whether there is anything.
+            self.pull_parameters(newer_than=MAX_STEP)
+        except FailedPreconditionError as error:
+            if error.reason != "PARAMETERS_MISSING":
+                raise
+        else:
+            return
+        try:
+            self.push_parameters(params)
+        except FailedPreconditionError as error:
+            if error.reason != "PARAMETERS_IN_PLACE":
+                raise
 
     def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """Upload the parameters x, all of them and once, for a server that is to hold them.
@@ -115,7 +178,7 @@ class Resource(abc.ABC):
                 optimizer is in delta mode (NOT_HOSTED).
             InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
         """
-        indices = self._model.taking_part(params, partial=False)
+        indices = self._model.taking_part(params, partial=False, what="parameter")
         arrays = [self._model.contiguous(index, params[self._model.names[index]], "parameter") for index in indices]
         push_parameters(self._connection, self._resource, arrays)
 
@@ -141,8 +204,7 @@ class Resource(abc.ABC):
             FailedPreconditionError: Nobody has uploaded them yet (PARAMETERS_MISSING), or the optimizer is in delta
                 mode (NOT_HOSTED).
         """
-        wanted = dict.fromkeys(names or self._model.names)
-        indices = self._model.taking_part(wanted, partial=True)
+        indices = self._model.indices_of(names or self._model.names)
         arrays = self._model.outputs(indices, out)
         request = replicas_pb2.PullParametersRequest(
             name=self._resource, newer_than_step=newer_than, tensors=indices if names else (), wire_type=self._wire_type
@@ -175,7 +237,7 @@ class Resource(abc.ABC):
         """
         request = statistics_pb2.GetStatisticsRequest(
             name=self._resource,
-            tensors=self._model.taking_part(dict.fromkeys(names), partial=True) if names else (),
+            tensors=self._model.indices_of(names) if names else (),
             quantiles=quantiles,
             indices=indices,
             random_indices=random_indices,
@@ -236,15 +298,20 @@ class Resource(abc.ABC):
         delete_checkpoint(self._connection, self._resource, tag)
 
     def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
-        """Read the whole state, all of one step; other clients may step meanwhile."""
+        """Read the whole state with its settings, all of one step; other clients may step meanwhile."""
         return export_state(self._connection, self._resource, on_progress)
 
     def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
-        """Replace state and step counter; the hyper-parameters stay. Other clients are told.
+        """Replace state, step counter and settings by those of a state. Other clients are told.
+
+        Settings that the state does not say stay; see `OptimizerState.without`. So does the consistency where the
+        state has none.
 
         Raises:
             InvalidArgumentError: The state is of another method or other parameters, or has a NaN, an infinity, or a
-                negative mean of squares. Nothing was changed.
+                negative mean of squares, or a setting out of range. Nothing was changed.
+            FailedPreconditionError: Its consistency is another one, and workers are alive. Nothing was changed.
+            FeatureUnavailableError: It has other settings, and the server is too old to import any.
         """
         imported = import_state(self._connection, self._get(), state, on_progress)
         self._replaced(imported)

@@ -114,5 +114,27 @@ def _check_places(message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, in
         raise InternalError(f"The server's segment of {message.size_bytes} bytes has a place up to byte {free}.")
 
 
+class Lent:
+    """The places of one staging area's gradients that a user has as arrays.
+
+    Args:
+        places: The place of each parameter.
+    """
+
+    def __init__(self, places: Sequence[np.ndarray]) -> None:
+        self._begins = [_address(place) for place in places]
+        self._begin = min(self._begins, default=0)
+        self._end = max((_address(place) + place.nbytes for place in places), default=0)
+
+    def is_of_another(self, index: int, array: np.ndarray) -> bool:
+        """Whether an array for one parameter lies in the place of another, which would be overwritten or read late."""
+        address = _address(array)
+        return address != self._begins[index] and self._begin <= address < self._end and array.size > 0
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
 def _same(place: np.ndarray, array: np.ndarray) -> bool:
     return place.__array_interface__["data"] == array.__array_interface__["data"]

@@ -12,11 +12,19 @@ import numpy as np
 
 from optserve import _replies, wire
 from optserve._model import empty
+from optserve._settings_messages import (
+    clipping_from,
+    consistency_from,
+    differences,
+    groups_from,
+    schedule_from,
+    update_request,
+)
 from optserve._transport import Backoff, Transport, is_retryable
 from optserve._updates import Updates
-from optserve.errors import InvalidArgumentError
+from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import PARAMETER, OptimizerState, Progress, TensorSpec
-from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, steps_pb2
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, steps_pb2
 from optserve.wire import DTYPES
 
 CHUNK_BYTES = 1 << 20
@@ -42,15 +50,37 @@ def export_state(connection: Transport, name: str, on_progress: Progress) -> Opt
 def import_state(
     connection: Transport, optimizer: optimizer_pb2.Optimizer, state: OptimizerState, on_progress: Progress
 ) -> optimizer_pb2.Optimizer:
-    """Replace the state of an optimizer.
+    """Replace the state of an optimizer, and the settings that the state says.
 
     Raises:
         InvalidArgumentError: The state is of another method or of other parameters. Nothing was changed.
+        FeatureUnavailableError: It has other settings than the optimizer, and the server cannot import them.
         OptserveError: The server's answer, or that it gave none.
     """
     names, arrays = _array_names(optimizer), _arrays(optimizer, state)
     # One id for all tries: a retry after a lost answer must not undo the steps since.
     first = checkpoints_pb2.ImportStateRequest(name=optimizer.name, step=state.step, request_id=str(uuid.uuid4()))
+    said = state.settings
+    # That nobody shared the optimizer is no setting which the new place has to have.
+    consistency = said.get("consistency") or ...
+    changes = update_request(
+        optimizer.name,
+        state.algorithm.name,
+        state.algorithm,
+        schedule=said.get("schedule", ...),
+        clipping=said.get("clipping", ...),
+        groups=said.get("groups", ...),
+        weight_decay=said.get("weight_decay"),
+        consistency=consistency,
+    )
+    if _imports_settings(connection):
+        first.optimizer.CopyFrom(changes.optimizer)
+        first.update_mask.CopyFrom(changes.update_mask)
+    elif others := differences(optimizer, algorithm=state.algorithm, **{**said, "consistency": consistency}):
+        raise FeatureUnavailableError(
+            f"This server cannot import settings, and {others[0]}. Update the optimizer's first, or import "
+            "state.without(…) to leave the state's own behind."
+        )
     answer = _persistently(
         connection,
         lambda timeout_s: connection.import_state(
@@ -58,6 +88,11 @@ def import_state(
         ),
     )
     return _replies.optimizer(answer.optimizer, optimizer.name)
+
+
+def _imports_settings(connection: Transport) -> bool:
+    info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+    return any(item.feature == service_pb2.FEATURE_IMPORTED_SETTINGS and item.available for item in info.features)
 
 
 def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarray]) -> int:
@@ -162,7 +197,17 @@ def _received(
         done += len(frame.data)
         on_progress(done, total)
     received.finish()
-    return OptimizerState(optimizer.step, _replies.method(optimizer), parameters, slots)
+    return OptimizerState(
+        optimizer.step,
+        _replies.method(optimizer),
+        parameters,
+        slots,
+        schedule=schedule_from(optimizer),
+        clipping=clipping_from(optimizer),
+        groups=groups_from(optimizer),
+        weight_decay=optimizer.weight_decay,
+        consistency=consistency_from(optimizer),
+    )
 
 
 def _array_names(optimizer: optimizer_pb2.Optimizer) -> list[str]:

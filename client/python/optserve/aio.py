@@ -41,9 +41,10 @@ from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
 from optserve.optimizer import ReplyName
+from optserve.optimizer_info import OptimizerInfo
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.statistics import QUANTILES, Statistics
-from optserve.v1 import optimizer_pb2, service_pb2
+from optserve.v1 import service_pb2
 from optserve.worker import Worker
 
 __all__ = ["LEAVE_S", "MAX_CONCURRENT_CALLS", "AsyncClient", "AsyncOptimizer", "AsyncWorker", "connect"]
@@ -115,18 +116,39 @@ class AsyncClient:
         """See `optserve.Client.create_optimizer`."""
         client, threads = self._connected
         create = bound(
-            client.create_optimizer,
-            name,
-            algorithm,
-            params,
-            schedule=schedule,
-            clipping=clipping,
-            groups=groups,
-            hosted=hosted,
-            weight_decay=weight_decay,
-            consistency=consistency,
-        )
+            client.create_optimizer, name, algorithm, params, schedule=schedule, clipping=clipping, groups=groups,
+            hosted=hosted, weight_decay=weight_decay, consistency=consistency,
+        )  # fmt: skip
         return AsyncOptimizer(await threads.run(create), threads)
+
+    async def create_optimizer_from_state(
+        self, name: str, state: OptimizerState, *, on_progress: Progress = no_progress
+    ) -> AsyncOptimizer:
+        """See `optserve.Client.create_optimizer_from_state`; `on_progress` is called in another thread."""
+        client, threads = self._connected
+        create = bound(client.create_optimizer_from_state, name, state, on_progress=on_progress)
+        return AsyncOptimizer(await threads.run(create), threads)
+
+    async def get_or_create_optimizer(
+        self,
+        name: str,
+        algorithm: algorithms.Algorithm,
+        params: Mapping[str, sync.ArrayLike | TensorSpec],
+        *,
+        schedule: settings.Schedule | None = None,
+        clipping: settings.Clipping | None = None,
+        groups: Sequence[settings.Group] = (),
+        hosted: bool = False,
+        weight_decay: float = 0.0,
+        consistency: settings.Consistency | None = None,
+    ) -> AsyncOptimizer:
+        """See `optserve.Client.get_or_create_optimizer`."""
+        client, threads = self._connected
+        find = bound(
+            client.get_or_create_optimizer, name, algorithm, params, schedule=schedule, clipping=clipping,
+            groups=groups, hosted=hosted, weight_decay=weight_decay, consistency=consistency,
+        )  # fmt: skip
+        return AsyncOptimizer(await threads.run(find), threads)
 
     async def optimizer(
         self,
@@ -154,7 +176,7 @@ class AsyncClient:
         make = bound(client.worker, name, worker, transport=transport, wire_dtype=wire_dtype)
         return AsyncWorker(await threads.run(make), threads)
 
-    async def list_optimizers(self) -> list[optimizer_pb2.Optimizer]:
+    async def list_optimizers(self) -> list[OptimizerInfo]:
         """See `optserve.Client.list_optimizers`."""
         client, threads = self._connected
         return await threads.run(lambda: list(client.list_optimizers()))
@@ -261,17 +283,13 @@ class AsyncOptimizer:
         groups: Sequence[settings.Group] | EllipsisType = ...,
         weight_decay: float | None = None,
         consistency: settings.Consistency | EllipsisType | None = ...,
+        **hyperparameters: float,
     ) -> None:
         """See `optserve.Optimizer.update`."""
         update = bound(
-            self._optimizer.update,
-            algorithm,
-            schedule=schedule,
-            clipping=clipping,
-            groups=groups,
-            weight_decay=weight_decay,
-            consistency=consistency,
-        )
+            self._optimizer.update, algorithm, schedule=schedule, clipping=clipping, groups=groups,
+            weight_decay=weight_decay, consistency=consistency, **hyperparameters,
+        )  # fmt: skip
         await self._threads.run(update)
 
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
@@ -299,13 +317,9 @@ class AsyncOptimizer:
     ) -> Statistics:
         """See `optserve.Optimizer.statistics`."""
         look = bound(
-            self._optimizer.statistics,
-            names,
-            quantiles=quantiles,
-            indices=indices,
-            random_indices=random_indices,
+            self._optimizer.statistics, names, quantiles=quantiles, indices=indices, random_indices=random_indices,
             seed=seed,
-        )
+        )  # fmt: skip
         return await self._threads.run(look)
 
     async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:

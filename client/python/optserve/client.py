@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
-
-import numpy as np
+from typing import Self
 
 from optserve import _replies, algorithms, settings, sysv
+from optserve._arrays import check_kind
 from optserve._checkpoints import delete_checkpoint, list_checkpoints
+from optserve._new_optimizer import ArrayLike, new_optimizer, values_of
 from optserve._transport import Transport
 from optserve.config import ClientConfig
-from optserve.errors import InvalidArgumentError
+from optserve.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    NotFoundError,
+    OptserveError,
+    ResourceExhaustedError,
+)
 from optserve.optimizer import Optimizer, TransportName, WireDtype
-from optserve.state import Checkpoint, TensorSpec
+from optserve.optimizer_info import PREFIX, OptimizerInfo, info_from, resource_name
+from optserve.state import Checkpoint, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.v1 import optimizer_pb2, service_pb2
-from optserve.wire import DATA_TYPES
 from optserve.worker import Worker
-
-
-class ArrayLike(Protocol):
-    """Anything with a shape and a dtype: arrays of NumPy above all, tensors of other libraries too."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def dtype(self) -> Any: ...  # noqa: D102
 
 
 def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None) -> Client:
@@ -64,6 +62,9 @@ class Client:
             self._transport.close()
             raise
 
+    def __repr__(self) -> str:
+        return f"Client({self.target!r})"
+
     @property
     def target(self) -> str:
         """What this client is connected to."""
@@ -97,39 +98,126 @@ class Client:
         Args:
             name: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
             algorithm: The method.
-            params: The model's parameters by name: arrays, or anything else with a shape and a dtype.
+            params: The model's parameters by name: arrays, tensors, or anything else with a shape and a dtype.
             schedule: Of the learning rate; constant by default.
             clipping: Of the gradient; none by default.
             groups: Parameters whose hyper-parameters differ.
-            hosted: Let the server hold the parameters as well. They are uploaded at once where `params` are arrays of
-                NumPy; otherwise `push_parameters` has to, before the first step.
+            hosted: Let the server hold the parameters as well. They are uploaded at once where `params` have values;
+                where none of them has, as a `TensorSpec`, `push_parameters` has to, before the first step.
             weight_decay: Per step, decoupled from the gradient, of the parameters that the server holds.
             consistency: How several workers share it, in hosted mode; see `worker`. One client at a time by default.
 
         Raises:
             AlreadyExistsError: The name is taken.
-            InvalidArgumentError: A name, shape, dtype or hyper-parameter that cannot be used.
-            ResourceExhaustedError: The model is too large for the server.
+            InvalidArgumentError: A name, shape, dtype, value or hyper-parameter that cannot be used. There is no
+                optimizer of that name then.
+            ResourceExhaustedError: The model is too large for the server; likewise.
         """
-        message = optimizer_pb2.Optimizer(
-            algorithm=algorithm.to_message(),
-            schedule=schedule.to_message() if schedule else None,
-            clipping=clipping.to_message() if clipping else None,
-            groups=settings.group_messages(groups, algorithm.name),
-            mode=optimizer_pb2.MODE_HOSTED if hosted else optimizer_pb2.MODE_DELTA,
-            weight_decay=weight_decay,
-            consistency=consistency.to_message() if consistency else None,
+        wanted = new_optimizer(name, algorithm, params, schedule, clipping, groups, hosted, weight_decay, consistency)
+        values = values_of(params) if hosted else {}
+        made = self._create(name, wanted)
+        if values:
+            with self._deleting_if_refused(made):
+                made.push_parameters(values)
+        return made
+
+    def create_optimizer_from_state(
+        self, name: str, state: OptimizerState, *, on_progress: Progress = no_progress
+    ) -> Optimizer:
+        """Make an optimizer that goes on where another one was: with its settings, its state and its step.
+
+        What the state says nothing of is left at its default; see `OptimizerState.without`.
+
+        Args:
+            name: As for `create_optimizer`.
+            state: From `export_state`, a file, or `optserve.torch`. With the parameters, the new one is hosted.
+            on_progress: Told (bytes sent, bytes in all).
+
+        Raises:
+            AlreadyExistsError: The name is taken; `Optimizer.import_state` replaces what is there.
+            InvalidArgumentError: The state cannot be used. There is no optimizer of that name then.
+            ResourceExhaustedError: It is too large for the server; likewise.
+        """
+        check_kind(state, OptimizerState, "state", "opt.export_state()")
+        said = state.settings
+        wanted = new_optimizer(
+            name,
+            state.algorithm,
+            state.parameters,
+            said.get("schedule"),
+            said.get("clipping"),
+            said.get("groups", ()),
+            state.hosted,
+            said.get("weight_decay", 0.0),
+            said.get("consistency"),
         )
-        for parameter, spec in params.items():
-            message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
-        request = service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message, request_id=str(uuid.uuid4()))
+        made = self._create(name, wanted)
+        with self._deleting_if_refused(made):
+            made.import_state(state, on_progress=on_progress)
+        return made
+
+    def get_or_create_optimizer(
+        self,
+        name: str,
+        algorithm: algorithms.Algorithm,
+        params: Mapping[str, ArrayLike | TensorSpec],
+        *,
+        schedule: settings.Schedule | None = None,
+        clipping: settings.Clipping | None = None,
+        groups: Sequence[settings.Group] = (),
+        hosted: bool = False,
+        weight_decay: float = 0.0,
+        consistency: settings.Consistency | None = None,
+    ) -> Optimizer:
+        """Find the optimizer of that name, or make it: for programs that are started again, and for several at once.
+
+        Where it exists, its state and its parameters stay as they are; only parameters that nobody has uploaded yet
+        are uploaded. For the arguments see `create_optimizer`.
+
+        Raises:
+            InvalidArgumentError: The one that exists has other parameters or other settings; or as for
+                `create_optimizer`.
+        """
+        wanted = new_optimizer(name, algorithm, params, schedule, clipping, groups, hosted, weight_decay, consistency)
+        values = values_of(params) if hosted else {}
+        try:
+            found = self.optimizer(name)
+        except NotFoundError:
+            try:
+                return self.create_optimizer(
+                    name, algorithm, params, schedule=schedule, clipping=clipping, groups=groups, hosted=hosted,
+                    weight_decay=weight_decay, consistency=consistency,
+                )  # fmt: skip
+            except AlreadyExistsError:
+                # Somebody else was quicker.
+                found = self.optimizer(name)
+        found._check_same(wanted)
+        if values:
+            found._push_parameters_if_missing(values)
+        return found
+
+    def _create(self, name: str, wanted: optimizer_pb2.Optimizer) -> Optimizer:
+        request = service_pb2.CreateOptimizerRequest(
+            optimizer_id=resource_name(name).removeprefix(PREFIX), optimizer=wanted, request_id=str(uuid.uuid4())
+        )
         answer = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
-        made = _replies.made(answer, f"optimizers/{name}", message.parameters)
-        optimizer = Optimizer(self._transport, made)
-        arrays = {name: param for name, param in params.items() if isinstance(param, np.ndarray)}
-        if hosted and len(arrays) == len(params):
-            optimizer.push_parameters(arrays)
-        return optimizer
+        return Optimizer(self._transport, _replies.made(answer, resource_name(name), wanted.parameters))
+
+    @contextmanager
+    def _deleting_if_refused(self, made: Optimizer) -> Iterator[None]:
+        """An optimizer whose parameters or state are refused in the block never was, so that it can be made again."""
+        try:
+            yield
+        except (InvalidArgumentError, ResourceExhaustedError) as refusal:
+            try:
+                self.delete_optimizer(made.name, missing_ok=True)
+            except OptserveError as error:
+                refusal.add_note(f"{made.name!r} was made, and could not be deleted: {error}")
+            raise
+        except BaseException as error:
+            # It may all have arrived, and somebody may use it.
+            error.add_note(f"{made.name!r} was made, and whether its upload arrived is not known.")
+            raise
 
     def optimizer(
         self,
@@ -186,15 +274,15 @@ class Client:
         return Worker(self._transport, self._found(name), worker, transport, wire_dtype)
 
     def _found(self, name: str) -> optimizer_pb2.Optimizer:
-        request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
+        request = service_pb2.GetOptimizerRequest(name=resource_name(name))
         answer = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
         return _replies.optimizer(answer, request.name)
 
-    def list_optimizers(self) -> Iterator[optimizer_pb2.Optimizer]:
-        """All optimizers of the server, by name, without their parameters."""
+    def list_optimizers(self) -> Iterator[OptimizerInfo]:
+        """All optimizers of the server, in the order of their names."""
         request = service_pb2.ListOptimizersRequest()
         for page in self._transport.pages(self._transport.stub.ListOptimizers, request):
-            yield from page.optimizers
+            yield from map(info_from, page.optimizers)
 
     def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """Delete an optimizer and its state.
@@ -206,12 +294,12 @@ class Client:
         # A retry after a lost answer finds nothing, so whether it was there is asked for beforehand.
         if not missing_ok:
             self.optimizer(name)
-        request = service_pb2.DeleteOptimizerRequest(name=f"optimizers/{name}", allow_missing=True)
+        request = service_pb2.DeleteOptimizerRequest(name=resource_name(name), allow_missing=True)
         self._transport.call(self._transport.stub.DeleteOptimizer, request, timeout_s=timeout_s)
 
     def list_checkpoints(self, name: str) -> list[Checkpoint]:
         """All checkpoints of an optimizer, oldest first; it may have been deleted itself."""
-        return list_checkpoints(self._transport, f"optimizers/{name}")
+        return list_checkpoints(self._transport, resource_name(name))
 
     def delete_checkpoint(self, name: str, tag: str) -> None:
         """Delete a checkpoint of an optimizer, which may have been deleted itself.
@@ -219,7 +307,7 @@ class Client:
         Raises:
             NotFoundError: There is no such tag.
         """
-        delete_checkpoint(self._transport, f"optimizers/{name}", tag)
+        delete_checkpoint(self._transport, resource_name(name), tag)
 
     def close(self) -> None:
         """Close the connection. Steps under way on the server are discarded; its state stays."""
@@ -230,14 +318,3 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _data_type(name: str, dtype: Any) -> int:
-    try:
-        # Other libraries' dtypes are known by their names: torch.float32.
-        known = np.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else np.dtype(str(dtype).rpartition(".")[2])
-        return DATA_TYPES[known.newbyteorder("<")]
-    except (KeyError, TypeError):
-        raise InvalidArgumentError(
-            f"{name!r} is {dtype}; a parameter's state is float32 or float64.", metadata={"parameter": name}
-        ) from None

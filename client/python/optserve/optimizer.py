@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from optserve._outcomes import Outcomes
 from optserve._patience import Patience
 from optserve._resource import Resource
 from optserve._session import StepSession
-from optserve._shared import GRADIENT
+from optserve._shared import GRADIENT, Lent
 from optserve._stream import Gradients
 from optserve._transport import Transport
 from optserve._under_way import GrowingGradients, StepUnderWay
@@ -32,6 +32,7 @@ _WIRE_TYPES = {
     "float16": optimizer_pb2.DATA_TYPE_FLOAT16,
     "bfloat16": optimizer_pb2.DATA_TYPE_BFLOAT16,
 }
+_TRANSPORTS = get_args(TransportName)
 _REPLIES = {
     "updates": steps_pb2.REPLY_UPDATES,
     "parameters": steps_pb2.REPLY_PARAMETERS,
@@ -59,6 +60,8 @@ class Optimizer(Resource):
         register: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(connection, message, _wire_type(wire_dtype))
+        if transport not in _TRANSPORTS:
+            raise InvalidArgumentError(f"transport is one of {', '.join(_TRANSPORTS)}, not {transport!r}.")
         if transport == "auto":
             transport = connection.config.transport
         if transport == "shm" and wire_dtype != "native":
@@ -86,6 +89,7 @@ class Optimizer(Resource):
             register=register,
             feedback=ErrorFeedback() if error_feedback and self._wire is not None else None,
         )
+        self._lent: Lent | None = None
 
     @property
     def current_step(self) -> int:
@@ -145,6 +149,7 @@ class Optimizer(Resource):
             )
         if shared:
             shared.touch()
+            self._lent = Lent(list(arrays.values()))
         return arrays
 
     def step(
@@ -206,6 +211,12 @@ class Optimizer(Resource):
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
         diagonals = self._model.diagonals(indices, curvature)
+        if self._lent is not None:
+            # A copy, before the gradient of another parameter is written there.
+            arrays = [
+                array.copy() if self._lent.is_of_another(index, array) else array
+                for index, array in zip(indices, arrays, strict=True)
+            ]
         updates = self._taking(indices, out, reply)
         gradients = Gradients(
             indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
@@ -218,7 +229,21 @@ class Optimizer(Resource):
         if reply not in _REPLIES:
             raise InvalidArgumentError(f"reply is one of {', '.join(_REPLIES)}, not {reply!r}.")
         wanted = indices if reply != "nothing" else []
-        return Updates(wanted, self._model.outputs(wanted, out), self._wire, _REPLIES[reply])
+        arrays = self._model.outputs(wanted, out)
+        if out is not None:
+            self._check_lent(wanted, arrays)
+        return Updates(wanted, arrays, self._wire, _REPLIES[reply])
+
+    def _check_lent(self, indices: list[int], arrays: list[np.ndarray]) -> None:
+        """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
+        for index, array in zip(indices, arrays, strict=True):
+            if self._lent is not None and self._lent.is_of_another(index, array):
+                name = self._model.parameters[index].name
+                raise InvalidArgumentError(
+                    f"The array for {name!r} lies in the buffer of another parameter; pass buffers()[{name!r}] itself, "
+                    "or a copy.",
+                    metadata={"parameter": name},
+                )
 
     def _named(self, updates: Updates) -> dict[str, np.ndarray]:
         return dict(zip(self._model.names_of(updates.indices), updates.arrays, strict=True))
@@ -270,8 +295,7 @@ class Optimizer(Resource):
         reply: ReplyName = "updates",
     ) -> StepUnderWay:
         """What `begin_step` does at its beginning; what `optserve.aio` is made of."""
-        wanted = self._model.names if names is None else list(names)
-        indices = self._model.taking_part(dict.fromkeys(wanted), partial=True)
+        indices = self._model.indices_of(self._model.names if names is None else names)
         gradients = GrowingGradients(
             indices,
             whole=len(indices) == len(self._model),
@@ -284,8 +308,9 @@ class Optimizer(Resource):
         def check(
             name: str, gradient: np.ndarray, curvature: np.ndarray | None
         ) -> tuple[int, np.ndarray, np.ndarray | None]:
-            (index,) = self._model.taking_part({name: gradient}, partial=True)
+            (index,) = self._model.indices_of([name])
             array = self._model.contiguous(index, gradient, "gradient")
+            self._check_lent([index], [array])
             diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
             return index, array, diagonals[0] if diagonals else None
 

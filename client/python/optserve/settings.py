@@ -5,14 +5,12 @@ What they compute is on the server, which checks ranges; its `InvalidArgumentErr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from types import EllipsisType
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from optserve.algorithms import Algorithm
 from optserve.errors import InvalidArgumentError
-from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
+from optserve.v1 import algorithms_pb2, optimizer_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +83,10 @@ class AtSteps(Schedule):
 
     rate: float
     milestones: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Take any sequence."""
+        object.__setattr__(self, "milestones", tuple(self.milestones))
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,12 @@ class Group:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     weight_decay: float | None = None
 
+    def __post_init__(self) -> None:
+        """Take any sequence of names, but not one name for a sequence of its letters."""
+        if isinstance(self.parameters, str):
+            raise InvalidArgumentError(f"A group has a sequence of names: pass [{self.parameters!r}].")
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+
     def to_message(self, method: str) -> optimizer_pb2.ParameterGroup:
         """The contract's form, for a method by its name there.
 
@@ -225,109 +233,23 @@ class Group:
             InvalidArgumentError: The method has no such hyper-parameter.
         """
         message = optimizer_pb2.ParameterGroup(parameters=self.parameters, weight_decay=self.weight_decay)
-        settings = getattr(message.algorithm, method)
-        settings.SetInParent()
-        known = settings.DESCRIPTOR.fields_by_name
+        getattr(message.algorithm, method).SetInParent()
         for name, value in self.overrides.items():
-            if name not in known:
-                raise InvalidArgumentError(f"{method} has no {name!r}; it has {', '.join(known)}.")
-            setattr(settings, name, value)
+            set_hyperparameter(message.algorithm, method, name, value)
         return message
 
 
-def schedule_from(message: optimizer_pb2.Optimizer) -> Schedule | None:
-    """The schedule of an optimizer; None for a constant learning rate."""
-    name = message.schedule.WhichOneof("kind")
-    if name is None:
-        return None
-    kind, given = SCHEDULES[name], getattr(message.schedule, name)
-    values: dict[str, Any] = {item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields}
-    if "milestones" in values:
-        values["milestones"] = tuple(values["milestones"])
-    known = {item.name for item in fields(kind)}
-    return kind(
-        warmup_steps=message.schedule.warmup_steps, **{key: value for key, value in values.items() if key in known}
-    )
+def set_hyperparameter(message: algorithms_pb2.Algorithm, method: str, name: str, value: object) -> None:
+    """Make a message say one hyper-parameter of a method, by its name there.
 
-
-def clipping_from(message: optimizer_pb2.Optimizer) -> Clipping | None:
-    """The bound on the gradients of an optimizer; None for none."""
-    kind = message.clipping.WhichOneof("bound")
-    return Clipping(**{kind: getattr(message.clipping, kind)}) if kind else None
-
-
-def consistency_from(message: optimizer_pb2.Optimizer) -> Consistency | None:
-    """How workers share an optimizer; None if they do not."""
-    name = message.consistency.WhichOneof("kind")
-    if name is None:
-        return None
-    given = getattr(message.consistency, name)
-    return CONSISTENCIES[name](
-        lease_s=message.consistency.lease.ToNanoseconds() / 1e9,
-        scale_by_staleness=message.consistency.scale_by_staleness,
-        **{item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields},
-    )
-
-
-def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
-    """The groups of an optimizer."""
-    groups = []
-    for group in message.groups:
-        settings = getattr(group.algorithm, group.algorithm.WhichOneof("method") or "adadelta")
-        overrides = {item.name: value for item, value in settings.ListFields()}
-        decay = group.weight_decay if group.HasField("weight_decay") else None
-        groups.append(Group(tuple(group.parameters), overrides, decay))
-    return tuple(groups)
-
-
-def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
-    """The contract's form of all groups."""
-    return [group.to_message(method) for group in groups]
-
-
-def update_request(
-    resource: str,
-    method: str,
-    algorithm: Algorithm | None,
-    schedule: Schedule | EllipsisType | None,
-    clipping: Clipping | EllipsisType | None,
-    groups: Sequence[Group] | EllipsisType,
-    weight_decay: float | None,
-    consistency: Consistency | EllipsisType | None,
-) -> service_pb2.UpdateOptimizerRequest:
-    """The request that changes the settings of an optimizer; what is not given stays.
-
-    Args:
-        resource: `optimizers/…`.
-        method: Name of its method in the contract.
-        algorithm: See `optserve.Optimizer.update`, here and below.
-        schedule: Another, or None to take it away.
-        clipping: Another, or None to take it away.
-        groups: All of them anew.
-        weight_decay: Another.
-        consistency: Another, or None to take it away.
+    Raises:
+        InvalidArgumentError: The method has no such hyper-parameter, or it is not of that type.
     """
-    request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
-    message, paths = request.optimizer, request.update_mask.paths
-    if algorithm is not None:
-        message.algorithm.CopyFrom(algorithm.to_message())
-        paths.append("algorithm")
-    if schedule is not ...:
-        paths.append("schedule")
-        if schedule is not None:
-            message.schedule.CopyFrom(schedule.to_message())
-    if clipping is not ...:
-        paths.append("clipping")
-        if clipping is not None:
-            message.clipping.CopyFrom(clipping.to_message())
-    if groups is not ...:
-        paths.append("groups")
-        message.groups.extend(group_messages(groups, method))
-    if weight_decay is not None:
-        paths.append("weight_decay")
-        message.weight_decay = weight_decay
-    if consistency is not ...:
-        paths.append("consistency")
-        if consistency is not None:
-            message.consistency.CopyFrom(consistency.to_message())
-    return request
+    settings = getattr(message, method)
+    known = settings.DESCRIPTOR.fields_by_name
+    if name not in known:
+        raise InvalidArgumentError(f"{method} has no {name!r}; it has {', '.join(known)}.")
+    try:
+        setattr(settings, name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{name} of {method} cannot be {value!r}: {error}") from error

@@ -6,18 +6,22 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from optserve import safetensors
+from optserve._description import SETTINGS, GivenSettings, given_settings, settings_from_json, settings_to_json
 from optserve.algorithms import ALGORITHMS, Algorithm
 from optserve.errors import InvalidArgumentError
+from optserve.settings import Clipping, Consistency, Group, Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since 2 a file says what goes with the method; without such settings it has the form of 1."""
 PARAMETER = "parameter"
 """Name of the hosted parameter among the arrays of a state; no method has a slot of that name."""
 
@@ -71,9 +75,12 @@ class Checkpoint:
     create_time: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class OptimizerState:
-    """All that an optimizer knows at one step.
+    """All that an optimizer knows at one step, with its settings.
+
+    Of the settings beside the method an Ellipsis says that the state says nothing of it, as where it comes from
+    `torch.optim`, which has no such setting; an optimizer that imports the state keeps its own then.
 
     Attributes:
         step: Steps applied.
@@ -81,12 +88,33 @@ class OptimizerState:
         parameters: Shape and dtype of each parameter by name, in the optimizer's order.
         slots: The arrays by parameter, then by slot; in the parameter's shape and dtype. Where the server holds the
             parameters, `parameter` is the last of the slots.
+        schedule: Of the learning rate; None for a constant one.
+        clipping: Of the gradient; None for none.
+        groups: Parameters whose hyper-parameters differ.
+        weight_decay: Of the parameters that the server holds.
+        consistency: How workers share the optimizer; None for one client at a time.
+
+    Example:
+        >>> arrays = {"w": {"momentum": np.zeros(2, np.float32)}}
+        >>> OptimizerState(3, ALGORITHMS["momentum"](), {"w": TensorSpec((2,))}, arrays)
+        OptimizerState(step=3, algorithm=Momentum(learning_rate=0.01, rho=0.9), 1 parameter, 8 bytes)
     """
 
     step: int
     algorithm: Algorithm
     parameters: Mapping[str, TensorSpec]
     slots: Mapping[str, Mapping[str, np.ndarray]]
+    _: KW_ONLY
+    schedule: Schedule | EllipsisType | None = ...
+    clipping: Clipping | EllipsisType | None = ...
+    groups: Sequence[Group] | EllipsisType = ...
+    weight_decay: float | EllipsisType = ...
+    consistency: Consistency | EllipsisType | None = ...
+
+    def __post_init__(self) -> None:
+        """Take any sequence of groups."""
+        if not isinstance(self.groups, EllipsisType):
+            object.__setattr__(self, "groups", tuple(self.groups))
 
     @property
     def hosted(self) -> bool:
@@ -94,9 +122,69 @@ class OptimizerState:
         return any(PARAMETER in arrays for arrays in self.slots.values())
 
     @property
+    def hosted_parameters(self) -> dict[str, np.ndarray]:
+        """The parameters x by name, where the server holds them; empty otherwise."""
+        return {name: arrays[PARAMETER] for name, arrays in self.slots.items() if PARAMETER in arrays}
+
+    @property
+    def settings(self) -> GivenSettings:
+        """What goes with the method, as far as the state says it, as arguments of `Client.create_optimizer`."""
+        return given_settings(**{name: getattr(self, name) for name in SETTINGS})
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all slots."""
         return sum(array.nbytes for arrays in self.slots.values() for array in arrays.values())
+
+    def without(self, *names: str) -> OptimizerState:
+        """The same state, which says nothing of some settings: a way to go on without them that is not silent.
+
+        Args:
+            names: Of `schedule`, `clipping`, `groups`, `weight_decay`, `consistency`, and `parameters` for the
+                parameters x that a server holds.
+
+        Raises:
+            InvalidArgumentError: There is no such setting.
+
+        Example:
+            >>> saved = optserve.torch.to_state_dict(state.without("schedule"))       # doctest: +SKIP
+        """
+        for name in names:
+            if name not in (*SETTINGS, "parameters"):
+                raise InvalidArgumentError(
+                    f"A state can do without {', '.join(SETTINGS)} and parameters, but has no {name!r}."
+                )
+        unsaid: dict[str, Any] = dict.fromkeys((name for name in names if name != "parameters"), ...)
+        if "parameters" in names:
+            unsaid["slots"] = {
+                name: {slot: array for slot, array in arrays.items() if slot != PARAMETER}
+                for name, arrays in self.slots.items()
+            }
+        return replace(self, **unsaid)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same bit for bit, settings included; the order of parameters does not matter."""
+        if not isinstance(other, OptimizerState):
+            return NotImplemented
+        return (
+            (self.step, self.algorithm, self.settings, _specs(self))
+            == (other.step, other.algorithm, other.settings, _specs(other))
+            and self.slots.keys() == other.slots.keys()
+            and all(_same_bits(arrays, other.slots[name]) for name, arrays in self.slots.items())
+        )
+
+    # Its arrays can change.
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        count = len(self.parameters)
+        said = {"step": self.step, "algorithm": self.algorithm} | {
+            name: value for name, value in self.settings.items() if value not in (None, (), 0.0)
+        }
+        return (
+            f"OptimizerState({', '.join(f'{name}={value!r}' for name, value in said.items())}, "
+            f"{count:,} parameter{'' if count == 1 else 's'}, {self.size_bytes:,} bytes)"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; its tensors are named PARAMETER.SLOT.
@@ -104,7 +192,7 @@ class OptimizerState:
         The file has its name only once it is whole and on disk.
 
         Raises:
-            InvalidArgumentError: The slots do not fit `parameters`.
+            InvalidArgumentError: The slots, or the groups, do not fit `parameters`.
         """
         path = Path(path)
         specs = [(name, np.dtype(spec.dtype), tuple(spec.shape)) for name, spec in self.parameters.items()]
@@ -114,15 +202,7 @@ class OptimizerState:
         for name, entry in entries.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != (entry.dtype, entry.shape):
                 raise InvalidArgumentError(f"{name} is not there, or not {list(entry.shape)} {entry.dtype}.")
-        description = json.dumps(
-            {
-                "format": FORMAT_VERSION,
-                "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
-                "parameters": [[name, shape, dtype.name] for name, dtype, shape in specs],
-                "slots": slots,
-                "step": self.step,
-            }
-        )
+        description = self._description(specs, slots)
         ordered = [arrays[name] for name in entries]
         metadata = {"optserve": description, "crc32": _checksum(description, ordered)}
         temporary = path.with_name(f"{path.name}.tmp")
@@ -137,9 +217,31 @@ class OptimizerState:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _description(self, specs: Sequence[tuple[str, np.dtype, tuple[int, ...]]], slots: Sequence[str]) -> str:
+        """The metadata of its file."""
+        try:
+            settings = settings_to_json(self.settings, list(self.parameters))
+        except KeyError as error:
+            raise InvalidArgumentError(f"A group has the parameter {error}, which the state has not.") from None
+        content = {
+            # Versions that know no settings here must not read a state as one that has none.
+            "format": FORMAT_VERSION if settings else 1,
+            "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
+            **settings,
+            "hosted": self.hosted,
+            "settings": list(self.settings),
+            "parameters": [[name, shape, dtype.name] for name, dtype, shape in specs],
+            "slots": slots,
+            "step": self.step,
+        }
+        return json.dumps(content)
+
     @classmethod
     def load(cls, path: str | Path) -> OptimizerState:
         """Read a file that `save` has written, or a checkpoint's from a server's data folder.
+
+        A file of a version that did not write them says nothing of schedule, clipping, groups, weight decay and
+        consistency.
 
         Raises:
             InvalidArgumentError: It is none, of a newer version, or damaged.
@@ -147,7 +249,7 @@ class OptimizerState:
         with Path(path).open("rb") as file:
             try:
                 return cls._read(file)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InvalidArgumentError(f"{path} is not an optimizer's state: {error}") from error
 
     @classmethod
@@ -177,7 +279,20 @@ class OptimizerState:
             algorithm,
             {name: TensorSpec(shape, dtype.name) for name, dtype, shape in specs},
             {name: {slot: arrays[f"{name}.{slot}"] for slot in content["slots"]} for name, _, _ in specs},
+            **settings_from_json(content, [name for name, _, _ in specs]),
         )
+
+
+def _specs(state: OptimizerState) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {name: (np.dtype(spec.dtype), tuple(spec.shape)) for name, spec in state.parameters.items()}
+
+
+def _same_bits(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(
+        (array.dtype, array.shape) == (other[slot].dtype, other[slot].shape)
+        and np.array_equal(_flat_bytes(array), _flat_bytes(other[slot]))
+        for slot, array in one.items()
+    )
 
 
 def _checksum(description: str, arrays: Iterable[np.ndarray]) -> str:
@@ -186,6 +301,10 @@ def _checksum(description: str, arrays: Iterable[np.ndarray]) -> str:
     for array in arrays:
         checksum = zlib.crc32(_bytes(array), checksum)
     return f"{checksum:08x}"
+
+
+def _flat_bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _bytes(array: np.ndarray) -> memoryview:

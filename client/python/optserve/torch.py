@@ -4,8 +4,7 @@
     torch_optimizer.load_state_dict(optserve.torch.to_state_dict(state))
 
     state = optserve.torch.from_state_dict(torch_optimizer.state_dict(), dict(model.named_parameters()))
-    opt = client.create_optimizer("mlp", state.algorithm, state.parameters)
-    opt.import_state(state)
+    opt = client.create_optimizer_from_state("mlp", state)
 
 | torch.optim | here | note |
 |---|---|---|
@@ -15,13 +14,18 @@
 | SGD with momentum | Momentum | torch's buffer is Δx / −η |
 | SGD | Sgd | no slots |
 
-What torch can do and the service cannot, such as nesterov or amsgrad, is refused; nothing is left out silently.
+Groups of parameters travel both ways. What torch can do and the service cannot, such as nesterov or amsgrad, is
+refused, and so is what a state_dict has no place for: schedule, clipping, decoupled weight decay, consistency and the
+parameters x themselves. `OptimizerState.without` goes on without them; nothing is left out silently.
+
+torch keeps schedules apart from its optimizers, so a state_dict has the present learning rate only. torch's SGD counts
+no steps; where a schedule goes on in the service, tell `from_state_dict` how many there were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,7 @@ import torch
 
 from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
 from optserve.errors import InvalidArgumentError
+from optserve.settings import Constant, Group
 from optserve.state import OptimizerState, TensorSpec
 
 
@@ -91,62 +96,186 @@ _KINDS: dict[type[Algorithm], _Kind] = {
 # Settings of how torch computes, not of what.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable"})
 
+# What torch's schedulers note in the groups for themselves; `lr` and `momentum` are the present ones.
+_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "initial_momentum", "max_momentum", "base_momentum"}
+)
 
-def to_state_dict(state: OptimizerState) -> dict[str, Any]:
-    """A state_dict for the torch optimizer of the same method, over the parameters in the state's order.
+_STEP = "optserve_step"
+"""The step, in a group, where torch's own counter cannot hold it exactly."""
+
+
+def param_groups(state: OptimizerState, params: Mapping[str, torch.Tensor]) -> list[dict[str, list[torch.Tensor]]]:
+    """The groups that the torch optimizer must be made with which loads `to_state_dict(state)`.
+
+    Args:
+        state: With groups or without.
+        params: The parameters by name.
 
     Raises:
-        InvalidArgumentError: torch has no such method: a WindowedRms with eps inside the root, or a Momentum whose
-            learning rate of 0 does not tell the buffer.
+        InvalidArgumentError: A parameter of the state is not there, or a group is of parameters that the state lacks.
+
+    Example:
+        >>> groups = optserve.torch.param_groups(state, dict(model.named_parameters()))     # doctest: +SKIP
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1)                                     # doctest: +SKIP
+        >>> optimizer.load_state_dict(optserve.torch.to_state_dict(state))                  # doctest: +SKIP
     """
-    algorithm = state.algorithm
-    if isinstance(algorithm, WindowedRms) and algorithm.eps != 0:
-        raise InvalidArgumentError(
-            "torch.optim.RMSprop adds eps outside the root; only a WindowedRms(eps=0, outer_eps=…) can continue there."
-        )
-    kind = _KINDS[type(algorithm)]
+    missing = [name for name in state.parameters if name not in params]
+    if missing:
+        raise InvalidArgumentError(f"There is no parameter {missing[0]!r}.", metadata={"parameter": missing[0]})
+    return [{"params": [params[name] for name in names]} for _, names in _groups_of(state)]
+
+
+def to_state_dict(state: OptimizerState) -> dict[str, Any]:
+    """A state_dict for the torch optimizer of the same method.
+
+    It has one param group for the parameters in no group, in the state's order, and one for each of the state's groups;
+    `param_groups` gives the parameters in that order.
+
+    Raises:
+        InvalidArgumentError: torch has no such method: vSGD, the diagonal Hessian, a WindowedRms with eps inside the
+            root, or a Momentum whose learning rate of 0 does not tell the buffer. Or the state has a setting that a
+            state_dict has not.
+    """
+    _check_no_setting_is_lost(state)
+    groups = _groups_of(state)
+    # As torch.optim has it.
+    counter = torch.tensor(float(state.step), dtype=_step_dtype())
     entries: dict[int, dict[str, Any]] = {}
-    for index, slots in enumerate(state.slots.values()):
-        arrays = {
-            theirs: torch.from_numpy(np.array(_to_torch(algorithm, slots[own]))) for own, theirs in kind.slots.items()
-        }
-        if kind.counts_steps:
-            arrays["step"] = torch.tensor(float(state.step))
-        if arrays:
-            entries[index] = arrays
-    group = {**_NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(len(state.slots)))}
-    return {"state": entries, "param_groups": [group]}
+    made: list[dict[str, Any]] = []
+    for algorithm, names in groups:
+        kind = _kind_of(algorithm)
+        first = sum(len(group["params"]) for group in made)
+        for index, name in enumerate(names, first):
+            arrays = {
+                theirs: torch.from_numpy(np.array(_to_torch(algorithm, state.slots[name][own])))
+                for own, theirs in kind.slots.items()
+            }
+            if kind.counts_steps:
+                arrays["step"] = counter.clone()
+            if arrays:
+                entries[index] = arrays
+        group = {**_NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(first, first + len(names)))}
+        if len(groups) > 1:
+            # Their order is no longer that of the state.
+            group["param_names"] = list(names)
+        if kind.counts_steps and int(counter) != state.step:
+            group[_STEP] = state.step
+        made.append(group)
+    return {"state": entries, "param_groups": made}
 
 
-def from_state_dict(state_dict: Mapping[str, Any], params: Mapping[str, torch.Tensor]) -> OptimizerState:
+def from_state_dict(
+    state_dict: Mapping[str, Any], params: Mapping[str, torch.Tensor], *, step: int | None = None
+) -> OptimizerState:
     """The state that a torch optimizer's state_dict holds.
+
+    Param groups whose hyper-parameters are not those of the first become groups of the state. Of schedule, clipping,
+    weight decay and consistency the state says nothing.
 
     Args:
         state_dict: Of Adadelta, Adagrad, RMSprop or SGD.
-        params: The parameters by name, in the order in which the torch optimizer got them, such as
-            dict(model.named_parameters()).
+        params: The parameters by name, such as dict(model.named_parameters()). Where the torch optimizer was made with
+            names, they are matched by them; otherwise they must be in the order in which the torch optimizer got
+            them, group by group.
+        step: Steps made, for SGD, which does not count them; 0 by default.
 
     Raises:
         InvalidArgumentError: The service lacks something that it uses, or it does not fit `params`.
     """
-    group = _one_group(state_dict["param_groups"])
-    kind, algorithm = _recognise(group)
-    if len(group["params"]) != len(params):
-        raise InvalidArgumentError(f"The state_dict is of {len(group['params'])} parameters, not {len(params)}.")
+    if not isinstance(params, Mapping):
+        raise InvalidArgumentError(
+            f"params is a mapping of names to parameters, such as dict(model.named_parameters()), not {type(params)}."
+        )
+    groups = _all_groups(state_dict)
     for name, parameter in params.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
-    steps = {0}
+    algorithms = _recognise(groups)
+    names_of = _names_of(groups, list(params))
+    steps = {0} if step is None else {step}
     slots: dict[str, dict[str, np.ndarray]] = {}
-    for index, (name, parameter) in zip(group["params"], params.items(), strict=True):
-        entry = state_dict["state"].get(index, {})
-        steps.add(int(entry.get("step", 0)))
-        slots[name] = {
-            own: _array(algorithm, entry.get(theirs), parameter, f"{theirs} of {name!r}")
-            for own, theirs in kind.slots.items()
-        }
+    for group, algorithm, names in zip(groups, algorithms, names_of, strict=True):
+        for index, name in zip(group["params"], names, strict=True):
+            entry = state_dict["state"].get(index, {})
+            counted = _step_of(entry, group)
+            if counted is not None and step is None:
+                steps.add(counted)
+            slots[name] = {
+                own: _array(group, algorithm, entry.get(theirs), params[name], f"{theirs} of {name!r}")
+                for own, theirs in _kind_of(algorithm).slots.items()
+            }
     specs = {name: TensorSpec(tuple(item.shape), str(item.dtype).rpartition(".")[2]) for name, item in params.items()}
-    return OptimizerState(max(steps), algorithm, specs, slots)
+    base = algorithms[0]
+    differing = tuple(
+        Group(names, {key: value for key, value in asdict(algorithm).items() if value != getattr(base, key)})
+        for algorithm, names in zip(algorithms, names_of, strict=True)
+        if algorithm != base
+    )
+    return OptimizerState(max(steps), base, specs, {name: slots[name] for name in params}, groups=differing)
+
+
+def _step_dtype() -> torch.dtype:
+    """That of torch's own step counters, whatever halves the default is."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
+
+
+def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
+    """The step that torch has counted for a parameter; None where it counts none."""
+    if "step" not in entry:
+        return None
+    counted = torch.as_tensor(entry["step"])
+    exact = group.get(_STEP)
+    if exact is not None and torch.equal(torch.tensor(float(exact), dtype=counted.dtype), counted.cpu()):
+        return int(exact)
+    return int(counted)
+
+
+def _check_no_setting_is_lost(state: OptimizerState) -> None:
+    """Raise InvalidArgumentError for a setting that a state_dict has no place for."""
+    said = state.settings
+    schedule = said.get("schedule")
+    decays = [said.get("weight_decay", 0.0), *(group.weight_decay for group in said.get("groups", ()))]
+    lost = {
+        "schedule": (
+            schedule if schedule != Constant() else None,
+            "torch keeps that in a scheduler of its own, such as LambdaLR, to be made anew",
+        ),
+        "clipping": (said.get("clipping"), "in torch the training loop does that, by torch.nn.utils.clip_grad_norm_"),
+        "weight_decay": (any(decays) and max(filter(None, decays)), "torch's own is added to the gradient"),
+        "consistency": (said.get("consistency"), "a torch optimizer has no workers"),
+        "parameters": (state.hosted, "they are in state.hosted_parameters, to be copied into the model"),
+    }
+    for name, (value, instead) in lost.items():
+        if value:
+            what = "the parameters themselves" if name == "parameters" else f"the {name} {value}"
+            raise InvalidArgumentError(
+                f"The state has {what}, which a state_dict of torch.optim cannot hold: {instead}. "
+                f'state.without("{name}") goes without.'
+            )
+
+
+def _groups_of(state: OptimizerState) -> list[tuple[Algorithm, list[str]]]:
+    """The method and the names of each group of parameters, first of those that are in none."""
+    groups = state.settings.get("groups", ())
+    for group in groups:
+        for name in group.parameters:
+            if name not in state.parameters:
+                raise InvalidArgumentError(f"A group has the parameter {name!r}, which the state has not.")
+    grouped = {name for group in groups for name in group.parameters}
+    rest = [name for name in state.parameters if name not in grouped]
+    all_of_them = [(state.algorithm, rest)] if rest or not groups else []
+    return all_of_them + [(replace(state.algorithm, **group.overrides), list(group.parameters)) for group in groups]
+
+
+def _kind_of(algorithm: Algorithm) -> _Kind:
+    if type(algorithm) not in _KINDS:
+        raise InvalidArgumentError(f"torch.optim has no {type(algorithm).__name__}.")
+    if isinstance(algorithm, WindowedRms) and algorithm.eps != 0:
+        raise InvalidArgumentError(
+            "torch.optim.RMSprop adds eps outside the root; only a WindowedRms(eps=0, outer_eps=…) can continue there."
+        )
+    return _KINDS[type(algorithm)]
 
 
 def _to_torch(algorithm: Algorithm, array: np.ndarray) -> np.ndarray:
@@ -157,10 +286,13 @@ def _to_torch(algorithm: Algorithm, array: np.ndarray) -> np.ndarray:
     return (array / -algorithm.learning_rate).astype(array.dtype)
 
 
-def _array(algorithm: Algorithm, tensor: torch.Tensor | None, parameter: torch.Tensor, what: str) -> np.ndarray:
-    """One of torch's state tensors as ours; one that is not there yet is 0."""
+def _array(
+    group: Mapping[str, Any], algorithm: Algorithm, tensor: torch.Tensor | None, parameter: torch.Tensor, what: str
+) -> np.ndarray:
+    """One of torch's state tensors as ours; one that is not there yet is what torch would begin with."""
     if tensor is None:
-        return np.zeros(tuple(parameter.shape), str(parameter.dtype).rpartition(".")[2])
+        begin = float(group.get("initial_accumulator_value", 0)) if isinstance(algorithm, Adagrad) else 0.0
+        return np.full(tuple(parameter.shape), begin, str(parameter.dtype).rpartition(".")[2])
     if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
         raise InvalidArgumentError(
             f"{what} is {list(tensor.shape)} {tensor.dtype}; its parameter is {list(parameter.shape)} "
@@ -172,37 +304,70 @@ def _array(algorithm: Algorithm, tensor: torch.Tensor | None, parameter: torch.T
     return (array * -algorithm.learning_rate).astype(array.dtype) if isinstance(algorithm, Momentum) else array
 
 
-def _one_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All groups as one, if they have the same settings."""
+def _all_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The param groups that have parameters."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise InvalidArgumentError("This is no state_dict of a torch optimizer: it has no `state` and `param_groups`.")
+    groups = [dict(group) for group in state_dict["param_groups"] if group["params"]]
     if not groups:
         raise InvalidArgumentError("The state_dict has no parameter group.")
-    settings = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups
-    ]
-    if any(other != settings[0] for other in settings[1:]):
-        raise InvalidArgumentError("The parameter groups have different settings, which this server does not have.")
-    return settings[0] | {"params": [index for group in groups for index in group["params"]]}
+    return groups
 
 
-def _recognise(group: Mapping[str, Any]) -> tuple[_Kind, Algorithm]:
-    """The method of a parameter group, which torch's state_dict does not name, by its settings."""
-    if "rho" in group:
-        kind = _KINDS[Adadelta]
-    elif "lr_decay" in group:
-        kind = _KINDS[Adagrad]
-    elif "alpha" in group and "centered" in group:
-        kind = _KINDS[WindowedRms]
-    elif "dampening" in group:
-        kind = _KINDS[Momentum if group["momentum"] else Sgd]
-    else:
+def _names_of(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[str]]:
+    """The names of the parameters of each group: those that torch knows, or those given, one after the other."""
+    count = sum(len(group["params"]) for group in groups)
+    if count != len(names):
+        raise InvalidArgumentError(f"The state_dict is of {count} parameters, not {len(names)}.")
+    if not any("param_names" in group for group in groups):
+        rest = iter(names)
+        return [[next(rest) for _ in group["params"]] for group in groups]
+    known = [list(group.get("param_names", ())) for group in groups]
+    flat = [name for own in known for name in own]
+    fits = all(len(own) == len(group["params"]) for own, group in zip(known, groups, strict=True))
+    if not fits or sorted(flat) != sorted(names):
+        strangers = sorted(set(flat).symmetric_difference(names)) or flat
         raise InvalidArgumentError(
-            f"A state_dict with the settings {sorted(group)} is of none of Adadelta, Adagrad, RMSprop and SGD."
+            f"The names in the state_dict are not those of `params`: {strangers[0]!r} is in one of the two only."
         )
+    return known
+
+
+def _recognise(groups: Sequence[Mapping[str, Any]]) -> list[Algorithm]:
+    """The method of each param group; it is the same for all."""
+    kinds = [_kind_in(group) for group in groups]
+    if _KINDS[Momentum] in kinds:
+        # A group whose momentum is 0 is one of SGD with momentum as well.
+        kinds = [_KINDS[Momentum] if kind is _KINDS[Sgd] else kind for kind in kinds]
+    if any(kind is not kinds[0] for kind in kinds):
+        raise InvalidArgumentError("The parameter groups are of different methods.")
+    return [_algorithm_in(group, kind) for group, kind in zip(groups, kinds, strict=True)]
+
+
+def _kind_in(group: Mapping[str, Any]) -> _Kind:
+    """The method of a param group, which torch's state_dict does not name, by its settings."""
+    if {"rho", "eps", "lr"} <= group.keys():
+        return _KINDS[Adadelta]
+    if {"lr_decay", "eps", "lr"} <= group.keys():
+        return _KINDS[Adagrad]
+    if {"alpha", "centered", "eps", "lr"} <= group.keys():
+        return _KINDS[WindowedRms]
+    if {"dampening", "momentum", "lr"} <= group.keys():
+        return _KINDS[Momentum if group["momentum"] else Sgd]
+    raise InvalidArgumentError(
+        f"A state_dict with the settings {sorted(group)} is of none of Adadelta, Adagrad, RMSprop and SGD."
+    )
+
+
+def _algorithm_in(group: Mapping[str, Any], kind: _Kind) -> Algorithm:
+    """Our method with the settings of a param group, if it has all of them."""
     algorithm = kind.algorithm({key: float(value) if key == "lr" else value for key, value in group.items()})
     neutral = {**_NEUTRAL, **kind.neutral}
-    own = kind.group(algorithm)
+    own = {*kind.group(algorithm), *_IMPLEMENTATION, *_SCHEDULERS, "params", "param_names", _STEP}
+    if isinstance(algorithm, Adagrad):
+        # The sums begin with it, and hold it.
+        own.add("initial_accumulator_value")
     for name, value in group.items():
-        known = name in own or name in _IMPLEMENTATION or name == "params"
-        if not known and (name not in neutral or value != neutral[name]):
+        if name not in own and (name not in neutral or value != neutral[name]):
             raise InvalidArgumentError(f"The service has no {name}; it is {value!r} in the state_dict.")
-    return kind, algorithm
+    return algorithm

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from optserve._arrays import check_mapping, host_array
 from optserve.errors import InvalidArgumentError
 
 
 def with_weight_decay(
-    grads: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray], weight_decay: float | Mapping[str, float]
+    grads: Mapping[str, Any], params: Mapping[str, Any], weight_decay: float | Mapping[str, float]
 ) -> dict[str, np.ndarray]:
     """The gradients of the loss with λ ‖x‖² / 2 added: g + λ x, as `weight_decay` of torch.optim has it.
 
     Args:
-        grads: By name; not changed.
-        params: The present parameters x, at least those that have a gradient.
+        grads: By name, of NumPy or torch; not changed. One that is None stays None.
+        params: The present parameters x, at least those that have a gradient; likewise, also torch's own Parameters.
         weight_decay: λ, finite and not negative, for all parameters, or by name; it is 0 for those not named.
 
     Returns:
-        New arrays in the dtypes of the gradients; the gradient itself where λ is 0.
+        New arrays of NumPy in the dtypes of the gradients; the gradient itself where λ is 0.
 
     Raises:
         InvalidArgumentError: A λ out of range or of an unknown parameter, or a gradient without a parameter of its
@@ -32,6 +34,8 @@ def with_weight_decay(
         >>> with_weight_decay(grads, params, {"w": 0.01})
         {'w': array([1.1, 1.1]), 'b': array([1.])}
     """
+    check_mapping(grads, "grads", "{'w': gradient}")
+    check_mapping(params, "params", "dict(model.named_parameters())")
     by_name = dict(weight_decay) if isinstance(weight_decay, Mapping) else dict.fromkeys(grads, weight_decay)
     for name, value in by_name.items():
         if name not in params:
@@ -44,10 +48,10 @@ def with_weight_decay(
     return {name: _decayed(name, gradient, params, by_name.get(name, 0.0)) for name, gradient in grads.items()}
 
 
-def _decayed(name: str, gradient: np.ndarray, params: Mapping[str, np.ndarray], rate: float) -> np.ndarray:
-    if not rate:
+def _decayed(name: str, gradient: Any, params: Mapping[str, Any], rate: float) -> Any:
+    if not rate or gradient is None:
         return gradient
-    param = params[name]
+    gradient, param = host_array(gradient, f"The gradient of {name!r}"), host_array(params[name], f"Parameter {name!r}")
     if (param.shape, param.dtype) != (gradient.shape, gradient.dtype):
         raise InvalidArgumentError(
             f"The gradient of {name!r} is {gradient.dtype}{list(gradient.shape)}, "

@@ -32,14 +32,13 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 def list_(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """List all optimizers."""
     from optserve import connect
-    from optserve.v1 import optimizer_pb2
 
     with connect(target) as client:
         found = [
             {
-                "name": item.name.removeprefix("optimizers/"),
-                "method": item.algorithm.WhichOneof("method"),
-                "mode": "hosted" if item.mode == optimizer_pb2.MODE_HOSTED else "delta",
+                "name": item.name,
+                "method": item.message.algorithm.WhichOneof("method"),
+                "mode": "hosted" if item.hosted else "delta",
                 "step": item.step,
                 "memory_bytes": item.memory_bytes,
                 "create_time": item.create_time.ToJsonString(),
@@ -146,22 +145,29 @@ def import_(
     name: str,
     file: Annotated[Path, typer.Argument(help="A safetensors file from an export.", exists=True, dir_okay=False)],
     target: Target = DEFAULT_TARGET,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave behind schedule, clipping, groups, weight_decay, consistency or parameters; may be repeated."
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before an optimizer's state is replaced.")] = False,
 ) -> None:
-    """Bring a state into an optimizer, which is made if there is none of that name."""
+    """Bring a state and its settings into an optimizer, which is made if there is none of that name."""
     from optserve import NotFoundError, OptimizerState, connect
 
     with connect(target) as client:
-        state = OptimizerState.load(file)
+        state = OptimizerState.load(file).without(*(without or ()))
         try:
             optimizer = client.optimizer(name)
         except NotFoundError:
-            optimizer = client.create_optimizer(name, state.algorithm, state.parameters, hosted=state.hosted)
+            with _transferring("importing") as on_progress:
+                client.create_optimizer_from_state(name, state, on_progress=on_progress)
         else:
             if not yes:
                 typer.confirm(clean(f"Replace what {name!r} is at step {optimizer.current_step:,}?"), abort=True)
-        with _transferring("importing") as on_progress:
-            optimizer.import_state(state, on_progress=on_progress)
+            with _transferring("importing") as on_progress:
+                optimizer.import_state(state, on_progress=on_progress)
     say(f"Imported {name}: step {state.step:,}.")
 
 

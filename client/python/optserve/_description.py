@@ -1,0 +1,103 @@
+"""What a state's file says of its settings, as JSON; the server's own state files say it in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import EllipsisType
+from typing import Any, TypedDict
+
+from optserve.settings import CONSISTENCIES, SCHEDULES, Clipping, Consistency, Group, Schedule
+
+
+class GivenSettings(TypedDict, total=False):
+    """What goes with a method, as far as it is said; `Client.create_optimizer` has the same arguments."""
+
+    schedule: Schedule | None
+    clipping: Clipping | None
+    groups: tuple[Group, ...]
+    weight_decay: float
+    consistency: Consistency | None
+
+
+SETTINGS = tuple(GivenSettings.__annotations__)
+"""Names of all of them."""
+
+
+def given_settings(**values: object) -> GivenSettings:
+    """Those that are said: not an Ellipsis."""
+    return GivenSettings(**{name: value for name, value in values.items() if not isinstance(value, EllipsisType)})  # pyright: ignore[reportArgumentType]
+
+
+def settings_to_json(settings: GivenSettings, names: Sequence[str]) -> dict[str, Any]:
+    """The settings of a state.
+
+    Args:
+        settings: Those that are said.
+        names: Of all parameters, in their order.
+
+    Raises:
+        KeyError: A group has another parameter.
+    """
+    content: dict[str, Any] = {}
+    if schedule := settings.get("schedule"):
+        content["schedule"] = {"kind": schedule.kind, **asdict(schedule)}
+    if clipping := settings.get("clipping"):
+        ((kind, bound),) = ((kind, bound) for kind, bound in asdict(clipping).items() if bound is not None)
+        content["clipping"] = {"kind": kind, "bound": bound}
+    if groups := settings.get("groups"):
+        indices = {name: index for index, name in enumerate(names)}
+        content["groups"] = [
+            {
+                "parameters": [indices[name] for name in group.parameters],
+                "overrides": dict(group.overrides),
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ]
+    if weight_decay := settings.get("weight_decay"):
+        content["weight_decay"] = weight_decay
+    if consistency := settings.get("consistency"):
+        content["consistency"] = {"kind": consistency.kind, **asdict(consistency)}
+    return content
+
+
+def settings_from_json(content: Mapping[str, Any], names: Sequence[str]) -> GivenSettings:
+    """The reverse of `settings_to_json`, from content that holds more.
+
+    Raises:
+        ValueError, LookupError, TypeError: It is damaged, or of a version that knows other settings.
+    """
+    # A server's own file says all that there is; one of a client that did not know settings says nothing.
+    said = content.get("settings", SETTINGS if "create_time" in content else ())
+    all_of_them: dict[str, Any] = {
+        "schedule": _schedule(content.get("schedule")),
+        "clipping": _clipping(content.get("clipping")),
+        "groups": tuple(
+            Group([str(names[index]) for index in group["parameters"]], group["overrides"], group.get("weight_decay"))
+            for group in content.get("groups", ())
+        ),
+        "weight_decay": float(content.get("weight_decay", 0.0)),
+        "consistency": _consistency(content.get("consistency")),
+    }
+    return GivenSettings(**{name: all_of_them[name] for name in said})
+
+
+def _schedule(content: Mapping[str, Any] | None) -> Schedule | None:
+    if content is None:
+        return None
+    values = dict(content)
+    return SCHEDULES[values.pop("kind")](**values)
+
+
+def _clipping(content: Mapping[str, Any] | None) -> Clipping | None:
+    return None if content is None else Clipping(**{content["kind"]: content["bound"]})
+
+
+def _consistency(content: Mapping[str, Any] | None) -> Consistency | None:
+    if content is None:
+        return None
+    values = dict(content)
+    kind = CONSISTENCIES[values.pop("kind")]
+    # The server's form has the fields of all kinds.
+    return kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
