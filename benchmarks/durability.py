@@ -96,8 +96,7 @@ def recovery(size: int, rounds: int) -> dict[str, Timing]:
         def recover() -> None:
             opened = DataFolder(data, NEVER, 1 << 20)
             opened.recover(Optimizers(backend, opened, ServerConfig(data_dir=str(data))), lambda _done, _total: None)
-            opened._bytes_since_snapshot = 0
-            opened.close()
+            opened.close(snapshot=False)
 
         candidates = {
             READ: Candidate(lambda: _read(data), lambda: _forget(data)),

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import Progress
 from optserve import malloc, wire
 from optserve_server import backends
 from optserve_server.admission import Admission
-from optserve_server.checkpoint_store import FolderStore, TemporaryStore
+from optserve_server.checkpoint_store import FolderStore, Limits, Store, TemporaryStore
 from optserve_server.checkpoints import Checkpoints
 from optserve_server.config import ConfigError, ServerConfig
 from optserve_server.data_folder import DataFolder, describe
@@ -30,6 +31,7 @@ from optserve_server.descriptors import room_for_connections
 from optserve_server.durability import InMemory
 from optserve_server.health import Health
 from optserve_server.interceptors import Gate
+from optserve_server.journal import JournalError
 from optserve_server.optimizers import Optimizers
 from optserve_server.servicer import SERVICE, Servicer, handlers
 
@@ -61,8 +63,7 @@ class App:
         self._optimizers = optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
         if self._folder is not None:
             self._recover(self._folder, optimizers)
-        store = FolderStore(Path(config.data_dir) / "checkpoints") if self._folder else TemporaryStore()
-        checkpoints = Checkpoints(optimizers, store, config.max_checkpoints)
+        checkpoints = Checkpoints(optimizers, _checkpoint_store(config, self._folder), config.max_checkpoints)
         self._gate = Gate(config)
         self._server = grpc.server(self._gate.refusals, interceptors=[self._gate], options=_options(config))
         servicer = Servicer(optimizers, checkpoints, self._admission, choice, config)
@@ -103,9 +104,15 @@ class App:
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s, durability %s", self.target, self._config.durability)
         if self._folder is not None:
-            self._folder.start_snapshots()
+            self._folder.start_snapshots(self._on_folder_moved)
         elif self._config.data_dir:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
+
+    def _on_folder_moved(self, in_place: bool) -> None:
+        """A server whose data folder is gone is of no use to anybody, though it can still be read."""
+        if not self._stopping.is_set():
+            status = health_pb2.HealthCheckResponse.SERVING if in_place else health_pb2.HealthCheckResponse.NOT_SERVING
+            self._health.set(status)
 
     def _discard_idle_steps(self) -> None:
         while not self._stopping.wait(self._config.idle_step_s / LOOKS_PER_IDLE_TIME):
@@ -220,6 +227,24 @@ def _data_folder(config: ServerConfig) -> DataFolder | None:
         return None
     interval_s = config.snapshot_interval_s if config.durability == "snapshot" else 0.0
     return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes, interval_s)
+
+
+def _checkpoint_store(config: ServerConfig, folder: DataFolder | None) -> Store:
+    """Where checkpoints are kept, and how many.
+
+    Raises:
+        JournalError: The folder with those of an earlier server cannot be read.
+    """
+    where = Path(config.data_dir if folder else tempfile.gettempdir())
+    try:
+        disk = os.statvfs(where)
+        # Half, so that the journal and its snapshots find room.
+        limits = Limits(config.max_total_checkpoints, config.max_checkpoint_bytes or disk.f_blocks * disk.f_frsize // 2)
+        if folder is None:
+            return TemporaryStore(limits)
+        return FolderStore(where / "checkpoints", limits, folder.check_in_place)
+    except OSError as error:
+        raise JournalError(f"The checkpoints in {where} cannot be read: {error}.") from error
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ steps again while the disk takes them. Checkpoints outlive their optimizer.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import BinaryIO
 
-from optserve_server.checkpoint_store import Store
+from optserve_server.checkpoint_store import Key, Store
 from optserve_server.errors import OptserveError, Reason, disk_errors
 from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer, Optimizers, is_id
@@ -85,7 +86,7 @@ class Checkpoints:
                 f"{optimizer_id!r} has {len(tags)} checkpoints, which is all that this server keeps; delete one.",
                 limit=self._max_checkpoints,
             )
-        with disk_errors(), self.exported(optimizer, request_id) as file:
+        with disk_errors(), self.exported(optimizer, request_id, to_keep_as=tag) as file:
             try:
                 self._store.keep(file.file, optimizer_id, tag, overwrite=overwrite)
             except FileExistsError:
@@ -97,18 +98,33 @@ class Checkpoints:
         logger.info("saved checkpoint %s of %s: step %d", tag, optimizer_id, saved.step)
         return saved
 
-    def page(self, optimizer_id: str, size: int, after: str) -> tuple[list[Checkpoint], bool]:
-        """Up to `size` checkpoints, oldest first, from the place after `after` on; and whether more follow."""
+    def page(self, optimizer_id: str, size: int, after: str) -> tuple[list[Checkpoint], str]:
+        """Up to `size` checkpoints, oldest first, from the place after `after` on.
+
+        Returns:
+            The checkpoints, and the place of the last one if more follow, else an empty text.
+        """
+        found = self._all_known([(optimizer_id, tag) for tag in self._store.tags(optimizer_id)])
+        found.sort(key=lambda item: item.place)
+        rest = [item for item in found if item.place > after]
+        return rest[:size], rest[size - 1].place if len(rest) > size else ""
+
+    def page_of_all(self, size: int, after: str) -> tuple[list[Checkpoint], str]:
+        """Likewise the checkpoints of all optimizers, deleted ones included, by optimizer and tag."""
+        keys = self._store.keys()
+        begin = bisect.bisect_right(keys, tuple(after.split(" ", 1))) if after else 0
+        chosen = keys[begin : begin + size]
+        return self._all_known(chosen), " ".join(chosen[-1]) if begin + size < len(keys) else ""
+
+    def _all_known(self, keys: list[Key]) -> list[Checkpoint]:
         found: list[Checkpoint] = []
-        for tag in self._store.tags(optimizer_id):
+        for optimizer_id, tag in keys:
             try:
                 found.append(self._known(optimizer_id, tag))
             except (OptserveError, OSError) as error:
                 # Deleted just now, or damaged, which a restore would say; the others are to be had.
                 logger.warning("not listed: %s", error)
-        found.sort(key=lambda item: item.place)
-        rest = [item for item in found if item.place > after]
-        return rest[:size], len(rest) > size
+        return found
 
     def restore(self, optimizer_id: str, tag: str, *, etag: str = "", request_id: str = "") -> Optimizer:
         """Roll an optimizer back to a checkpoint, hyper-parameters included, once per request id.
@@ -152,11 +168,17 @@ class Checkpoints:
         logger.info("deleted checkpoint %s of %s", tag, optimizer_id)
 
     @contextmanager
-    def exported(self, optimizer: Optimizer, request_id: str = "") -> Iterator[StateFile]:
+    def exported(self, optimizer: Optimizer, request_id: str = "", to_keep_as: str = "") -> Iterator[StateFile]:
         """An optimizer's state of this moment, in a temporary file, for the length of a with-block.
 
+        Args:
+            optimizer: Whose state.
+            request_id: To be written down with it.
+            to_keep_as: A tag, if it is to become a checkpoint, for which there must be room.
+
         Raises:
-            OptserveError: NOT_DURABLE, STATE_LOST or OPTIMIZER_NOT_FOUND.
+            OptserveError: NOT_DURABLE, STATE_LOST or OPTIMIZER_NOT_FOUND; SERVER_FULL or MODEL_TOO_LARGE for a
+                checkpoint that cannot be kept.
         """
         with self._place(), closing(self._temporary()) as file:
             with disk_errors(), optimizer.steps.held_still() as state:
@@ -170,7 +192,11 @@ class Checkpoints:
                     request_id,
                     optimizer.steps.placed_by,
                 )
-                exported = StateFile.create(file, description)
+                exported = StateFile(file, description)
+                if to_keep_as:
+                    _check_readable(optimizer, exported)
+                    self._store.check_room(optimizer.id, to_keep_as, exported.size_bytes)
+                exported.allocate()
                 exported.fill(state)
             yield exported
 
@@ -268,6 +294,20 @@ class Checkpoints:
                 return self._store.open(optimizer_id, tag)
             except FileNotFoundError:
                 raise _not_found(optimizer_id, tag) from None
+
+
+def _check_readable(optimizer: Optimizer, file: StateFile) -> None:
+    """Raise MODEL_TOO_LARGE if nobody could read the file: a head of safetensors has a limit."""
+    limit = file.max_header_bytes
+    if file.header_bytes > limit:
+        raise OptserveError(
+            Reason.MODEL_TOO_LARGE,
+            f"The names, shapes and settings of {optimizer.id!r} would take {file.header_bytes} bytes of a checkpoint; "
+            f"safetensors allows {limit}. Use shorter names, or fewer parameters or groups.",
+            field="parent",
+            limit=limit,
+            actual=file.header_bytes,
+        )
 
 
 def check_tag(tag: str) -> None:

@@ -84,7 +84,7 @@ def serve(
 
     try:
         run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof, target_file=target_file)
-    except (settings.ConfigError, JournalError, RuntimeError) as error:
+    except (settings.ConfigError, JournalError, RuntimeError, OSError) as error:
         from optserve.cli.console import show_error
 
         show_error(str(error), "optserve serve")

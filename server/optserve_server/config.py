@@ -77,6 +77,10 @@ class ServerConfig:
     """Optimizers kept at the same time."""
     max_checkpoints: int = 1000
     """Checkpoints kept of one optimizer."""
+    max_total_checkpoints: int = 10_000
+    """Checkpoints kept of all optimizers, deleted ones included."""
+    max_checkpoint_bytes: int = 0
+    """Bytes of all of them; 0 for half of the disk that they are on."""
     max_state_bytes: int = 0
     """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
     memory."""
@@ -114,6 +118,7 @@ class ServerConfig:
             "max_parameters",
             "max_optimizers",
             "max_checkpoints",
+            "max_total_checkpoints",
             "max_pull_bytes",
             "max_connections",
             "connection_idle_s",
@@ -137,6 +142,7 @@ class ServerConfig:
         self._require("drain_s", self.drain_s >= 0, "must not be negative")
         self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
         self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
+        self._require("max_checkpoint_bytes", self.max_checkpoint_bytes >= 0, "must not be negative")
         self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
         if self.max_state_bytes == 0:
             object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)

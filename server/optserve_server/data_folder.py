@@ -8,10 +8,8 @@ snapshots only, taken at intervals.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -26,23 +24,18 @@ import numpy as np
 from optserve_server import recovery, snapshot
 from optserve_server.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason, disk_errors
-from optserve_server.journal import Journal, JournalError, Reader, segment_paths, set_newest, sync_folder
+from optserve_server.folder_lock import UNCLEAN, FolderLock, set_unclean
+from optserve_server.journal import Journal, JournalError, Reader, segment_paths, set_newest
 from optserve_server.optimizers import Optimizers
 from optserve_server.settings import Settings
+from optserve_server.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
+_NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while it ran"
 
-UNCLEAN = "UNCLEAN"
-"""A file that says that steps which had been acknowledged may be missing here."""
-
-
-def set_unclean(folder: Path, *, unclean: bool) -> None:
-    """Make or remove the file that says so, durably."""
-    marker = folder / UNCLEAN
-    if unclean != marker.exists():
-        marker.touch() if unclean else marker.unlink()
-        sync_folder(folder)
+TICK_S = 1.0
+"""How often it is looked whether the folder is still there, and whether a snapshot is due."""
 
 
 @dataclass
@@ -58,30 +51,6 @@ class Recovered:
     torn: tuple[Path, int] | None = None
 
 
-class FolderLock:
-    """Keeps every other server out of a data folder, until it is released or the process ends.
-
-    Raises:
-        JournalError: The folder cannot be used, or another server uses it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise JournalError(f"The data folder {path} cannot be used: {error}") from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise JournalError(f"Another server uses the data folder {path}; stop it or choose another one.") from error
-
-    def release(self) -> None:
-        """Let others in."""
-        os.close(self._descriptor)
-
-
 class _Unjournalled:
     """Stands in for the journal where there is none: numbers the changes and forgets them."""
 
@@ -89,6 +58,7 @@ class _Unjournalled:
         self._folder = folder
         self._lock = threading.Lock()
         self.last_lsn = next_lsn - 1
+        self.bytes_written = 0
 
     def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
         """The number of a change."""
@@ -128,13 +98,28 @@ class DataFolder:
         self._segment_bytes = segment_bytes
         self._interval_s = interval_s
         self._journal: Journal | _Unjournalled | None = None
-        self._bytes_since_snapshot = 0
-        self._bytes_at_failure = 0
-        self._counting = threading.Lock()
-        self._snapshot_due = threading.Event()
+        # Of the journal: where the last snapshot left it, and what was read of it at the start.
+        self._snapshot_lsn = 0
+        self._bytes_at_snapshot = 0
+        self._upkeep = Upkeep()
+        self._wake = threading.Event()
+        self._asked = False
         self._stopping = threading.Event()
         self._snapshotter: threading.Thread | None = None
+        self._is_in_place = True
+        self._on_moved: Callable[[bool], None] = lambda _in_place: None
         self._lock = FolderLock(path)
+
+    @property
+    def problem(self) -> str:
+        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        return self._upkeep.problem if self._is_in_place else _NOT_IN_PLACE
+
+    def check_in_place(self) -> None:
+        """Raise NOT_DURABLE if the folder was deleted, moved or replaced: what is written there nobody would find."""
+        if not self._lock.is_in_place:
+            self._wake.set()
+            raise OptserveError(Reason.NOT_DURABLE, f"Nothing was changed: {_NOT_IN_PLACE}. Restart the server.")
 
     # --- Durability
 
@@ -166,23 +151,32 @@ class DataFolder:
     def _append(self, kind: int, message: dict[str, Any], payload: Sequence[np.ndarray] = ()) -> int:
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
+        self.check_in_place()
         parts = [array.data.cast("B") for array in payload if array.size]
         with disk_errors():
-            lsn = self._journal.append(kind, json.dumps(message).encode(), parts)
-        with self._counting:
-            # At least 1, so that any change counts.
-            self._bytes_since_snapshot += 1 + sum(len(part) for part in parts)
-        if self._is_snapshot_due(kind):
-            self._snapshot_due.set()
+            try:
+                lsn = self._journal.append(kind, json.dumps(message).encode(), parts)
+            except OSError as error:
+                self._upkeep.refused(error)
+                self._wake.set()
+                raise
+        if self._interval_s:
+            if kind in (recovery.CREATED, recovery.PLACED, recovery.REPLACED, recovery.DELETED):
+                # These are rare, and worth having soon.
+                self._asked = True
+                self._wake.set()
+        else:
+            self._upkeep.accepted()
+            if self._has_grown() and self._upkeep.is_snapshot_due(grown=True):
+                self._wake.set()
         return lsn
 
-    def _is_snapshot_due(self, kind: int) -> bool:
-        if self._interval_s:
-            # These are rare, and worth having soon.
-            return kind in (recovery.CREATED, recovery.PLACED, recovery.REPLACED, recovery.DELETED)
-        limit = max(self._snapshot_bytes, self._optimizers.memory_bytes)
-        # After a failure, not before the journal has grown by as much again.
-        return self._bytes_since_snapshot > self._bytes_at_failure + limit
+    def _has_grown(self) -> bool:
+        """Whether the journal has as many bytes as it may: of headers, settings and gradients, all of them."""
+        if self._journal is None:
+            return False
+        grown = self._journal.bytes_written - self._bytes_at_snapshot
+        return grown > self._snapshot_bytes and grown > self._optimizers.memory_bytes
 
     # --- Recovery
 
@@ -198,32 +192,43 @@ class DataFolder:
         """
         start = time.perf_counter()
         found = Recovered()
-        replay = recovery.Replay(optimizers)
-        snapshots = snapshot.paths(self._path)
+        self._optimizers = optimizers
+        try:
+            snapshots = snapshot.paths(self._path)
+            reader = self._replay(snapshots, found, on_progress)
+            found.seconds = time.perf_counter() - start
+            self._snapshot_lsn, self._bytes_at_snapshot = found.snapshot_lsn, -reader.bytes_read
+            self._open(reader)
+            self._tell_of_lost_steps()
+            for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
+                if leftover.exists():
+                    _remove(leftover)
+        except OSError as error:
+            raise JournalError(f"The data folder {self._path} cannot be used: {error}.") from error
+        return found
+
+    def _replay(self, snapshots: list[Path], found: Recovered, on_progress: Callable[[int, int], None]) -> Reader:
+        replay = recovery.Replay(self._optimizers)
         if snapshots:
             found.snapshot_lsn, saved = snapshot.read(snapshots[-1])
             for item in saved:
                 replay.load(item)
-        replayed_bytes = 0
         reader = Reader(self._path, found.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
             found.steps += record.type == recovery.STEPPED
             found.records += 1
-            replayed_bytes += len(record.meta) + len(record.payload)
-            replay.redo(record)
+            try:
+                replay.redo(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise JournalError(
+                    f"{record.path}: the record at byte {record.offset} is whole, but means nothing to this server "
+                    f"({error!r}). Use the server that wrote it, or a newer one."
+                ) from error
             on_progress(reader.bytes_read, total)
         replay.finish()
-        found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(optimizers)
-        found.seconds = time.perf_counter() - start
-        self._bytes_since_snapshot = replayed_bytes
-        self._optimizers = optimizers
-        self._open(reader)
-        self._tell_of_lost_steps()
-        for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
-            if leftover.exists():
-                _remove(leftover)
-        return found
+        found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(self._optimizers)
+        return reader
 
     def _open(self, reader: Reader) -> None:
         """Begin to number and keep what comes after what was read."""
@@ -244,33 +249,62 @@ class DataFolder:
 
     # --- Snapshots
 
-    def start_snapshots(self) -> None:
-        """Take snapshots in the background whenever one is due."""
+    def start_snapshots(self, on_moved: Callable[[bool], None]) -> None:
+        """Take snapshots in the background whenever one is due, and look after the folder.
+
+        Args:
+            on_moved: Told False when the folder is found to be deleted, moved or replaced, and True when it is back.
+        """
+        self._on_moved = on_moved
         self._snapshotter = threading.Thread(target=self._take_snapshots, name="snapshots", daemon=True)
         self._snapshotter.start()
 
     def _take_snapshots(self) -> None:
+        made_at = time.monotonic()
         while True:
-            self._snapshot_due.wait(self._interval_s or None)
+            self._wake.wait(min(TICK_S, self._interval_s or TICK_S))
             # Cleared before the look at `stopping`, which `close` sets first: neither can be missed.
-            self._snapshot_due.clear()
+            self._wake.clear()
             if self._stopping.is_set():
                 return
-            if not self._bytes_since_snapshot:
+            self._look_for_the_folder()
+            if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
                 continue
+            self._asked = False
+            made_at = time.monotonic()
             try:
                 self.snapshot()
             # Whatever it was, this thread must go on: without snapshots the journal would grow for ever.
-            except Exception:
-                self._bytes_at_failure = self._bytes_since_snapshot
-                logger.exception("a snapshot could not be written; it is tried again later")
+            except Exception as error:  # noqa: BLE001
+                self._upkeep.snapshot_failed(error)
+
+    def _is_snapshot_due(self, last_at: float) -> bool:
+        if self._interval_s:
+            return self._asked or time.monotonic() - last_at >= self._interval_s
+        return self._upkeep.is_snapshot_due(grown=self._has_grown())
+
+    def _has_changed(self) -> bool:
+        """Whether there is anything that the last snapshot does not contain."""
+        return self._journal is not None and self._journal.last_lsn != self._snapshot_lsn
+
+    def _look_for_the_folder(self) -> None:
+        in_place = self._lock.is_in_place
+        if in_place == self._is_in_place:
+            return
+        self._is_in_place = in_place
+        if in_place:
+            logger.warning("the data folder %s is back; changes are taken again", self._path)
+        else:
+            logger.error("%s (%s); no change is taken until it is back", _NOT_IN_PLACE, self._path)
+        self._on_moved(in_place)
 
     def snapshot(self) -> Path:
         """Take a snapshot now, and cut what it makes superfluous."""
         if self._journal is None:
             raise JournalError("The data folder is not open.")
+        start = time.perf_counter()
         # Counted first: what comes in between is counted once more, never forgotten.
-        before = self._bytes_since_snapshot
+        before = self._journal.bytes_written
         lsn = self._journal.last_lsn
         old = snapshot.paths(self._path)
         path = snapshot.write(self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s))
@@ -278,29 +312,34 @@ class DataFolder:
             if leftover != path:
                 _remove(leftover)
         self._journal.cut_before(lsn + 1)
-        with self._counting:
-            self._bytes_since_snapshot -= before
-            self._bytes_at_failure = 0
+        self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
+        self._upkeep.snapshot_made(time.perf_counter() - start)
         logger.info("snapshot %s", path.name)
         return path
 
-    def close(self) -> None:
-        """Take a last snapshot, so that the next start is quick, and let go of the folder."""
+    def close(self, *, snapshot: bool = True) -> None:
+        """Let go of the folder, with a last snapshot by default, so that the next start is quick."""
         self._stopping.set()
-        self._snapshot_due.set()
+        self._wake.set()
         if self._snapshotter is not None:
             self._snapshotter.join()
         if self._journal is not None:
-            try:
-                if self._bytes_since_snapshot:
-                    self.snapshot()
-                set_unclean(self._path, unclean=False)
-            # Stopping goes on; a journal has everything.
-            except Exception:
-                logger.exception("the last snapshot could not be written")
+            if not self._lock.is_in_place:
+                logger.error("%s (%s); nothing is written there", _NOT_IN_PLACE, self._path)
+            elif snapshot:
+                self._finish()
             self._journal.close()
             self._journal = None
         self._lock.release()
+
+    def _finish(self) -> None:
+        try:
+            if self._has_changed():
+                self.snapshot()
+            set_unclean(self._path, unclean=False)
+        # Stopping goes on; a journal has everything.
+        except Exception:
+            logger.exception("the last snapshot could not be written")
 
 
 def describe(found: Recovered) -> str:

@@ -87,6 +87,11 @@ class Durability(Protocol):
 
     reads_staging: bool
 
+    @property
+    def problem(self) -> str:
+        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        ...
+
     def created(self, record: CreationRecord) -> int:
         """An optimizer is about to exist."""
         ...
@@ -116,6 +121,7 @@ class InMemory:
     """State ends with the process. Nothing is kept, and nothing numbered."""
 
     reads_staging = False
+    problem = ""
 
     def created(self, record: CreationRecord) -> int:  # noqa: ARG002 - see Durability
         """Nothing to keep."""

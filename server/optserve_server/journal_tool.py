@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
-from optserve_server import data_folder, recovery, snapshot
+from optserve_server import folder_lock, recovery, snapshot
 from optserve_server.journal import CorruptionError, JournalError, Reader, cut_at
 
 app = typer.Typer(
@@ -58,22 +59,22 @@ def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
 @app.command()
 def verify(folder: Folder) -> None:
     """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
-    with _using(folder):
+    with _errors_as_a_line(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
     text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
     if reader.torn:
         text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which nobody was promised"
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(Text(text), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def stats(folder: Folder) -> None:
     """Count what the journal holds beyond the last snapshot."""
-    with _using(folder):
+    with _errors_as_a_line(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
     table = Table("optimizer", *_KINDS.values())
     for name in sorted({name for name, _ in counts}):
-        table.add_row(name, *(f"{counts[name, kind]:,}" for kind in _KINDS.values()))
+        table.add_row(Text(name), *(f"{counts[name, kind]:,}" for kind in _KINDS.values()))
     console.print(table)
     console.print(f"snapshot at {lsn}; next record {reader.next_lsn}; {reader.bytes_read / 1e6:.1f} MB of records")
 
@@ -81,14 +82,14 @@ def stats(folder: Folder) -> None:
 @app.command()
 def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Cut a damaged journal where the damage begins. Everything after it is lost; take a copy of the folder first."""
-    with _using(folder):
+    with _errors_as_a_line(), _locked(folder):
         try:
             _read(folder)
         except CorruptionError as damage:
-            console.print(f"{damage}", highlight=False, soft_wrap=True)
+            console.print(Text(f"{damage}"), highlight=False, soft_wrap=True)
             if not yes:
                 typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
-            data_folder.set_unclean(folder, unclean=True)
+            folder_lock.set_unclean(folder, unclean=True)
             removed = cut_at(folder, damage.path, damage.offset)
             console.print(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
         else:
@@ -96,16 +97,23 @@ def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do n
 
 
 @contextmanager
-def _using(folder: Path) -> Iterator[None]:
-    """Keep servers out of a folder for the length of a with-block, and show errors as a line."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep servers out of a folder that is changed, for the length of a with-block."""
+    with folder_lock.reading(folder):
+        pass
+    lock = folder_lock.FolderLock(folder)
     try:
-        lock = data_folder.FolderLock(folder)
-        try:
-            yield
-        finally:
-            lock.release()
-    except JournalError as error:
-        errors.print(f"[red]optserve journal:[/red] {error}", highlight=False, soft_wrap=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _errors_as_a_line() -> Iterator[None]:
+    try:
+        yield
+    except (JournalError, OSError) as error:
+        errors.print(Text.assemble(("optserve journal:", "red"), f" {error}"), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

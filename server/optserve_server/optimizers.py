@@ -121,6 +121,11 @@ class Optimizers:
         return len(self._by_id)
 
     @property
+    def durability_problem(self) -> str:
+        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        return self._durability.problem
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that all of them occupy."""
         return sum(optimizer.memory_bytes for optimizer in list(self._by_id.values()))
@@ -191,7 +196,11 @@ class Optimizers:
                 del self._reserved[optimizer_id]
                 self._lock.notify_all()
         logger.info(
-            "created %s: %s, %d parameters, %d bytes", optimizer_id, settings, len(layout.parameters), layout.size_bytes
+            "created %s: %s; %d parameters, %d bytes",
+            optimizer_id,
+            settings.summary,
+            len(layout.parameters),
+            layout.size_bytes,
         )
         return optimizer
 
@@ -265,7 +274,7 @@ class Optimizers:
             self._check_workers(optimizer.layout, settings)
             optimizer.steps.set(settings, new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
-        logger.info("updated %s: %s", optimizer_id, optimizer.settings)
+        logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
         return optimizer
 
     def replace(

@@ -34,6 +34,9 @@ from optserve_server.turnstile import Turnstile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
+ALL_OPTIMIZERS = "optimizers/-"
+"""As the parent of checkpoints: those of all optimizers."""
+
 RESULT_BYTES = 256
 """What a unary reply takes beside its tensors, at most."""
 
@@ -79,6 +82,7 @@ class Servicer:
             methods=list(RULES),
             optimizer_count=len(self._optimizers),
             host_id=sysv.host_id(),
+            durability_problem=self._optimizers.durability_problem,
         )
         response.start_time.FromDatetime(self._start_time)
         return response
@@ -215,14 +219,14 @@ class Servicer:
         self, request: checkpoints_pb2.ListCheckpointsRequest
     ) -> checkpoints_pb2.ListCheckpointsResponse:
         """Read a page of checkpoints."""
-        items, more = self._checkpoints.page(
-            convert.optimizer_id(request.parent, "parent"),
-            convert.page_size(request.page_size),
-            convert.last_id(request.page_token),
-        )
+        size, after = convert.page_size(request.page_size), convert.last_id(request.page_token)
+        if request.parent == ALL_OPTIMIZERS:
+            items, last = self._checkpoints.page_of_all(size, after)
+        else:
+            items, last = self._checkpoints.page(convert.optimizer_id(request.parent, "parent"), size, after)
         return checkpoints_pb2.ListCheckpointsResponse(
             checkpoints=[convert.checkpoint(item) for item in items],
-            next_page_token=convert.page_token(items[-1].place) if more else "",
+            next_page_token=convert.page_token(last) if last else "",
         )
 
     def restore_checkpoint(

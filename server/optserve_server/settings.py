@@ -111,6 +111,17 @@ class Settings:
         rate = getattr(rule, "learning_rate") * factor / (1 + staleness)  # noqa: B009 - not every rule has one
         return replace(rule, **{"learning_rate": rate})
 
+    @property
+    def summary(self) -> str:
+        """A line for the log, however many groups and milestones there are."""
+        parts = [f"{self.rule}"]
+        parts += [type(self.schedule).__name__] if self.schedule else []
+        parts += [f"{self.clipping}"] if self.clipping else []
+        parts += [f"{len(self.groups)} groups"] if self.groups else []
+        parts += [f"hosted, weight decay {self.weight_decay}"] if self.hosted else []
+        parts += [f"{self.consistency}"] if self.consistency else []
+        return ", ".join(parts)
+
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""
         content: dict[str, Any] = {"rule": {"name": self.rule.name, **asdict(self.rule)}}

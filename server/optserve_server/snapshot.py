@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from optserve_server import files
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.journal import JournalError, sync_folder
 from optserve_server.layout import Layout
@@ -43,6 +45,7 @@ FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
 """Bytes of one arena per piece: small enough that a step hardly waits for its copy."""
 
+_SNAPSHOT = re.compile(r"snapshot-\d{20}-\d{4,}")
 _SYNC_EVERY_BYTES = 8 << 20
 
 
@@ -87,7 +90,7 @@ def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = 
         _is_there(item)
     temporary = folder / "snapshot.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    files.make_folder(temporary)
     try:
         lsn = _write_files(temporary, lsn, optimizers, still=still)
         # A number of its own: the one before stays until this one has its name, also where nothing has changed.
@@ -108,31 +111,38 @@ def _name(lsn: int) -> str:
 
 def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool) -> int:
     """Write all files of a snapshot, durably; returns its number."""
+    paths = [folder / f"{position:04d}.safetensors" for position in range(len(optimizers))]
+    plans = [Plan(item.layout, (*item.settings.arrays, "update")) for item in optimizers]
+    for path, plan in zip(paths, plans, strict=True):
+        # First of all, so that a full disk says so before anything is written.
+        with files.create(path) as target:
+            os.posix_fallocate(target.fileno(), 0, plan.size_bytes)
     described = [
-        _write_optimizer(folder / f"{position:04d}.safetensors", item, still=still)
-        for position, item in enumerate(optimizers)
+        _write_optimizer(path, item, plan=plan, still=still)
+        for path, item, plan in zip(paths, optimizers, plans, strict=True)
     ]
     present = [item for item in described if item]
     if still:
         # Without a journal, numbers go on behind the highest that is known.
         lsn = max([lsn, *(item["lsn"] for item in present)])
     body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": present})
-    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"checksum": zlib.crc32(body.encode()), "body": body}))
+    with files.create(folder / "manifest.json") as file:
+        file.write(json.dumps({"checksum": zlib.crc32(body.encode()), "body": body}).encode())
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
     return lsn
 
 
-def _write_optimizer(path: Path, item: Optimizer, *, still: bool) -> dict[str, Any] | None:
+def _write_optimizer(path: Path, item: Optimizer, *, plan: Plan, still: bool) -> dict[str, Any] | None:
     """Write one optimizer's file; None if it was deleted meanwhile."""
-    with path.open("wb") as target:
+    with path.open("r+b") as target:
         with item.steps.held_still() if still else nullcontext():
             described = _describe(item, path.name)
-            pieces = _write_pieces(target.fileno(), item, sync=not still) if described else None
-            if described is None or pieces is None:
-                return None
+            pieces = _write_pieces(target.fileno(), item, plan, sync=not still) if described else None
+        if described is None or pieces is None:
+            path.unlink()
+            return None
         os.fsync(target.fileno())
     return described | {"pieces": [asdict(piece) for piece in pieces]}
 
@@ -187,10 +197,9 @@ def _retained(retained: Retained) -> dict[str, Any]:
     }
 
 
-def _write_pieces(descriptor: int, item: Optimizer, *, sync: bool) -> list[Piece] | None:
+def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool) -> list[Piece] | None:
     """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
     arrays = item.settings.arrays
-    plan = Plan(item.layout, (*arrays, "update"))
     write_all(descriptor, plan.head, 0)
     pieces: list[Piece] = []
     unsynced = 0
@@ -280,7 +289,7 @@ class Saved:
 
 def paths(folder: Path) -> list[Path]:
     """Whole snapshots, oldest first."""
-    return sorted(path for path in folder.glob("snapshot-*") if path.suffix != ".tmp")
+    return sorted(path for path in folder.glob("snapshot-*") if _SNAPSHOT.fullmatch(path.name))
 
 
 def read(path: Path) -> tuple[int, list[Saved]]:

@@ -148,8 +148,12 @@ class StateFile:
             OSError: The disk has no room.
         """
         made = cls(file, description)
-        os.posix_fallocate(file.fileno(), 0, made.size_bytes)
+        made.allocate()
         return made
+
+    def allocate(self) -> None:
+        """Take room for all arrays, or raise OSError."""
+        os.posix_fallocate(self.file.fileno(), 0, self.size_bytes)
 
     @classmethod
     def open(cls, file: BinaryIO) -> StateFile:
@@ -170,6 +174,16 @@ class StateFile:
             if content[: len(opened._plan.head)] != opened._plan.head:
                 raise StateFileError("its header does not fit its description")
         return opened
+
+    @property
+    def header_bytes(self) -> int:
+        """Of the names, shapes and settings before the arrays."""
+        return len(self._plan.head) - safetensors.LENGTH_BYTES
+
+    @property
+    def max_header_bytes(self) -> int:
+        """How many of these a file may have that is to be read again."""
+        return safetensors.MAX_HEADER_BYTES
 
     @property
     def size_bytes(self) -> int:
@@ -240,4 +254,6 @@ def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, position)
+        if not written:
+            raise OSError("the disk took no bytes")
         view, position = view[written:], position + written

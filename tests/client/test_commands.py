@@ -292,7 +292,7 @@ def test_every_command_that_shows_something_can_show_it_as_json(server, client, 
     assert [item["name"] for item in found["parameters"]] == NAMES
     assert list(found["parameters"][0]) == ["name", "rms_gradient", "rms_update", "rates"]
     assert [item["quantile"] for item in found["parameters"][0]["rates"]] == [0, 0.25, 0.5, 0.75, 1]
-    assert [list(item) for item in checkpoints] == [["tag", "step", "size_bytes", "create_time"]]
+    assert [list(item) for item in checkpoints] == [["optimizer", "tag", "step", "size_bytes", "create_time"]]
     assert (info["target"], info["shares_memory"]) == (server.target, True)
     assert info["limits"]["max_streams"] == 256
     assert {"feature": "FEATURE_SHARED_MEMORY", "available": True} in info["features"]

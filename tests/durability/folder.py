@@ -7,7 +7,7 @@ import numpy as np
 
 from optserve_server import backends
 from optserve_server.config import ServerConfig
-from optserve_server.data_folder import UNCLEAN, DataFolder, set_unclean
+from optserve_server.data_folder import DataFolder
 from optserve_server.layout import Layout, Parameter
 from optserve_server.optimizers import Optimizers
 from optserve_server.rules import Adadelta
@@ -34,10 +34,7 @@ class Server:
         """Let go of the folder as a killed process does: without a last snapshot. May be called more than once."""
         if not self._dead:
             self._dead = True
-            unclean = (self.folder._path / UNCLEAN).exists()
-            self.folder._bytes_since_snapshot = 0
-            self.folder.close()
-            set_unclean(self.folder._path, unclean=unclean)
+            self.folder.close(snapshot=False)
 
 
 def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:

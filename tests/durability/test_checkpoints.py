@@ -468,7 +468,7 @@ def test_their_number_is_bounded(folder):
     assert [item.tag for item in checkpoints.page("a", 2, "")[0]] == ["a", "b"]
     assert checkpoints.page("a", 2, "")[1]
     (rest,), more = checkpoints.page("a", 2, checkpoints.page("a", 2, "")[0][-1].place)
-    assert (rest.tag, more) == ("c", False)
+    assert (rest.tag, more) == ("c", "")
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
@@ -543,7 +543,7 @@ def test_temporary_checkpoints_leave_no_file(tmp_path, monkeypatch):
         thread.join()
     assert not list((tmp_path / "tmp").iterdir())
     checkpoints.delete("a", "one")
-    assert checkpoints.page("a", 10, "") == ([], False)
+    assert checkpoints.page("a", 10, "") == ([], "")
     server.die()
 
 

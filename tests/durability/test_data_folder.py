@@ -203,7 +203,7 @@ def test_a_snapshot_that_fails_leaves_no_file_and_is_tried_again_later(tmp_path,
     server.folder._snapshot_bytes = 3 * MIB
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "write", fails)
-        server.folder.start_snapshots()
+        server.folder.start_snapshots(lambda _in_place: None)
         for index in range(1, 5):  # 840 kB each
             step(item, index)
         assert tried.acquire(timeout=10)

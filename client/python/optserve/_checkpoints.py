@@ -8,9 +8,12 @@ from optserve.errors import OptserveError
 from optserve.state import Checkpoint
 from optserve.v1 import checkpoints_pb2
 
+ALL_OPTIMIZERS = "optimizers/-"
+"""In the place of an optimizer's resource name: all, deleted ones included, by name."""
+
 
 def list_checkpoints(connection: Transport, optimizer: str) -> list[Checkpoint]:
-    """All checkpoints of the optimizer with that resource name, oldest first."""
+    """All checkpoints of the optimizer with that resource name, oldest first; see `ALL_OPTIMIZERS`."""
     request = checkpoints_pb2.ListCheckpointsRequest(parent=optimizer)
     pages = connection.pages(connection.stub.ListCheckpoints, request)
     return [checkpoint_from(item, optimizer) for page in pages for item in page.checkpoints]
@@ -39,8 +42,9 @@ def checkpoint_from(message: checkpoints_pb2.Checkpoint, optimizer: str, tag: st
     Raises:
         InternalError: It is not one of that optimizer, or not the one of that tag where one is given.
     """
-    prefix = f"{optimizer}/checkpoints/"
-    found = message.name.removeprefix(prefix)
-    if not message.name.startswith(prefix) or not found or (tag and found != tag):
-        raise _replies.broken(f"{message.name[:200]!r} is not the checkpoint {prefix}{tag}")
-    return Checkpoint(found, message.step, message.size_bytes, _replies.seconds(message.create_time))
+    of, separator, found = message.name.rpartition("/checkpoints/")
+    known = bool(separator and found) and of.startswith("optimizers/") and optimizer in (of, ALL_OPTIMIZERS)
+    if not known or (tag and found != tag):
+        raise _replies.broken(f"{message.name[:200]!r} is not the checkpoint {optimizer}/checkpoints/{tag}")
+    created = _replies.seconds(message.create_time)
+    return Checkpoint(found, message.step, message.size_bytes, created, of.removeprefix("optimizers/"))

@@ -186,7 +186,7 @@ class AsyncClient:
         client, threads = self._connected
         await threads.run(bound(client.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s))
 
-    async def list_checkpoints(self, name: str) -> list[Checkpoint]:
+    async def list_checkpoints(self, name: str | None = None) -> list[Checkpoint]:
         """See `optserve.Client.list_checkpoints`."""
         client, threads = self._connected
         return await threads.run(bound(client.list_checkpoints, name))

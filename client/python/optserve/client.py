@@ -10,7 +10,7 @@ from typing import Self
 
 from optserve import _replies, algorithms, settings, sysv
 from optserve._arrays import check_kind
-from optserve._checkpoints import delete_checkpoint, list_checkpoints
+from optserve._checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
 from optserve._new_optimizer import ArrayLike, new_optimizer, values_of
 from optserve._transport import Transport
 from optserve.config import ClientConfig
@@ -297,9 +297,13 @@ class Client:
         request = service_pb2.DeleteOptimizerRequest(name=resource_name(name), allow_missing=True)
         self._transport.call(self._transport.stub.DeleteOptimizer, request, timeout_s=timeout_s)
 
-    def list_checkpoints(self, name: str) -> list[Checkpoint]:
-        """All checkpoints of an optimizer, oldest first; it may have been deleted itself."""
-        return list_checkpoints(self._transport, resource_name(name))
+    def list_checkpoints(self, name: str | None = None) -> list[Checkpoint]:
+        """All checkpoints of an optimizer, oldest first; it may have been deleted itself.
+
+        Args:
+            name: As given to `create_optimizer`; None for the checkpoints of all optimizers, by name.
+        """
+        return list_checkpoints(self._transport, ALL_OPTIMIZERS if name is None else resource_name(name))
 
     def delete_checkpoint(self, name: str, tag: str) -> None:
         """Delete a checkpoint of an optimizer, which may have been deleted itself.

@@ -16,7 +16,9 @@ import numpy as np
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
-_MAX_HEADER_BYTES = 100_000_000
+LENGTH_BYTES = _LENGTH.size
+MAX_HEADER_BYTES = 100_000_000
+"""Of the header; what safetensors' own reader takes."""
 
 _NAMES = {np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -84,7 +86,7 @@ def read_head(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str], int]:
     if len(length) < _LENGTH.size:
         raise SafetensorsError("The file is too short to be safetensors.")
     (size,) = _LENGTH.unpack(length)
-    if size > _MAX_HEADER_BYTES:
+    if size > MAX_HEADER_BYTES:
         raise SafetensorsError(f"A header of {size} bytes is none of safetensors.")
     text = file.read(size)
     try:

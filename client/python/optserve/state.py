@@ -67,12 +67,14 @@ class Checkpoint:
         step: Steps that had been applied when it was taken.
         size_bytes: Of its file.
         create_time: Seconds since 1970, UTC.
+        optimizer: Of which it is; that may have been deleted.
     """
 
     tag: str
     step: int
     size_bytes: int
     create_time: float
+    optimizer: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -42,6 +42,9 @@ class Journal:
         segment_bytes: Size at which a new segment is begun. The first one is made for the first record, so that a
             journal can be opened on a full disk.
 
+    Attributes:
+        bytes_written: Of records and marks since it was opened, headers and padding included.
+
     Raises:
         OSError: What was read of an older journal cannot be made durable.
     """
@@ -57,7 +60,7 @@ class Journal:
         self._failures = 0
         self._segment: _OpenSegment | None = None
         self._durable_end = SEGMENT.size
-        self._closed_bytes = 0
+        self.bytes_written = 0
         # What a killed process has written may have been read from the system's cache only.
         for path in segment_paths(folder)[-1:]:
             sync_file(path)
@@ -67,12 +70,6 @@ class Journal:
         """Of the last durable record."""
         with self._lock:
             return self._durable_lsn
-
-    @property
-    def bytes_written(self) -> int:
-        """All bytes of all segments since it was opened: headers, records and marks."""
-        with self._lock:
-            return self._closed_bytes + (self._segment.end if self._segment else 0)
 
     def append(self, kind: int, meta: bytes, payload: Sequence[Buffer] = ()) -> int:
         """Write a record and return its lsn when it is on disk.
@@ -128,7 +125,7 @@ class Journal:
             self._new_segment()
         lsn = self._next_lsn
         start = segment.form.header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
-        segment.write([start, meta, *payload])
+        self.bytes_written += segment.write([start, meta, *payload])
         self._next_lsn = lsn + 1
         return lsn
 
@@ -152,13 +149,14 @@ class Journal:
         self._settle()
         # Another thread may have been here meanwhile.
         if self._segment is before:
-            self._leave_segment()
+            if before is not None:
+                self._leave_segment()
+                before.check_found()
             self._segment = _OpenSegment(self._folder, self._next_lsn, self._segment_bytes)
             self._durable_end = self._segment.end
 
     def _leave_segment(self) -> None:
         if self._segment is not None:
-            self._closed_bytes += self._segment.end
             self._segment.close()
             self._segment = None
 
@@ -191,7 +189,7 @@ class Journal:
             raise failure
         self._durable_lsn, self._durable_end = target, end
         if target == self._next_lsn - 1:
-            segment.mark(target)
+            self.bytes_written += segment.mark(target)
 
 
 class _OpenSegment:
@@ -234,8 +232,8 @@ class _OpenSegment:
         """Whether a record of that size belongs into a new segment."""
         return self.end > SEGMENT.size and self.end + record_bytes > self._capacity
 
-    def write(self, parts: list[Buffer]) -> None:
-        """Write a record behind the last, or raise OSError and have written nothing that counts."""
+    def write(self, parts: list[Buffer]) -> int:
+        """Write a record behind the last and return its bytes, or raise OSError: nothing that counts was written."""
         size = sum(len(part) for part in parts)
         try:
             _write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
@@ -243,14 +241,17 @@ class _OpenSegment:
             # A part of a record is no record; zeros instead keep it from being taken for a torn one.
             self.take_back(self.end)
             raise
-        self.end += size + padding(size)
+        size += padding(size)
+        self.end += size
+        return size
 
-    def mark(self, durable_lsn: int) -> None:
-        """Note what is durable. Not synced: worth having, and no loss if it is lost."""
+    def mark(self, durable_lsn: int) -> int:
+        """Note what is durable, and return the note's bytes. Not synced: worth having, and no loss if it is lost."""
         try:
-            self.write([self.form.header(MARK, 0, durable_lsn, b"", 0, 0)])
+            return self.write([self.form.header(MARK, 0, durable_lsn, b"", 0, 0)])
         except OSError as error:
             logger.warning("the journal's mark could not be written: %s", error)
+            return 0
 
     def sync(self) -> None:
         """Wait until the disk has it.
@@ -260,7 +261,12 @@ class _OpenSegment:
         """
         os.fdatasync(self._descriptor)
         if not os.fstat(self._descriptor).st_nlink:
-            raise FileNotFoundError(errno.ENOENT, "the journal was deleted", str(self.path))
+            raise _deleted(self.path)
+
+    def check_found(self) -> None:
+        """Raise OSError if the file is no longer where it was."""
+        if not self.path.exists():
+            raise _deleted(self.path)
 
     def take_back(self, position: int) -> None:
         """Remove what was written behind a position, as far as the disk lets us."""
@@ -272,6 +278,10 @@ class _OpenSegment:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+def _deleted(path: Path) -> OSError:
+    return FileNotFoundError(errno.ENOENT, "the journal was deleted", str(path))
 
 
 def _write_all(descriptor: int, parts: Sequence[Buffer], position: int) -> None:

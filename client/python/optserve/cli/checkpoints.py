@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.text import Text
@@ -23,8 +23,12 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.command(name="list")
-def list_(name: Name, target: Target = DEFAULT_TARGET, json: Json = False) -> None:
-    """List the checkpoints of an optimizer, oldest first."""
+def list_(
+    name: Annotated[Optional[str], typer.Argument(help="The optimizer; all by default, deleted ones too.")] = None,
+    target: Target = DEFAULT_TARGET,
+    json: Json = False,
+) -> None:
+    """List the checkpoints of an optimizer, oldest first, or of all optimizers."""
     from optserve import connect
 
     with connect(target) as client:
@@ -34,6 +38,7 @@ def list_(name: Name, target: Target = DEFAULT_TARGET, json: Json = False) -> No
         print_json(
             [
                 {
+                    "optimizer": item.optimizer,
                     "tag": item.tag,
                     "step": item.step,
                     "size_bytes": item.size_bytes,
@@ -44,10 +49,10 @@ def list_(name: Name, target: Target = DEFAULT_TARGET, json: Json = False) -> No
         )
         return
     rows = [
-        [item.tag, f"{item.step:,}", size(item.size_bytes), f"{time:%Y-%m-%d %H:%M:%S} UTC"]
+        [item.optimizer, item.tag, f"{item.step:,}", size(item.size_bytes), f"{time:%Y-%m-%d %H:%M:%S} UTC"]
         for item, time in zip(found, taken, strict=True)
     ]
-    show_table(("tag", "step", "size", "taken"), rows, right=("step", "size"))
+    show_table(("optimizer", "tag", "step", "size", "taken"), rows, right=("step", "size"))
 
 
 @app.command()

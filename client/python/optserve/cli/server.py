@@ -63,6 +63,7 @@ def info(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
         ["backend", f"{answer.backend} on {answer.device}"],
         ["why", answer.backend_reason],
         ["durability", answer.durability],
+        *([["problem", answer.durability_problem]] if answer.durability_problem else []),
         ["tensors from here", "shared memory" if shares_memory else "gRPC: not this host and user"],
         ["methods", ", ".join(answer.methods)],
         ["optimizers", str(answer.optimizer_count)],

@@ -56,7 +56,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "instance_id", "start_time", "backend", "backend_reason", "device", "durability", "limits", "features", "methods", "optimizer_count", "host_id")
+    __slots__ = ("version", "instance_id", "start_time", "backend", "backend_reason", "device", "durability", "limits", "features", "methods", "optimizer_count", "host_id", "durability_problem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class GetServerInfoResponse(_message.Message):
     METHODS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_COUNT_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: str
     instance_id: str
     start_time: _timestamp_pb2.Timestamp
@@ -81,7 +82,8 @@ class GetServerInfoResponse(_message.Message):
     methods: _containers.RepeatedScalarFieldContainer[str]
     optimizer_count: int
     host_id: str
-    def __init__(self, version: _Optional[str] = ..., instance_id: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., backend_reason: _Optional[str] = ..., device: _Optional[str] = ..., durability: _Optional[str] = ..., limits: _Optional[_Union[_steps_pb2.ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[FeatureStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[str]] = ..., optimizer_count: _Optional[int] = ..., host_id: _Optional[str] = ...) -> None: ...
+    durability_problem: str
+    def __init__(self, version: _Optional[str] = ..., instance_id: _Optional[str] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., backend_reason: _Optional[str] = ..., device: _Optional[str] = ..., durability: _Optional[str] = ..., limits: _Optional[_Union[_steps_pb2.ServerLimits, _Mapping]] = ..., features: _Optional[_Iterable[_Union[FeatureStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[str]] = ..., optimizer_count: _Optional[int] = ..., host_id: _Optional[str] = ..., durability_problem: _Optional[str] = ...) -> None: ...
 
 class FeatureStatus(_message.Message):
     __slots__ = ("feature", "available")

@@ -1,0 +1,91 @@
+"""When the next snapshot is due, and what keeps changes from being made durable at the moment."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+WARN_EVERY_S = 60.0
+MAX_PAUSE_S = 60.0
+"""Between two snapshots that fail, or that a full disk asks for."""
+_TIMES_ITS_LENGTH = 10
+"""A snapshot that a full disk asks for is followed by a pause of so many times what it took."""
+
+
+class Upkeep:
+    """Safe to use from several threads.
+
+    Args:
+        clock: Seconds, of a clock that only goes forward.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        # Why the disk refuses changes, and how many it has refused; why no snapshot can be written.
+        self._refusal = ""
+        self._refused = 0
+        self._failure = ""
+        self._failures = 0
+        self._pause_until = self._pause_when_refused_until = self._warned_at = -float("inf")
+
+    @property
+    def problem(self) -> str:
+        """What keeps changes from being made durable, in words; empty while nothing does."""
+        return self._refusal or self._failure
+
+    def refused(self, error: OSError) -> None:
+        """The disk did not take a change, which was refused."""
+        with self._lock:
+            self._refused += 1
+            self._refusal = f"the disk refuses changes: {error.strerror or error}"
+            now = self._clock()
+            if now - self._warned_at < WARN_EVERY_S:
+                return
+            self._warned_at = now
+        logger.warning("%s. A snapshot is tried, which takes the place of the journal", self._refusal)
+
+    def accepted(self) -> None:
+        """A change is durable."""
+        if not self._refusal:
+            return
+        with self._lock:
+            refused, self._refusal, self._refused, self._warned_at = self._refused, "", 0, -float("inf")
+        logger.warning("the disk takes changes again; %d were refused", refused)
+
+    def is_snapshot_due(self, *, grown: bool) -> bool:
+        """Whether to write one now.
+
+        Args:
+            grown: Whether the journal has grown by as much as it may. Where the disk refuses changes, one is written
+                before that, since it is what makes room.
+        """
+        now = self._clock()
+        with self._lock:
+            if now < self._pause_until:
+                return False
+            return grown or (self._refused > 0 and now >= self._pause_when_refused_until)
+
+    def snapshot_made(self, seconds: float) -> None:
+        """A snapshot was written, in so many seconds."""
+        with self._lock:
+            self._failure, self._failures = "", 0
+            self._pause_when_refused_until = self._clock() + min(max(1.0, _TIMES_ITS_LENGTH * seconds), MAX_PAUSE_S)
+        # There is room again where the journal was.
+        self.accepted()
+
+    def snapshot_failed(self, error: Exception) -> None:
+        """It could not be written, and is tried again after a pause that becomes longer."""
+        with self._lock:
+            pause_s = min(2.0**self._failures, MAX_PAUSE_S)
+            self._failures += 1
+            self._pause_until = self._clock() + pause_s
+            self._failure = f"snapshots cannot be written: {error}"
+        if isinstance(error, OSError):
+            logger.warning("a snapshot could not be written (%s); it is tried again in %.0f s", error, pause_s)
+        else:
+            logger.error("a snapshot could not be written; it is tried again in %.0f s", pause_s, exc_info=error)

@@ -1,0 +1,215 @@
+"""A full disk is no dead end, what is written is bounded, and both can be seen from outside."""
+
+import errno
+import logging
+import os
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from durability.folder import MIB, Server, fingerprint, step
+from optserve_server import journal, snapshot
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.schedule import AtSteps
+from optserve_server.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
+
+NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Disk:
+    """A disk with a size: files of a folder are refused beyond it when they are made."""
+
+    def __init__(self, folder, monkeypatch, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._folder = folder
+        self._real = os.posix_fallocate
+        monkeypatch.setattr(os, "posix_fallocate", self._allocate)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+
+    def _allocate(self, descriptor: int, offset: int, size: int) -> None:
+        if self.used_bytes + size > self.size_bytes:
+            raise NO_ROOM
+        self._real(descriptor, offset, size)
+
+
+def step_until_refused(item, index: int) -> int:
+    while True:
+        try:
+            step(item, index)
+        except OptserveError as error:
+            if error.reason is not Reason.NOT_DURABLE:
+                raise
+            return index
+        index += 1
+
+
+def test_a_disk_that_was_full_is_gone_on_with(tmp_path, monkeypatch):
+    """Without waiting for more journal, for which there is no room; and a start needs none."""
+    disk = Disk(tmp_path, monkeypatch, 8 * MIB)
+    server = Server(tmp_path)
+    item = server.create()
+    tried = threading.Semaphore(0)
+    real = snapshot.write
+
+    def write(*arguments, **options):
+        try:
+            return real(*arguments, **options)
+        finally:
+            tried.release()
+
+    monkeypatch.setattr(snapshot, "write", write)
+    server.folder.start_snapshots(lambda _in_place: None)
+    # Of the eight MiB the journal takes seven, and a snapshot of two and a half has no room.
+    refused_at = step_until_refused(item, 0)
+    assert refused_at > 5
+    assert tried.acquire(timeout=30)
+    assert "No space left" in server.folder.problem
+    before = fingerprint(item)
+    server.die()
+    # A server starts on the full disk, with everything, and can be read.
+    server = Server(tmp_path)
+    item = server.optimizers.get("a")
+    assert fingerprint(item)[2:] == before[2:]
+    assert not server.folder.problem
+    server.folder.start_snapshots(lambda _in_place: None)
+    step_until_refused(item, refused_at)
+    assert tried.acquire(timeout=30)
+    # As soon as there is a little room, a snapshot takes the place of the journal.
+    disk.size_bytes += 2 * MIB
+    deadline = time.monotonic() + 60
+    while server.folder.problem and time.monotonic() < deadline:
+        tried.acquire(timeout=0.1)
+    for index in range(refused_at, refused_at + 5):
+        step(item, index)
+    assert not server.folder.problem
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
+
+
+def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer_and_longer_pauses():
+    clock = Clock()
+    upkeep = Upkeep(clock)
+    assert not upkeep.is_snapshot_due(grown=False)
+    upkeep.refused(NO_ROOM)
+    tried = []
+    while clock.now < 1500:
+        if upkeep.is_snapshot_due(grown=False):
+            tried.append(clock.now - 1000)
+            upkeep.snapshot_failed(NO_ROOM)
+        clock.now += 1
+    assert tried[:7] == [0, 1, 3, 7, 15, 31, 63]
+    assert max(np.diff(tried)) == MAX_PAUSE_S
+    # One that is made ends the refusal, and is not followed by another at once.
+    clock.now += MAX_PAUSE_S
+    upkeep.snapshot_made(2.0)
+    upkeep.refused(NO_ROOM)
+    assert not upkeep.is_snapshot_due(grown=False)
+    assert upkeep.is_snapshot_due(grown=True)
+    clock.now += 21
+    assert upkeep.is_snapshot_due(grown=False)
+
+
+def test_what_is_wrong_is_said_once_a_minute(caplog):
+    clock = Clock()
+    upkeep = Upkeep(clock)
+    caplog.set_level(logging.WARNING)
+    for _ in range(1000):
+        upkeep.refused(NO_ROOM)
+    assert [record.message.split(".")[0] for record in caplog.records] == [
+        "the disk refuses changes: No space left on device"
+    ]
+    clock.now += WARN_EVERY_S
+    upkeep.refused(NO_ROOM)
+    assert len(caplog.records) == 2
+    assert upkeep.problem == "the disk refuses changes: No space left on device"
+    upkeep.accepted()
+    upkeep.accepted()
+    assert [record.message for record in caplog.records[2:]] == ["the disk takes changes again; 1001 were refused"]
+    assert not upkeep.problem
+    upkeep.snapshot_failed(NO_ROOM)
+    upkeep.accepted()
+    assert "snapshots cannot be written" in upkeep.problem
+    upkeep.snapshot_made(1.0)
+    assert not upkeep.problem
+
+
+def test_settings_and_headers_count_as_journal(tmp_path, monkeypatch, caplog):
+    """Changes that bring no gradient make a snapshot due as well, and are not written into the log whole."""
+    caplog.set_level(logging.INFO)
+    made = threading.Semaphore(0)
+    real = snapshot.write
+    monkeypatch.setattr(snapshot, "write", lambda *given, **options: (real(*given, **options), made.release())[0])
+    server = Server(tmp_path)
+    item = server.create()
+    server.folder._snapshot_bytes = 3 * MIB
+    server.folder.start_snapshots(lambda _in_place: None)
+    for turn in range(12):
+        schedule = AtSteps(rate=0.5, milestones=tuple(range(turn, 60_000)))
+        changed = replace(item.settings, rule=replace(item.rule, learning_rate=0.5), schedule=schedule)
+        server.optimizers.update("a", lambda _before, _layout, changed=changed: changed)
+    assert made.acquire(timeout=30)
+    server.folder.close()
+    assert sum(path.stat().st_size for path in journal.segment_paths(tmp_path)) < 5 * MIB
+    assert sum(len(record.getMessage()) for record in caplog.records) < 10_000
+
+
+def test_marks_and_padding_count_as_well(tmp_path):
+    server = Server(tmp_path)
+    item = server.create()
+    written = server.folder._journal.bytes_written
+    for index in range(20):
+        step(item, index, (1,))
+    # As much as the file has grown by: twice the 88 bytes of each gradient and more.
+    (path,) = journal.segment_paths(tmp_path)
+    used = len(path.read_bytes().rstrip(b"\0"))
+    assert 0 <= server.folder._journal.bytes_written + 40 - used < 64
+    assert server.folder._journal.bytes_written - written > 20 * 2 * 88
+    server.die()
+    again = Server(tmp_path)
+    assert -again.folder._bytes_at_snapshot > 20 * 2 * 88
+    again.die()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_nobody_else_may_read_a_data_folder(tmp_path, umask):
+    from optserve_server.checkpoint_store import FolderStore
+    from optserve_server.checkpoints import Checkpoints
+
+    before = os.umask(umask)
+    try:
+        server = Server(tmp_path / "data")
+        step(server.create(), 0)
+        Checkpoints(server.optimizers, FolderStore(tmp_path / "data" / "checkpoints"), 10).save("a", "t")
+        server.folder.snapshot()
+        server.die()
+        # Another way to keep a folder, with a file of its own.
+        server = Server(tmp_path / "data", interval_s=3600)
+        server.die()
+        again = Server(tmp_path / "data")
+        step(again.optimizers.get("a"), 1)
+        again.die()
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "data", *(tmp_path / "data").rglob("*")]
+    assert {path.name for path in paths} >= {"LOCK", "manifest.json", "t.safetensors", "checkpoints", "NEWEST_SEGMENT"}
+    open_to_others = [path for path in paths if path.stat().st_mode & 0o077]
+    assert not open_to_others
