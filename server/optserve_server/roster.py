@@ -13,6 +13,9 @@ from optserve_server.lane import Lane
 from optserve_server.room import Room
 from optserve_server.step import Retained, Step
 
+MAX_NAMED = 8
+"""Workers that an error names."""
+
 MAX_KNOWN = 5_000
 """Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
 
@@ -91,6 +94,19 @@ class Roster:
     def alive(self) -> list[Worker]:
         """Those whose leases hold."""
         return [worker for worker in self if worker.alive]
+
+    def too_few(self, needed: int) -> OptserveError:
+        """The error for a step that takes more workers than are alive; says who is, and who has been."""
+        alive = self.alive
+        gone = sorted((worker for worker in self if not worker.alive), key=lambda worker: -worker.seen_at)
+        there = f" ({_names(alive)})" if alive else ""
+        return OptserveError(
+            Reason.TOO_FEW_WORKERS,
+            f"A step of {self._name} takes {needed} workers, of which {len(alive)} are alive{there}."
+            + (f" No longer alive: {_names(gone)}." if gone else ""),
+            live_workers=len(alive),
+            workers=needed,
+        )
 
     def slowest(self, default: int) -> int:
         """The least clock of those alive."""
@@ -189,3 +205,9 @@ class Roster:
         """The reverse of `to_json`."""
         for name, (clock, request_id, step, tensors) in content.items():
             self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False), clock)
+
+
+def _names(workers: list[Worker]) -> str:
+    """The names of the first few."""
+    names = ", ".join(repr(worker.name) for worker in workers[:MAX_NAMED])
+    return names + (f" and {len(workers) - MAX_NAMED} more" if len(workers) > MAX_NAMED else "")

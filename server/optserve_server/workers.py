@@ -338,14 +338,9 @@ class Workers:
             self._withdraw(worker)
             raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
         consistency = self._consistency
-        alive = len(self.roster.alive)
-        if consistency.kind == "sync" and alive < consistency.workers:
+        if consistency.kind == "sync" and len(self.roster.alive) < consistency.workers:
             self._withdraw(worker)
-            raise OptserveError(
-                Reason.TOO_FEW_WORKERS,
-                f"A step of {self._name} takes {consistency.workers} workers, of which {alive} are alive.",
-                live_workers=alive,
-            )
+            raise self.roster.too_few(consistency.workers)
         if self._room.is_wanted(worker.lane):
             # Perhaps by the very worker that this step waits for.
             self._withdraw(worker)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -228,6 +229,76 @@ def test_with_too_few_workers_alive_a_step_is_refused_and_made_when_another_come
         assert np.all(one.pull().arrays["b"] == 2)
 
 
+def test_who_waits_alone_is_told_after_seconds_who_is_there(client, name, caplog):
+    shared(client, name, optserve.Sync(2))
+    with client.worker(name, "gone"):
+        pass
+    with client.worker(name, "one") as one:
+        one.pull()
+        there = r"takes 2 workers, of which 1 are alive \('one'\)\. No longer alive: 'gone'\."
+        with pytest.raises(optserve.TooFewWorkersError, match=there):
+            one.step(full(-1), timeout_s=3.5)
+        assert [record.levelname for record in caplog.records if re.search(there, record.getMessage())] == ["WARNING"]
+        caplog.clear()
+        # One that is there and slow is waited for, without a word.
+        with client.worker(name, "slow"):
+            with pytest.raises(optserve.DeadlineExceededError):
+                one.step(full(-1), timeout_s=2.5)
+            assert not caplog.records
+
+
+def waits(worker: optserve.Worker) -> threading.Event:
+    """Is set once a step of that worker is being made."""
+    waiting = threading.Event()
+
+    def look() -> None:
+        while worker._optimizer._session._patience is None:
+            time.sleep(0.001)
+        waiting.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    return waiting
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_leaving_the_block_interrupts_a_step_that_waits_and_takes_the_leave_at_once(client, name, alone):
+    opt = shared(client, name, optserve.Sync(2))
+    raised: list[BaseException] = []
+    threads: list[threading.Thread] = []
+    begun = 0.0
+
+    def step(worker: optserve.Worker) -> None:
+        try:
+            worker.step(full(-1))
+        except optserve.OptserveError as error:
+            raised.append(error)
+
+    with ExitStack() as others:
+        if not alone:
+            others.enter_context(client.worker(name, "other"))
+        with suppress(KeyboardInterrupt), client.worker(name, "w") as worker:
+            worker.pull()
+            waiting = waits(worker)
+            threads = [threading.Thread(target=step, args=(worker,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            assert waiting.wait(30)
+            begun = time.monotonic()
+            # As when somebody presses Ctrl-C while this thread waits for the others.
+            raise KeyboardInterrupt
+        assert time.monotonic() - begun < 10
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert {type(error) for error in raised} <= {optserve.StepCancelledError, optserve.ClientUseError}
+        assert len(raised) == 3
+        with client.worker(name, "looks") as looks:
+            assert looks.live_workers == (1 if alone else 2)
+        with pytest.raises(optserve.ClientUseError, match="has left"):
+            worker.step(full(-1))
+    assert opt.pull_parameters().step == 0
+
+
 def test_a_worker_that_comes_back_goes_on_where_it_was(client, name):
     shared(client, name, optserve.Async())
     with client.worker(name, "w") as worker:
@@ -269,19 +340,38 @@ def test_a_worker_that_comes_back_does_not_wait_for_who_came_in_between(client, 
             new.step(full(-1), timeout_s=10)
 
 
-def test_a_step_that_another_of_the_same_name_has_made_is_not_taken_for_ones_own(client, name):
-    shared(client, name, optserve.Async())
-    with client.worker(name, "w") as one, client.worker(name, "w") as other:
+@pytest.mark.parametrize("consistency", [optserve.Async(), optserve.Bounded(0), optserve.Sync(1)])
+def test_of_two_lives_of_one_name_only_the_later_one_goes_on(client, name, consistency):
+    opt = shared(client, name, consistency)
+    with client.worker(name, "w") as one:
         one.pull()
-        other.pull()
         one.step(full(-1))
-        with pytest.raises(optserve.StepInDoubtError, match="Step 1 of worker 'w' had been applied before"):
+        with client.worker(name, "w") as other:
+            assert other.steps_made == 1
+            other.pull()
             other.step(full(-10))
-        assert np.all(other.pull().arrays["b"] == 1)
-        other.refresh()
+            for _ in range(2):
+                with pytest.raises(optserve.WorkerReplacedError, match="enter it as a new worker"):
+                    one.step(full(-100))
+                with pytest.raises(optserve.WorkerReplacedError):
+                    one.refresh()
+                other.step(full(-10))
+            assert other.steps_made == 4
+        # Nor does it come back when the other has left.
+        with pytest.raises(optserve.WorkerReplacedError):
+            one.step(full(-100))
+    assert np.all(opt.pull_parameters().arrays["b"] == 31)
+
+
+def test_a_life_that_is_over_does_not_take_the_leave_of_the_next(client, name):
+    shared(client, name, optserve.Async())
+    with client.worker(name, "w") as one, ExitStack() as later:
+        one.pull()
+        other = later.enter_context(client.worker(name, "w"))
         other.pull()
-        other.step(full(-10))
-        assert np.all(other.pull().arrays["b"] == 11)
+        one.__exit__(None, None, None)
+        other.step(full(-1))
+        assert other._register().live_workers == 1
 
 
 def test_a_restore_in_the_middle_of_a_workers_step_refuses_it_and_the_worker_can_go_on(client, name):

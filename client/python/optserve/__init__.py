@@ -39,7 +39,9 @@ from optserve.errors import (
     StepInDoubtError,
     StepInProgressError,
     StepsLostError,
+    TooFewWorkersError,
     UnavailableError,
+    WorkerReplacedError,
     WrongStepError,
 )
 from optserve.local import LocalServer, local_server
@@ -111,10 +113,12 @@ __all__ = [
     "StepsLostError",
     "Sync",
     "TensorSpec",
+    "TooFewWorkersError",
     "UnavailableError",
     "Vsgd",
     "WindowedRms",
     "Worker",
+    "WorkerReplacedError",
     "WrongStepError",
     "connect",
     "local_server",

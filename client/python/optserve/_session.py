@@ -7,13 +7,14 @@ it may even then be about to be applied, it stays unsettled until a later step i
 
 from __future__ import annotations
 
-import uuid
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from optserve._feedback import ErrorFeedback
+from optserve._lives import Life
 from optserve._outcomes import Outcomes
 from optserve._patience import Patience, Turn
 from optserve._shared import SharedStaging
@@ -21,6 +22,7 @@ from optserve._stream import Gradients, StepRefused, StepStream
 from optserve._transport import Backoff, Transport, is_retryable
 from optserve._updates import Updates
 from optserve.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     FeatureUnavailableError,
     InternalError,
@@ -35,14 +37,13 @@ from optserve.errors import (
 )
 from optserve.v1 import steps_pb2
 
+logger = logging.getLogger(__name__)
+
 _SHARE_AGAIN_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 """Pauses between tries to share memory again, before tensors take the stream."""
 
-_WORKER_STEP = "step-"
-"""Request ids of a worker's steps are this and their number."""
-
-_MAX_DIGITS = 20
-"""Of that number; what is longer was never counted."""
+_LEAVE_WAIT_S = 2.0
+"""How long a step that was interrupted is waited for."""
 
 
 class StepSession:
@@ -53,7 +54,7 @@ class StepSession:
         current_step: Steps that the server has applied, as far as is known.
         lineage: Says which state these steps are of.
         at_step: The step of the parameters that gradients are taken at, for a worker among several.
-        steps_made: By this object; for a worker, by all that have borne its name.
+        life: Makes the request ids, and counts the steps.
         staleness: Steps of others between those parameters and the last step.
         outcomes: What became of steps whose callers do not know it.
     """
@@ -73,7 +74,7 @@ class StepSession:
     ) -> None:
         self._register = register
         self.at_step: int | None = None
-        self.steps_made = 0
+        self.life = Life(open_request.worker)
         self.staleness = 0
         self._connection = connection
         self._must_share = must_share
@@ -87,9 +88,6 @@ class StepSession:
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
         self.outcomes = Outcomes(feedback)
-        # Request ids: this object's own, and a number.
-        self._id = uuid.uuid4().hex
-        self._steps_begun = 0
 
     def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> str:
         """Make one new step; gives its request id.
@@ -101,7 +99,7 @@ class StepSession:
         try:
             if self.outcomes.unsettled or self.outcomes.overtaken:
                 self._raise_if_applied(patience)
-            request_id = self._next_request_id()
+            request_id = self.life.next_request_id()
             self.outcomes.begin(request_id, gradients)
             try:
                 self._exchange(request_id, gradients, updates, patience)
@@ -112,10 +110,7 @@ class StepSession:
                     self._raise_if_applied(patience)
                 raise refusal.error from None
             self.outcomes.applied(request_id)
-            if self.open_request.worker:
-                self.count_from(request_id)
-            else:
-                self.steps_made += 1
+            self.life.made(request_id)
             # Cancelled at the last moment: the caller will not get the updates.
             patience.settle()
             self.outcomes.received(request_id)
@@ -176,6 +171,21 @@ class StepSession:
         if patience is not None:
             patience.cancel()
 
+    def leave(self) -> None:
+        """Interrupt the step that is being made, close the stream, and let no other step be made."""
+        self.life.leave()
+        self.cancel()
+        try:
+            self._only_one.take(self._connection.patience(_LEAVE_WAIT_S))
+        except DeadlineExceededError as error:
+            # It is reporting to a server that does not answer, and ends by itself.
+            logger.debug("%s", error)
+            return
+        try:
+            self._close_stream()
+        finally:
+            self._only_one.give_back()
+
     def close(self) -> None:
         """Close the stream; the next step opens another."""
         with self._turn(self._connection.patience(self._connection.config.timeout_s)):
@@ -197,8 +207,15 @@ class StepSession:
     def _begin_turn(self, patience: Patience) -> None:
         """What `_turn` does at its beginning: wait for other threads."""
         self._connection.check_usable()
+        self.life.check_goes_on()
         self._only_one.take(patience)
         self._patience = patience
+        try:
+            # Now that it can be cancelled: `leave` ends the life first, and cancels then.
+            self.life.check_goes_on()
+        except OptserveError:
+            self._end_turn()
+            raise
 
     def _end_turn(self) -> None:
         """What `_turn` does at its end."""
@@ -257,6 +274,7 @@ class StepSession:
                 self._take(result, known=before or gradients is None)
             except StepRefused as refusal:
                 error = refusal.error
+                self.life.note(error)
                 doubtful = before or isinstance(error, InternalError | StateLostError)
                 # Also a reply that was read too slowly is taken over.
                 doubtful |= error.reason == "STEP_TAKEN_OVER"
@@ -280,25 +298,13 @@ class StepSession:
                     raise ended if doubtful else _NotApplied(ended) from None
             elif not doubtful:
                 raise _NotApplied(error)
-            elif error.reason in ("WRONG_STEP", "REPLY_GONE"):
+            elif error.reason in ("WRONG_STEP", "REPLY_GONE", "WORKER_REPLACED"):
                 raise StepInDoubtError(
                     f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
                     "Whether the step was applied is no longer known. Call refresh() to go on."
                 ) from error
             else:
                 raise error
-
-    def _next_request_id(self) -> str:
-        if self.open_request.worker:
-            # Goes on where an earlier life of this worker ended; a step that was not applied has the same id again.
-            return f"{_WORKER_STEP}{self.steps_made + 1}"
-        self._steps_begun += 1
-        return f"{self._id}-{self._steps_begun}"
-
-    def count_from(self, last_request_id: str) -> None:
-        """Go on behind a worker's last step."""
-        number = last_request_id.removeprefix(_WORKER_STEP)
-        self.steps_made = int(number) if number.isdecimal() and len(number) <= _MAX_DIGITS else 0
 
     def _is_passing(self, error: OptserveError) -> bool:
         """Whether the same call may succeed after a pause."""
@@ -316,15 +322,9 @@ class StepSession:
     def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
         self.current_step, self.staleness = result.step, result.staleness
-        if result.replayed and not known and not self.open_request.worker:
+        if result.replayed and not known:
             raise InternalError(
                 f"The server says that a new step of {self._name} had been applied before, which it cannot have been."
-            )
-        if result.replayed and not known:
-            self.count_from(result.request_id)
-            raise StepInDoubtError(
-                f"Step {self.steps_made} of worker {self.open_request.worker!r} had been applied before, by an earlier "
-                "life of it or by another worker of the same name; this gradient was not. Call refresh() to go on."
             )
 
     def _begin(self, request_id: str) -> steps_pb2.StreamStepsRequest:
@@ -378,23 +378,25 @@ class StepSession:
                 f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
                 "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
             ) from error
-        except OptserveError:
+        except OptserveError as error:
             # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
             self._has_shared = True
+            self.life.note(error)
             raise
-        if self.open_request.worker:
-            self.count_from(stream.opened.last_request_id)
         try:
             self._check_state(stream.opened)
-            self._check_transport(stream)
+            self.life.check_last(stream.opened.last_request_id)
+            self._check_transport(stream, patience)
         except OptserveError:
             stream.close()
             raise
         return stream
 
-    def _check_transport(self, stream: StepStream) -> None:
+    def _check_transport(self, stream: StepStream, patience: Patience) -> None:
         """Raise if memory must be shared and is not."""
         if self._must_share and stream.shared is None:
+            # One that was interrupted meanwhile is gone, and its memory with it.
+            patience.check()
             message = f"Shared memory cannot be used: {stream.transport_reason}."
             # The server may not have noticed yet that the stream before is gone.
             raise UnavailableError(message) if self._has_shared else FeatureUnavailableError(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -36,6 +37,11 @@ class _HasNextPage(Protocol):
     next_page_token: str
 
 
+logger = logging.getLogger(__name__)
+
+WARN_AFTER_S, WARN_EVERY_S = 2.0, 30.0
+"""After so many seconds of tries a warning says what they wait for, and then again after each of the second length."""
+
 INHERITED = (
     "This client was made before the process forked, and gRPC connections do not survive that. "
     "Connect again in the new process, or start it with the 'spawn' method."
@@ -54,15 +60,21 @@ by itself would ask again ever more seldom."""
 class Backoff:
     """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
 
-    While no server is there they are at most RECONNECT_PAUSE_S.
+    While no server is there they are at most RECONNECT_PAUSE_S. Who waits for long reads in the log for what.
     """
 
     def __init__(self, config: ClientConfig) -> None:
         self._pause_s = config.initial_backoff_s
         self._max_pause_s = config.max_backoff_s
+        self._began = time.monotonic()
+        self._warn_at = self._began + WARN_AFTER_S
 
     def next_s(self, error: OptserveError) -> float:
         """Seconds to wait after `error`."""
+        now = time.monotonic()
+        if now >= self._warn_at and is_retryable(error):
+            logger.warning("has tried for %.0f s: %s", now - self._began, error)
+            self._warn_at = now + WARN_EVERY_S
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
         # What a server says of itself has a reason.
         if isinstance(error, UnavailableError) and not error.reason:

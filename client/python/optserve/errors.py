@@ -2,6 +2,7 @@
 
 OptserveError
 ├── UnavailableError            no server answers, or it is about to stop
+│   └── TooFewWorkersError      a step takes more workers than are alive
 ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
 ├── StepCancelledError          the step was cancelled; it may or may not have been applied
 ├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
@@ -11,6 +12,7 @@ OptserveError
 │   ├── WrongStepError          the server is at another step than the client
 │   ├── GradientLateError       a step has gone on without a worker's gradient
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
+│   ├── WorkerReplacedError     another life of this worker has begun, under the same name
 │   ├── StateReplacedError      the state is another one than this client knew: restored, imported, or a new optimizer's
 │   └── StepInProgressError     another client is in the middle of a step
 ├── FailedPreconditionError
@@ -75,6 +77,13 @@ class UnavailableError(OptserveError):
     """No server answers, or it is about to stop."""
 
 
+class TooFewWorkersError(UnavailableError):
+    """A step takes the gradients of more workers than are alive, and has waited for others in vain.
+
+    The message says which are alive and which have been. The step was not applied.
+    """
+
+
 class DeadlineExceededError(OptserveError):
     """No answer came in time. A step may or may not have been applied; the next one finds out."""
 
@@ -114,6 +123,13 @@ class WrongStepError(AbortedError):
 
 class EtagMismatchError(AbortedError):
     """The optimizer was changed since this client last read it."""
+
+
+class WorkerReplacedError(AbortedError):
+    """This life of a worker is over: another has begun under the same name. Its step was not applied.
+
+    It makes no steps any more, whatever becomes of the other one; to go on, enter a new `Client.worker`.
+    """
 
 
 class StateReplacedError(AbortedError):
@@ -192,6 +208,8 @@ _BY_CODE: dict[int, type[OptserveError]] = {
 }
 _BY_REASON: dict[str, type[OptserveError]] = {
     "GRADIENT_LATE": GradientLateError,
+    "TOO_FEW_WORKERS": TooFewWorkersError,
+    "WORKER_REPLACED": WorkerReplacedError,
     "WRONG_STEP": WrongStepError,
     "ETAG_MISMATCH": EtagMismatchError,
     "STATE_REPLACED": StateReplacedError,

@@ -108,11 +108,12 @@ class Optimizer(Resource):
     @property
     def steps_made(self) -> int:
         """Steps that this object has made; for a worker, all that have been made under its name."""
-        return self._session.steps_made
+        return self._session.life.steps_made
 
-    def count_from(self, last_request_id: str) -> None:
-        """Go on behind the last step that was made under a worker's name."""
-        self._session.count_from(last_request_id)
+    def count_from(self, last_request_id: str, life: int) -> None:
+        """Go on behind the last step that was made under a worker's name, as a life with that number."""
+        self._session.open_request.life = life
+        self._session.life.go_on_after(last_request_id)
 
     @property
     def staleness(self) -> int:
@@ -359,9 +360,17 @@ class Optimizer(Resource):
         """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
         self._session.cancel()
 
-    def close(self) -> None:
-        """Close this object's stream; the optimizer itself stays on the server."""
-        self._session.close()
+    def close(self, *, for_good: bool = False) -> None:
+        """Close this object's stream; the optimizer itself stays on the server.
+
+        Args:
+            for_good: Interrupt the step that another thread is in the middle of, and refuse every later one. Otherwise
+                the stream is closed after that step, and the next one opens another.
+        """
+        if for_good:
+            self._session.leave()
+        else:
+            self._session.close()
 
 
 def _wire_type(wire_dtype: WireDtype) -> optimizer_pb2.DataType:

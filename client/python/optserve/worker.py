@@ -14,7 +14,7 @@ import numpy as np
 from optserve import _replies
 from optserve._patience import Patience
 from optserve._transport import Transport
-from optserve.errors import OptserveError, StepInDoubtError
+from optserve.errors import OptserveError, StepInDoubtError, WorkerReplacedError
 from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
 from optserve.state import HostedParameters
 from optserve.v1 import optimizer_pb2, replicas_pb2
@@ -24,10 +24,17 @@ logger = logging.getLogger(__name__)
 BEATS_PER_LEASE = 3
 MAX_BEAT_S = 3600.0
 """A longer lease is renewed as often as one of three hours."""
+LEAVE_TIMEOUT_S = 5.0
+"""How long the server is told that a worker leaves; after that the lease runs out by itself."""
+
+_LEAVE_WAIT_S = 1.0
 
 
 class Worker:
     """A worker, for the length of a with-block: registered, kept alive in the background, and gone at the end.
+
+    Entering the block begins a life of the worker's name, and ends those that others may still have under it: their
+    steps raise WorkerReplacedError. Leaving it interrupts a step that another thread waits for.
 
     Attributes:
         name: Its own among the optimizer's workers.
@@ -50,6 +57,7 @@ class Worker:
     ) -> None:
         self.name = name or f"worker-{uuid.uuid4().hex[:12]}"
         self.live_workers = 0
+        self._life = 0
         self._connection = connection
         self._resource = message.name
         self._optimizer = Optimizer(
@@ -60,16 +68,24 @@ class Worker:
         self._beat_s = 10.0
 
     def __enter__(self) -> Self:
-        self._optimizer.count_from(self._register().last_request_id)
+        # Only the first use of the number ends other lives, so a report that was lost or comes twice ends nobody.
+        self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
+        self._optimizer.count_from(self._register().last_request_id, self._life)
         self._beating.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._done.set()
-        self._beating.join()
         try:
-            self._optimizer.close()
-            self._report(replicas_pb2.WORKER_STATE_LEAVING)
+            self._optimizer.close(for_good=True)
+            # A report that is under way to a server that does not answer is not waited for; this life is over.
+            self._beating.join(_LEAVE_WAIT_S)
+            self._report(
+                replicas_pb2.WORKER_STATE_LEAVING, timeout_s=min(LEAVE_TIMEOUT_S, self._connection.config.timeout_s)
+            )
+        except WorkerReplacedError as failure:
+            # The name is another life's, which goes on.
+            logger.debug("%s", failure)
         except OptserveError as failure:
             # Its lease runs out without that; and an error of the block says more.
             logger.warning("%s could not take its leave: %s", self.name, failure)
@@ -116,9 +132,13 @@ class Worker:
         return found
 
     def refresh(self) -> None:
-        """Take the server's word for what this worker has done, after an error that says so. Then pull."""
+        """Take the server's word for what this worker's name has done, after an error that says so. Then pull.
+
+        Raises:
+            WorkerReplacedError: This life of the worker is over.
+        """
         self._optimizer.refresh()
-        self._optimizer.count_from(self._register().last_request_id)
+        self._optimizer.count_from(self._register().last_request_id, self._life)
 
     def cancel(self) -> None:
         """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
@@ -141,6 +161,9 @@ class Worker:
 
         Raises:
             GradientLateError: The step has gone on without this gradient; pull, and compute another.
+            WorkerReplacedError: Another life has begun under this worker's name; this gradient was not applied.
+            TooFewWorkersError: Too few workers were alive until the deadline. After 2 s, and every 30 s, a warning is
+                logged that says who is.
             OptserveError: As for `Optimizer.step`.
         """
         patience = self._connection.patience(timeout_s)
@@ -173,9 +196,11 @@ class Worker:
         self._beat_s = min(max(0.1, lease_s / BEATS_PER_LEASE), MAX_BEAT_S)
         return response
 
-    def _report(self, state: replicas_pb2.WorkerState) -> replicas_pb2.ReportWorkerResponse:
-        request = replicas_pb2.ReportWorkerRequest(name=self._resource, worker=self.name, state=state)
-        response = self._connection.call(self._connection.stub.ReportWorker, request)
+    def _report(
+        self, state: replicas_pb2.WorkerState, *, timeout_s: float | None = None
+    ) -> replicas_pb2.ReportWorkerResponse:
+        request = replicas_pb2.ReportWorkerRequest(name=self._resource, worker=self.name, state=state, life=self._life)
+        response = self._connection.call(self._connection.stub.ReportWorker, request, timeout_s=timeout_s)
         self.live_workers = response.live_workers
         return response
 
@@ -183,5 +208,8 @@ class Worker:
         while not self._done.wait(self._beat_s):
             try:
                 self._register()
+            except WorkerReplacedError as error:
+                logger.warning("%s", error)
+                return
             except OptserveError as error:
                 logger.warning("%s could not report: %s", self.name, error)
