@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from optserve_server import machine
+
 MIB = 1 << 20
 GIB = 1 << 30
+
+NUMPY_BYTES, COMPILER_BYTES = 96 * MIB, 192 * MIB
+"""What the process itself takes: with NumPy alone, and with Numba or CuPy, which compile kernels."""
 
 UNASKED_CHUNK_BYTES = 4 * MIB - 4096
 """Largest payload that is sent to a client that has not asked for a larger one. By themselves gRPC's clients take
@@ -58,9 +62,9 @@ class ServerConfig:
     """Calls at the same time by one connection; the client holds back what goes beyond."""
     max_watchers: int = 64
     """Clients that watch the server's health (grpc.health.v1.Health/Watch) at the same time; each occupies a thread."""
-    max_reply_bytes: int = 64 * MIB
+    max_reply_bytes: int = 0
     """Replies of unary calls that their clients have not taken yet, with the calls that they belong to; a single one
-    may be larger."""
+    may be larger. 0 for 64 MiB, or a sixty-fourth of `memory_bytes` where that is less."""
     max_chunk_bytes: int = 4 * MIB
     """Largest payload of one chunk."""
     preferred_chunk_bytes: int = 0
@@ -81,15 +85,18 @@ class ServerConfig:
     """Checkpoints kept of all optimizers, deleted ones included."""
     max_checkpoint_bytes: int = 0
     """Bytes of all of them; 0 for half of the disk that they are on."""
+    memory_bytes: int = 0
+    """Memory that this process may use; 0 for that of the machine, or of its container where that is less."""
     max_state_bytes: int = 0
-    """Total of all optimizers' state and staging buffers; 0 for nine tenths of this machine's or container's
-    memory."""
+    """Total of all optimizers' state, staging buffers and descriptions; 0 for nine tenths of what the process itself,
+    messages, pulls and replies leave of `memory_bytes`."""
     max_staged_bytes: int = 0
     """Staging buffers of workers, with the replies that they keep, beside `max_state_bytes`; 0 for a ninth of it."""
     max_optimizer_staged_bytes: int = 0
     """Those of one optimizer's workers; 0 for half of `max_staged_bytes`, so that others always find room."""
-    max_pull_bytes: int = GIB
-    """Copies of hosted parameters that are on their way to clients; a single one may be larger."""
+    max_pull_bytes: int = 0
+    """Copies of hosted parameters that are on their way to clients; a single one may be larger. 0 for 1 GiB, or a
+    sixteenth of `memory_bytes` where that is less."""
     idle_step_s: float = 60.0
     """A step that has not moved for so long is discarded, and so is a transfer, or a reply that its client does not
     take. Where all places are taken, a stream that has been silent for so long gives way to a new one."""
@@ -119,12 +126,10 @@ class ServerConfig:
             "max_optimizers",
             "max_checkpoints",
             "max_total_checkpoints",
-            "max_pull_bytes",
             "max_connections",
             "connection_idle_s",
             "max_connection_streams",
             "max_watchers",
-            "max_reply_bytes",
             "keepalive_s",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
@@ -143,15 +148,7 @@ class ServerConfig:
         self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
         self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
         self._require("max_checkpoint_bytes", self.max_checkpoint_bytes >= 0, "must not be negative")
-        self._require("max_state_bytes", self.max_state_bytes >= 0, "must not be negative")
-        if self.max_state_bytes == 0:
-            object.__setattr__(self, "max_state_bytes", _memory_bytes() * 9 // 10)
-        self._require("max_staged_bytes", self.max_staged_bytes >= 0, "must not be negative")
-        if self.max_staged_bytes == 0:
-            object.__setattr__(self, "max_staged_bytes", max(1, self.max_state_bytes // 9))
-        self._require("max_optimizer_staged_bytes", self.max_optimizer_staged_bytes >= 0, "must not be negative")
-        if self.max_optimizer_staged_bytes == 0:
-            object.__setattr__(self, "max_optimizer_staged_bytes", max(1, self.max_staged_bytes // 2))
+        self._share_memory()
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
         self._require(
@@ -163,6 +160,37 @@ class ServerConfig:
         self._require("snapshot_interval_s", self.snapshot_interval_s > 0, "must be positive")
         for name in ("snapshot_bytes", "segment_bytes"):
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
+
+    def _share_memory(self) -> None:
+        """Give what is 0 its part of the memory."""
+        self._derive("memory_bytes", machine.usable_bytes())
+        self._derive("max_pull_bytes", min(GIB, self.memory_bytes // 16))
+        self._derive("max_reply_bytes", min(64 * MIB, self.memory_bytes // 64))
+        self._derive("max_state_bytes", self._bytes_for_optimizers * 9 // 10)
+        self._derive("max_staged_bytes", self.max_state_bytes // 9)
+        self._derive("max_optimizer_staged_bytes", self.max_staged_bytes // 2)
+
+    def _derive(self, name: str, value: int) -> None:
+        self._require(name, getattr(self, name) >= 0, "must not be negative")
+        if getattr(self, name) == 0:
+            object.__setattr__(self, name, max(1, value))
+
+    @property
+    def _bytes_for_optimizers(self) -> int:
+        """What the process itself and what is on its way leave of the memory, for states and staging buffers."""
+        own = NUMPY_BYTES if self.backend == "numpy" else COMPILER_BYTES
+        return max(0, self.memory_bytes - own - self.wire_bytes - self.max_pull_bytes - self.max_reply_bytes)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Memory that is kept for messages on their way, of all streams."""
+        return min(2 * GIB, self.memory_bytes // 10)
+
+    @property
+    def room_bytes(self) -> int:
+        """What there is for states, whatever `max_state_bytes` says, with what a recovery or a pull takes beside."""
+        room = self._bytes_for_optimizers
+        return room - min(self.max_staged_bytes, room // 10)
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -177,18 +205,6 @@ class ServerConfig:
     def max_frame_bytes(self) -> int:
         """What gRPC lets through: well above our own limits, so that it is we who explain a refusal."""
         return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
-
-
-def _memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its container's where that is less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [machine]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / name
-        if path.is_file():
-            text = path.read_text(encoding="ascii").strip()
-            limits += [int(text)] if text.isdigit() else []
-    return min(limits)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -28,6 +28,29 @@ def usable_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> in
     return cores
 
 
+def usable_bytes(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> int:
+    """Memory that this process may use: the machine's, or that of a group around it, such as a container's, if less.
+
+    Args:
+        cgroups: Where the kernel shows control groups, of version 1 or 2.
+        own_cgroups: The file that says which of them this process is in.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for folder in _groups("memory", cgroups, own_cgroups):
+        # Version 2 says "max" where there is no limit, version 1 a number beyond any machine.
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(folder / name).strip()
+            limits += [int(text)] if text.isdecimal() else []
+    return min(limits)
+
+
+def own_bytes() -> int:
+    """Memory of this process that nothing but the process itself can give back."""
+    # Pages in memory, and those of them that files or other processes share.
+    _, resident, shared, *_ = map(int, _read(Path("/proc/self/statm")).split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _groups(controller: str, cgroups: Path, own_cgroups: Path) -> Iterator[Path]:
     """The folders of the groups that limit this process, its own and those around it.
 

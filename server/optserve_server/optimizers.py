@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from optserve_server import footprint
 from optserve_server.backends import Backend
 from optserve_server.config import ServerConfig
 from optserve_server.durability import CreationRecord, Durability, ReplacementRecord
@@ -133,7 +134,9 @@ class Optimizers:
     def share(self, optimizer: Optimizer) -> Segment | None:
         """Share memory with a client of an optimizer; None if it cannot be. See `Steps.share`."""
         wanted = len(optimizer.state.operand_kinds) * optimizer.layout.size_bytes
-        if self.memory_bytes + wanted > self._config.max_state_bytes:
+        try:
+            self._check_room(optimizer.id, wanted)
+        except OptserveError:
             logger.warning("%s is not shared: there is no room within max_state_bytes", optimizer.id)
             return None
         return optimizer.steps.share()
@@ -181,7 +184,7 @@ class Optimizers:
                     field="optimizer_id",
                     optimizer=optimizer_id,
                 )
-            self._reserve(optimizer_id, request_id, State.required_bytes(layout, settings))
+            self._reserve(optimizer_id, request_id, layout, settings)
         # Compiling and allocating take their time, so not under the lock.
         try:
             optimizer = self._make(optimizer_id, layout, settings, request_id)
@@ -272,6 +275,10 @@ class Optimizers:
             new_etag, now = _token(), datetime.now(UTC)
             settings = change(optimizer.settings, optimizer.layout)
             self._check_workers(optimizer.layout, settings)
+            growth = footprint.description_bytes(optimizer.layout, settings)
+            growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
+            if growth > 0:
+                self._check_room(optimizer_id, growth)
             optimizer.steps.set(settings, new_etag, now)
             optimizer.etag, optimizer.update_time = new_etag, now
         logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
@@ -369,23 +376,46 @@ class Optimizers:
         """The request id that is making an optimizer of that id; empty if none is."""
         return self._reserved.get(optimizer_id, ("", 0))[0]
 
-    def _reserve(self, optimizer_id: str, request_id: str, required_bytes: int) -> None:
+    def _reserve(self, optimizer_id: str, request_id: str, layout: Layout, settings: Settings) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
-        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
-        if used + required_bytes > self._config.max_state_bytes:
-            raise OptserveError(
-                Reason.SERVER_FULL,
-                f"{optimizer_id!r} needs {required_bytes} bytes; {self._config.max_state_bytes - used} of this "
-                f"server's {self._config.max_state_bytes} are free.",
-                limit=self._config.max_state_bytes,
-            )
+        required = footprint.standing_bytes(layout, settings)
+        self._check_room(optimizer_id, required, self._beside_bytes(layout, settings))
         if len(self._by_id) + len(self._reserved) >= self._config.max_optimizers:
             raise OptserveError(
                 Reason.SERVER_FULL,
                 f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
                 limit=self._config.max_optimizers,
             )
-        self._reserved[optimizer_id] = (request_id, required_bytes)
+        self._reserved[optimizer_id] = (request_id, required)
+
+    def _beside_bytes(self, layout: Layout, settings: Settings) -> int:
+        """What an optimizer takes for a while, beside what it always does."""
+        journalled = self._config.durability == "journal"
+        return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
+
+    def _check_room(self, optimizer_id: str, required_bytes: int, beside_bytes: int = 0) -> None:
+        """Raise SERVER_FULL if so much more is beyond the limit, or, with the most beside it, beyond the machine."""
+        optimizers = list(self._by_id.values())
+        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
+        used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
+        beside = max((self._beside_bytes(item.layout, item.settings) for item in optimizers), default=0)
+        beside = max(beside, beside_bytes)
+        for what, setting, needed, limit in (
+            ("", "max_state_bytes", required_bytes, self._config.max_state_bytes),
+            (
+                f", {beside} of them while a step is recovered or parameters are pulled",
+                "memory_bytes, less what the process itself and messages take",
+                required_bytes + beside,
+                self._config.room_bytes,
+            ),
+        ):
+            if used + needed > limit:
+                raise OptserveError(
+                    Reason.SERVER_FULL,
+                    f"{optimizer_id!r} needs {needed} bytes{what}; {max(0, limit - used)} of this server's {limit} are "
+                    f"free ({setting}).",
+                    limit=limit,
+                )
 
 
 def _not_found(optimizer_id: str) -> OptserveError:

@@ -182,6 +182,19 @@ class Places:
                 best, best_key = place, key
         return best
 
+    def end_some_who_wait(self, waited_s: float) -> int:
+        """End the half that has waited longest for their clients, of those who have for so long; gives how many."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = [
+                place for place in self._taken if place.waiting is not Waiting.NOTHING and now - place.since > waited_s
+            ]
+        waiting.sort(key=lambda place: place.since)
+        some = waiting[: -(-len(waiting) // 2)]
+        for place in some:
+            place.end()
+        return len(some)
+
     def end_those_who_wait_too_long(self) -> int:
         """Look after all; gives how many were ended."""
         now = time.monotonic()

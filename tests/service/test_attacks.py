@@ -2,6 +2,7 @@
 
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -254,6 +255,27 @@ def test_transfers_that_nobody_reads_keep_no_place(hosted, method):
         attacked(server, lambda: [attacker.call(SERVICE + method, request, end=True) for _ in range(4)])
         assert client.optimizer("a").export_state().step == 0
         assert client.optimizer("a").pull_parameters().step == 0
+
+
+def test_messages_that_are_never_complete(tmp_path):
+    """Each stream could hold 9 MiB of one, which nobody counted."""
+    with serving(tmp_path, max_streams=40, memory_bytes=160 * MIB) as server:
+        begun = struct.pack(">BI", 0, 9_000_000)
+        most = 0
+        with ExitStack() as stack:
+            (attacker,) = stack.enter_context(raw(server.target))
+
+            def attack() -> None:
+                nonlocal most
+                first = steps_pb2.StreamStepsRequest(open=steps_pb2.Open(name="optimizers/victim")).SerializeToString()
+                for _ in range(6):
+                    call = attacker.call(SERVICE + "StreamSteps", first)
+                    attacker.send(call, begun + bytes(8 * MIB))
+                    most = max(most, used(server).rss_bytes)
+
+            attacked(server, attack, after=attacker.close)
+        assert most > 100 * MIB  # otherwise it was no attack
+        assert most < 220 * MIB
 
 
 def test_messages_of_unknown_fields(tmp_path):

@@ -1,16 +1,29 @@
 """What one request may make the server do, hold and answer: each has a limit, and costs no more than its size."""
 
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 
+import optserve
 from optserve import wire
-from optserve.v1 import algorithms_pb2, checkpoints_pb2, optimizer_pb2, service_pb2, statistics_pb2, steps_pb2
+from optserve.v1 import (
+    algorithms_pb2,
+    checkpoints_pb2,
+    optimizer_pb2,
+    service_pb2,
+    service_pb2_grpc,
+    statistics_pb2,
+    steps_pb2,
+)
 from optserve.v1.steps_pb2 import StreamStepsRequest as Request
+from optserve_server import machine
 from service.wire_client import begin, create, refused, stream
 
+MIB = 1 << 20
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 SGD = algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd())
@@ -170,3 +183,93 @@ def test_the_number_of_parameters_is_looked_at_before_each_of_them(stub, name):
     optimizer = optimizer_pb2.Optimizer(algorithm=SGD, parameters=[optimizer_pb2.Parameter()] * 20_001)
     with refused(EXHAUSTED, "MODEL_TOO_LARGE", "optimizer.parameters"):
         stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
+
+
+def config_file(folder: Path, **settings) -> list[str]:
+    path = folder / "optserve.toml"
+    path.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    return ["--config", str(path)]
+
+
+def test_tensors_without_elements_are_counted(tmp_path):
+    """20,000 of them took 34.7 MiB, and counted nothing."""
+    options = config_file(tmp_path, max_state_bytes=100 * MIB)
+    with (
+        optserve.local_server(backend="numpy", options=options) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        before = rss_bytes(server)
+        made = 0
+        with refused(EXHAUSTED, "SERVER_FULL") as seen:
+            for made in range(20):
+                create(stub, f"o{made}", {f"p{index}": (0,) for index in range(20_000)})
+        assert made >= 1
+        assert "max_state_bytes" in seen["message"]
+        assert rss_bytes(server) - before < 110 * MIB
+
+
+def test_settings_are_counted(tmp_path):
+    options = config_file(tmp_path, max_state_bytes=MIB)
+    with (
+        optserve.local_server(backend="numpy", options=options) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        name = create(stub, "a", {"x": (1,)}).name
+        steps = algorithms_pb2.StepSchedule(rate=0.5, milestones=range(1, 100_000))
+        update = service_pb2.UpdateOptimizerRequest(
+            optimizer=optimizer_pb2.Optimizer(name=name, schedule=algorithms_pb2.Schedule(step=steps))
+        )
+        update.update_mask.paths.append("schedule")
+        with refused(EXHAUSTED, "SERVER_FULL"):
+            stub.UpdateOptimizer(update)
+
+
+def rss_bytes(server: optserve.LocalServer) -> int:
+    return psutil.Process(server.process.pid).memory_info().rss
+
+
+@pytest.mark.parametrize(("durability", "fits"), [("memory", True), ("journal", False)])
+def test_memory_is_what_the_process_itself_leaves(tmp_path, durability, fits):
+    """In 300 MB a model was accepted whose first step the system killed, and every start after it."""
+    options = [*config_file(tmp_path, memory_bytes=300_000_000), "--durability", durability]
+    with (
+        optserve.local_server(tmp_path / "data", backend="numpy", options=options) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        limit = stub.GetServerInfo(service_pb2.GetServerInfoRequest()).limits.max_state_bytes
+        assert 100_000_000 < limit < 160_000_000
+        # One gradient more is held while a step is recovered from the journal.
+        size = limit // (3 * 4) - 50_000
+        if fits:
+            create(stub, "a", {"x": (size,)})
+        else:
+            with refused(EXHAUSTED, "SERVER_FULL") as seen:
+                create(stub, "a", {"x": (size,)})
+            assert "memory_bytes" in seen["message"]
+            create(stub, "a", {"x": (size * 2 // 3,)})
+        with refused(EXHAUSTED, "SERVER_FULL"):
+            create(stub, "b", {"x": (size,)})
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "expected"),
+    [
+        ({"memory.max": "300000000"}, "0::/", 300_000_000),
+        ({"memory.max": "max"}, "0::/", None),
+        ({"memory.max": "max", "user.slice/app/memory.max": "200000000"}, "0::/user.slice/app", 200_000_000),
+        ({"user.slice/memory.max": "100000000", "user.slice/app/memory.max": "max"}, "0::/user.slice/app", 100_000_000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, "4:memory:/", None),
+        ({"memory/docker/1f/memory.limit_in_bytes": "250000000"}, "3:cpu:/\n4:memory:/docker/1f", 250_000_000),
+    ],
+)
+def test_the_memory_of_a_container_is_found_in_groups_of_both_versions_at_any_depth(tmp_path, files, own, expected):
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    found = machine.usable_bytes(tmp_path / "cgroup", tmp_path / "own")
+    assert found == (expected or psutil.virtual_memory().total)

@@ -235,13 +235,14 @@ def test_a_step_of_many_small_tensors_takes_linear_time(stub, name):
 
 
 def test_the_number_of_optimizers_and_their_memory_are_limited(tmp_path):
-    options = config_file(tmp_path, max_optimizers=2, max_state_bytes=1000, max_parameters=3)
+    # 18 KiB for each and its parameter, beside the arrays.
+    options = config_file(tmp_path, max_optimizers=2, max_state_bytes=2 * (18 << 10) + 1000, max_parameters=3)
     with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "MODEL_TOO_LARGE"):
             create(stub, "many", {f"x{index}": (1,) for index in range(4)})
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"):
-            create(stub, "big", {"x": (84,)})
+            create(stub, "big", {"x": (84 + 1536,)})
         create(stub, "a", {"x": (40,)})
         create(stub, "b", {"x": (40,)})
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_FULL"):
