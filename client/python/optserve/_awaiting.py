@@ -54,7 +54,7 @@ class Threads:
         Args:
             call: It is ended when this is cancelled.
             own: Whether it may wait for other calls; then it has a thread at once, however many there are.
-            grace_s: How long it may still take when this is cancelled.
+            grace_s: How long it may still take when this is cancelled; it is made even if it has not begun then.
             undelivered: Called with what it gives, if that comes too late for who has asked for it.
 
         Raises:
@@ -63,12 +63,12 @@ class Threads:
         cancellation = Cancellation()
         future = self._submit(own, cancellation, call)
         try:
-            return await asyncio.wrap_future(future)
+            await signal(future)
+            return future.result()
         except asyncio.CancelledError:
             # One that has no thread yet never gets one.
-            if not future.cancel():
-                if grace_s:
-                    await ended(future, grace_s)
+            if grace_s or not future.cancel():
+                await ended(future, grace_s)
                 cancellation.cancel()
                 await ended(future)
                 if undelivered is not None and future.exception() is None:
@@ -113,10 +113,10 @@ class Threads:
             pool.shutdown()
 
 
-async def ended(future: Future[Any], timeout_s: float | None = None) -> None:
-    """Wait until a call's thread is through with it, even if this is cancelled, which is the caller's to raise."""
+def signal(future: Future[Any]) -> asyncio.Future[None]:
+    """Is done when a call's thread is through with it; may be cancelled, which does nothing to the call."""
     loop = asyncio.get_running_loop()
-    through = loop.create_future()
+    through: asyncio.Future[None] = loop.create_future()
 
     def tell(_: Future[Any]) -> None:
         # A loop that is closed needs no word.
@@ -124,9 +124,16 @@ async def ended(future: Future[Any], timeout_s: float | None = None) -> None:
             loop.call_soon_threadsafe(lambda: through.done() or through.set_result(None))
 
     future.add_done_callback(tell)
-    deadline = None if timeout_s is None else loop.time() + timeout_s
+    return through
+
+
+async def ended(future: Future[Any], timeout_s: float | None = None) -> None:
+    """Wait until a call's thread is through with it, even if this is cancelled, which is the caller's to raise."""
+    through = signal(future)
+    time = asyncio.get_running_loop().time
+    deadline = None if timeout_s is None else time() + timeout_s
     while not through.done():
-        left_s = None if deadline is None else deadline - loop.time()
+        left_s = None if deadline is None else deadline - time()
         if left_s is not None and left_s <= 0:
             return
         with suppress(asyncio.CancelledError):
@@ -147,7 +154,12 @@ class Turns:
         self._waiting: deque[Future[None]] = deque()
 
     async def run(
-        self, call: Callable[[float | None], _T], timeout_s: float | None = None, *, is_step: bool = False
+        self,
+        call: Callable[[float | None], _T],
+        timeout_s: float | None = None,
+        *,
+        is_step: bool = False,
+        grace_s: float = 0.0,
     ) -> _T:
         """Make a call in turn.
 
@@ -155,6 +167,7 @@ class Turns:
             call: Is given how long it may take, None for the default.
             timeout_s: Longest time to wait, for the turn and the call; `ClientConfig.step_timeout_s` by default.
             is_step: Whether it makes a step, whose reply the caller must know to be lost if it is.
+            grace_s: How long it may still take when this is cancelled.
         """
         patience = self._optimizer.patience(timeout_s)
         async with self.turn(patience) as waited:
@@ -164,6 +177,7 @@ class Turns:
                 return await self._threads.run(
                     partial(call, patience.left_s if waited else timeout_s),
                     own=True,
+                    grace_s=grace_s,
                     undelivered=(lambda _: outcomes.undelivered()) if is_step else None,
                 )
             except asyncio.CancelledError:
@@ -195,7 +209,7 @@ class Turns:
             self._waiting.append(ticket)
         try:
             async with asyncio.timeout(patience.left_s):
-                await asyncio.wrap_future(ticket)
+                await signal(ticket)
         except BaseException as error:
             with self._lock, suppress(ValueError):
                 self._waiting.remove(ticket)

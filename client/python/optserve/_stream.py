@@ -233,6 +233,7 @@ class StepStream:
         # The shorter way for messages, where memory is shared.
         self._control: ControlConnection | None = None
         self._close = weakref.finalize(self, _close, self._outgoing, self._call)
+        transport.close_with_me(self)
         try:
             with patience.watching(self._interrupt):
                 first = self._next(patience).header

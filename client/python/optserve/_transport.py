@@ -7,7 +7,9 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -57,6 +59,13 @@ CONNECT_ATTEMPT_S = 5.0
 by itself would ask again ever more seldom."""
 
 
+class Closeable(Protocol):
+    """A stream that has a thread of gRPC's, which does not end with its channel."""
+
+    def close(self) -> None:
+        """End it, from any thread, more than once too."""
+
+
 class Backoff:
     """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
 
@@ -102,6 +111,8 @@ class Transport:
             malloc.keep_freed_memory()
         self._watchdog = Watchdog()
         self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
         self._pid = os.getpid()
         self._channel = grpc.insecure_channel(
             target,
@@ -150,7 +161,8 @@ class Transport:
         while True:
             self.check_usable()
             try:
-                return _answer(method, request, max(patience.left_s, 0.001))
+                with self._while_open():
+                    return _answer(method, request, max(patience.left_s, 0.001))
             except grpc.RpcError as rpc_error:
                 error = self.translate(rpc_error, timeout_s)
             if not is_retryable(error):
@@ -165,7 +177,8 @@ class Transport:
         """
         self.check_usable()
         try:
-            return _answer(method, request, self.config.timeout_s)
+            with self._while_open():
+                return _answer(method, request, self.config.timeout_s)
         except grpc.RpcError as error:
             raise self.translate(error, self.config.timeout_s) from None
 
@@ -207,27 +220,37 @@ class Transport:
     def stream_steps(self, messages: Iterator[bytes]) -> Any:
         """Start a StreamSteps call. It has no deadline of its own; see Patience."""
         self.check_usable()
-        return self._stream_steps(messages)
+        with self._while_open():
+            return self._stream_steps(messages)
+
+    def close_with_me(self, stream: Closeable) -> None:
+        """Close a stream when this is closed, if it is still there."""
+        with self._lock:
+            self._streams.add(stream)
 
     def export_state(self, request: checkpoints_pb2.ExportStateRequest, timeout_s: float) -> Any:
         """Start an ExportState call; gives frames."""
         self.check_usable()
-        return _frames(self._export_state(request, timeout=timeout_s))
+        with self._while_open():
+            return _frames(self._export_state(request, timeout=timeout_s))
 
     def import_state(self, messages: Iterator[bytes], timeout_s: float) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
         self.check_usable()
-        return _answer(self._import_state, messages, timeout_s)
+        with self._while_open():
+            return _answer(self._import_state, messages, timeout_s)
 
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest, timeout_s: float) -> Any:
         """Start a PullParameters call; gives frames."""
         self.check_usable()
-        return _frames(self._pull_parameters(request, timeout=timeout_s))
+        with self._while_open():
+            return _frames(self._pull_parameters(request, timeout=timeout_s))
 
     def push_parameters(self, messages: Iterator[bytes], timeout_s: float) -> replicas_pb2.PushParametersResponse:
         """Make a PushParameters call."""
         self.check_usable()
-        return _answer(self._push_parameters, messages, timeout_s)
+        with self._while_open():
+            return _answer(self._push_parameters, messages, timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
@@ -253,6 +276,20 @@ class Transport:
         self._watchdog.close()
         if os.getpid() == self._pid:
             self._channel.close()
+            with self._lock:
+                streams = list(self._streams)
+            for stream in streams:
+                stream.close()
+
+    @contextmanager
+    def _while_open(self) -> Iterator[None]:
+        """Begin a call; the channel may be closed by another thread at that moment."""
+        try:
+            yield
+        except ValueError:
+            if self._closing.is_set():
+                raise ClientUseError("This client is closed.") from None
+            raise
 
 
 def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:

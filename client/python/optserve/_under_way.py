@@ -114,8 +114,6 @@ class StepUnderWay:
         self._failure: BaseException | None = None
         self._request_id = ""
         self._ended: Future[None] = Future()
-        # So that whoever waits for it cannot cancel it.
-        self._ended.set_running_or_notify_cancel()
         self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
         self._thread.start()
 

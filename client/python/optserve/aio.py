@@ -14,7 +14,8 @@ thread is through with it. From then on nothing reads or writes its arrays; no o
   the caller, the next step raises StepInDoubtError. Then `replay` gives them; a worker does `refresh` and `pull`.
 - What only reads has no effect.
 - What changes something else (`create_optimizer`, `update`, `push_parameters`, checkpoints, `import_state`, deletions)
-  was done as a whole or not at all; what the server has begun it may still do in that moment. Ask, or do it again.
+  was done as a whole or not at all: its answer is still waited for, SETTLE_S at most. Ask, or do it again;
+  `get_or_create_optimizer` goes on from a `create_optimizer` that may have been made, uploads included.
 - Entering a block that is cancelled leaves nothing behind: no connection, and no worker. Leaving one is carried out,
   cancelled or not; once it is cancelled it takes LEAVE_S at most.
 
@@ -36,7 +37,7 @@ import numpy as np
 
 from optserve import algorithms, settings
 from optserve import client as sync
-from optserve._awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended
+from optserve._awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended, signal
 from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
@@ -47,10 +48,11 @@ from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import service_pb2
 from optserve.worker import Worker
 
-__all__ = ["LEAVE_S", "MAX_CONCURRENT_CALLS", "AsyncClient", "AsyncOptimizer", "AsyncWorker", "connect"]
+__all__ = ["LEAVE_S", "MAX_CONCURRENT_CALLS", "SETTLE_S", "AsyncClient", "AsyncOptimizer", "AsyncWorker", "connect"]
 
-ENTER_S = 1.0
-"""Once the entry of a worker's block is cancelled, the server's answer is waited for so long, to take leave again."""
+SETTLE_S = 1.0
+"""Once a call that changes something is cancelled, its answer is waited for so long, so that nothing is changed later.
+Steps are interrupted at once, as the next one finds out about them, and so is what only reads."""
 
 LEAVE_S = 5.0
 """Once leaving a worker's block is cancelled, it takes so long at most. The worker's lease ends it in any case."""
@@ -119,7 +121,7 @@ class AsyncClient:
             client.create_optimizer, name, algorithm, params, schedule=schedule, clipping=clipping, groups=groups,
             hosted=hosted, weight_decay=weight_decay, consistency=consistency,
         )  # fmt: skip
-        return AsyncOptimizer(await threads.run(create), threads)
+        return AsyncOptimizer(await threads.run(create, grace_s=SETTLE_S), threads)
 
     async def create_optimizer_from_state(
         self, name: str, state: OptimizerState, *, on_progress: Progress = no_progress
@@ -127,7 +129,7 @@ class AsyncClient:
         """See `optserve.Client.create_optimizer_from_state`; `on_progress` is called in another thread."""
         client, threads = self._connected
         create = bound(client.create_optimizer_from_state, name, state, on_progress=on_progress)
-        return AsyncOptimizer(await threads.run(create), threads)
+        return AsyncOptimizer(await threads.run(create, grace_s=SETTLE_S), threads)
 
     async def get_or_create_optimizer(
         self,
@@ -148,7 +150,7 @@ class AsyncClient:
             client.get_or_create_optimizer, name, algorithm, params, schedule=schedule, clipping=clipping,
             groups=groups, hosted=hosted, weight_decay=weight_decay, consistency=consistency,
         )  # fmt: skip
-        return AsyncOptimizer(await threads.run(find), threads)
+        return AsyncOptimizer(await threads.run(find, grace_s=SETTLE_S), threads)
 
     async def optimizer(
         self,
@@ -184,7 +186,8 @@ class AsyncClient:
     async def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
         """See `optserve.Client.delete_optimizer`."""
         client, threads = self._connected
-        await threads.run(bound(client.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s))
+        delete = bound(client.delete_optimizer, name, missing_ok=missing_ok, timeout_s=timeout_s)
+        await threads.run(delete, grace_s=SETTLE_S)
 
     async def list_checkpoints(self, name: str | None = None) -> list[Checkpoint]:
         """See `optserve.Client.list_checkpoints`."""
@@ -194,7 +197,7 @@ class AsyncClient:
     async def delete_checkpoint(self, name: str, tag: str) -> None:
         """See `optserve.Client.delete_checkpoint`."""
         client, threads = self._connected
-        await threads.run(bound(client.delete_checkpoint, name, tag))
+        await threads.run(bound(client.delete_checkpoint, name, tag), grace_s=SETTLE_S)
 
 
 class AsyncOptimizer:
@@ -257,7 +260,7 @@ class AsyncOptimizer:
             try:
                 yield step
                 step.complete()
-                await asyncio.wrap_future(step.ended)
+                await signal(step.ended)
                 step.raise_failure()
             except BaseException:
                 step.cancel()
@@ -290,11 +293,11 @@ class AsyncOptimizer:
             self._optimizer.update, algorithm, schedule=schedule, clipping=clipping, groups=groups,
             weight_decay=weight_decay, consistency=consistency, **hyperparameters,
         )  # fmt: skip
-        await self._threads.run(update)
+        await self._threads.run(update, grace_s=SETTLE_S)
 
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """See `optserve.Optimizer.push_parameters`."""
-        await self._threads.run(bound(self._optimizer.push_parameters, params))
+        await self._threads.run(bound(self._optimizer.push_parameters, params), grace_s=SETTLE_S)
 
     async def pull_parameters(
         self,
@@ -324,7 +327,9 @@ class AsyncOptimizer:
 
     async def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
         """See `optserve.Optimizer.save_checkpoint`."""
-        return await self._threads.run(bound(self._optimizer.save_checkpoint, tag, overwrite=overwrite))
+        return await self._threads.run(
+            bound(self._optimizer.save_checkpoint, tag, overwrite=overwrite), grace_s=SETTLE_S
+        )
 
     async def list_checkpoints(self) -> list[Checkpoint]:
         """See `optserve.Optimizer.list_checkpoints`."""
@@ -332,11 +337,11 @@ class AsyncOptimizer:
 
     async def restore_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.restore_checkpoint`."""
-        await self._turns.run(lambda _: self._optimizer.restore_checkpoint(tag))
+        await self._turns.run(lambda _: self._optimizer.restore_checkpoint(tag), grace_s=SETTLE_S)
 
     async def delete_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.delete_checkpoint`."""
-        await self._threads.run(bound(self._optimizer.delete_checkpoint, tag))
+        await self._threads.run(bound(self._optimizer.delete_checkpoint, tag), grace_s=SETTLE_S)
 
     async def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
         """See `optserve.Optimizer.export_state`; `on_progress` is called in another thread."""
@@ -344,7 +349,8 @@ class AsyncOptimizer:
 
     async def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
         """See `optserve.Optimizer.import_state`; `on_progress` is called in another thread."""
-        await self._turns.run(lambda _: self._optimizer.import_state(state, on_progress=on_progress))
+        load = bound(self._optimizer.import_state, state, on_progress=on_progress)
+        await self._turns.run(lambda _: load(), grace_s=SETTLE_S)
 
     async def close(self) -> None:
         """See `optserve.Optimizer.close`."""
@@ -363,7 +369,7 @@ class AsyncWorker:
     async def __aenter__(self) -> Self:
         entered: list[Worker] = []
         try:
-            await self._threads.run(self._worker.__enter__, own=True, grace_s=ENTER_S, undelivered=entered.append)
+            await self._threads.run(self._worker.__enter__, own=True, grace_s=SETTLE_S, undelivered=entered.append)
         except asyncio.CancelledError:
             if entered:
                 await self._leave()

@@ -14,7 +14,7 @@ import numpy as np
 from optserve import _replies
 from optserve._patience import Patience
 from optserve._transport import Transport
-from optserve.errors import OptserveError, StepInDoubtError, WorkerReplacedError
+from optserve.errors import ClientUseError, OptserveError, StepInDoubtError, WorkerReplacedError
 from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
 from optserve.state import HostedParameters
 from optserve.v1 import optimizer_pb2, replicas_pb2
@@ -208,8 +208,9 @@ class Worker:
         while not self._done.wait(self._beat_s):
             try:
                 self._register()
-            except WorkerReplacedError as error:
-                logger.warning("%s", error)
+            except (WorkerReplacedError, ClientUseError) as error:
+                # Another life goes on under the name; or the client was closed in the middle of the block.
+                logger.warning("%s is no longer kept alive: %s", self.name, error)
                 return
             except OptserveError as error:
                 logger.warning("%s could not report: %s", self.name, error)
