@@ -161,6 +161,24 @@ def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(server, client, n
     run(train())
 
 
+def test_leaving_a_block_ends_a_step_of_it_that_waits(server, client, name):
+    client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
+
+    async def train() -> None:
+        async with optserve.aio.connect(server.target) as aclient, await aclient.worker(name, "stays") as stays:
+            async with asyncio.timeout(20), await aclient.worker(name, "leaves") as worker:
+                await worker.pull()
+                steps = [asyncio.create_task(worker.step(G)) for _ in range(2)]
+                await asyncio.sleep(0.1)
+                assert not any(step.done() for step in steps)
+            ends = await asyncio.wait_for(asyncio.gather(*steps, return_exceptions=True), 20)
+            assert all(isinstance(end, optserve.OptserveError) for end in ends), ends
+            await stays.refresh()
+            assert stays._worker.live_workers == 1
+
+    run(train())
+
+
 def test_a_cancelled_entry_of_a_worker_leaves_nobody_behind(server, client, name):
     client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, hosted=True, consistency=optserve.Bounded(0, lease_s=30))
 
