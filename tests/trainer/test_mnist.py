@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optserve import DiagonalHessian, Sgd
+from optserve import DiagonalHessian, Sgd, local_server
 from optserve.cli.mnist import ActivationName, MethodName
 from optserve.examples.mnist.data import load
 from optserve.examples.mnist.train import BATCH, Plateau, Report, new_network, train
@@ -257,6 +259,32 @@ def test_a_signal_ends_the_training_in_order_with_a_report_of_what_was_done(smal
     assert "Stopped after" in output
     assert "Traceback" not in errors
     assert json.loads(report.read_text())["epochs"]
+
+
+def test_the_trainer_says_that_it_waits_for_its_server_and_goes_on(small, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    options = ["--port", str(port), "--log-level", "warning"]
+    program = "from optserve_command import main; main()"
+    command = [sys.executable, "-u", "-c", program, "mnist", "--target", f"127.0.0.1:{port}", "--data-dir", str(small)]
+    with local_server(tmp_path / "data", backend="numpy", options=options) as server:
+        process = subprocess.Popen([*command, "--epochs", "10000"], stdout=subprocess.PIPE, text=True)
+        lines = iter(process.stdout.readline, "")
+        next(line for line in lines if line.startswith("epoch   1 "))
+        server.process.kill()
+        server.process.wait()
+    said: list[str] = []
+    while not said or not said[-1].startswith("Waiting"):
+        said.append(next(lines))
+    assert re.match(rf"No step for \d+ s: 127.0.0.1:{port} does not answer: Connection refused", said[-2])
+    assert said[-1] == f"Waiting for 127.0.0.1:{port}, for up to 300 s.\n"
+    with local_server(tmp_path / "data", backend="numpy", options=options):
+        back = re.compile(rf"127.0.0.1:{port} answers again after \d+ s")
+        after: list[str] = []
+        while not (any(map(back.match, after)) and any(line.startswith("epoch") for line in after)):
+            after.append(next(lines))
+        process.send_signal(signal.SIGTERM)
+        assert "Stopped after" in process.communicate(timeout=60)[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import typer
 
 from optserve import algorithms
 from optserve.cli.console import check_writable, console, fail, say
+from optserve.cli.outage import telling_of_outages
 from optserve.errors import OptserveError
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _run(
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
     how = {"epochs": settings["epochs"], "seed": settings["seed"]}
     try:
-        with _display(settings["epochs"], report) as on_progress:
+        with _display(settings["epochs"], report, client.target) as on_progress:
             if together is None:
                 optimizer = client.create_optimizer(name, method, network.params)
                 decay = settings["weight_decay"]
@@ -230,9 +231,11 @@ def _run(
 
 
 @contextmanager
-def _display(epochs: int, report: Report) -> Iterator[Any]:
-    """A live display on a terminal, and a line per epoch everywhere."""
+def _display(epochs: int, report: Report, target: str) -> Iterator[Any]:
+    """A live display on a terminal, and everywhere a line per epoch and what there is to say of an outage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from optserve import ClientConfig
 
     columns = (
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -242,12 +245,16 @@ def _display(epochs: int, report: Report) -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display:
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display,
+        telling_of_outages(target, ClientConfig().step_timeout_s) as moved,
+    ):
         task = display.add_task("", epoch=1, epochs=epochs, loss=0.0, error="-", rate=0.0, total=None)
         shown = 0
 
         def on_progress(progress: Any) -> None:
             nonlocal shown
+            moved()
             display.update(
                 task,
                 total=progress.steps,

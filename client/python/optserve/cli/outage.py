@@ -1,0 +1,69 @@
+"""Says, during a run, that its server does not answer, and when it is back: clients wait for it without a word."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from optserve.cli.console import console, say
+from optserve_command import probe
+
+QUIET_S = 3.0
+"""A run without a step for so long has its server asked how it is."""
+
+_PROBE_TIMEOUT_S = 2.0
+
+
+@contextmanager
+def telling_of_outages(target: str, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """Watch a run for the length of a with-block; what is given is to be called at every step.
+
+    Args:
+        target: The server.
+        timeout_s: How long a step waits for it, in seconds.
+    """
+    watch = _Watch(target, timeout_s)
+    thread = threading.Thread(target=watch.run, name="outages", daemon=True)
+    thread.start()
+    try:
+        yield watch.moved
+    finally:
+        watch.ended.set()
+        thread.join()
+
+
+class _Watch:
+    def __init__(self, target: str, timeout_s: float) -> None:
+        self.ended = threading.Event()
+        self._target = target
+        self._timeout_s = timeout_s
+        self._moved_at = time.monotonic()
+
+    def moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+    def run(self) -> None:
+        stood_since: float | None = None
+        while not self.ended.wait(QUIET_S / 6):
+            moved_at = self._moved_at
+            if stood_since is not None:
+                if moved_at > stood_since:
+                    say(f"{self._target} answers again after {moved_at - stood_since:.0f} s.", to=console)
+                    stood_since = None
+            elif time.monotonic() - moved_at > QUIET_S:
+                reason = self._reason()
+                # While it was asked, a step may have come.
+                if reason and self._moved_at == moved_at and not self.ended.is_set():
+                    say(f"No step for {time.monotonic() - moved_at:.0f} s: {reason}", style="yellow", to=console)
+                    say(f"Waiting for {self._target}, for up to {self._timeout_s:.0f} s.", style="yellow", to=console)
+                    stood_since = moved_at
+
+    def _reason(self) -> str:
+        """Why the server makes no steps; empty where it is serving."""
+        try:
+            status = probe.ask(self._target, _PROBE_TIMEOUT_S)
+        except probe.ProbeError as error:
+            return str(error)
+        return "" if status == "SERVING" else f"{self._target} is {status}."
