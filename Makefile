@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torture fuzz test-newest check format generate pins bench wheels clean
+.PHONY: help demo test test-fast torture fuzz test-debian test-newest check format generate pins bench wheels clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,6 +27,10 @@ torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
 
 fuzz: .venv/.dev ## Feed a server 5,000,000 malformed frames
 	OPTSERVE_FUZZ=5000000 $(BIN)/pytest -n 2 tests/service/test_fuzz.py
+
+test-debian: .venv/.dev ## Run the tests of server and client under the Python of Debian 12, in a container
+	@scripts/podman.sh
+	scripts/test-debian.sh
 
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest
