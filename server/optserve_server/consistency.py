@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from optserve_server.errors import OptserveError, Reason
 
 LEASE_S = 30.0
 MAX_WORKERS = 4096
 """Most that one step can need."""
-BLOCK = 1 << 16
-"""Elements of a mean that are scaled at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +53,3 @@ class Consistency:
                 f"A lease lasts 1 s to an hour, not {self.lease_s:g} s.",
                 field="optimizer.consistency.lease",
             )
-
-
-def mean(parts: Sequence[np.ndarray], target: np.ndarray, largest: float) -> None:
-    """The mean of several workers' gradients, summed in the order in which they are given.
-
-    Where the sum could be beyond the dtype, which the mean never is, it is taken in a smaller unit, a power of two: the
-    same bits, but for elements so small that they lose digits by that.
-
-    Args:
-        parts: One array for each worker.
-        target: Takes the mean.
-        largest: No element of the parts has a larger magnitude.
-    """
-    count = target.dtype.type(len(parts))
-    if len(parts) * largest <= float(np.finfo(target.dtype).max) / 2:
-        target[...] = parts[0]
-        for part in parts[1:]:
-            np.add(target, part, out=target)
-        np.divide(target, count, out=target)
-        return
-    unit = target.dtype.type(math.ldexp(1.0, -math.ceil(math.log2(len(parts))) - 1))
-    for start in range(0, target.size, BLOCK):
-        block = slice(start, start + BLOCK)
-        total = target[block]
-        np.multiply(parts[0][block], unit, out=total)
-        for part in parts[1:]:
-            np.add(total, part[block] * unit, out=total)
-        np.divide(total, count, out=total)
-        # By rounding alone, the mean of equal numbers can be larger than these.
-        with np.errstate(over="ignore"):
-            np.divide(total, unit, out=total)
-        np.clip(total, -target.dtype.type(largest), target.dtype.type(largest), out=total)

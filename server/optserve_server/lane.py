@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from optserve_server.errors import OptserveError, Reason
+from optserve_server.headroom import NATIVE
 from optserve_server.layout import Operand, Run
 from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, Reply, ReplyChunk, Retained, Step
+from optserve_server.trial import check_reply
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +208,11 @@ class Lane:
         segment.clean()
         self.staging.take_from(segment, step.payload, step.largest)
         step.taken_whole = True
+
+    def check_replay(self, step: Step) -> None:
+        """Raise REPLY_OVERFLOW unless the reply that is to be given again fits the wire, which may be another one."""
+        if step.answers is not NATIVE:
+            check_reply(self._state, step.payload, step.reply_source)
 
     def give_shared(self, step: Step, number: int) -> None:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""

@@ -14,6 +14,7 @@ from optserve_server.layout import Operand, Payload
 from optserve_server.optimizers import Optimizer, Optimizers
 from optserve_server.places import progress
 from optserve_server.step import Outcome
+from optserve_server.trial import check_reply
 
 PushFrame = wire.Frame[replicas_pb2.PushParametersRequest]
 
@@ -66,6 +67,8 @@ def pull(
     payload: Payload = optimizer.steps.payload(tuple(request.tensors), wire_dtype)
     newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
     step, copy = copies.of(optimizer, newer_than)
+    if copy is not None:
+        check_reply(optimizer.state, payload, copy.arenas)
     if request.worker:
         optimizer.steps.workers.pulled(request.worker, step, request.life)
     yield wire.encode(replicas_pb2.PullParametersResponse(step=step, not_modified=copy is None))

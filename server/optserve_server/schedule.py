@@ -24,7 +24,10 @@ class Schedule:
     warmup_steps: int = 0
 
     def factor(self, t: int) -> float:
-        """The factor at step t: (t + 1) / (warmup_steps + 1) during the warm-up."""
+        """The factor at step t, in [0, 1]: (t + 1) / (warmup_steps + 1) during the warm-up.
+
+        Never more than 1, since bounds that hold for the learning rate itself have to hold at every step.
+        """
         if t < self.warmup_steps:
             return (t + 1) / (self.warmup_steps + 1)
         return self.annealed(t - self.warmup_steps)

@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optserve_server.backends import Backend
-from optserve_server.layout import Arenas, Layout, Operand, Operands, Payload, Run
+from optserve_server.clipping import Clip
+from optserve_server.headroom import Answers, Bounds, Headroom
+from optserve_server.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run
 from optserve_server.rules import Rule
-from optserve_server.settings import Settings
+from optserve_server.settings import PARAMETER, Settings
+
+UPDATE = "update"
+"""Name of what a step makes beside the arrays of the state; no rule has a slot of that name."""
 
 
 def operands_of(rule: Rule) -> tuple[Operand, ...]:
@@ -30,6 +35,21 @@ class _LastStep(NamedTuple):
     position_of: dict[int, int]
     step: int
     staleness: int
+
+
+class Prepared(NamedTuple):
+    """A step that may be applied.
+
+    Attributes:
+        clip: What clipping does to its gradient; None where there is no clipping.
+        covered: Whether it is known by bounds alone that it leaves everything finite.
+    """
+
+    clip: Clip | None
+    covered: bool
+
+
+_COVERED = Prepared(None, True)
 
 
 class State:
@@ -53,6 +73,7 @@ class State:
         self.backend = backend
         self._last: _LastStep | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
+        self._headroom = Headroom(self._bounds, hosted=settings.hosted)
         self.set(settings)
         rule = settings.rule
         self.operand_kinds = operands_of(rule)
@@ -88,7 +109,12 @@ class State:
         self._stretch_stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
         self._keeps = {dtype: [dtype.type(1 - decay) for decay in settings.decays()] for dtype in self._dtypes}
         # Without a schedule the constants are always the same.
-        self._constants = None if settings.schedule else self._scalars(0)
+        unscheduled = self._rounded(rules)
+        self._constants = None if settings.schedule else unscheduled
+        self._headroom.set(
+            type(settings.rule),
+            {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in unscheduled.items()},
+        )
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
         if operand is Operand.GRADIENT and self.settings.clipping is not None:
@@ -108,10 +134,25 @@ class State:
             stretches.append((start, self.layout.starts[index] + parameter.size, position))
         return stretches
 
-    def _scalars(self, step: int, staleness: int = 0) -> dict[np.dtype, list[list[np.generic]]]:
-        """The constants of each rule at a step."""
-        rules = [self.settings.at(rule, step, staleness) for rule in self._rules]
+    def _rounded(self, rules: Sequence[Rule]) -> dict[np.dtype, list[list[np.generic]]]:
+        """The constants of each rule."""
         return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
+
+    def _scalars(self, step: int, staleness: int) -> dict[np.dtype, list[list[np.generic]]]:
+        """The constants of each rule at a step, for gradients so many steps old."""
+        if self._constants and not staleness:
+            return self._constants
+        return self._rounded([self.settings.at(rule, step, staleness) for rule in self._rules])
+
+    def _bounds(self) -> dict[np.dtype, Bounds]:
+        """In which all elements lie, by a look at all of them."""
+        return {
+            dtype: Bounds(
+                tuple(self.backend.extremes(slot) for slot in self.slots[dtype]),
+                self.backend.largest(self.parameters[dtype]) if self.parameters else 0.0,
+            )
+            for dtype in self._dtypes
+        }
 
     @staticmethod
     def required_bytes(layout: Layout, settings: Settings) -> int:
@@ -139,7 +180,29 @@ class State:
             return None
         return self.settings.clipping.clip(payload, gradients)
 
-    def apply(self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0) -> None:
+    def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, answers: Answers) -> Prepared:
+        """Look at a step that is about to be applied; changes nothing.
+
+        Args:
+            payload: What takes part.
+            gradients: The arenas of the gradient.
+            largest: Magnitudes of the operands.
+            answers: How its reply is read.
+        """
+        if self.settings.clipping is None:
+            return _COVERED if self._headroom.covers(largest, answers) else Prepared(None, False)
+        clip = self.settings.clipping.measure(payload, payload.parts(gradients))
+        # Rounding may leave a little more.
+        bound = 1.001 * clip.bound
+        clipped = {
+            (operand, dtype): min(value, bound) if operand is Operand.GRADIENT else value
+            for (operand, dtype), value in largest.items()
+        }
+        return Prepared(clip, self._headroom.covers(clipped, answers))
+
+    def apply(
+        self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0, prepared: Prepared | None = None
+    ) -> None:
         """Turn the gradients of the runs into updates, in place, and advance the slots, and x where it is hosted.
 
         Args:
@@ -147,18 +210,45 @@ class State:
             runs: What takes part.
             step: Number of steps applied before, by which the learning rate is scheduled.
             staleness: By which it is scaled; 0 where it is not.
+            prepared: Of `prepare`; None for gradients that are clipped already.
         """
         self._last = _LastStep(self.settings, self._rules, self._position_of, step, staleness)
-        scalars = self._scalars(step, staleness) if staleness or not self._constants else self._constants
-        for run in runs:
-            for part, position in self._parts_of(run):
+        scalars, clip = self._scalars(step, staleness), prepared.clip if prepared else None
+        if not (prepared and prepared.covered):
+            self._headroom.forget()
+        for turn, run in enumerate(runs):
+            if clip is not None:
+                clip.apply(turn, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
+            for part, position in self.parts_of(run):
                 slots = [slot[part] for slot in self.slots[run.dtype]]
                 staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
                 self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
                 if self.parameters:
                     self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
 
-    def _parts_of(self, run: Run) -> Iterator[tuple[slice, int]]:
+    def tried(
+        self, given: Sequence[np.ndarray], dtype: np.dtype, part: slice, position: int, step: int, staleness: int
+    ) -> dict[str, Any]:
+        """What a step would make of a part of an arena that follows one rule: all arrays by name, and the update.
+
+        Args:
+            given: The operands there, clipped; the first becomes the update.
+            dtype: Of the arena.
+            part: Of the arena.
+            position: Of the rule among the rules.
+            step: See `apply`.
+            staleness: See `apply`.
+        """
+        slots = [slot[part].copy() for slot in self.slots[dtype]]
+        update, *inputs = given
+        self._kernels[dtype](update, slots, self._scalars(step, staleness)[dtype][position], *inputs)
+        made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
+        if self.parameters:
+            made[PARAMETER] = self.parameters[dtype][part].copy()
+            self.backend.advance(made[PARAMETER], update, self._keeps[dtype][position])
+        return made
+
+    def parts_of(self, run: Run) -> Iterator[tuple[slice, int]]:
         """(part of the arena, position among the rules) of the stretches that a run has something of."""
         stretches = self._stretches[run.dtype]
         # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
@@ -170,6 +260,7 @@ class State:
 
     def place(self, runs: Iterable[Run], arrays: Iterable[np.ndarray]) -> None:
         """Put x in place, run by run."""
+        self._headroom.forget()
         for run, array in zip(runs, arrays, strict=True):
             self.backend.copy(array, self.parameters[run.dtype][run.start : run.stop])
 
@@ -211,6 +302,7 @@ class State:
 
     def write(self, dtype: np.dtype, array: int, start: int, values: np.ndarray) -> None:
         """The reverse of `read`."""
+        self._headroom.forget()
         if array == len(self.rule.slots):
             self.parameters[dtype][start : start + values.size] = values
         else:

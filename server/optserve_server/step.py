@@ -12,6 +12,7 @@ import numpy as np
 
 from optserve_server.coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.errors import OptserveError, Reason
+from optserve_server.headroom import NATIVE, Answers
 from optserve_server.layout import Arenas, Largest, Operand, Payload, Run
 from optserve_server.segment import Segment
 
@@ -142,6 +143,7 @@ class Step:
         self.stream = stream
         self.parameters_step = parameters_step
         self.outcome: Outcome | None = None
+        self.refused: OptserveError | None = None
         self.given_up = False
         self.reply_source: Arenas = {}
         self.moved_at = time.monotonic()
@@ -154,6 +156,14 @@ class Step:
     def reply_bytes(self) -> int:
         """Bytes that the reply carries."""
         return 0 if self.replies is Reply.NOTHING else self.payload.size_bytes
+
+    @property
+    def answers(self) -> Answers:
+        """How its reply is read."""
+        narrow = self.payload.narrow
+        if narrow is None or self.replies is Reply.NOTHING:
+            return NATIVE
+        return Answers(updates=(narrow,)) if self.replies is Reply.UPDATES else Answers(parameters=(narrow,))
 
     def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
         """Take a chunk of the gradients, or of another operand. In a replay it is ignored.

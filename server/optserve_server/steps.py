@@ -22,14 +22,16 @@ import numpy as np
 from optserve_server import refusals
 from optserve_server.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
 from optserve_server.errors import OptserveError, Reason
+from optserve_server.headroom import Answers
 from optserve_server.lane import Lane
-from optserve_server.layout import Operand, Payload, Payloads
+from optserve_server.layout import Largest, Operand, Payload, Payloads
 from optserve_server.room import Room
 from optserve_server.segment import Segment
 from optserve_server.settings import Settings
 from optserve_server.staging import Staging
 from optserve_server.state import State
 from optserve_server.step import Outcome, Reply, Retained, Step, Wanted, check_request_id
+from optserve_server.trial import try_out
 from optserve_server.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -364,11 +366,14 @@ class Steps:
                 return self._commit_placement(step)
             step.reply_source = self._state.parameters if step.replies is Reply.PARAMETERS else staging.updates
             if step.replay and lane.retained:
+                lane.check_replay(step)
                 lane.give_shared(step, self.step)
                 return Outcome(step.request_id, lane.retained.step, replayed=True)
             lane.take_shared(step)
             step.check_complete()
-            norm = self.advance(staging, step.payload, request_id=step.request_id, segment=step.segment)
+            norm = self.advance(
+                staging, step.payload, step.largest, step.answers, request_id=step.request_id, segment=step.segment
+            )
             step.committed = True
             lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
             if step.segment:
@@ -389,6 +394,8 @@ class Steps:
         self,
         staging: Staging,
         payload: Payload,
+        largest: Largest,
+        answers: Answers,
         workers: Sequence[tuple[str, str, int]] = (),
         *,
         staleness: int = 0,
@@ -400,6 +407,8 @@ class Steps:
         Args:
             staging: The buffer.
             payload: What takes part.
+            largest: Magnitudes of what it holds.
+            answers: How the reply is read.
             workers: See StepRecord, where several share the optimizer.
             staleness: By which the learning rate is scaled; 0 where it is not.
             request_id: Of the step, where they do not.
@@ -407,7 +416,13 @@ class Steps:
 
         Returns:
             The norm, where clipping needed it.
+
+        Raises:
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE: nothing has changed; or STATE_LOST.
         """
+        prepared = self._state.prepare(payload, staging.updates, largest, answers)
+        if not prepared.covered:
+            try_out(self._state, staging.operands, payload, prepared, answers, self.step, staleness)
         lsn = self.lsn
         if self._durability.reads_staging:
             operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
@@ -416,11 +431,8 @@ class Steps:
             lsn = self._durability.stepping(record)
         if segment and staging.in_place:
             segment.replying(self.step + 1)
-        norm = None
         try:
-            if self._state.settings.clipping is not None:
-                norm = self._state.clip(payload, payload.parts(staging.updates))
-            self._state.apply(staging.operands, payload.runs, self.step, staleness)
+            self._state.apply(staging.operands, payload.runs, self.step, staleness, prepared)
         except Exception as error:
             raise self._lose(f"in step {self.step}") from error
         self.lsn = lsn
@@ -428,7 +440,7 @@ class Steps:
         if workers:
             # Its reply is no longer that of the last step, and may be overwritten.
             self.main.retained = None
-        return norm
+        return prepared.clip.norm if prepared.clip else None
 
     def _lose(self, what: str) -> OptserveError:
         """The error for slots that could not be changed, after which nothing is to be trusted any more."""

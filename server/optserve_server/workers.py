@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from optserve_server import refusals
-from optserve_server.consistency import Consistency, mean
+from optserve_server.consistency import Consistency
 from optserve_server.errors import OptserveError, Reason
+from optserve_server.headroom import Answers
 from optserve_server.lane import Lane
-from optserve_server.layout import Payload
+from optserve_server.layout import Largest, Payload
+from optserve_server.merge import merge
 from optserve_server.room import LOOK_EVERY_S, Room
 from optserve_server.roster import Roster, Standing, Worker
 from optserve_server.segment import Segment
@@ -46,7 +48,14 @@ class Owner(Protocol):
         ...
 
     def advance(
-        self, staging: Staging, payload: Payload, workers: Sequence[tuple[str, str, int]], *, staleness: int = 0
+        self,
+        staging: Staging,
+        payload: Payload,
+        largest: Largest,
+        answers: Answers,
+        workers: Sequence[tuple[str, str, int]],
+        *,
+        staleness: int = 0,
     ) -> float | None:
         """Write down and apply what a buffer holds, one step; gives the norm where clipping needed it."""
         ...
@@ -302,10 +311,13 @@ class Workers:
         """Let a step go on as far as it can now."""
         self._acting(step)
         worker.lane.hold(step)
+        if step.refused is not None:
+            raise step.refused.again()
         self._owner.check_usable()
         self._owner.check_lineage(step.lineage)
         if step.replay and worker.lane.retained:
             step.reply_source = worker.lane.staging.updates
+            worker.lane.check_replay(step)
             return Outcome(step.request_id, worker.lane.retained.step, replayed=True)
         # A replay has brought nothing, and must not be applied should its reply have gone.
         step.check_complete()
@@ -332,7 +344,7 @@ class Workers:
 
     def _wait(self, worker: Worker, step: Step, told: int) -> None:
         """Until something has happened that may let the step go on, beyond what was `told`."""
-        if step.outcome is not None:
+        if step.outcome is not None or step.refused is not None:
             return
         if step.given_up or self._draining:
             self._withdraw(worker)
@@ -373,7 +385,7 @@ class Workers:
         staleness = self._owner.step - step.parameters_step
         made = [(worker.name, step.request_id, worker.clock + 1)]
         scaled_by = staleness if self._consistency.scale_by_staleness else 0
-        norm = self._owner.advance(staging, payload, made, staleness=scaled_by)
+        norm = self._owner.advance(staging, payload, step.largest, step.answers, made, staleness=scaled_by)
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
         self._tell()
 
@@ -384,18 +396,26 @@ class Workers:
             return
         there.sort(key=lambda worker: worker.name)
         steps = [step for worker in there if (step := worker.contribution) is not None]
-        payload, merged = steps[0].payload, self._owner.main.staging
-        for operand in merged.operands:
-            targets = payload.parts(merged.operands[operand])
-            for turn, target in enumerate(targets):
-                parts = [payload.parts(one.lane.staging.operands[operand])[turn] for one in there]
-                mean(parts, target, max(step.largest[operand, target.dtype] for step in steps))
+        payload, mean = steps[0].payload, self._owner.main.staging
+        merged = merge(steps, [worker.lane.staging for worker in there], mean)
         made = [(w.name, step.request_id, w.clock + 1) for w, step in zip(there, steps, strict=True)]
-        norm = self._owner.advance(merged, payload, made)
+        try:
+            norm = self._owner.advance(mean, payload, *merged, made)
+        except OptserveError as error:
+            if error.reason in (Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW):
+                self._refuse_all(there, steps, error)
+            raise
         for worker, step in zip(there, steps, strict=True):
             if step.replies is Reply.UPDATES:
-                worker.lane.staging.copy_updates(merged.updates, payload)
+                worker.lane.staging.copy_updates(mean.updates, payload)
             self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm))
+            self._withdraw(worker)
+        self._tell()
+
+    def _refuse_all(self, there: Sequence[Worker], steps: Sequence[Step], error: OptserveError) -> None:
+        """The step that these were to make together cannot be applied: none of them waits for another one."""
+        for worker, step in zip(there, steps, strict=True):
+            step.refused = error
             self._withdraw(worker)
         self._tell()
 

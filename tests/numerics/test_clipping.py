@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optserve_server.clipping import Clipping
-from optserve_server.consistency import mean
 from optserve_server.layout import Layout, Parameter, Payload
+from optserve_server.merge import mean
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 

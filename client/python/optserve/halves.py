@@ -24,6 +24,12 @@ def name_of(dtype: np.dtype) -> str:
     return "bfloat16" if dtype == BFLOAT16 else dtype.name
 
 
+def largest(dtype: np.dtype) -> float:
+    """The largest finite number of a wire dtype."""
+    # Of bfloat16: all bits of the exponent but the last, and all of the fraction.
+    return 2.0**127 * (2 - 2.0**-7) if dtype == BFLOAT16 else float(np.finfo(dtype).max)
+
+
 def convert(source: np.ndarray, target: np.ndarray) -> None:
     """Copy elements into an array of another dtype, rounding to nearest, ties to even.
 

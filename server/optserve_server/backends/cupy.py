@@ -72,6 +72,11 @@ class CupyBackend(Backend):
             # Kernels run on streams of their own, which do not wait for this one.
             cupy.cuda.Stream.null.synchronize()
 
+    def extremes(self, slot: Any) -> tuple[float, float]:
+        """On the device; see Backend."""
+        with self._device:
+            return super().extremes(slot)
+
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """One element-wise kernel; multiply-adds are not contracted, so that it agrees with the CPU's bits."""
         arrays, constants = cuda_source.operands(rule)

@@ -46,6 +46,13 @@ class NumpyBackend(Backend):
         """Copy."""
         slot[...] = values
 
+    def extremes(self, slot: np.ndarray) -> tuple[float, float]:
+        """Slice by slice; see Backend."""
+        found: list[tuple[float, float]] = []
+        extremes = super().extremes
+        self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])))
+        return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))
+
     def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """On the calling thread, which may be one of the kernel's own; see Backend."""
         halves.convert(elements, staged)

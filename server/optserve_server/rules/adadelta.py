@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,33 @@ class Adadelta(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, 1−ρ, ε, learning rate."""
         return self.rho, 1.0 - self.rho, self.eps, self.learning_rate
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. E[g²] is at least (1−ρ) g², so |Δx| is at most RMS[Δx] / √(1−ρ), whatever g is.
+
+        With q the largest |g| / RMS[g], E[Δx²] + ε becomes at most 1 + (1−ρ) q² times as large in a step.
+        """
+        _, one_minus_rho, eps, learning_rate = scalars
+        floor = math.sqrt(eps)
+        square_avg = max(slots[0][1], gradient * gradient)
+        quotient = min(gradient / floor, numbers.steepest(floor) / math.sqrt(one_minus_rho))
+        growth = 1.0 + one_minus_rho * (quotient * quotient)
+        # A float to a large power is an error, not infinity.
+        acc_delta = (slots[1][1] + eps) * (growth**steps if growth < 1e4 else growth if steps == 1 else math.inf)
+        root = math.sqrt(acc_delta)
+        # Not root * quotient, where the quotient may vanish.
+        delta = min(root / floor * gradient, root * (numbers.steepest(floor) / math.sqrt(one_minus_rho)))
+        whole = max(square_avg + eps, acc_delta, root / floor, delta * delta) <= numbers.most
+        return learning_rate * delta if whole else math.inf, ((0.0, square_avg), (0.0, acc_delta))
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:
         """RMS[Δx]_{t−1} / RMS[g]_t, times the learning rate (equation 14); without the update RMS[Δx]_t / RMS[g]_t."""

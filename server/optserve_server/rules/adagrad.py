@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,23 @@ class Adagrad(Rule):
     def scalars(self) -> tuple[float, ...]:
         """−η, ε."""
         return -self.learning_rate, self.eps
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. Σ g² is at least g²."""
+        rate, eps = abs(scalars[0]), scalars[1]
+        total = slots[0][1] + steps * (gradient * gradient)
+        whole = rate * gradient <= numbers.most and total <= numbers.most
+        update = min(rate * gradient / eps, rate * numbers.steepest(eps))
+        return update if whole else math.inf, ((0.0, total),)
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η / (√(Σ g²) + ε)."""

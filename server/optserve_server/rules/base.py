@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from optserve_server.errors import OptserveError, Reason
+
+Interval = tuple[float, float]
+"""The least and the largest value that something may have."""
+
+Scalars = tuple[float, ...]
+"""The constants of a rule, rounded to a dtype."""
+
+
+class Numbers(NamedTuple):
+    """The numbers of a dtype.
+
+    Attributes:
+        most: A little less than the largest, by which rounding may exceed a bound.
+        tiny: The smallest that has all its digits.
+    """
+
+    most: float
+    tiny: float
+
+    def steepest(self, floor: float) -> float:
+        """The most that |g| / (√(g²) + floor) can be: 1, but for squares that vanish."""
+        return max(1.0, math.sqrt(self.tiny) / floor)
+
+
+NUMBERS = {
+    np.dtype(code): Numbers(0.999 * float(np.finfo(code).max), float(np.finfo(code).tiny)) for code in ("<f4", "<f8")
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,33 @@ class Rule:
     def scalars(self) -> tuple[float, ...]:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
         raise NotImplementedError
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,  # noqa: ARG003
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],  # noqa: ARG003
+        scalars: Scalars,  # noqa: ARG003
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]] | None:
+        """What `update` can make in some steps, for all operands and slots within bounds, but for rounding.
+
+        Args:
+            numbers: Of the dtype.
+            gradient: The largest magnitude of g.
+            curvature: That of h; 0 where there is none.
+            slots: In which each slot lies.
+            scalars: See `scalars`.
+            steps: So many, or fewer.
+
+        Returns:
+            The largest magnitude of an update, infinite where it, or a number on the way to it or to a slot, may be
+            so; and in which each slot lies meanwhile. None if nothing is known: every step is then tried out
+            beforehand, which takes twice the time.
+        """
+        return None
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """The factor on −g that the last step used, in float64; None if it does not follow from the slots.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,20 @@ class Momentum(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, η."""
         return self.rho, self.learning_rate
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule."""
+        momentum = max(-slots[0][0], slots[0][1]) + steps * (scalars[1] * gradient)
+        return momentum, ((-momentum, momentum),)
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,19 @@ class Sgd(Rule):
     def scalars(self) -> tuple[float, ...]:
         """−η."""
         return (-self.learning_rate,)
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],  # noqa: ARG003
+        scalars: Scalars,
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule."""
+        return abs(scalars[0]) * gradient, ()
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η."""

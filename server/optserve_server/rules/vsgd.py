@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 _TINY = 1e-30
 """Keeps 0 / 0 out where every gradient so far was 0; far below any square of a gradient that matters."""
@@ -50,6 +50,32 @@ class Vsgd(Rule):
     def gradient_limit(self, dtype: np.dtype) -> float:
         """As for every rule; the enlarged square has to be finite as well."""
         return super().gradient_limit(dtype) / math.sqrt(self.initial_overestimate)
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. The averages are means of what came, enlarged once; the signal is at most 1."""
+        eps, overestimate, initial_steps = scalars[0], scalars[1] + 1.0, scalars[2]
+        grad_avg, square_avg, curvature_avg, tau = slots
+        enlarged = overestimate if tau[0] <= 0 else 1.0
+        mean = max(-grad_avg[0], grad_avg[1], gradient)
+        square = enlarged * max(square_avg[1], gradient * gradient)
+        slots = (
+            (-mean, mean),
+            (0.0, square),
+            (0.0, enlarged * max(curvature_avg[1], curvature)),
+            (tau[0] - steps if tau[0] <= 0 else 1.0, max(tau[1], initial_steps) + steps),
+        )
+        # Beyond, float32 has not all whole numbers.
+        whole = max(-slots[3][0], slots[3][1]) < 1 << 23 and max(square, mean * mean, 1.0 / eps) <= numbers.most
+        return gradient / eps if whole else math.inf, slots
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """E[g]² / (E[g²] E[|h|]); 0 while the first estimates are made."""

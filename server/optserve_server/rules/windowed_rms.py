@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.rules.base import Rule, hyperparameter
+from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,24 @@ class WindowedRms(Rule):
     def scalars(self) -> tuple[float, ...]:
         """ρ, 1−ρ, ε, ε_outer, −η."""
         return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. E[g²] is at least (1−ρ) g²."""
+        _, one_minus_rho, eps, outer_eps, rate = scalars
+        square_avg = max(slots[0][1], gradient * gradient)
+        floor = math.sqrt(eps) + outer_eps
+        update = min(-rate * gradient / floor, -rate * (numbers.steepest(floor) / math.sqrt(one_minus_rho)))
+        whole = max(-rate * gradient, square_avg + eps) <= numbers.most
+        return update if whole else math.inf, ((0.0, square_avg),)
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
         """η / RMS[g]."""

@@ -1,0 +1,251 @@
+"""Twenty thousand random optimizers and what they make of gradients of every finite size.
+
+Each step is either applied, with the bits of the plain formula, all of them finite and its reply too; or it is refused
+whole, and then only if the plain formula would not have been finite.
+"""
+
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from extremes import F4, F8, Case, any_case, any_rule, any_values, pick
+from optserve import halves
+from optserve_server import backends
+from optserve_server.durability import InMemory
+from optserve_server.errors import OptserveError, Reason
+from optserve_server.layout import Layout, Operand, Payload
+from optserve_server.settings import PARAMETER, Settings
+from optserve_server.state import State
+from optserve_server.state_import import StateImport
+from optserve_server.step import Reply, Step
+from optserve_server.steps import Steps
+
+CASES = 20_000
+CHUNKS = 20
+REFERENCE = backends.load("numpy", 1)
+REFUSALS = {Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW}
+
+Arrays = dict[str, dict[np.dtype, np.ndarray]]
+
+
+def arrays_of(state: State) -> Arrays:
+    """All arrays of a state, by name; copies."""
+    found: Arrays = {
+        name: {dtype: slots[position].copy() for dtype, slots in state.slots.items()}
+        for position, name in enumerate(state.rule.slots)
+    }
+    if state.settings.hosted:
+        found[PARAMETER] = {dtype: arena.copy() for dtype, arena in state.parameters.items()}
+    return found
+
+
+def digest(steps: Steps) -> tuple[Any, ...]:
+    """Everything that a step can change, but for the reply that is kept until the next gradient comes."""
+    found = [
+        (name, dtype.name, arena.tobytes())
+        for name, arenas in arrays_of(steps._state).items()
+        for dtype, arena in arenas.items()
+    ]
+    return steps.step, steps.main.last_request_id, steps.lsn, found
+
+
+def plain(
+    settings: Settings, layout: Layout, before: Arrays, operands: list[dict[np.dtype, np.ndarray]], tensors, step: int
+):
+    """(arrays, updates) after a step by the formulas alone, element by element, whatever becomes of them."""
+    after = {name: {dtype: arena.copy() for dtype, arena in arenas.items()} for name, arenas in before.items()}
+    updates = {dtype: np.zeros(size, dtype) for dtype, size in layout.sizes.items()}
+    payload = Payload(layout, tensors)
+    given = [{dtype: arena.copy() for dtype, arena in operand.items()} for operand in operands]
+    if settings.clipping is not None:
+        settings.clipping.clip(payload, payload.parts(given[0]))
+    rules, decays = settings.rules(), settings.decays()
+    for index in tensors:
+        parameter, start = layout.parameters[index], layout.starts[index]
+        if not parameter.size:
+            continue
+        dtype, part = parameter.dtype, slice(start, start + parameter.size)
+        group = 1 if settings.groups and index in settings.groups[0].parameters else 0
+        rule = settings.at(rules[group], step)
+        scalars = [dtype.type(scalar) for scalar in rule.scalars()]
+        slots = [after[name][dtype][part] for name in rule.slots]
+        with np.errstate(all="ignore"):
+            made = rule.update(np.sqrt, *(operand[dtype][part] for operand in given), *slots, *scalars)
+            update, *rest = made if rule.slots else (made,)
+            updates[dtype][part] = update
+            for slot, value in zip(slots, rest, strict=True):
+                slot[...] = value
+            if settings.hosted:
+                # As every backend does.
+                REFERENCE.advance(after[PARAMETER][dtype][part], update, dtype.type(1 - decays[group]))
+    return after, updates
+
+
+def holds(wire: np.dtype | None, values: np.ndarray) -> bool:
+    """Whether a wire holds numbers."""
+    if wire is None:
+        return True
+    rounded = np.empty(values.size, wire)
+    halves.convert(np.ascontiguousarray(values), rounded)
+    back = np.empty(values.size)
+    halves.convert(rounded, back)
+    return bool(np.isfinite(back).all())
+
+
+def finite(arrays: Arrays) -> bool:
+    return all(np.isfinite(arena).all() for arenas in arrays.values() for arena in arenas.values())
+
+
+def sent(values: np.ndarray, wire: np.dtype | None) -> tuple[bytes, np.ndarray]:
+    """(what goes over the wire, what arrives)."""
+    if wire is None:
+        return values.tobytes(), values
+    on_wire, arrived = np.empty(values.size, wire), np.empty(values.size, values.dtype)
+    halves.convert(values, on_wire)
+    halves.convert(on_wire, arrived)
+    return on_wire.tobytes(), arrived
+
+
+class Play:
+    """One case, step by step."""
+
+    def __init__(self, case: Case, backend: backends.Backend) -> None:
+        self.case, self.rng, self.layout = case, case.rng, case.layout
+        self.state = State(case.layout, case.settings, backend)
+        self.steps = Steps("test", self.state, InMemory())
+        self.applied = self.refused = 0
+        if case.settings.hosted:
+            with closing(self.steps.place("upload")) as upload:
+                for index, parameter in enumerate(case.layout.parameters):
+                    x = any_values(self.rng, parameter.dtype, parameter.size)
+                    upload.stage(index, 0, x.tobytes(), Operand.PARAMETER)
+                upload.commit()
+
+    def run(self) -> None:
+        for number in range(int(self.rng.integers(2, 6))):
+            if self.rng.random() < 0.15:
+                self.change()
+            self.step(f"r{number}")
+        self.export()
+
+    def change(self) -> None:
+        """Other hyper-parameters."""
+        settings = self.state.settings
+        other = any_rule(self.rng, type(settings.rule), {p.dtype for p in self.layout.parameters})
+        self.steps.set(replace(settings, rule=other), "", datetime.now(UTC))
+
+    def step(self, request_id: str) -> None:
+        count = len(self.layout.parameters)
+        tensors = tuple(range(count)) if self.rng.random() < 0.7 else (int(self.rng.integers(count)),)
+        wire = pick(self.rng, (None, None, halves.FLOAT16, halves.BFLOAT16, F4, F8))
+        reply = pick(self.rng, tuple(Reply)) if self.state.settings.hosted else Reply.UPDATES
+        operands = [
+            {dtype: np.zeros(size, dtype) for dtype, size in self.layout.sizes.items()}
+            for _ in self.state.operand_kinds
+        ]
+        before, was = arrays_of(self.state), digest(self.steps)
+        refusal, got = None, b""
+        with closing(self.steps.begin(request_id, tensors=tensors, wire=wire, reply=reply)) as step:
+            try:
+                for operand, arenas in zip(self.state.operand_kinds, operands, strict=True):
+                    for index in tensors:
+                        parameter, start = self.layout.parameters[index], self.layout.starts[index]
+                        values = any_values(self.rng, parameter.dtype, parameter.size, wire)
+                        data, arrived = sent(values, wire)
+                        arenas[parameter.dtype][start : start + parameter.size] = arrived
+                        step.stage(index, 0, data, operand)
+                step.commit()
+            except OptserveError as error:
+                refusal = error
+            else:
+                got = self.read(step)
+        after, updates = plain(self.state.settings, self.layout, before, operands, tensors, was[0])
+        replied = {Reply.UPDATES: updates, Reply.PARAMETERS: after.get(PARAMETER, {}), Reply.NOTHING: {}}[reply]
+        parts = [
+            replied[p.dtype][start : start + p.size]
+            for p, start in ((self.layout.parameters[i], self.layout.starts[i]) for i in tensors)
+            if replied
+        ]
+        good = finite(after) and all(np.isfinite(arena).all() for arena in updates.values())
+        carried = all(holds(wire, part) for part in parts)
+        if refusal is not None:
+            self.refused += 1
+            assert refusal.reason in REFUSALS, refusal
+            assert digest(self.steps) == was
+            parameter = self.layout.parameters[self.layout.indices[refusal.metadata["parameter"]]]
+            assert int(refusal.metadata["index"]) < parameter.size
+            assert not (good and carried) or self.too_large(operands), refusal
+            assert refusal.reason is Reason.GRADIENT_OVERFLOW or not carried
+            return
+        self.applied += 1
+        assert good
+        assert carried
+        found = arrays_of(self.state)
+        assert all(found[name][d].tobytes() == after[name][d].tobytes() for name in after for d in after[name])
+        assert got == b"".join(sent(part, wire)[0] for part in parts)
+        assert np.isfinite(np.concatenate([np.zeros(0), *(sent(part, wire)[1] for part in parts)])).all()
+        self.replay(request_id, reply, parts)
+
+    def too_large(self, operands) -> bool:
+        """Whether an operand is larger than what may arrive: its square alone would not be finite."""
+        return any(
+            np.abs(arena).max(initial=0) > self.state.limits[operand, dtype]
+            for operand, arenas in zip(self.state.operand_kinds, operands, strict=True)
+            for dtype, arena in arenas.items()
+            if arena.size
+        )
+
+    def read(self, step: Step) -> bytes:
+        return b"".join(step.reply(1 << 20, lambda piece: bytes(piece.data)))
+
+    def replay(self, request_id: str, reply: Reply, parts: list[np.ndarray]) -> None:
+        """The reply once more, perhaps by another wire."""
+        wire = pick(self.rng, (None, halves.FLOAT16, halves.BFLOAT16, F4))
+        was = digest(self.steps)
+        with closing(self.steps.begin(request_id, wire=wire, reply=reply)) as step:
+            if all(holds(wire, part) for part in parts):
+                assert step.commit().replayed
+                assert self.read(step) == b"".join(sent(part, wire)[0] for part in parts)
+            else:
+                with pytest.raises(OptserveError, check=lambda error: error.reason is Reason.REPLY_OVERFLOW):
+                    step.commit()
+        assert digest(self.steps) == was
+
+    def export(self) -> None:
+        """Whatever the state is now, it can be imported."""
+        optimizer: Any = SimpleNamespace(settings=self.state.settings, rule=self.state.rule, layout=self.layout, id="o")
+        nowhere: Any = SimpleNamespace(write=lambda *_: None)
+        entry = StateImport(nowhere, optimizer, nowhere, lambda settings, _: settings)
+        for array in range(len(self.state.settings.arrays)):
+            for index, parameter in enumerate(self.layout.parameters):
+                start = self.layout.starts[index]
+                values = (
+                    self.state.read(parameter.dtype, array, start, start + parameter.size)
+                    if parameter.size
+                    else np.empty(0)
+                )
+                entry.stage(index, array, 0, values.tobytes())
+
+
+@pytest.fixture(scope="module")
+def numpy_backend() -> backends.Backend:
+    return backends.load("numpy", 1)
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(numpy_backend, chunk):
+    applied = refused = 0
+    for seed in range(chunk * CASES // CHUNKS, (chunk + 1) * CASES // CHUNKS):
+        play = Play(any_case(seed), numpy_backend)
+        try:
+            play.run()
+        except AssertionError as error:
+            raise AssertionError(f"case {seed}: {play.state.settings}, {play.layout.parameters}") from error
+        applied, refused = applied + play.applied, refused + play.refused
+    # Neither must be rare, or little is shown.
+    assert min(applied, refused) > (applied + refused) / 10
