@@ -31,6 +31,7 @@ REFERENCE = backends.load("numpy", 1)
 REFUSALS = {Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW}
 
 Arrays = dict[str, dict[np.dtype, np.ndarray]]
+Operands = list[dict[np.dtype, np.ndarray]]
 
 
 def arrays_of(state: State) -> Arrays:
@@ -55,8 +56,14 @@ def digest(steps: Steps) -> tuple[Any, ...]:
 
 
 def plain(
-    settings: Settings, layout: Layout, before: Arrays, operands: list[dict[np.dtype, np.ndarray]], tensors, step: int
-):
+    settings: Settings,
+    layout: Layout,
+    before: Arrays,
+    operands: Operands,
+    tensors: tuple[int, ...],
+    step: int,
+    staleness: int = 0,
+) -> tuple[Arrays, dict[np.dtype, np.ndarray]]:
     """(arrays, updates) after a step by the formulas alone, element by element, whatever becomes of them."""
     after = {name: {dtype: arena.copy() for dtype, arena in arenas.items()} for name, arenas in before.items()}
     updates = {dtype: np.zeros(size, dtype) for dtype, size in layout.sizes.items()}
@@ -71,7 +78,7 @@ def plain(
             continue
         dtype, part = parameter.dtype, slice(start, start + parameter.size)
         group = 1 if settings.groups and index in settings.groups[0].parameters else 0
-        rule = settings.at(rules[group], step)
+        rule = settings.at(rules[group], step, staleness)
         scalars = [dtype.type(scalar) for scalar in rule.scalars()]
         slots = [after[name][dtype][part] for name in rule.slots]
         with np.errstate(all="ignore"):
@@ -144,7 +151,7 @@ class Play:
         tensors = tuple(range(count)) if self.rng.random() < 0.7 else (int(self.rng.integers(count)),)
         wire = pick(self.rng, (None, None, halves.FLOAT16, halves.BFLOAT16, F4, F8))
         reply = pick(self.rng, tuple(Reply)) if self.state.settings.hosted else Reply.UPDATES
-        operands = [
+        operands: Operands = [
             {dtype: np.zeros(size, dtype) for dtype, size in self.layout.sizes.items()}
             for _ in self.state.operand_kinds
         ]
@@ -191,7 +198,7 @@ class Play:
         assert np.isfinite(np.concatenate([np.zeros(0), *(sent(part, wire)[1] for part in parts)])).all()
         self.replay(request_id, reply, parts)
 
-    def too_large(self, operands) -> bool:
+    def too_large(self, operands: Operands) -> bool:
         """Whether an operand is larger than what may arrive: its square alone would not be finite."""
         return any(
             np.abs(arena).max(initial=0) > self.state.limits[operand, dtype]
@@ -232,16 +239,10 @@ class Play:
                 entry.stage(index, array, 0, values.tobytes())
 
 
-@pytest.fixture(scope="module")
-def numpy_backend() -> backends.Backend:
-    return backends.load("numpy", 1)
-
-
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(numpy_backend, chunk):
+def play_all(backend: backends.Backend, seeds: range) -> None:
     applied = refused = 0
-    for seed in range(chunk * CASES // CHUNKS, (chunk + 1) * CASES // CHUNKS):
-        play = Play(any_case(seed), numpy_backend)
+    for seed in seeds:
+        play = Play(any_case(seed), backend)
         try:
             play.run()
         except AssertionError as error:
@@ -249,3 +250,12 @@ def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(numpy_ba
         applied, refused = applied + play.applied, refused + play.refused
     # Neither must be rare, or little is shown.
     assert min(applied, refused) > (applied + refused) / 10
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(chunk):
+    play_all(REFERENCE, range(chunk * CASES // CHUNKS, (chunk + 1) * CASES // CHUNKS))
+
+
+def test_so_with_compiled_kernels():
+    play_all(backends.load("numba", 1), range(4_000_000, 4_000_600))
