@@ -23,6 +23,20 @@ def wrong_step(name: str, step: int, expected: int) -> OptserveError:
     )
 
 
+def no_such_step(name: str, step: int, given: int) -> OptserveError:
+    """A gradient was taken at an x that is still to come."""
+    return OptserveError(
+        Reason.INVALID_FIELD, f"{name} is at step {step}; there has been no step {given}.", field="parameters_step"
+    )
+
+
+def no_other_step(name: str) -> OptserveError:
+    """Only workers have gradients of earlier steps."""
+    return OptserveError(
+        Reason.INVALID_FIELD, f"{name} has no workers, so x is of no other step.", field="parameters_step"
+    )
+
+
 def not_hosted(name: str, field: str) -> OptserveError:
     """The server does not hold the parameters."""
     return OptserveError(

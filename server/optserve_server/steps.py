@@ -192,15 +192,9 @@ class Steps:
         if given is None:
             return self.workers.roster.get(worker).at_step if worker else self.step
         if not worker:
-            raise OptserveError(
-                Reason.INVALID_FIELD, f"{self._name} has no workers, so x is of no other step.", field="parameters_step"
-            )
+            raise refusals.no_other_step(self._name)
         if given > self.step:
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"{self._name} is at step {self.step}; there has been no step {given}.",
-                field="parameters_step",
-            )
+            raise refusals.no_such_step(self._name, self.step, given)
         return given
 
     def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
