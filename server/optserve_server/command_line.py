@@ -95,10 +95,20 @@ def _log(level: str) -> None:
     """Logs go to standard error: readable on a terminal, one plain line each elsewhere."""
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_CleanFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        handler.setFormatter(_CleanFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     # The level is ours; libraries speak up when something is wrong.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("optserve_server").setLevel(level.upper())
+
+
+class _CleanFormatter(logging.Formatter):
+    """Writes what would steer a terminal, in what a client or a library has said, as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as text."""
+        from optserve.cli.console import clean
+
+        return clean(super().format(record))

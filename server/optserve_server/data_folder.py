@@ -314,7 +314,8 @@ class DataFolder:
         self._journal.cut_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
         self._upkeep.snapshot_made(time.perf_counter() - start)
-        logger.info("snapshot %s", path.name)
+        # Every second or two of a fast run, so not for every log.
+        logger.debug("snapshot %s", path.name)
         return path
 
     def close(self, *, snapshot: bool = True) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
+from optserve.cli.as_json import Json, print_json
+from optserve.cli.console import errors, say, show_error, show_table, words
 from optserve_server import folder_lock, recovery, snapshot
 from optserve_server.journal import CorruptionError, JournalError, Reader, cut_at
 
@@ -24,9 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look at, verify and repair the journal of a data folder that no server is using.",
 )
-console = Console()
-errors = Console(stderr=True)
-
 Folder = Annotated[Path, typer.Argument(help="The data folder.", exists=True, file_okay=False)]
 
 _KINDS = {
@@ -51,32 +47,45 @@ def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("reading", total=reader.total_bytes)
         for record in reader:
-            counts[json.loads(record.meta)["optimizer"], _KINDS.get(record.type, "others")] += 1
+            counts[loads(record.meta)["optimizer"], _KINDS.get(record.type, "others")] += 1
             progress.update(task, completed=reader.bytes_read)
     return reader, lsn, counts
 
 
 @app.command()
-def verify(folder: Folder) -> None:
+def verify(folder: Folder, json: Json = False) -> None:
     """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
     with _errors_as_a_line(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
+    if json:
+        torn = {"file": reader.torn[0].name, "byte": reader.torn[1]} if reader.torn else None
+        print_json({**_totals(reader, lsn), "records": sum(counts.values()), "torn": torn})
+        return
     text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
     if reader.torn:
         text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which nobody was promised"
-    console.print(Text(text), highlight=False, soft_wrap=True)
+    say(text)
 
 
 @app.command()
-def stats(folder: Folder) -> None:
+def stats(folder: Folder, json: Json = False) -> None:
     """Count what the journal holds beyond the last snapshot."""
     with _errors_as_a_line(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
-    table = Table("optimizer", *_KINDS.values())
-    for name in sorted({name for name, _ in counts}):
-        table.add_row(Text(name), *(f"{counts[name, kind]:,}" for kind in _KINDS.values()))
-    console.print(table)
-    console.print(f"snapshot at {lsn}; next record {reader.next_lsn}; {reader.bytes_read / 1e6:.1f} MB of records")
+    names = sorted({name for name, _ in counts})
+    if json:
+        optimizers = [
+            {"name": name, **{kind.replace(" ", "_"): counts[name, kind] for kind in _KINDS.values()}} for name in names
+        ]
+        print_json({**_totals(reader, lsn), "optimizers": optimizers})
+        return
+    rows = [[name, *(f"{counts[name, kind]:,}" for kind in _KINDS.values())] for name in names]
+    show_table(("optimizer", *_KINDS.values()), rows, right=list(_KINDS.values()))
+    say(f"snapshot at {lsn}; next record {reader.next_lsn}; {reader.bytes_read / 1e6:.1f} MB of records")
+
+
+def _totals(reader: Reader, lsn: int) -> dict[str, int]:
+    return {"snapshot_lsn": lsn, "next_lsn": reader.next_lsn, "bytes_read": reader.bytes_read}
 
 
 @app.command()
@@ -86,14 +95,14 @@ def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do n
         try:
             _read(folder)
         except CorruptionError as damage:
-            console.print(Text(f"{damage}"), highlight=False, soft_wrap=True)
+            say(f"{damage}")
             if not yes:
                 typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
             folder_lock.set_unclean(folder, unclean=True)
             removed = cut_at(folder, damage.path, damage.offset)
-            console.print(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
+            say(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
         else:
-            console.print("there is nothing to repair")
+            say("there is nothing to repair")
 
 
 @contextmanager
@@ -113,7 +122,7 @@ def _errors_as_a_line() -> Iterator[None]:
     try:
         yield
     except (JournalError, OSError) as error:
-        errors.print(Text.assemble(("optserve journal:", "red"), f" {error}"), highlight=False, soft_wrap=True)
+        show_error(words(error), "optserve journal")
         raise typer.Exit(1) from error
 
 

@@ -384,6 +384,12 @@ def test_a_journal_is_verified_counted_and_repaired_by_command(tmp_path):
     server.die()
     assert "good: snapshot at 0, then 4 records" in tool("verify", tmp_path).stdout
     assert " 3 " in tool("stats", tmp_path).stdout
+    verified, counted = (json.loads(tool(what, tmp_path, "--json").stdout) for what in ("verify", "stats"))
+    assert list(verified) == ["snapshot_lsn", "next_lsn", "bytes_read", "records", "torn"]
+    assert (verified["snapshot_lsn"], verified["next_lsn"], verified["records"], verified["torn"]) == (0, 5, 4, None)
+    assert list(counted) == ["snapshot_lsn", "next_lsn", "bytes_read", "optimizers"]
+    kinds = {"creations": 1, "updates": 0, "deletions": 0, "steps": 3, "replaced_states": 0, "uploads": 0}
+    assert counted["optimizers"] == [{"name": "a", **kinds}]
     assert "nothing to repair" in tool("repair", tmp_path).stdout
     # Damage within the second step.
     *_, second, _ = journal.Reader(tmp_path, 0)
@@ -402,3 +408,27 @@ def test_a_journal_is_verified_counted_and_repaired_by_command(tmp_path):
         assert again.optimizers.get("a").steps.lineage != item.steps.lineage
         again.die()
     assert lineage == item.steps.lineage
+
+
+def test_the_log_of_a_run_does_not_grow_with_its_snapshots(tmp_path):
+    """At INFO; a fast run has one every second or two."""
+    config = tmp_path / "optserve.toml"
+    config.write_text("snapshot_bytes = 1_048_576\nsegment_bytes = 1_048_576\n")
+    command = [sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", "numpy", "--announce"]
+    command += ["--data-dir", str(tmp_path / "data"), "--config", str(config)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    target = server.stdout.readline().removeprefix("ready ").strip()
+    gradients = {"w": np.ones(1 << 16, np.float32)}
+    seen = set()
+    with optserve.connect(target) as client:
+        opt = client.create_optimizer("a", optserve.Adadelta(), gradients)
+        while len(seen) < 4:
+            opt.step(gradients)
+            seen.update(path.name for path in snapshot.paths(tmp_path / "data"))
+    server.terminate()
+    _, log = server.communicate(timeout=60)
+    lines = [line for line in log.splitlines() if "optserve_server" in line]
+    assert "created a" in log
+    assert not [line for line in lines if "snapshot-" in line]
+    # backend, recovered, serving, created, SIGTERM, stopped
+    assert len(lines) <= 7, log

@@ -480,3 +480,14 @@ def test_chunks_as_large_as_the_limits_leave_room_for_their_headers(tmp_path, si
             assert sum(len(message.data) for message in pulled) == size
             exported = stub.ExportState(checkpoints_pb2.ExportStateRequest(name="optimizers/b"))
             assert sum(len(message.data) for message in exported) == size
+
+
+def test_a_log_does_not_steer_the_terminal_that_shows_it():
+    """Whatever a path, a client or a library puts into it."""
+    program = (
+        "import logging, sys; from optserve_server import command_line; command_line._log('info'); "
+        "logging.getLogger('optserve_server.x').info('%s', '\\x1b]0;title\\x07\\x9b31m\\rline [/b]')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert r"INFO optserve_server.x \x1b]0;title\x07\x9b31m\rline [/b]" in done.stderr
+    assert not set(done.stderr) & set("\x1b\x07\x9b\r")
