@@ -68,7 +68,7 @@ def serve(
     exit_on_eof: Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")] = False,
 ) -> None:
     """Serve optimizers over gRPC until SIGTERM or Ctrl-C."""
-    _log(log_level)
+    log_to_stderr(log_level)
     overrides = {
         "host": host,
         "port": port,
@@ -91,7 +91,7 @@ def serve(
         raise typer.Exit(2) from error
 
 
-def _log(level: str) -> None:
+def log_to_stderr(level: str) -> None:
     """Logs go to standard error: readable on a terminal, one plain line each elsewhere."""
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
