@@ -4,10 +4,14 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 import optserve
+import optserve.aio
 from optserve import algorithms
+from optserve._awaiting import Threads
+from optserve.aio import AsyncOptimizer, AsyncWorker
 from optserve_server.rules import RULES
 
 PUBLIC = [
@@ -26,6 +30,66 @@ PUBLIC = [
 
 def test_the_public_names_are_these():
     assert optserve.__all__ == PUBLIC
+
+
+MEMBERS = {
+    optserve.Client: [
+        "close", "create_optimizer", "create_optimizer_from_state", "delete_checkpoint", "delete_optimizer",
+        "get_or_create_optimizer", "list_checkpoints", "list_optimizers", "optimizer", "server_info", "shares_memory",
+        "target", "worker",
+    ],
+    optserve.Optimizer: [
+        "algorithm", "at_step", "begin_step", "buffers", "cancel", "clipping", "close", "consistency", "count_from",
+        "current_step", "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state",
+        "list_checkpoints", "outcomes", "patience", "pull_parameters", "push_parameters", "refresh", "replay",
+        "restore_checkpoint", "save_checkpoint", "schedule", "staleness", "start_step", "statistics", "step",
+        "step_patiently", "steps_made", "takes_curvature", "transport", "update", "weight_decay",
+    ],
+    optserve.Worker: [
+        "at_step", "cancel", "current_step", "gradient_norm", "pull", "refresh", "staleness", "step", "steps_made",
+        "transport",
+    ],
+    optserve.OptimizerState: [
+        "clipping", "consistency", "groups", "hosted", "hosted_parameters", "load", "save", "schedule", "settings",
+        "size_bytes", "weight_decay", "without",
+    ],
+    optserve.OptimizerInfo: ["algorithm", "clipping", "consistency", "groups", "schedule"],
+    optserve.LocalServer: ["start", "stop"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "members"), MEMBERS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_the_public_members_are_these(kind, members):
+    assert [name for name in dir(kind) if not name.startswith("_")] == members
+
+
+def test_every_object_says_what_it_is(client, name):
+    params = {"w": np.ones((3, 2)), "b": np.ones(2)}
+    opt = client.create_optimizer(
+        name, optserve.Adagrad(), params, hosted=True, schedule=optserve.InverseTime(decay=0.5),
+        consistency=optserve.Async(),
+    )  # fmt: skip
+    with client.worker(name, "first") as worker:
+        worker.pull()
+        worker.step(params)
+        assert repr(worker) == f"Worker('first' of {name!r}, 1 steps made)"
+        assert repr(AsyncWorker(worker, Threads())) == f"AsyncWorker('first' of {name!r}, 1 steps made)"
+    opt.refresh()
+    assert repr(client) == f"Client({client.target!r})"
+    assert repr(opt) == f"Optimizer({name!r}, adagrad, hosted, step 1)"
+    assert repr(AsyncOptimizer(opt, Threads())) == f"AsyncOptimizer({name!r}, adagrad, hosted, step 1)"
+    assert repr(optserve.aio.connect("localhost:1")) == "AsyncClient('localhost:1')"
+    assert repr(opt.pull_parameters()) == "HostedParameters(step=1, 2 parameters, 64 bytes)"
+    assert repr(opt.export_state()) == (
+        "OptimizerState(step=1, algorithm=Adagrad(learning_rate=0.01, eps=1e-10), "
+        "schedule=InverseTime(warmup_steps=0, decay=0.5), "
+        "consistency=Async(lease_s=30.0, scale_by_staleness=False), 2 parameters, 128 bytes)"
+    )
+    delta = client.create_optimizer(f"{name}-2", optserve.Sgd(), params)
+    with delta.begin_step() as step:
+        step.send("b", params["b"])
+        assert repr(step) == "StepUnderWay(1 of 2 gradients sent)"
+        step.send("w", params["w"])
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import optserve
+
 PROGRAM = """
 import optserve
 with optserve.local_server(backend="numpy") as server, optserve.connect(server.target) as client:
@@ -45,3 +47,16 @@ def test_pythonpath_is_honoured(tmp_path):
     done = run(tmp_path, PYTHONPATH=str(extra))
     assert done.stdout == "served by numpy\n", done.stderr
     assert len(list((tmp_path / "pids").iterdir())) >= 2
+
+
+def test_a_notebook_starts_and_stops_a_server_without_a_block():
+    server = optserve.LocalServer.start(backend="numpy", options=["--log-level", "error"])
+    assert repr(server) == f"LocalServer({server.target!r}, running)"
+    with optserve.connect(server.target) as client:
+        assert client.server_info().backend == "numpy"
+    server.stop()
+    assert server.process.poll() == 0
+    assert repr(server) == f"LocalServer({server.target!r}, ended with 0)"
+    server.stop()  # again, as where a cell is run twice
+    with pytest.raises(optserve.UnavailableError, match="did not start"):
+        optserve.LocalServer.start(backend="abacus")

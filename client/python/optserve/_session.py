@@ -56,6 +56,7 @@ class StepSession:
         at_step: The step of the parameters that gradients are taken at, for a worker among several.
         life: Makes the request ids, and counts the steps.
         staleness: Steps of others between those parameters and the last step.
+        gradient_norm: Of the last step's gradient before clipping, where the server has computed it.
         outcomes: What became of steps whose callers do not know it.
     """
 
@@ -76,6 +77,7 @@ class StepSession:
         self.at_step: int | None = None
         self.life = Life(open_request.worker)
         self.staleness = 0
+        self.gradient_norm: float | None = None
         self._connection = connection
         self._must_share = must_share
         self._sizes = sizes
@@ -322,6 +324,7 @@ class StepSession:
     def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
         self.current_step, self.staleness = result.step, result.staleness
+        self.gradient_norm = result.gradient_norm if result.HasField("gradient_norm") else None
         if result.replayed and not known:
             raise InternalError(
                 f"The server says that a new step of {self._name} had been applied before, which it cannot have been."

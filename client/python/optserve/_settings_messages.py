@@ -190,5 +190,8 @@ def update_request(
         message.groups.extend(group_messages(groups, method))
     if weight_decay is not None:
         paths.append("weight_decay")
-        message.weight_decay = weight_decay
+        try:
+            message.weight_decay = weight_decay
+        except TypeError as error:
+            raise InvalidArgumentError(f"weight_decay cannot be {weight_decay!r}: {error}") from error
     return request

@@ -117,6 +117,10 @@ class StepUnderWay:
         self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        sent = sum(index in self._gradients for index in self._names)
+        return f"StepUnderWay({sent} of {len(self._names)} gradients sent)"
+
     def send(self, name: str, gradient: np.ndarray, curvature: np.ndarray | None = None) -> None:
         """Send what a step needs of one parameter, which must not be changed before the step has ended.
 

@@ -26,7 +26,6 @@ share MAX_CONCURRENT_CALLS threads.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial as bound
@@ -37,6 +36,7 @@ import numpy as np
 
 from optserve import algorithms, settings
 from optserve import client as sync
+from optserve._async_worker import LEAVE_S, SETTLE_S, AsyncWorker
 from optserve._awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended, signal
 from optserve._under_way import StepUnderWay
 from optserve.config import ClientConfig
@@ -46,16 +46,8 @@ from optserve.optimizer_info import OptimizerInfo
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.statistics import QUANTILES, Statistics
 from optserve.v1 import service_pb2
-from optserve.worker import Worker
 
 __all__ = ["LEAVE_S", "MAX_CONCURRENT_CALLS", "SETTLE_S", "AsyncClient", "AsyncOptimizer", "AsyncWorker", "connect"]
-
-SETTLE_S = 1.0
-"""Once a call that changes something is cancelled, its answer is waited for so long, so that nothing is changed later.
-Steps are interrupted at once, as the next one finds out about them, and so is what only reads."""
-
-LEAVE_S = 5.0
-"""Once leaving a worker's block is cancelled, it takes so long at most. The worker's lease ends it in any case."""
 
 
 def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None) -> AsyncClient:
@@ -90,6 +82,9 @@ class AsyncClient:
             # It ends every call, so none of their threads is needed, or waited for, for long.
             self._client.close()
             await self._threads.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self._target!r})"
 
     @property
     def _connected(self) -> tuple[sync.Client, Threads]:
@@ -221,6 +216,14 @@ class AsyncOptimizer:
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
         return self._optimizer.current_step
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """See `optserve.Optimizer.gradient_norm`."""
+        return self._optimizer.gradient_norm
+
+    def __repr__(self) -> str:
+        return f"Async{self._optimizer!r}"
 
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Optimizer.transport`."""
@@ -355,84 +358,3 @@ class AsyncOptimizer:
     async def close(self) -> None:
         """See `optserve.Optimizer.close`."""
         await self._turns.run(lambda _: self._optimizer.close(), self._config.timeout_s)
-
-
-class AsyncWorker:
-    """See `optserve.Worker`; every method is awaited."""
-
-    def __init__(self, worker: Worker, threads: Threads) -> None:
-        self._worker = worker
-        self._optimizer = worker._optimizer
-        self._threads = threads
-        self._turns = Turns(self._optimizer, threads)
-
-    async def __aenter__(self) -> Self:
-        entered: list[Worker] = []
-        try:
-            await self._threads.run(self._worker.__enter__, own=True, grace_s=SETTLE_S, undelivered=entered.append)
-        except asyncio.CancelledError:
-            if entered:
-                await self._leave()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self._leave()
-
-    async def _leave(self) -> None:
-        # With a thread of its own, and not in turn: it ends a step that may be waiting for others.
-        leave = bound(self._worker.__exit__, None, None, None)
-        await self._threads.run(leave, own=True, grace_s=LEAVE_S)
-
-    @property
-    def name(self) -> str:
-        """Its own among the optimizer's workers."""
-        return self._worker.name
-
-    @property
-    def steps_made(self) -> int:
-        """See `optserve.Worker.steps_made`."""
-        return self._worker.steps_made
-
-    @property
-    def staleness(self) -> int:
-        """See `optserve.Worker.staleness`."""
-        return self._worker.staleness
-
-    async def transport(self) -> tuple[str, str]:
-        """See `optserve.Worker.transport`."""
-        return await self._turns.run(lambda _: self._worker.transport)
-
-    async def pull(
-        self,
-        names: Sequence[str] = (),
-        *,
-        newer_than: int | None = None,
-        out: Mapping[str, np.ndarray] | None = None,
-    ) -> HostedParameters | None:
-        """See `optserve.Worker.pull`."""
-        # Only parameters that have arrived are those that the next gradient is taken at.
-        found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
-        if found is not None:
-            self._optimizer.at_step = found.step
-        return found
-
-    async def refresh(self) -> None:
-        """See `optserve.Worker.refresh`."""
-        await self._turns.run(lambda _: self._worker.refresh())
-
-    async def step(
-        self,
-        grads: Mapping[str, np.ndarray],
-        *,
-        curvature: Mapping[str, np.ndarray] | None = None,
-        out: Mapping[str, np.ndarray] | None = None,
-        reply: ReplyName = "parameters",
-        partial: bool = False,
-        timeout_s: float | None = None,
-    ) -> dict[str, np.ndarray]:
-        """See `optserve.Worker.step`."""
-        step = bound(self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
-        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)

@@ -21,15 +21,58 @@ STOP_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A running server.
+    """A running server. In a notebook `LocalServer.start()` and `stop()` do without a with-block.
 
     Attributes:
         target: What to connect to.
         process: The child process.
+
+    Example:
+        >>> server = optserve.LocalServer.start()               # doctest: +SKIP
+        >>> client = optserve.connect(server.target)            # doctest: +SKIP
+        >>> server.stop()                                       # doctest: +SKIP
     """
 
     target: str
     process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(
+        cls, data_dir: str | Path | None = None, backend: str = "auto", options: Sequence[str] = ()
+    ) -> LocalServer:
+        """Start a server on a free port of this machine. It ends with this process at the latest, however that ends.
+
+        Args:
+            data_dir: Folder for what must outlive the server.
+            backend: `auto`, `cupy`, `numba` or `numpy`.
+            options: Further options of `optserve serve`.
+
+        Raises:
+            UnavailableError: The server did not start; the message has the end of its log.
+        """
+        # -P: `python -m` would look for modules in the working folder first, and find the user's random.py there.
+        command = [sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", backend]
+        command += ["--announce", "--exit-on-eof", "--log-level", "warning", *options]
+        if data_dir is not None:
+            command += ["--data-dir", str(data_dir)]
+        with tempfile.TemporaryFile() as log:
+            # A session of its own: Ctrl-C is for this process, which then stops the server in order.
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+            try:
+                return cls(_target(process, log), process)
+            except BaseException:
+                _stop(process)
+                raise
+
+    def stop(self) -> None:
+        """Let the server drain and end; one that has ended stays so."""
+        _stop(self.process)
+
+    def __repr__(self) -> str:
+        ended = self.process.poll()
+        return f"LocalServer({self.target!r}, {'running' if ended is None else f'ended with {ended}'})"
 
 
 @contextmanager
@@ -38,34 +81,17 @@ def local_server(
 ) -> Iterator[LocalServer]:
     """Start a server on a free port of this machine, and stop it at the end of the with-block.
 
-    It ends with this process too, however that ends.
-
-    Args:
-        data_dir: Folder for what must outlive the server.
-        backend: `auto`, `cupy`, `numba` or `numpy`.
-        options: Further options of `optserve serve`.
-
-    Raises:
-        UnavailableError: The server did not start; the message has the end of its log.
+    For the arguments and errors see `LocalServer.start`.
 
     Example:
         >>> with optserve.local_server() as server, optserve.connect(server.target) as client:  # doctest: +SKIP
         ...     print(client.server_info().backend)
     """
-    # -P: `python -m` would look for modules in the working folder first, and find the user's random.py there.
-    command = [sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", backend]
-    command += ["--announce", "--exit-on-eof", "--log-level", "warning", *options]
-    if data_dir is not None:
-        command += ["--data-dir", str(data_dir)]
-    with tempfile.TemporaryFile() as log:
-        # A session of its own: Ctrl-C is for this process, which then stops the server in order.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        )
-        try:
-            yield LocalServer(_target(process, log), process)
-        finally:
-            _stop(process)
+    server = LocalServer.start(data_dir, backend, options)
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def _target(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
@@ -79,6 +105,7 @@ def _target(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
         line = ""
     if line.startswith("ready "):
         return line.removeprefix("ready ").strip()
+    # What it has written last is there once it has ended.
     _stop(process)
     log.seek(0)
     tail = log.read().decode(errors="replace")[-2000:]

@@ -91,6 +91,10 @@ class Optimizer(Resource):
         )
         self._lent: Lent | None = None
 
+    def __repr__(self) -> str:
+        mode = ", hosted" if self.hosted else ""
+        return f"{type(self).__name__}({self.name!r}, {self._method}{mode}, step {self.current_step})"
+
     @property
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
@@ -119,6 +123,15 @@ class Optimizer(Resource):
     def staleness(self) -> int:
         """Steps of other workers between the parameters of the last gradient and that gradient."""
         return self._session.staleness
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """The Euclidean norm of the last step's gradient over all tensors, before clipping.
+
+        None unless the optimizer clips by `norm` or `global_norm`, and where the step had to be resumed after its
+        connection was lost.
+        """
+        return self._session.gradient_norm
 
     @property
     def takes_curvature(self) -> bool:

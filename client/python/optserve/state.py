@@ -57,6 +57,10 @@ class HostedParameters(NamedTuple):
     step: int
     arrays: dict[str, np.ndarray]
 
+    def __repr__(self) -> str:
+        size_bytes = sum(array.nbytes for array in self.arrays.values())
+        return f"HostedParameters(step={self.step}, {_counted(len(self.arrays))}, {size_bytes:,} bytes)"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -179,13 +183,12 @@ class OptimizerState:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        count = len(self.parameters)
         said = {"step": self.step, "algorithm": self.algorithm} | {
             name: value for name, value in self.settings.items() if value not in (None, (), 0.0)
         }
         return (
             f"OptimizerState({', '.join(f'{name}={value!r}' for name, value in said.items())}, "
-            f"{count:,} parameter{'' if count == 1 else 's'}, {self.size_bytes:,} bytes)"
+            f"{_counted(len(self.parameters))}, {self.size_bytes:,} bytes)"
         )
 
     def save(self, path: str | Path) -> None:
@@ -283,6 +286,10 @@ class OptimizerState:
             {name: {slot: arrays[f"{name}.{slot}"] for slot in content["slots"]} for name, _, _ in specs},
             **settings_from_json(content, [name for name, _, _ in specs]),
         )
+
+
+def _counted(count: int) -> str:
+    return f"{count:,} parameter{'' if count == 1 else 's'}"
 
 
 def _specs(state: OptimizerState) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -67,6 +67,9 @@ class Worker:
         self._beating = threading.Thread(target=self._beat, name=f"optserve {self.name}", daemon=True)
         self._beat_s = 10.0
 
+    def __repr__(self) -> str:
+        return f"Worker({self.name!r} of {self._optimizer.name!r}, {self.steps_made} steps made)"
+
     def __enter__(self) -> Self:
         # Only the first use of the number ends other lives, so a report that was lost or comes twice ends nobody.
         self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
@@ -104,6 +107,11 @@ class Worker:
     def staleness(self) -> int:
         """Steps that had been applied between the parameters of this worker's last gradient and that gradient."""
         return self._optimizer.staleness
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """See `Optimizer.gradient_norm`."""
+        return self._optimizer.gradient_norm
 
     @property
     def transport(self) -> tuple[str, str]:
