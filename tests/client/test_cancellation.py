@@ -161,6 +161,23 @@ def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(server, client, n
     run(train())
 
 
+def test_leaving_a_block_is_carried_out_however_early_it_is_cancelled(server, client, name):
+    client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, hosted=True, consistency=optserve.Async(lease_s=30))
+
+    async def train() -> None:
+        async with optserve.aio.connect(server.target) as aclient, await aclient.worker(name, "stays") as stays:
+            for number in range(12):
+                worker = await (await aclient.worker(name, f"leaves-{number}")).__aenter__()
+                task = asyncio.create_task(worker.__aexit__(None, None, None))
+                await asyncio.sleep(0)
+                await cancelled(task)
+            assert not threads_of("leaves-")
+            await stays.refresh()
+            assert stays._worker.live_workers == 1
+
+    run(train())
+
+
 def test_leaving_a_block_ends_a_step_of_it_that_waits(server, client, name):
     client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
 
