@@ -32,5 +32,6 @@ minor=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     /tmp/venv/bin/python -c "import sys; print(\"Python\", sys.version)"
     /tmp/venv/bin/python -c "import sys; sys.exit(\"%d.%d\" % sys.version_info[:2] != \"$minor\")" ||
         { echo "test-debian: .venv is of Python $minor; make it with PYTHON=python3.11" >&2; exit 1; }
-    PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1 exec /tmp/venv/bin/python -m pytest -p no:cacheprovider "$@"
+    export PYTHONDONTWRITEBYTECODE=1 PYTHONUTF8=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
+    exec /tmp/venv/bin/python -m pytest -p no:cacheprovider "$@"
 ' sh "$minor" "$@"
