@@ -55,11 +55,14 @@ class EvilServer:
 
     Attributes:
         target: Where clients connect.
-        twist: (method, what the answers become); for steps the method is `open`, `step` or `packet`.
+        twist: (method, what the answers become); for steps the method is `open` or `step`.
+        streams: How many streams of steps are open.
     """
 
     def __init__(self) -> None:
         self.twist: tuple[str, Callable[[list], Answers]] | None = None
+        self.streams = 0
+        self._changed = threading.Condition()
         self.reset()
         self._pool = ThreadPoolExecutor(64)
         self._server = grpc.server(self._pool, handlers=[_Handler(self)], options=[("grpc.so_reuseport", 0)])
@@ -82,16 +85,33 @@ class EvilServer:
 
     def answers(self, method: str, requests: Iterator[bytes]) -> Answers:
         if method == "StreamSteps":
-            return itertools.chain.from_iterable(map(self.answer_step, requests))
+            return self._stream(requests)
         answer = getattr(self, re.sub("(?<!^)([A-Z])", r"_\1", method).lower())(requests)
         return self.twisted(method, answer if isinstance(answer, list) else [answer])
+
+    def _stream(self, requests: Iterator[bytes]) -> Iterator:
+        self._count(1)
+        try:
+            yield from itertools.chain.from_iterable(map(self.answer_step, requests))
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self.streams += change
+            self._changed.notify_all()
+
+    def wait_for_streams(self, number: int) -> bool:
+        """Whether no more than that many streams are open soon."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.streams <= number, 10)
 
     def twisted(self, method: str, answers: list) -> Answers:
         if self.twist is not None and self.twist[0] == method:
             return self.twist[1](answers)
         return answers
 
-    def answer_step(self, raw: bytes, way: str = "step") -> Answers:
+    def answer_step(self, raw: bytes) -> Answers:
         request = steps_pb2.StreamStepsRequest.FromString(raw)
         if request.HasField("open"):
             return self.twisted("open", [steps_pb2.StreamStepsResponse(opened=self.opened(request.open))])
@@ -108,10 +128,10 @@ class EvilServer:
         result = steps_pb2.Result(request_id=self.last_request_id, step=self.step, replayed=replayed)
         if shared is not None:
             shared[:] = np.frombuffer(self.reply, np.uint8)
-            return self.twisted(way, [steps_pb2.StreamStepsResponse(result=result)])
+            return self.twisted("step", [steps_pb2.StreamStepsResponse(result=result)])
         chunks = [chunk(0, 0, self.reply[: SIZES["w"]]), chunk(2, 0, self.reply[SIZES["w"] :])]
         chunks[-1].result.CopyFrom(result)
-        return self.twisted(way, chunks)
+        return self.twisted("step", chunks)
 
     def opened(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         shared = self.offer if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY else None

@@ -1,6 +1,7 @@
 """A server that answers garbage: each kind is a typed error in time, and what the caller has is right or untouched."""
 
 import itertools
+import random
 import socket
 import threading
 import time
@@ -33,6 +34,7 @@ from client.evil_server import (
 )
 from optserve.v1 import optimizer_pb2, service_pb2, steps_pb2
 
+MUTATIONS = 60
 LATEST_S = 30.0
 """A call has ended by then on a busy machine too; one that hangs has not."""
 
@@ -160,7 +162,8 @@ ANY_METHOD = [
     *(Kind("no message", method, answering(End()), CLOSED if method in ("open", "step") else optserve.InternalError)
       for method in METHODS),
     *(Kind("silence", method, answering(None), LATE) for method in ("GetOptimizer", "PullParameters", "open", "step")),
-    Kind("two answers", "GetOptimizer", lambda right: [right[0], right[0]], optserve.OptserveError),
+    # gRPC waits for the end of such a call until its deadline.
+    Kind("two answers", "GetOptimizer", lambda right: [right[0], right[0]], optserve.OptserveError, hurried=True),
     *(Kind("details that are no Status", method, answering(trailer(b"\xff\xff"))) for method in METHODS),
     *(Kind(f"the code {code.name}", "GetOptimizer", answering(Refusal(code)), optserve.OptserveError)
       for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE", "CANCELLED")),
@@ -400,7 +403,7 @@ def prepared(act: str, client: optserve.Client, out: dict[str, np.ndarray]) -> C
         parameters = {name: np.zeros(shape, DTYPES[name]) for name, shape in SHAPES.items()}
         specs = {name: optserve.TensorSpec(array.shape, str(array.dtype)) for name, array in parameters.items()}
         return {
-            "connect": lambda: optserve.connect(client.target, PATIENT).close(),
+            "connect": lambda: optserve.connect(client.target, HURRIED).close(),
             "find": lambda: client.optimizer("m"),
             "find and pull": lambda: client.optimizer("m").pull_parameters(),
             "create": lambda: client.create_optimizer("m", optserve.Momentum(), specs, hosted=True),
@@ -454,6 +457,21 @@ def test_garbage_is_a_typed_error_in_time_and_harms_nothing(evil, clients, kind)
     evil.twist = None
     again = connected.optimizer("m", transport="grpc")
     assert is_right(again.step(GRADIENTS, out=out))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if kind.method in ("open", "step")],
+    ids=lambda kind: f"{kind.act or kind.method}: {kind.label}".replace(" ", "-"),
+)
+def test_garbage_leaves_no_stream_open_on_the_server(evil, clients, kind):
+    open_before = evil.streams
+    opt = clients[kind.error in (LATE, CLOSED) or kind.hurried].optimizer("m", transport="grpc")
+    evil.twist = kind.method, kind.twist
+    with suppress(optserve.OptserveError):
+        opt.step(GRADIENTS)
+    opt.close()
+    assert evil.wait_for_streams(open_before)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in STEPS if not kind.act and kind.error], ids=lambda kind: kind.label)
@@ -592,6 +610,59 @@ def test_an_answer_to_a_step_in_shared_memory_is_checked_too(evil, twist):
         with pytest.raises(optserve.InternalError):
             opt.step(GRADIENTS, out=out)
         assert is_untouched(out)
+
+
+def mutated(rng: random.Random) -> Callable[[list], list[bytes]]:
+    """The right answers with a few bytes changed, or messages twice, missing or in another order."""
+
+    def twist(answers: list) -> list[bytes]:
+        found = [answer.SerializeToString() for answer in answers]
+        for _ in range(rng.randint(1, 3)):
+            which = rng.randrange(len(found))
+            raw = bytearray(found[which])
+            at = rng.randrange(len(raw) + 1)
+            change = rng.randrange(7)
+            if change == 0:
+                raw[at : at + 1] = bytes([rng.randrange(256)])
+            elif change == 1:
+                del raw[at : at + rng.randint(1, 4)]
+            elif change == 2:
+                raw[at:at] = rng.randbytes(rng.randint(1, 12))
+            elif change == 3:
+                raw[at : at + 10] = b"\xff" * 9 + b"\x01"
+            elif change == 4:
+                found.insert(rng.randrange(len(found) + 1), found[which])
+            elif change == 5 and len(found) > 1:
+                found.append(found.pop(which))
+            else:
+                raw += raw[at:]
+            found[min(which, len(found) - 1)] = (
+                bytes(raw) if change not in (4, 5) else found[min(which, len(found) - 1)]
+            )
+        return found
+
+    return twist
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mutated_answer_is_taken_or_a_typed_error(evil, clients, method):
+    seconds = time.monotonic() + 0.7
+    ended = 0
+    for seed in range(MUTATIONS):
+        evil.reset()
+        call = prepared(METHODS[method], clients[True], taking())
+        evil.twist = method, mutated(random.Random(f"{method} {seed}"))
+        # Anything else than an answer or one of these errors fails the test, and says the seed.
+        try:
+            call()
+        except optserve.OptserveError:
+            ended += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+        # A deadline that runs out takes its time; a busy machine does fewer.
+        if time.monotonic() > seconds and seed > MUTATIONS // 10:
+            break
+    assert ended
 
 
 TALKS = {

@@ -16,7 +16,7 @@ from optserve import halves, wire
 from optserve._feedback import Attempt, Rounding
 from optserve._patience import Patience
 from optserve._shared import CURVATURE, GRADIENT, Arrival, Operand, SharedStaging
-from optserve._transport import Transport
+from optserve._transport import Transport, readable
 from optserve._updates import Updates
 from optserve.config import ClientConfig
 from optserve.control import MAX_PACKET_BYTES, ControlConnection
@@ -375,7 +375,7 @@ class StepStream:
 
     def _next(self, patience: Patience) -> wire.ResponseFrame:
         try:
-            return next(self._call)
+            return readable(next(self._call))
         except StopIteration:
             error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
         except grpc.RpcError as rpc_error:

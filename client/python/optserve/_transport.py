@@ -9,10 +9,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from optserve import malloc, wire
 from optserve._patience import Patience, Watchdog, cancellation
@@ -96,6 +97,28 @@ def is_retryable(error: OptserveError) -> bool:
     return isinstance(error, UnavailableError) or error.retry_after_s is not None
 
 
+def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Response | DecodeError]:
+    """`decode`, which gives its error instead of raising it.
+
+    An error that gRPC sees ends the call here and leaves it open on the server, where it keeps its place for good.
+    """
+
+    def read(raw: bytes) -> _Response | DecodeError:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            return error
+
+    return read
+
+
+def readable(message: _Response | DecodeError) -> _Response:
+    """A message of a stream, or raise InternalError if it was none."""
+    if isinstance(message, DecodeError):
+        raise InternalError(f"The server's answer is no message: {message}")
+    return message
+
+
 class Transport:
     """One connection to one server.
 
@@ -131,11 +154,13 @@ class Transport:
             ],
         )
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
-        self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", None, wire.decode_response)
+        self._stream_steps = self._channel.stream_stream(
+            f"/{_SERVICE}/StreamSteps", None, _error_or(wire.decode_response)
+        )
         self._export_state = self._channel.unary_stream(
             f"/{_SERVICE}/ExportState",
             checkpoints_pb2.ExportStateRequest.SerializeToString,
-            wire.decoder(checkpoints_pb2.ExportStateResponse),
+            _error_or(wire.decoder(checkpoints_pb2.ExportStateResponse)),
         )
         self._import_state = self._channel.stream_unary(
             f"/{_SERVICE}/ImportState", None, checkpoints_pb2.ImportStateResponse.FromString
@@ -143,7 +168,7 @@ class Transport:
         self._pull_parameters = self._channel.unary_stream(
             f"/{_SERVICE}/PullParameters",
             replicas_pb2.PullParametersRequest.SerializeToString,
-            wire.decoder(replicas_pb2.PullParametersResponse),
+            _error_or(wire.decoder(replicas_pb2.PullParametersResponse)),
         )
         self._push_parameters = self._channel.stream_unary(
             f"/{_SERVICE}/PushParameters", None, replicas_pb2.PushParametersResponse.FromString
@@ -316,11 +341,9 @@ def _frames(call: Any) -> Iterator[Any]:
     """The messages of a stream from the server, until it ends or the call is cancelled; to be closed at the end."""
     cancelled = cancellation()
     try:
-        if cancelled is None:
-            yield from call
-            return
-        with cancelled.watching(call.cancel):
-            yield from call
+        with cancelled.watching(call.cancel) if cancelled is not None else nullcontext():
+            for frame in call:
+                yield readable(frame)
     finally:
         # Of an answer that cannot be used nothing more is wanted.
         call.cancel()
