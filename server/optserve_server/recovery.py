@@ -5,6 +5,7 @@ Each change has a message that is written before it is made, and is made once mo
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Iterator
 from datetime import datetime
@@ -80,6 +81,8 @@ class Replay:
     def __init__(self, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
         self._pieces: dict[str, list[snapshot.Piece]] = {}
+        # The same by dtype, each with the starts of its pieces, in which a stretch is looked up.
+        self._arenas: dict[str, dict[str, tuple[list[int], list[snapshot.Piece]]]] = {}
         self._newest_piece: dict[str, int] = {}
         self._last_step: dict[str, int] = {}
 
@@ -104,6 +107,7 @@ class Replay:
         with item.steps.held_still() as state:
             saved.load(state, item.steps.main.staging)
         self._pieces[item.id] = saved.pieces
+        self._arenas[item.id] = _by_arena(saved.pieces)
         self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
 
     def redo(self, record: Record) -> None:
@@ -130,6 +134,7 @@ class Replay:
         elif record.type == DELETED and not known:
             self._optimizers.forget(name)
             self._pieces.pop(name, None)
+            self._arenas.pop(name, None)
             self._newest_piece.pop(name, None)
 
     def _create(self, message: dict[str, Any], lsn: int) -> None:
@@ -196,12 +201,16 @@ class Replay:
         """The stretches of a part of an arena that do not contain the change `lsn` yet."""
         if lsn > self._newest_piece.get(name, 0):
             return [(start, stop)]
-        stretches = [
-            (max(start, piece.start), min(stop, piece.stop))
-            for piece in self._pieces[name]
-            if piece.dtype == dtype.name and piece.lsn < lsn
-        ]
-        return [(start, stop) for start, stop in stretches if start < stop]
+        starts, pieces = self._arenas[name].get(dtype.name, ([], []))
+        stretches = []
+        # From the piece that `start` is in; a step may have as many runs as there are parameters, and as many pieces.
+        for position in range(max(0, bisect.bisect_right(starts, start) - 1), len(pieces)):
+            piece = pieces[position]
+            if piece.start >= stop:
+                break
+            if piece.lsn < lsn and max(start, piece.start) < min(stop, piece.stop):
+                stretches.append((max(start, piece.start), min(stop, piece.stop)))
+        return stretches
 
     def finish(self) -> None:
         """A reply is intact if each of its pieces was, where the piece was not computed anew."""
@@ -210,6 +219,15 @@ class Replay:
             if item is not None and item.steps.main.retained is not None:
                 last = self._last_step.get(name, 0)
                 item.steps.main.retained.intact &= all(piece.intact for piece in pieces if piece.lsn >= last)
+
+
+def _by_arena(pieces: list[snapshot.Piece]) -> dict[str, tuple[list[int], list[snapshot.Piece]]]:
+    arenas: dict[str, tuple[list[int], list[snapshot.Piece]]] = {}
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        starts, of_arena = arenas.setdefault(piece.dtype, ([], []))
+        starts.append(piece.start)
+        of_arena.append(piece)
+    return arenas
 
 
 def _operands(payload: Payload, data: memoryview, count: int) -> Iterator[list[np.ndarray]]:
