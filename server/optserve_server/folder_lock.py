@@ -24,7 +24,8 @@ class FolderLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path / LOCK
+        # As text, which is twice as fast at each change.
+        self._file = str(path / LOCK)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.make_folder(path)
@@ -39,10 +40,10 @@ class FolderLock:
     def is_in_place(self) -> bool:
         """Whether the folder has been neither deleted nor moved away nor replaced since, which nobody is kept from."""
         try:
-            status = os.stat(self._file)  # noqa: PTH116 - asked at each change, and this is twice as fast
+            status = os.stat(self._file)  # noqa: PTH116
         except OSError:
             return False
-        return (status.st_dev, status.st_ino) == self._identity
+        return status.st_ino == self._identity[1] and status.st_dev == self._identity[0]
 
     def release(self) -> None:
         """Let others in."""
