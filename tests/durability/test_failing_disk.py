@@ -56,6 +56,7 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
         with pytest.raises(optserve.UnavailableError, match="disk refused") as caught:
             opt.step(gradient(3), timeout_s=0.5)
         assert caught.value.reason == "NOT_DURABLE"
+        assert "the disk refuses changes" in shaky.server_info().durability_problem
         for change in (
             lambda: shaky.create_optimizer("b", optserve.Sgd(), gradient(0)),
             lambda: opt.update(optserve.Adadelta(rho=0.5)),
@@ -76,6 +77,7 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
         undisturbed.update(optserve.Adadelta(rho=0.5))
         threading.Timer(0.3, flag.unlink).start()
         assert opt.step(gradient(3))["w"].tobytes() == undisturbed.step(gradient(3))["w"].tobytes()
+        assert not shaky.server_info().durability_problem
         opt.step(gradient(4))
         expected = undisturbed.step(gradient(4))
     # And after kill -9 all of it is there.
