@@ -130,14 +130,15 @@ class Checkpoints:
         """Roll an optimizer back to a checkpoint, hyper-parameters included, once per request id.
 
         Raises:
-            OptserveError: OPTIMIZER_NOT_FOUND, CHECKPOINT_NOT_FOUND, CHECKPOINT_MISMATCH, CHECKPOINT_DAMAGED,
-                ETAG_MISMATCH, STEP_IN_PROGRESS or NOT_DURABLE. Nothing was changed.
+            OptserveError: OPTIMIZER_NOT_FOUND, REQUEST_ID_REUSED, CHECKPOINT_NOT_FOUND, CHECKPOINT_MISMATCH,
+                CHECKPOINT_DAMAGED, ETAG_MISMATCH, STEP_IN_PROGRESS or NOT_DURABLE. Nothing was changed.
         """
         check_tag(tag)
         if request_id:
             check_request_id(request_id)
         optimizer = self._optimizers.get(optimizer_id)
-        if optimizer.was_replaced_by(request_id):
+        target = f"a restore of checkpoint {tag!r}"
+        if optimizer.was_replaced_by(request_id, target):
             return optimizer
         with self._opened(optimizer_id, tag) as file:
             description = file.description
@@ -151,7 +152,7 @@ class Checkpoints:
 
             with file.mapped() as arrays:
                 self._optimizers.replace(
-                    optimizer, description.step, change, arrays, etag, request_id, description.placed_by
+                    optimizer, description.step, change, arrays, etag, request_id, description.placed_by, target
                 )
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
@@ -245,7 +246,8 @@ class Checkpoints:
         with file.mapped() as arrays:
             # All arrays were sent, x as well where it is hosted.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
-            self._optimizers.replace(optimizer, step, change, arrays, etag, request_id, placed_by)
+            target = import_target(step)
+            self._optimizers.replace(optimizer, step, change, arrays, etag, request_id, placed_by, target)
 
     def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
         """The checkpoint, if that request has made it."""
@@ -308,6 +310,11 @@ def _check_readable(optimizer: Optimizer, file: StateFile) -> None:
             limit=limit,
             actual=file.header_bytes,
         )
+
+
+def import_target(step: int) -> str:
+    """What an import puts in place, in words. What its arrays hold is not compared."""
+    return f"an import of a state of step {step}"
 
 
 def check_tag(tag: str) -> None:

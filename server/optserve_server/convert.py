@@ -191,8 +191,8 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
             mode=optimizer_pb2.MODE_HOSTED if settings.hosted else optimizer_pb2.MODE_DELTA,
             step=item.steps.step,
             etag=item.etag,
-            create_time=_timestamp(item.create_time.timestamp()),
-            update_time=_timestamp(item.update_time.timestamp()),
+            create_time=timestamp(item.create_time.timestamp()),
+            update_time=timestamp(item.update_time.timestamp()),
             backend=item.state.backend_name,
             memory_bytes=item.memory_bytes,
             slots=item.rule.slots,
@@ -255,7 +255,7 @@ def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
         name=f"{_PREFIX}{item.optimizer}{_CHECKPOINTS}{item.tag}",
         step=item.step,
         size_bytes=item.size_bytes,
-        create_time=_timestamp(item.create_time.timestamp()),
+        create_time=timestamp(item.create_time.timestamp()),
     )
 
 
@@ -318,7 +318,8 @@ def limits(config: ServerConfig, preferred_chunk_bytes: int) -> steps_pb2.Server
     )
 
 
-def _timestamp(seconds: float) -> Timestamp:
+def timestamp(seconds: float) -> Timestamp:
+    """A moment, in seconds since 1970, as the contract has it; the same one always gives the same message."""
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp

@@ -55,6 +55,7 @@ class ReplacementRecord:
     Attributes:
         arrays: (dtype, position among `Settings.arrays`, arena) of all of them, in order.
         placed_by: See `Steps.placed_by`.
+        target: What the request asked for, in words.
     """
 
     optimizer: str
@@ -66,6 +67,18 @@ class ReplacementRecord:
     time: datetime
     arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
     placed_by: str | None = None
+    target: str = ""
+
+
+class Replacement(NamedTuple):
+    """A restore or an import that was made.
+
+    Attributes:
+        target: What it has put in place, in words; empty where an earlier version has not written it down.
+    """
+
+    request_id: str
+    target: str
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Reason(Enum):
     GRADIENT_OVERFLOW = auto()
     REPLY_OVERFLOW = auto()
     INVALID_PAGE_TOKEN = auto()
+    REQUEST_ID_REUSED = auto()
     OPTIMIZER_NOT_FOUND = auto()
     OPTIMIZER_EXISTS = auto()
     WRONG_STEP = auto()
@@ -95,6 +96,7 @@ CODES: dict[Reason, Code] = {
     Reason.GRADIENT_OVERFLOW: Code.INVALID_ARGUMENT,
     Reason.REPLY_OVERFLOW: Code.INVALID_ARGUMENT,
     Reason.INVALID_PAGE_TOKEN: Code.INVALID_ARGUMENT,
+    Reason.REQUEST_ID_REUSED: Code.INVALID_ARGUMENT,
     Reason.OPTIMIZER_NOT_FOUND: Code.NOT_FOUND,
     Reason.OPTIMIZER_EXISTS: Code.ALREADY_EXISTS,
     Reason.WRONG_STEP: Code.ABORTED,

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from optserve_server import footprint
+from optserve_server import footprint, refusals
 from optserve_server.backends import Backend
 from optserve_server.config import ServerConfig
-from optserve_server.durability import CreationRecord, Durability, ReplacementRecord
+from optserve_server.durability import CreationRecord, Durability, Replacement, ReplacementRecord
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout
 from optserve_server.room import Room
@@ -61,7 +61,7 @@ class Optimizer:
     create_time: datetime
     update_time: datetime
     created_lsn: int = 0
-    replacement_request_ids: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
+    replacements: deque[Replacement] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
 
     @property
     def settings(self) -> Settings:
@@ -87,11 +87,18 @@ class Optimizer:
         """Take over what a replacement of the state changes outside the steps."""
         self.etag, self.update_time = record.etag, record.time
         if record.request_id:
-            self.replacement_request_ids.append(record.request_id)
+            self.replacements.append(Replacement(record.request_id, record.target))
 
-    def was_replaced_by(self, request_id: str) -> bool:
-        """Whether a restore or an import of that request id, which may be empty, has been made."""
-        return bool(request_id) and request_id in self.replacement_request_ids
+    def was_replaced_by(self, request_id: str, target: str) -> bool:
+        """Whether a restore or an import of that request id, which may be empty, has been made.
+
+        Raises:
+            OptserveError: REQUEST_ID_REUSED, if it was made of something else.
+        """
+        made = next((made for made in self.replacements if request_id and made.request_id == request_id), None)
+        if made is not None and made.target not in ("", target):
+            raise refusals.request_id_reused(request_id, made.target, target)
+        return made is not None
 
     def check_etag(self, etag: str) -> None:
         """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
@@ -176,6 +183,7 @@ class Optimizers:
             )
             existing = self._by_id.get(optimizer_id)
             if existing and request_id and existing.creation_request_id == request_id:
+                _check_same(existing, layout, settings)
                 return existing
             if existing or optimizer_id in self._reserved:
                 raise OptserveError(
@@ -253,8 +261,14 @@ class Optimizers:
         """Find an optimizer, or raise OPTIMIZER_NOT_FOUND."""
         optimizer = self._by_id.get(optimizer_id)
         if optimizer is None:
-            raise _not_found(optimizer_id)
+            raise refusals.optimizer_not_found(optimizer_id)
         return optimizer
+
+    def check_is_same(self, optimizer: Optimizer) -> None:
+        """Raise STATE_REPLACED if another optimizer has the name of that one, which a client has known before."""
+        found = self._by_id.get(optimizer.id)
+        if found is not None and found is not optimizer:
+            raise refusals.state_replaced(optimizer.id, found.steps.lineage, found.steps.step)
 
     def page(self, size: int, after: str) -> tuple[list[Optimizer], bool]:
         """Up to `size` optimizers in the order of their ids, from the one after `after` on; and whether more follow."""
@@ -293,6 +307,7 @@ class Optimizers:
         etag: str = "",
         request_id: str = "",
         placed_by: str | None = None,
+        target: str = "",
     ) -> None:
         """Put another state in the place of an optimizer's own, once per request id.
 
@@ -304,19 +319,21 @@ class Optimizers:
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
             placed_by: See `Steps.placed_by`.
+            target: What is put there, in words; the same request id with another one is refused.
 
         Raises:
-            OptserveError: ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or what `change` raises.
+            OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or
+                what `change` raises.
         """
         with optimizer.steps.held_still():
-            if optimizer.was_replaced_by(request_id):
+            if optimizer.was_replaced_by(request_id, target):
                 return
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
             self._check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
                 optimizer.id, step, settings, _token(), _token(), request_id,
-                datetime.now(UTC), arrays, placed_by,
+                datetime.now(UTC), arrays, placed_by, target,
             )  # fmt: skip
             optimizer.steps.replace(record)
             optimizer.replaced(record)
@@ -327,7 +344,7 @@ class Optimizers:
         optimizer = self.get(optimizer_id)
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
-            optimizer.steps.retire(_not_found(optimizer_id))
+            optimizer.steps.retire(refusals.optimizer_not_found(optimizer_id))
             with self._lock:
                 del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)
@@ -418,10 +435,9 @@ class Optimizers:
                 )
 
 
-def _not_found(optimizer_id: str) -> OptserveError:
-    return OptserveError(
-        Reason.OPTIMIZER_NOT_FOUND,
-        f"There is no optimizer {optimizer_id!r}.",
-        field="name",
-        optimizer=optimizer_id,
-    )
+def _check_same(existing: Optimizer, layout: Layout, settings: Settings) -> None:
+    """Raise REQUEST_ID_REUSED unless a creation is of what there is; other settings may have been changed since."""
+    same = existing.layout.parameters == layout.parameters and existing.settings.hosted == settings.hosted
+    if not same or existing.rule.name != settings.rule.name:
+        made = f"an optimizer {existing.id!r} of another method, mode or other parameters"
+        raise refusals.request_id_reused(existing.creation_request_id, made, "this one")

@@ -9,12 +9,13 @@ import bisect
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from optserve_server import snapshot
-from optserve_server.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
+from optserve_server.durability import CreationRecord, PlacementRecord, Replacement, ReplacementRecord, StepRecord
 from optserve_server.journal import Record
 from optserve_server.layout import Layout, Payload, Run
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -67,6 +68,7 @@ def replacement(record: ReplacementRecord) -> dict[str, Any]:
         "request_id": record.request_id,
         "time": record.time.isoformat(),
         "placed_by": record.placed_by,
+        "target": record.target,
     }
 
 
@@ -95,7 +97,7 @@ class Replay:
         )  # fmt: skip
         item = self._optimizers.adopt(record, header["created_lsn"])
         item.update_time = saved.time("update_time")
-        item.replacement_request_ids.extend(header["replacement_request_ids"])
+        item.replacements.extend(map(Replacement, header["replacement_request_ids"], header.get("targets", repeat(""))))
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
         item.steps.placed_by = header.get("placed_by")
         item.steps.workers.roster.from_json(header.get("workers", {}))
@@ -242,6 +244,7 @@ def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:
     return ReplacementRecord(
         item.id, message["step"], Settings.from_json(message), message["etag"], message["lineage"],
         message["request_id"], datetime.fromisoformat(message["time"]), (),
+        target=message.get("target", ""),
     )  # fmt: skip
 
 

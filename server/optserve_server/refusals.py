@@ -9,8 +9,8 @@ def state_replaced(name: str, lineage: str, step: int) -> OptserveError:
     """The client knew another state."""
     return OptserveError(
         Reason.STATE_REPLACED,
-        f"The state of {name} has been replaced, by a restore or an import, since this client last looked; it is at "
-        f"step {step}.",
+        f"The state of {name} has been replaced, by a restore, an import or a new optimizer of that name, since this "
+        f"client last looked; it is at step {step}.",
         lineage=lineage,
         current_step=step,
     )
@@ -95,4 +95,25 @@ def wrong_last_request(name: str, step: int, last_request_id: str) -> OptserveEr
         field="last_request_id",
         current_step=step,
         last_request_id=last_request_id,
+    )
+
+
+def request_id_reused(request_id: str, made: str, wanted: str) -> OptserveError:
+    """A request id stands for something else."""
+    return OptserveError(
+        Reason.REQUEST_ID_REUSED,
+        f"Request id {request_id!r} is that of {made}, not of {wanted}, so nothing was changed; a new call needs a new "
+        "request id.",
+        field="request_id",
+        request_id=request_id,
+    )
+
+
+def optimizer_not_found(optimizer_id: str) -> OptserveError:
+    """Nothing has that name."""
+    return OptserveError(
+        Reason.OPTIMIZER_NOT_FOUND,
+        f"There is no optimizer {optimizer_id!r}.",
+        field="name",
+        optimizer=optimizer_id,
     )

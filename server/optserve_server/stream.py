@@ -193,6 +193,7 @@ class StepStream:
             limits=convert.limits(self._config, preferred),
             etag=optimizer.etag,
             lineage=self._lineage,
+            create_time=convert.timestamp(optimizer.create_time.timestamp()),
         )
 
     def _offer(self, segment: Segment) -> steps_pb2.SharedMemory:
@@ -221,6 +222,7 @@ class StepStream:
         reply = convert.reply(request.reply, "begin.reply")
         if self._segment is not None and not self._proven:
             self._check_nonce(request.shared_memory_nonce)
+        self._optimizers.check_is_same(self._optimizer)
         convert.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
         self._admission.enter()

@@ -8,7 +8,7 @@ from itertools import chain
 from optserve import wire
 from optserve.v1 import checkpoints_pb2
 from optserve_server import convert, convert_settings
-from optserve_server.checkpoints import Checkpoints
+from optserve_server.checkpoints import Checkpoints, import_target
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.layout import Layout
 from optserve_server.optimizers import Optimizer, Optimizers
@@ -69,7 +69,7 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
     if start.request_id:
         check_request_id(start.request_id)
     optimizer = optimizers.get(convert.optimizer_id(start.name))
-    if not optimizer.was_replaced_by(start.request_id):
+    if not optimizer.was_replaced_by(start.request_id, import_target(start.step)):
         # Looked at again at the commit; a stale client need not send everything before it is told.
         optimizer.check_etag(start.etag)
     paths = list(start.update_mask.paths)

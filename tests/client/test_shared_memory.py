@@ -70,6 +70,29 @@ def test_the_bits_are_those_of_the_stream(near, reference):
     assert reference.transport == ("grpc", "shared memory was not asked for")
 
 
+@pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("transport", ["shm", "auto"])
+def test_who_comes_right_after_another_object_was_dropped_or_closed_shares_memory(near, transport, dropped):
+    near.create_optimizer("a", optserve.Adadelta(), gradients(0))
+    for seed in range(8):
+        opt = near.optimizer("a", transport=transport)
+        opt.step(gradients(seed))
+        assert opt.transport[0] == "shm"
+        if dropped:
+            del opt
+        else:
+            opt.close()
+
+
+def test_who_must_share_what_another_has_is_told_after_a_moment(near):
+    near.create_optimizer("a", optserve.Adadelta(), gradients(0))
+    holder = near.optimizer("a", transport="shm")
+    holder.step(gradients(0))
+    with pytest.raises(optserve.FeatureUnavailableError, match="another client has it"):
+        near.optimizer("a", transport="shm").step(gradients(1), timeout_s=60)
+    holder.step(gradients(1))
+
+
 def test_auto_takes_it_on_this_host_and_the_stream_elsewhere(server, name, monkeypatch):
     with optserve.connect(server.target) as client:
         opt = client.create_optimizer(name, optserve.Adadelta(), gradients(0))

@@ -182,3 +182,28 @@ def test_dtypes_and_transports_that_do_not_exist_are_refused(client, name, opt):
         client.optimizer(name, wire_dtype="int8")
     with pytest.raises(optserve.InvalidArgumentError, match="not converted"):
         client.optimizer(name, transport="shm", wire_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("stream", ["open", "closed"])
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_an_old_handle_says_that_its_optimizer_was_made_anew(client, name, transport, stream):
+    params = {"x": np.zeros(3)}
+    client.create_optimizer(name, optserve.Sgd(1.0), params)
+    old = client.optimizer(name, transport=transport)
+    for _ in range(2):
+        old.step({"x": np.ones(3)})
+    if stream == "closed":
+        old.close()
+    client.delete_optimizer(name)
+    with pytest.raises(optserve.NotFoundError if stream == "open" else optserve.OptserveError):
+        old.step({"x": np.ones(3)})
+    new = client.create_optimizer(name, optserve.Sgd(1.0), params)
+    for _ in range(2):
+        with pytest.raises(optserve.StateReplacedError) as caught:
+            old.step({"x": np.ones(3)})
+        assert caught.value.reason == "STATE_REPLACED"
+    new.refresh()
+    assert new.current_step == 0
+    old.refresh()
+    old.step({"x": np.ones(3)})
+    assert old.current_step == 1

@@ -55,5 +55,5 @@ def fingerprint(item) -> tuple:
     retained = replace(item.steps.main.retained) if item.steps.main.retained else None
     return (
         item.steps.step, retained, item.steps.lineage, item.etag, item.rule, item.create_time, item.update_time,
-        list(item.replacement_request_ids), slots,
+        list(item.replacements), slots,
     )  # fmt: skip

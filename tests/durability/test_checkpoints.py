@@ -129,7 +129,7 @@ def test_a_client_that_steps_on_is_told_of_a_restore_by_another(durable):
     theirs = durable.optimizer("a")
     theirs.restore_checkpoint("one")
     # The same step number, and yet another state than mine: one that I do not know of.
-    with pytest.raises(optserve.StateReplacedError, match="replaced, by a restore or an import"):
+    with pytest.raises(optserve.StateReplacedError, match="replaced, by a restore, an import"):
         mine.step(gradient(1))
     with pytest.raises(optserve.StateReplacedError):
         mine.step(gradient(1))
@@ -390,6 +390,38 @@ def test_only_a_few_states_are_under_way_at_a_time(folder):
         assert caught.value.reason is Reason.TOO_MANY_STREAMS
         assert caught.value.retry_after_s
     checkpoints.save("a", "one")
+
+
+def test_a_request_id_stands_for_what_it_was_sent_with(tmp_path, folder):
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    step(item, 1)
+    checkpoints.save("a", "two")
+    checkpoints.restore("a", "one", request_id="restore")
+
+    def check(server: Server, checkpoints: Checkpoints) -> None:
+        before = fingerprint(server.optimizers.get("a"))
+        with pytest.raises(OptserveError, match="is that of a restore of checkpoint 'one', not of") as caught:
+            checkpoints.restore("a", "two", request_id="restore")
+        assert caught.value.reason is Reason.REQUEST_ID_REUSED
+        optimizer = server.optimizers.get("a")
+        with (
+            checkpoints.staging(optimizer) as state,
+            pytest.raises(OptserveError, match="an import of a state of step 1"),
+        ):
+            checkpoints.put(optimizer, 1, state, lambda present, _: present, request_id="restore")
+        checkpoints.restore("a", "one", request_id="restore")
+        assert fingerprint(server.optimizers.get("a")) == before
+
+    check(server, checkpoints)
+    server.die()
+    for _ in ("from the journal", "from a snapshot"):
+        again = Server(tmp_path)
+        check(again, Checkpoints(again.optimizers, FolderStore(tmp_path / "checkpoints"), 3))
+        again.folder.snapshot()
+        again.die()
 
 
 def test_a_retry_of_a_restore_is_known_after_a_crash(tmp_path, folder):

@@ -228,3 +228,23 @@ def test_a_deleted_optimizer_is_gone_also_for_open_streams(stub, name):
         stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=resource))
     stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=resource, allow_missing=True))
     create(stub, name, {"x": (1,)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"parameters": [parameter(shape=(3,))]},
+        {"algorithm": algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd())},
+        {"mode": optimizer_pb2.MODE_HOSTED},
+    ],
+    ids=["parameters", "method", "mode"],
+)
+def test_a_creation_under_the_request_id_of_another_is_refused(stub, name, other):
+    first = request(name)
+    first.request_id = "once"
+    made = stub.CreateOptimizer(first)
+    assert stub.CreateOptimizer(first) == made
+    second = request(name, **other)
+    second.request_id = "once"
+    with refused(INVALID, "REQUEST_ID_REUSED", "request_id"):
+        stub.CreateOptimizer(second)

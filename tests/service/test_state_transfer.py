@@ -102,8 +102,12 @@ def test_a_retried_import_is_made_once(stub, optimizer):
     start = Import(name=optimizer, step=7, request_id="i", etag=get(stub, optimizer).etag)
     messages = [start, *whole(exported(stub, optimizer)), COMMIT]
     first = stub.ImportState(iter(messages)).optimizer
-    messages[0].step = 9
     assert stub.ImportState(iter(messages)).optimizer == first
+    # Another import under that id is none that was made.
+    messages[0].step = 9
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED", "request_id"):
+        stub.ImportState(iter(messages))
+    assert get(stub, optimizer) == first
 
 
 @pytest.mark.parametrize(

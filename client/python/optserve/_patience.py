@@ -61,13 +61,20 @@ class Watchdog:
         with self._lock:
             while not self._closed:
                 now = time.monotonic()
-                for key, (deadline, action) in list(self._armed.items()):
-                    if deadline <= now:
-                        self._armed.pop(key, None)
-                        action()
+                self._call_due(now)
                 self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
                 self._earlier.wait(self._wakes_at - now)
             for _, action in self._armed.values():
+                action()
+
+    def _call_due(self, now: float) -> None:
+        """Call the actions whose deadlines have passed.
+
+        Not where the thread waits: names there would keep the last action, and with it a stream that nobody uses.
+        """
+        for key, (deadline, action) in list(self._armed.items()):
+            if deadline <= now:
+                self._armed.pop(key, None)
                 action()
 
 

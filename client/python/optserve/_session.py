@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve._feedback import ErrorFeedback
 from optserve._lives import Life
 from optserve._outcomes import Outcomes
 from optserve._patience import Patience, Turn
 from optserve._shared import SharedStaging
+from optserve._sharing import Sharing
 from optserve._stream import Gradients, StepRefused, StepStream
 from optserve._transport import Backoff, Transport, is_retryable
 from optserve._updates import Updates
 from optserve.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
-    FeatureUnavailableError,
     InternalError,
     NotFoundError,
     OptserveError,
@@ -39,9 +40,6 @@ from optserve.v1 import steps_pb2
 
 logger = logging.getLogger(__name__)
 
-_SHARE_AGAIN_AFTER_S = (0.01, 0.02, 0.04, 0.08, 0.16)
-"""Pauses between tries to share memory again, before tensors take the stream."""
-
 _LEAVE_WAIT_S = 2.0
 """How long a step that was interrupted is waited for."""
 
@@ -53,6 +51,7 @@ class StepSession:
         open_request: What a stream is opened with.
         current_step: Steps that the server has applied, as far as is known.
         lineage: Says which state these steps are of.
+        create_time: Says of which optimizer of that name.
         at_step: The step of the parameters that gradients are taken at, for a worker among several.
         life: Makes the request ids, and counts the steps.
         staleness: Steps of others between those parameters and the last step.
@@ -68,6 +67,7 @@ class StepSession:
         lineage: str,
         sizes: Sequence[tuple[int, int]],
         *,
+        create_time: Timestamp,
         must_share: bool = False,
         takes_curvature: bool = False,
         register: Callable[[], object] | None = None,
@@ -79,13 +79,13 @@ class StepSession:
         self.staleness = 0
         self.gradient_norm: float | None = None
         self._connection = connection
-        self._must_share = must_share
+        self._sharing = Sharing(connection, open_request, must_share=must_share)
         self._sizes = sizes
         self._takes_curvature = takes_curvature
-        self._has_shared = False
         self.open_request = open_request
         self.current_step = step
         self.lineage = lineage
+        self.create_time = create_time
         self._only_one = Turn()
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
@@ -354,20 +354,21 @@ class StepSession:
 
     def _opened(self, patience: Patience) -> StepStream:
         if self._stream is None:
-            pauses = iter(_SHARE_AGAIN_AFTER_S)
-            while not self._shared_as_before(stream := self._open(patience)):
+            pauses = self._sharing.pauses()
+            while self._sharing.may_begin_soon(stream := self._open(patience)):
                 # The server may not have noticed yet that the stream before is gone.
                 pause_s = next(pauses, None)
                 if pause_s is None:
                     break
                 stream.close()
                 patience.pause(pause_s, UnavailableError(f"Memory is not shared again: {stream.transport_reason}."))
+            try:
+                self._sharing.check(stream, patience)
+            except OptserveError:
+                stream.close()
+                raise
             self._stream = stream
         return self._stream
-
-    def _shared_as_before(self, stream: StepStream) -> bool:
-        asked = self.open_request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY
-        return stream.shared is not None or not (asked and self._has_shared)
 
     def _open(self, patience: Patience) -> StepStream:
         try:
@@ -383,30 +384,25 @@ class StepSession:
             ) from error
         except OptserveError as error:
             # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
-            self._has_shared = True
+            self._sharing.has_shared = True
             self.life.note(error)
             raise
         try:
             self._check_state(stream.opened)
             self.life.check_last(stream.opened.last_request_id)
-            self._check_transport(stream, patience)
         except OptserveError:
             stream.close()
             raise
         return stream
 
-    def _check_transport(self, stream: StepStream, patience: Patience) -> None:
-        """Raise if memory must be shared and is not."""
-        if self._must_share and stream.shared is None:
-            # One that was interrupted meanwhile is gone, and its memory with it.
-            patience.check()
-            message = f"Shared memory cannot be used: {stream.transport_reason}."
-            # The server may not have noticed yet that the stream before is gone.
-            raise UnavailableError(message) if self._has_shared else FeatureUnavailableError(message)
-        self._has_shared |= stream.shared is not None
-
     def _check_state(self, opened: steps_pb2.Opened) -> None:
         """Raise unless the server has the state that this client knows."""
+        if opened.HasField("create_time") and opened.create_time != self.create_time:
+            raise StateReplacedError(
+                f"{self._name} has been deleted and made anew since this client last looked; it is at step "
+                f"{opened.step}. Get it anew from the client; or refresh() and go on, if its parameters are the same.",
+                reason="STATE_REPLACED",
+            )
         if opened.step < self.current_step:
             raise StepsLostError(
                 f"This client has seen step {self.current_step} of {self._name}; the server is back at step "

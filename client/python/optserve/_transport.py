@@ -124,11 +124,13 @@ class Transport:
 
     Attributes:
         same_host: Whether the server can share memory with this process.
+        has_shared: Names of optimizers whose memory this client has shared.
     """
 
     def __init__(self, target: str, config: ClientConfig) -> None:
         self.target = target
         self.same_host = False
+        self.has_shared: set[str] = set()
         self.config = config
         if config.keep_freed_memory:
             malloc.keep_freed_memory()

@@ -84,6 +84,7 @@ class Optimizer(Resource):
             message.step,
             message.lineage,
             self._model.sizes,
+            create_time=message.create_time,
             must_share=transport == "shm",
             takes_curvature=self._model.takes_curvature,
             register=register,
@@ -362,6 +363,7 @@ class Optimizer(Resource):
 
         def read() -> tuple[int, str]:
             found = self._get()
+            self._session.create_time = found.create_time
             return found.step, found.lineage
 
         self._session.refresh(read)

@@ -1,3 +1,6 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from google.protobuf.internal import containers as _containers
@@ -133,13 +136,14 @@ class Open(_message.Message):
     def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "shared_memory")
+    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "create_time", "shared_memory")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     LAST_TENSORS_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     step: int
     last_request_id: str
@@ -147,8 +151,9 @@ class Opened(_message.Message):
     etag: str
     last_tensors: _containers.RepeatedScalarFieldContainer[int]
     lineage: str
+    create_time: _timestamp_pb2.Timestamp
     shared_memory: SharedMemory
-    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets", "dirty_offset", "replied_offset", "control_socket")
