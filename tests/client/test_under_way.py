@@ -1,6 +1,7 @@
 """Steps whose gradients are sent one by one."""
 
 import asyncio
+import signal
 import threading
 
 import numpy as np
@@ -129,3 +130,29 @@ def test_the_same_from_asyncio(server, name, reference):
             assert (await opt.step(gradients(1)))["e"].tobytes() == reference.step(gradients(1))["e"].tobytes()
 
     asyncio.run(run())
+
+
+def test_ctrl_c_while_the_block_is_left_ends_the_step_and_nothing_is_lost(server, name):
+    from client.proxy import proxy
+
+    main = threading.main_thread().ident
+    assert main is not None
+    with proxy(server.target) as wire, optserve.connect(wire.target, optserve.ClientConfig(transport="grpc")) as client:
+        opt = client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradients(0))
+        opt.step(gradients(0))
+        wire.stall()
+        hit = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), opt.begin_step() as step:  # noqa: PT012
+            for key, g in gradients(1).items():
+                step.send(key, g)
+            hit.start()
+        hit.join()
+        # Its thread has ended, and holds no turn.
+        assert step.ended.done()
+        wire.flow()
+        try:
+            updates = opt.step(gradients(1))
+        except optserve.StepInDoubtError:
+            updates = opt.replay()
+        assert bits(updates) == bits({key: -g for key, g in gradients(1).items()})
+        assert opt.current_step == 2

@@ -169,34 +169,38 @@ class Turns:
             is_step: Whether it makes a step, whose reply the caller must know to be lost if it is.
             grace_s: How long it may still take when this is cancelled.
         """
+        self._threads.check_usable()
         patience = self._optimizer.patience(timeout_s)
-        async with self.turn(patience) as waited:
-            outcomes = self._optimizer.outcomes
-            unsettled = outcomes.unsettled
-            try:
-                return await self._threads.run(
-                    partial(call, patience.left_s if waited else timeout_s),
-                    own=True,
-                    grace_s=grace_s,
-                    undelivered=(lambda _: outcomes.undelivered()) if is_step else None,
-                )
-            except asyncio.CancelledError:
-                # What a replay or a refresh has found out, nobody was told.
-                outcomes.unsettled |= unsettled
-                raise
+        outcomes = self._optimizer.outcomes
+        # What `turn` does; every step goes through this.
+        waited = await self._take(patience)
+        unsettled = outcomes.unsettled
+        try:
+            return await self._threads.run(
+                partial(call, patience.left_s if waited else timeout_s),
+                own=True,
+                grace_s=grace_s,
+                undelivered=(lambda _: outcomes.undelivered()) if is_step else None,
+            )
+        except asyncio.CancelledError:
+            # What a replay or a refresh has found out, nobody was told.
+            outcomes.unsettled |= unsettled
+            raise
+        finally:
+            self._pass_on()
 
     @asynccontextmanager
-    async def turn(self, patience: Patience) -> AsyncIterator[bool]:
-        """Have the turn for the length of a with-block; gives whether it had to be waited for.
+    async def turn(self, patience: Patience) -> AsyncIterator[None]:
+        """Have the turn for the length of a with-block.
 
         Raises:
             DeadlineExceededError: Patience has ended first.
             ClientUseError: The client was inherited by a forked process.
         """
         self._threads.check_usable()
-        waited = await self._take(patience)
+        await self._take(patience)
         try:
-            yield waited
+            yield
         finally:
             self._pass_on()
 

@@ -113,6 +113,7 @@ class StepUnderWay:
         self._patience = patience
         self._failure: BaseException | None = None
         self._request_id = ""
+        # What is waited for: a join that Ctrl-C has interrupted takes the thread for ended (CPython 3.11).
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
         self._thread.start()
@@ -145,7 +146,7 @@ class StepUnderWay:
     def finish(self) -> None:
         """Wait for the updates, or raise what the step has failed with."""
         self.complete()
-        self._thread.join()
+        self._ended.result()
         self.raise_failure()
 
     def complete(self) -> None:
@@ -170,7 +171,7 @@ class StepUnderWay:
     def abort(self) -> str:
         """Give the step up; the server discards it. Gives its request id if it was applied all the same, or nothing."""
         self.cancel()
-        self._thread.join()
+        self._ended.result()
         return self._request_id
 
     def cancel(self) -> None:
