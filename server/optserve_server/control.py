@@ -25,6 +25,7 @@ class ControlSocket:
 
     Attributes:
         name: Of the socket, which is in no file system (an abstract one), and ends with this process.
+        proven: Whether the client has proven it.
 
     Raises:
         OSError: There are no such sockets here, or no thread to be had.
@@ -37,6 +38,7 @@ class ControlSocket:
         # Held while a socket is closed or shut, so that its number is that of no other by then.
         self._lock = threading.Lock()
         self._closed = False
+        self.proven = False
         self._refused = False
         self._peer: socket.socket | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -62,6 +64,7 @@ class ControlSocket:
                 peer, _ = self._listener.accept()
                 try:
                     if self._take(peer) and self._proves_itself(peer):
+                        self.proven = True
                         self._end(self._listener)
                         self._serve(peer)
                         return

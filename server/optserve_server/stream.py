@@ -78,6 +78,8 @@ class StepStream:
         self._control: ControlSocket | None = None
         self._segment: Segment | None = None
         self._proven = False
+        self._withdrawal: threading.Timer | None = None
+        self._withdrawn = False
         self._reply_chunk_bytes = config.sent_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
@@ -197,6 +199,9 @@ class StepStream:
         )
 
     def _offer(self, segment: Segment) -> steps_pb2.SharedMemory:
+        self._withdrawal = threading.Timer(self._config.receive_s, self._withdraw_offer)
+        self._withdrawal.daemon = True
+        self._withdrawal.start()
         try:
             self._control = ControlSocket(segment.nonce, self._answer_packet)
         except OSError as error:
@@ -222,6 +227,8 @@ class StepStream:
         reply = convert.reply(request.reply, "begin.reply")
         if self._segment is not None and not self._proven:
             self._check_nonce(request.shared_memory_nonce)
+        elif self._withdrawn and request.shared_memory_nonce:
+            raise self._offer_is_gone()
         self._optimizers.check_is_same(self._optimizer)
         convert.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
@@ -254,6 +261,8 @@ class StepStream:
     def _check_nonce(self, nonce: bytes) -> None:
         """At the first step, look whether the client has found the segment that it was offered."""
         self._proven = self._segment is not None and nonce == self._segment.nonce
+        if self._proven and self._withdrawal is not None:
+            self._withdrawal.cancel()
         if not self._proven:
             self._unshare()
         if nonce and not self._proven:
@@ -263,7 +272,26 @@ class StepStream:
                 field="begin.shared_memory_nonce",
             )
 
+    def _offer_is_gone(self) -> OptserveError:
+        return OptserveError(
+            Reason.STEP_TAKEN_OVER,
+            f"The segment that was offered has waited {self._config.receive_s:g} s for its proof and is gone; open "
+            "another stream.",
+        )
+
+    def _withdraw_offer(self) -> None:
+        """Nobody has proven to see the segment, which takes as much memory as a gradient."""
+        with self._one_at_a_time:
+            if self._proven or self._segment is None or (self._control is not None and self._control.proven):
+                return
+            self._withdrawn = True
+            self._unshare()
+        if self._control is not None:
+            self._control.close()
+
     def _unshare(self) -> None:
+        if self._withdrawal is not None:
+            self._withdrawal.cancel()
         segment, self._segment = self._segment, None
         if segment is not None:
             self._optimizer.steps.unshare(segment)

@@ -31,6 +31,7 @@ from service.attacks import (
     victim,
     wait_until,
 )
+from service.wire_client import begin, chunk, commit, create, details, stream
 
 MIB = 1 << 20
 CALM_S, ATTACK_S = 0.8, 1.5
@@ -255,6 +256,28 @@ def test_transfers_that_nobody_reads_keep_no_place(hosted, method):
         attacked(server, lambda: [attacker.call(SERVICE + method, request, end=True) for _ in range(4)])
         assert client.optimizer("a").export_state().step == 0
         assert client.optimizer("a").pull_parameters().step == 0
+
+
+def test_segments_that_nobody_proves_to_see(tmp_path):
+    """One was kept for as long as its stream, so that no other client could share memory."""
+    with serving(tmp_path, receive_s=0.5) as server, grpc.insecure_channel(server.target) as channel:
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        name = create(stub, "a", {"x": (2,)}).name
+        shared = steps_pb2.TRANSPORT_SHARED_MEMORY
+        with stream(stub) as first:
+            nonce_offset = first.open(name, transport=shared).shared_memory.nonce_offset
+            assert nonce_offset == 0
+            wait_until(lambda: is_offered(stub, name))
+            first.send(begin(shared_memory_nonce=bytes(32)))
+            assert details(first.error())[0] == "STEP_TAKEN_OVER"
+            first.send(begin(), chunk(0, 0, bytes(8)), commit())
+            assert first.reply()[1].step == 1
+
+
+def is_offered(stub, name: str) -> bool:
+    """Whether a new stream is offered shared memory."""
+    with stream(stub) as other:
+        return other.open(name, transport=steps_pb2.TRANSPORT_SHARED_MEMORY).HasField("shared_memory")
 
 
 def test_messages_that_are_never_complete(tmp_path):
