@@ -17,14 +17,14 @@ from optserve_server.layout import Largest, Operand
 from optserve_server.rules import Rule
 from optserve_server.rules.base import NUMBERS, Interval, Scalars
 
-LOOK_AHEAD = (64, 8, 1)
-"""How many steps are looked ahead at a time, the most first."""
+LOOK_AHEAD = (64, 32, 8)
+"""How many steps are looked ahead at a time, the most first. For fewer, the state is looked at."""
 ENDLESS = 1 << 62
 """Steps where none changes any bound."""
 SLACK = 1 + 2e-6
 """Bounds are computed in float64, and widened for each step by more than float32 loses in the operations of a rule."""
-GENEROUS = 8.0
-"""The steps ahead may have gradients so many times larger."""
+GENEROUS = (8.0, 2.0, SLACK)
+"""So many times larger the gradients of the steps ahead may be, the most first."""
 
 
 class Answers(NamedTuple):
@@ -121,22 +121,33 @@ class Headroom:
 
     def _look_ahead(self, largest: Largest, answers: Answers) -> bool:
         """Look ahead anew: from what is known, or else from a look at the state."""
-        generous = {key: max(GENEROUS * value, self._admitted.get(key, 0.0)) for key, value in largest.items()}
-        exact = {key: SLACK * value for key, value in largest.items()}
         limits = {dtype: _limits(dtype, answers) for dtype in self._scalars}
         known = self._after(self._begin, self._admitted, self._limits, self._taken) if self._begin else None
-        for begin in (known, None) if known else (None,):
-            bounds = begin or self._measure()
-            # Of the dtypes that take no part now, others of the steps ahead may.
-            for admitted in (self._admitted | generous, exact):
-                for steps in LOOK_AHEAD:
-                    if self._after(bounds, admitted, limits, steps) is not None:
-                        self._begin, self._admitted, self._limits = bounds, admitted, limits
-                        self._taken = 1
-                        self._covered = steps if self._rule.slots or self._hosted else ENDLESS
-                        return True
+        generous = self._generous(largest)
+        if known and any(self._goes_on(known, generous, limits, steps) for steps in LOOK_AHEAD):
+            return True
+        measured = self._measure()
+        # Rather smaller gradients than fewer steps: one that was very large may have been the only one.
+        admitted = [generous, *({key: factor * value for key, value in largest.items()} for factor in GENEROUS)]
+        if any(self._goes_on(measured, most, limits, steps) for steps in (*LOOK_AHEAD, 1) for most in admitted):
+            return True
         self.forget()
         return False
+
+    def _generous(self, largest: Largest) -> Largest:
+        """As much as ever came, also of dtypes that take no part now, and more than what comes now."""
+        more = {key: max(GENEROUS[0] * value, self._admitted.get(key, 0.0)) for key, value in largest.items()}
+        return self._admitted | more
+
+    def _goes_on(
+        self, begin: dict[np.dtype, Bounds], admitted: Largest, limits: dict[np.dtype, _Limits], steps: int
+    ) -> bool:
+        """Whether so many steps from these bounds on are covered; the first counts as made then."""
+        if self._after(begin, admitted, limits, steps) is None:
+            return False
+        self._begin, self._admitted, self._limits = begin, admitted, limits
+        self._taken, self._covered = 1, steps if self._rule.slots or self._hosted else ENDLESS
+        return True
 
     def _after(
         self, before: dict[np.dtype, Bounds], admitted: Largest, limits: dict[np.dtype, _Limits], steps: int

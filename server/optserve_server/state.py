@@ -239,7 +239,7 @@ class State:
             step: See `apply`.
             staleness: See `apply`.
         """
-        slots = [slot[part].copy() for slot in self.slots[dtype]]
+        slots = [self.backend.clone(slot[part]) for slot in self.slots[dtype]]
         update, *inputs = given
         self._kernels[dtype](update, slots, self._scalars(step, staleness)[dtype][position], *inputs)
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}

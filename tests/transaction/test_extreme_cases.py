@@ -133,8 +133,8 @@ class Play:
                     upload.stage(index, 0, x.tobytes(), Operand.PARAMETER)
                 upload.commit()
 
-    def run(self) -> None:
-        for number in range(int(self.rng.integers(2, 6))):
+    def run(self, steps: int) -> None:
+        for number in range(steps):
             if self.rng.random() < 0.15:
                 self.change()
             self.step(f"r{number}")
@@ -239,12 +239,13 @@ class Play:
                 entry.stage(index, array, 0, values.tobytes())
 
 
-def play_all(backend: backends.Backend, seeds: range) -> None:
+def play_all(backend: backends.Backend, seeds: range, steps: int = 0) -> None:
+    """Play cases of so many steps, or of a few."""
     applied = refused = 0
     for seed in seeds:
         play = Play(any_case(seed), backend)
         try:
-            play.run()
+            play.run(steps or int(play.rng.integers(2, 6)))
         except AssertionError as error:
             raise AssertionError(f"case {seed}: {play.state.settings}, {play.layout.parameters}") from error
         applied, refused = applied + play.applied, refused + play.refused
@@ -259,3 +260,8 @@ def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(chunk):
 
 def test_so_with_compiled_kernels():
     play_all(backends.load("numba", 1), range(4_000_000, 4_000_600))
+
+
+def test_so_over_many_steps():
+    # Longer than bounds are followed without another look at the state.
+    play_all(REFERENCE, range(5_000_000, 5_000_040), steps=150)

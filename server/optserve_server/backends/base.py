@@ -63,6 +63,10 @@ class Backend(abc.ABC):
     def fill(self, slot: Any, values: np.ndarray) -> None:
         """Overwrite a slot, or a slice of one, by values from host memory."""
 
+    def clone(self, slot: Any) -> Any:
+        """A copy of a slot, or of a slice of one, where the kernels want it."""
+        return slot.copy()
+
     def extremes(self, slot: Any) -> tuple[float, float]:
         """The least and the largest element of a slot; NaN where there is one, 0 where the slot is empty."""
         return (float(slot.min()), float(slot.max())) if slot.size else (0.0, 0.0)

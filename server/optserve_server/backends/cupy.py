@@ -72,6 +72,14 @@ class CupyBackend(Backend):
             # Kernels run on streams of their own, which do not wait for this one.
             cupy.cuda.Stream.null.synchronize()
 
+    def clone(self, slot: Any) -> Any:
+        """On the device; see Backend."""
+        with self._device:
+            copy = slot.copy()
+            # Kernels run on streams of their own, which do not wait for this one.
+            cupy.cuda.Stream.null.synchronize()
+            return copy
+
     def extremes(self, slot: Any) -> tuple[float, float]:
         """On the device; see Backend."""
         with self._device:

@@ -1,0 +1,69 @@
+"""Most steps need no look at the state: a look is as rare as it has to be."""
+
+import numpy as np
+import pytest
+
+from optserve import halves
+from optserve_server.backends.numpy import NumpyBackend
+from optserve_server.headroom import NATIVE, Answers
+from optserve_server.layout import Layout, Operand, Parameter, Payload
+from optserve_server.rules import RULES
+from optserve_server.settings import Settings
+from optserve_server.state import State
+
+F4 = np.dtype("f4")
+
+
+class Counting(NumpyBackend):
+    """Counts the looks at slots."""
+
+    looks = 0
+
+    def extremes(self, slot):
+        self.looks += 1
+        return super().extremes(slot)
+
+
+def steps_of(rule, answers: Answers = NATIVE, steps: int = 1000, **settings):
+    """(looks at each slot, steps that bounds did not cover) with ordinary gradients."""
+    backend = Counting(1)
+    layout = Layout((Parameter("x", (50,), F4),))
+    state = State(layout, Settings(rule, **settings), backend)
+    payload, rng, uncovered = Payload(layout, (0,)), np.random.default_rng(6), 0
+    for step in range(steps):
+        arenas = {operand: layout.arenas(np.zeros(200, np.uint8)) for operand in state.operand_kinds}
+        largest = {}
+        for operand, arena in arenas.items():
+            arena[F4][...] = rng.standard_normal(50) * rng.uniform(0.1, 3)
+            largest[operand, F4] = float(np.abs(arena[F4]).max())
+        prepared = state.prepare(payload, arenas[Operand.GRADIENT], largest, answers)
+        uncovered += not prepared.covered
+        state.apply(arenas, payload.runs, step, prepared=prepared)
+    return backend.looks / max(len(rule.slots), 1), uncovered
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize("kind", RULES.values(), ids=RULES)
+def test_a_look_is_rare(kind, hosted):
+    looks, uncovered = steps_of(kind(), hosted=hosted)
+    assert uncovered == 0
+    # Of ADADELTA's bounds one doubles in each step, at worst.
+    assert looks <= (10 if kind.update_square_slot else 4)
+
+
+@pytest.mark.parametrize("kind", RULES.values(), ids=RULES)
+def test_it_is_rare_where_the_wire_is_narrow(kind):
+    looks, uncovered = steps_of(kind(), Answers(updates=(halves.FLOAT16,)))
+    assert uncovered == 0
+    assert looks <= 50
+
+
+def test_a_first_gradient_that_is_much_larger_does_not_last():
+    backend = Counting(1)
+    layout = Layout((Parameter("x", (1,), F4),))
+    state = State(layout, Settings(RULES["momentum"]()), backend)
+    arenas = layout.arenas(np.zeros(4, np.uint8))
+    payload, narrow = Payload(layout, (0,)), Answers(updates=(halves.FLOAT16,))
+    for size in (1e6, *[1.0] * 500):
+        assert state.prepare(payload, arenas, {(Operand.GRADIENT, F4): size}, narrow).covered
+    assert backend.looks < 20
