@@ -17,6 +17,9 @@ def with_weight_decay(
 ) -> dict[str, np.ndarray]:
     """The gradients of the loss with λ ‖x‖² / 2 added: g + λ x, as `weight_decay` of torch.optim has it.
 
+    Where the server clips, it clips this sum; a training loop of torch that clips before its step clips the gradient
+    alone.
+
     Args:
         grads: By name, of NumPy or torch; not changed. One that is None stays None.
         params: The present parameters x, at least those that have a gradient; likewise, also torch's own Parameters.

@@ -68,10 +68,11 @@ def show(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None
     from google.protobuf.text_format import MessageToString
 
     from optserve import connect
+    from optserve.optimizer_info import resource_name
     from optserve.v1 import service_pb2
 
     with connect(target) as client:
-        request = service_pb2.GetOptimizerRequest(name=f"optimizers/{name}")
+        request = service_pb2.GetOptimizerRequest(name=resource_name(name))
         item = client._transport.call(client._transport.stub.GetOptimizer, request).optimizer
     if json:
         print_json(plain(item))
