@@ -107,7 +107,7 @@ class State:
         }
         self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
         self._stretch_stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
-        self._keeps = {dtype: [dtype.type(1 - decay) for decay in settings.decays()] for dtype in self._dtypes}
+        self._decays = settings.decays()
         # Without a schedule the constants are always the same.
         unscheduled = self._rounded(rules)
         self._constants = None if settings.schedule else unscheduled
@@ -224,7 +224,15 @@ class State:
                 staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
                 self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
                 if self.parameters:
-                    self.backend.advance(self.parameters[run.dtype][part], staged, self._keeps[run.dtype][position])
+                    decay = self._decay(run.dtype, position, staleness)
+                    self.backend.advance(self.parameters[run.dtype][part], staged, decay)
+
+    def _decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
+        """The weight decay of a step: where its learning rate is divided for its staleness, it is too.
+
+        Else the decay would grow with the number of workers, and not what it is to hold in balance.
+        """
+        return dtype.type(self._decays[position] / (1 + staleness))
 
     def tried(
         self, given: Sequence[np.ndarray], dtype: np.dtype, part: slice, position: int, step: int, staleness: int
@@ -245,7 +253,7 @@ class State:
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
         if self.parameters:
             made[PARAMETER] = self.parameters[dtype][part].copy()
-            self.backend.advance(made[PARAMETER], update, self._keeps[dtype][position])
+            self.backend.advance(made[PARAMETER], update, self._decay(dtype, position, staleness))
         return made
 
     def parts_of(self, run: Run) -> Iterator[tuple[slice, int]]:

@@ -17,7 +17,14 @@ HERE = Path(__file__).parent
 FOLDERS = [path.stem for path in sorted(HERE.glob("*.json"))]
 TORN = "a torn record"
 
-MENDED = {"vsgd": "its averages no longer cancel"}
+DECAY = "what is taken from x is not rounded away, and is divided like the learning rate"
+MENDED = {
+    "vsgd": "its averages no longer cancel",
+    "hosted": DECAY,
+    "async": DECAY,
+    "bounded": DECAY,
+    "sync": DECAY,
+}
 """Optimizers whose formula was mended since, and how. Steps behind the snapshot are made again by the mended one."""
 
 

@@ -63,15 +63,42 @@ def test_weight_decay_is_decoupled_by_group_and_changeable(tmp_path, params, bac
         assert opt.weight_decay == 0.25
         assert [group.weight_decay for group in opt.groups] == [0.0, 0.5]
         x = {name: param.copy() for name, param in params.items()}
-        keep = {"w": 0.75, "b": 1.0, "empty": 0.75, "v": 0.5}
+        decay = {"w": 0.25, "b": 0.0, "empty": 0.25, "v": 0.5}
         for step in range(3):
             updates = opt.step(arrays(step))
-            x = {name: keep[name] * param + updates[name] for name, param in x.items()}
+            x = {name: param + (updates[name] - decay[name] * param) for name, param in x.items()}
         assert bits(opt.pull_parameters().arrays) == bits(x)
         opt.update(weight_decay=0.0)
         updates = opt.step(arrays(3))
         x["w"] += updates["w"]
         assert opt.pull_parameters(["w"]).arrays["w"].tobytes() == x["w"].tobytes()
+
+
+@pytest.mark.parametrize("decay", [1e-8, 1e-6, 1e-3])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_small_weight_decay_is_as_large_in_float32_as_it_is_said_to_be(backend, decay):
+    """On the mean of many elements, as each is rounded."""
+    rng = np.random.default_rng(7)
+    x = {"w": rng.uniform(1.0, 2.0, 1_000_000).astype(np.float32)}
+    grads = {"w": rng.uniform(-1e-3, 1e-3, x["w"].size).astype(np.float32)}
+    with optserve.local_server(backend=backend) as server, optserve.connect(server.target) as client:
+        opt = client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), x, hosted=True, weight_decay=decay)
+        after = opt.step(grads, reply="parameters")["w"].astype(np.float64)
+    taken = x["w"].astype(np.float64) - grads["w"] - after
+    assert taken.mean() == pytest.approx(decay * x["w"].mean(dtype=np.float64), rel=0.05)
+
+
+def test_weight_decay_is_divided_with_the_learning_rate_of_a_stale_gradient(client, name):
+    x, still = {"w": np.ones(2)}, {"w": np.zeros(2)}
+    client.create_optimizer(
+        name, optserve.Sgd(), x, hosted=True, weight_decay=0.5, consistency=optserve.Async(scale_by_staleness=True)
+    )
+    with client.worker(name, "quick") as quick, client.worker(name, "slow") as slow:
+        slow.pull()
+        quick.pull()
+        assert quick.step(still)["w"][0] == 0.5
+        # One step old: half of the half is taken.
+        assert slow.step(still)["w"][0] == 0.5 - 0.25 * 0.5
 
 
 def test_a_replayed_step_answers_with_the_same_parameters_and_changes_nothing(stub, name):

@@ -89,7 +89,7 @@ def plain(
                 slot[...] = value
             if settings.hosted:
                 # As every backend does.
-                REFERENCE.advance(after[PARAMETER][dtype][part], update, dtype.type(1 - decays[group]))
+                REFERENCE.advance(after[PARAMETER][dtype][part], update, dtype.type(decays[group] / (1 + staleness)))
     return after, updates
 
 

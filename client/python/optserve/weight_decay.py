@@ -17,8 +17,8 @@ def with_weight_decay(
 ) -> dict[str, np.ndarray]:
     """The gradients of the loss with λ ‖x‖² / 2 added: g + λ x, as `weight_decay` of torch.optim has it.
 
-    Where the server clips, it clips this sum; a training loop of torch that clips before its step clips the gradient
-    alone.
+    An optimizer that clips on the server clips this sum. Torch's usual order is the other one: `clip_grad_norm_` bounds
+    g, and the optimizer adds λ x to what is left. For that, clip g here, and set no clipping on the server.
 
     Args:
         grads: By name, of NumPy or torch; not changed. One that is None stays None.

@@ -33,6 +33,10 @@ class Kernel(Protocol):
         ...
 
 
+DECAY_BLOCK = 1 << 16
+"""Elements of x that are decayed at a time, so that the memory for it stays small and in the cache."""
+
+
 class Backend(abc.ABC):
     """Executes rules on flat arrays of float32 or float64. Safe to use from several threads."""
 
@@ -92,18 +96,26 @@ class Backend(abc.ABC):
         """Copy large arrays in memory, over as many threads as there are."""
         target[...] = source
 
-    def advance(self, parameters: np.ndarray, updates: np.ndarray, keep: np.floating) -> None:
-        """Apply updates to hosted parameters: x <- keep x + Δx.
+    def advance(self, parameters: np.ndarray, updates: np.ndarray, decay: np.floating) -> None:
+        """Apply updates to hosted parameters: x <- x + (Δx - λ x).
+
+        Not (1 - λ) x + Δx: in float32 1 - λ is 1 for a λ of 1e-8, and has 1.3 % too much of one of 1e-6. What is taken
+        from x is small like Δx, and is rounded once with it.
 
         Args:
             parameters: x, in host memory.
             updates: Δx.
-            keep: 1 less the weight decay.
+            decay: λ.
         """
         with np.errstate(all="ignore"):
-            if keep != 1:
-                parameters *= keep
-            parameters += updates
+            if decay == 0:
+                parameters += updates
+                return
+            for start in range(0, parameters.size, DECAY_BLOCK):
+                block = slice(start, start + DECAY_BLOCK)
+                change = parameters[block] * decay
+                np.subtract(updates[block], change, out=change)
+                parameters[block] += change
 
     def largest(self, staged: np.ndarray) -> float:
         """The largest magnitude in a stretch of host memory; NaN if one is NaN, 0 if it is empty."""

@@ -68,10 +68,10 @@ class NumpyBackend(Backend):
         """Slice by slice; see Backend."""
         self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]))
 
-    def advance(self, parameters: np.ndarray, updates: np.ndarray, keep: np.floating) -> None:
+    def advance(self, parameters: np.ndarray, updates: np.ndarray, decay: np.floating) -> None:
         """Slice by slice; see Backend."""
         advance = super().advance
-        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], keep))
+        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], decay))
 
     def largest(self, staged: np.ndarray) -> float:
         """Slice by slice; see Backend."""
