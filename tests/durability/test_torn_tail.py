@@ -1,5 +1,6 @@
 """Whatever a client's gradients look like, they are never taken for records, and a start stays quick."""
 
+import mmap
 import os
 import struct
 import time
@@ -89,6 +90,24 @@ def test_payload_behind_a_lost_header_is_not_looked_at(tmp_path, guess):
     found, _ = is_read(tmp_path)
     assert time.monotonic() - start < QUICK_S
     assert found == [1]
+
+
+def test_a_mapping_is_never_searched(tmp_path, monkeypatch):
+    """To search one reads behind its end before Python 3.11.5, and ends the process where nothing is mapped there."""
+
+    class Mapping(mmap.mmap):
+        def find(self, *_arguments):
+            raise AssertionError("a mapping was searched")
+
+        rfind = find
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    form = on_disk.Form.drawn()
+    # A segment that ends with its last record, as one of a folder that was closed properly does, and a torn one.
+    for content in (record(form, 1, 0, b"good"), record(form, 1, 0, b"good") + b"torn" * 100):
+        path = new_segment(tmp_path, form, content)
+        os.truncate(path, path.stat().st_size - (1 << 16))
+        assert is_read(tmp_path)[0] == [1]
 
 
 def test_two_segments_have_different_keys(tmp_path):
