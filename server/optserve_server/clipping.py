@@ -16,8 +16,6 @@ BLOCK = 1 << 16
 """Elements whose squares are summed at a time, in float64. The order is fixed, so that the sum is always the same."""
 
 _MOST = float(np.finfo(np.float64).max)
-_SMALL_NORM = 1e-140
-"""Squares of what is smaller lose digits, or vanish."""
 
 
 class _Norm(NamedTuple):
@@ -155,15 +153,16 @@ def _norm_of_norms(norms: Sequence[_Norm]) -> _Norm:
 def _norm(array: np.ndarray) -> _Norm:
     """The Euclidean norm."""
     norm = math.sqrt(_sum_of_squares(array, 1.0))
-    if math.isfinite(norm) and norm >= _SMALL_NORM:
+    if math.isfinite(norm):
+        # No bound is as small as a norm whose squares vanish.
         return _Norm(1.0, norm)
-    # The squares are beyond float64 on either side, which the norm itself need not be.
-    largest = float(np.abs(array).max(initial=0))
-    return _Norm(largest, math.sqrt(_sum_of_squares(array, largest))) if largest else _Norm(1.0, 0.0)
+    # The squares are beyond float64, which the norm itself need not be.
+    largest = float(np.abs(array).max())
+    return _Norm(largest, math.sqrt(_sum_of_squares(array, largest)))
 
 
 def _sum_of_squares(array: np.ndarray, unit: float) -> float:
     """That of the elements in a unit. Not fsum, which raises where the sum is infinite."""
     blocks = (array[start : start + BLOCK].astype(np.float64) for start in range(0, array.size, BLOCK))
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore"):
         return sum(float(np.square(block / unit).sum()) for block in blocks)

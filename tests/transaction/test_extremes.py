@@ -140,13 +140,15 @@ def test_a_state_that_is_not_finite_already_is_named_as_such():
 
 
 def test_what_is_put_into_a_state_counts_from_the_next_step_on():
-    steps = optimizer(Settings(Momentum(learning_rate=1.0)))
+    steps = optimizer(Settings(Adagrad()))
     for number in range(3):
-        run_step(steps, str(number), in_one_tensor(1, 1))
-    steps._state.write(F4, 0, 1, np.array([-3e38], F4))
-    run_step(steps, "a", in_one_tensor(1, 1))
-    with refused(Reason.GRADIENT_OVERFLOW, "w", 1, "momentum"):
-        run_step(steps, "b", in_one_tensor(1, 3e38))
+        run_step(steps, str(number), in_one_tensor(1, 1e18))
+    # As an import does.
+    steps._state.write(F4, 0, 1, np.array([3.4e38], F4))
+    with refused(Reason.GRADIENT_OVERFLOW, "w", 1, "sum"):
+        run_step(steps, "a", in_one_tensor(1, 1e18))
+    steps._state.write(F4, 0, 1, np.array([1], F4))
+    run_step(steps, "a", in_one_tensor(1, 1e18))
 
 
 @pytest.mark.parametrize(
