@@ -74,3 +74,13 @@ def test_the_largest_magnitude_is_exact(backend, dtype, size):
         assert np.isnan(backend.take_all(staged.copy(), staged))
         staged[place] = 0
     assert backend.largest(staged) == (np.abs(staged).max() if size else 0)
+
+
+@pytest.mark.parametrize("wire", [F4, F8, halves.FLOAT16, halves.BFLOAT16], ids=halves.name_of)
+def test_the_largest_number_of_a_wire_is_the_last_that_is_finite(wire):
+    largest, element = halves.largest(wire), np.empty(1, wire)
+    halves.convert(np.array([largest]), element)
+    assert halves.value(element) == largest
+    bits = element.view(f"u{wire.itemsize}")
+    bits += 1
+    assert halves.value(element) == np.inf
