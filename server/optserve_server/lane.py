@@ -42,6 +42,7 @@ class Lane:
         optimizer: Its name.
         holder: The step that has it.
         retained: The last step that was applied from here.
+        bearer: Name of the worker that has it, of a lane beside others.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Lane:
         self._staging = Staging(state) if on_free is None else None
         self.holder: Step | None = None
         self.retained: Retained | None = None
+        self.bearer = ""
 
     @property
     def staging(self) -> Staging:

@@ -117,3 +117,14 @@ def optimizer_not_found(optimizer_id: str) -> OptserveError:
         field="name",
         optimizer=optimizer_id,
     )
+
+
+def gradient_late(name: str, step: int, taken_at: int) -> OptserveError:
+    """A step has gone on without this gradient."""
+    return OptserveError(
+        Reason.GRADIENT_LATE,
+        f"The gradient was taken at step {taken_at}; {name} is at step {step}. Pull the parameters and compute "
+        "another.",
+        field="parameters_step",
+        current_step=step,
+    )

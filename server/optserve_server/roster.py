@@ -84,6 +84,8 @@ class Roster:
         self._make_lane = make_lane
         self._room = room
         self._known: dict[str, Worker] = {}
+        # Those that may be alive: each step looks at these, and not at thousands that have been.
+        self._living: dict[str, Worker] = {}
         self._newest_life = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -93,7 +95,14 @@ class Roster:
     @property
     def alive(self) -> list[Worker]:
         """Those whose leases hold."""
-        return [worker for worker in self if worker.alive]
+        living = [worker for worker in self._living.values() if worker.alive]
+        if len(living) < len(self._living):
+            self._living = {worker.name: worker for worker in living}
+        return living
+
+    def holds(self, worker: Worker) -> None:
+        """A worker has begun a step, in the middle of which it is alive."""
+        self._living[worker.name] = worker
 
     def too_few(self, needed: int) -> OptserveError:
         """The error for a step that takes more workers than are alive; says who is, and who has been."""
@@ -110,7 +119,7 @@ class Roster:
 
     def slowest(self, default: int) -> int:
         """The least clock of those alive."""
-        return min((worker.clock for worker in self if worker.alive), default=default)
+        return min((worker.clock for worker in self.alive), default=default)
 
     def find(self, name: str) -> Worker | None:
         """One that is remembered, dead or alive."""
@@ -165,6 +174,7 @@ class Roster:
             worker.at_step = step
         worker.lease_until = time.monotonic() + lease_s
         worker.seen_at = time.monotonic()
+        self._living[name] = worker
         return worker
 
     def _remember(self, name: str) -> Worker:
@@ -177,6 +187,7 @@ class Roster:
             oldest = min(dead, key=lambda worker: worker.seen_at)
             self._room.strip(oldest.lane)
             del self._known[oldest.name]
+            self._living.pop(oldest.name, None)
         worker = self._known[name] = Worker(name, self._make_lane())
         return worker
 
@@ -185,6 +196,7 @@ class Roster:
         for worker in self:
             self._room.strip(worker.lane)
         self._known.clear()
+        self._living.clear()
 
     # What outlives the process.
 

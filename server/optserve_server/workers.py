@@ -84,6 +84,8 @@ class Workers:
         self.roster = Roster(name, self._make_lane, room)
         self._draining = False
         self._segments: set[Segment] = set()
+        # Those whose steps wait for the others', in sync.
+        self._giving: set[Worker] = set()
         # Counts what those who wait are told: what happens before they have begun to wait must not be missed.
         self._told = 0
 
@@ -118,10 +120,10 @@ class Workers:
             if leaving:
                 if worker is not None:
                     self._leave(worker, life)
+                    self._tell()
             # Who asks for a number takes nothing from a life that has one.
             elif worker is None or life or not (worker.life and worker.alive):
                 worker = self._admit(name, life, lease_s)
-            self._tell()
             last_request_id = worker.lane.last_request_id if worker else ""
             return Standing(lease_s, len(self.roster.alive), last_request_id, life or self.roster.new_life(name))
 
@@ -207,11 +209,13 @@ class Workers:
                     if not worker.lane.equipped:
                         # It was that of a step which had stalled, and somebody has been waiting for it.
                         continue
-                    # What a connection that was given up had brought does not count.
-                    self._withdraw(worker)
-                    worker.lane.holder = step
+                    if worker.contribution is not None or worker.lane.holder is not None:
+                        # What a connection that was given up had brought does not count.
+                        self._withdraw(worker)
+                        self._tell()
+                    worker.lane.holder, worker.lane.bearer = step, worker.name
+                    self.roster.holds(worker)
                     self._room.use(worker.lane)
-                    self._tell()
                     return step
 
     def _evict_given_up(self, worker: Worker) -> None:
@@ -225,7 +229,10 @@ class Workers:
     def _given_back(self, lane: Lane) -> None:
         """A step has ended."""
         with self._owner.lock:
-            self._tell()
+            worker = self.roster.find(lane.bearer)
+            if worker is None or not worker.alive:
+                # It was alive because of the step only.
+                self._tell()
         self._room.rest(lane)
 
     def pulled(self, name: str, step: int, life: int = 0) -> None:
@@ -271,6 +278,7 @@ class Workers:
     def release(self) -> None:
         """The optimizer is deleted: give the room back, and let nobody wait."""
         self.roster.clear()
+        self._giving.clear()
         self._segments.clear()
         self._tell()
 
@@ -329,15 +337,17 @@ class Workers:
         consistency = self._consistency
         if consistency.kind == "sync":
             if step.parameters_step != self._owner.step:
-                raise self._late(step)
-            others = (other.contribution for other in self.roster if other is not worker)
-            if any(other and other.payload.tensors != step.payload.tensors for other in others):
+                raise refusals.gradient_late(self._name, self._owner.step, step.parameters_step)
+            # All of them are alike.
+            other = next((other.contribution for other in self._giving if other is not worker), None)
+            if other is not None and other.payload.tensors != step.payload.tensors:
                 raise OptserveError(
                     Reason.INVALID_FIELD,
                     "The gradients of one step are of the same parameters; other workers' are of others.",
                     field="tensors",
                 )
             worker.contribution = step
+            self._giving.add(worker)
             self._merge_if_complete(consistency.workers)
         elif consistency.kind == "async" or worker.clock - self.roster.slowest(worker.clock) <= consistency.staleness:
             self._apply(worker, step)
@@ -350,7 +360,8 @@ class Workers:
             self._withdraw(worker)
             raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
         consistency = self._consistency
-        if consistency.kind == "sync" and len(self.roster.alive) < consistency.workers:
+        living = self.roster.alive
+        if consistency.kind == "sync" and len(living) < consistency.workers:
             self._withdraw(worker)
             raise self.roster.too_few(consistency.workers)
         if self._room.is_wanted(worker.lane):
@@ -362,22 +373,14 @@ class Workers:
             worker.renew(consistency.lease_s)
         step.moved_at = now
         # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
-        leases = [other.lease_until - now for other in self.roster if other is not worker and other.alive]
+        leases = [other.lease_until - now for other in living if other is not worker]
         timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
         # A lease that runs out is not told, nor that room is wanted.
         self._owner.lock.wait_for(lambda: self._told != told, min(timeout_s, self._idle_step_s / 2, LOOK_EVERY_S))
 
     def _withdraw(self, worker: Worker) -> None:
         worker.contribution = None
-
-    def _late(self, step: Step) -> OptserveError:
-        return OptserveError(
-            Reason.GRADIENT_LATE,
-            f"The gradient was taken at step {step.parameters_step}; {self._name} is at step {self._owner.step}. Pull "
-            "the parameters and compute another.",
-            field="parameters_step",
-            current_step=self._owner.step,
-        )
+        self._giving.discard(worker)
 
     def _apply(self, worker: Worker, step: Step) -> None:
         """One worker's gradient, as a step of its own."""
@@ -387,14 +390,15 @@ class Workers:
         scaled_by = staleness if self._consistency.scale_by_staleness else 0
         norm = self._owner.advance(staging, payload, step.largest, step.answers, made, staleness=scaled_by)
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
-        self._tell()
+        if self._consistency.waits and self.roster.slowest(worker.clock) >= worker.clock:
+            # It was the last of the slowest, for which others may wait.
+            self._tell()
 
     def _merge_if_complete(self, needed: int) -> None:
         """The mean of all gradients for this step, once there are enough, summed in the order of the workers' names."""
-        there = [worker for worker in self.roster if worker.contribution is not None]
-        if len(there) < needed:
+        if len(self._giving) < needed:
             return
-        there.sort(key=lambda worker: worker.name)
+        there = sorted(self._giving, key=lambda worker: worker.name)
         steps = [step for worker in there if (step := worker.contribution) is not None]
         payload, mean = steps[0].payload, self._owner.main.staging
         merged = merge(steps, [worker.lane.staging for worker in there], mean)

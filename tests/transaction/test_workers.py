@@ -1,6 +1,7 @@
 """Workers on one optimizer, without a server: what happens between two looks of one that waits."""
 
 import threading
+import time
 import uuid
 from contextlib import closing
 
@@ -101,6 +102,25 @@ def test_what_lies_in_shared_memory_is_a_workers_gradient_once(reply):
     ):
         step.commit()
     assert x_of(steps) == before
+
+
+@pytest.mark.parametrize("kind", ["sync", "bounded"])
+def test_a_step_does_not_look_at_thousands_of_workers_that_have_been(kind):
+    def best_s(steps: Steps) -> float:
+        took = []
+        for _ in range(30):
+            begun = time.perf_counter()
+            with closing(steps.begin(str(uuid.uuid4()), reply=Reply.PARAMETERS, worker="w")) as step:
+                step.stage(0, 0, ONES)
+                step.commit()
+            took.append(time.perf_counter() - begun)
+        return min(took)
+
+    alone, crowded = shared_by(kind, "w"), shared_by(kind, "w")
+    for number in range(4000):
+        life = crowded.workers.report(f"gone-{number}", leaving=False).life
+        crowded.workers.report(f"gone-{number}", leaving=True, life=life)
+    assert best_s(crowded) < 4 * best_s(alone)
 
 
 def is_taken_over(error: OptserveError) -> bool:
