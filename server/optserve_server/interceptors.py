@@ -192,7 +192,8 @@ class Gate(grpc.ServerInterceptor):
                     request = self._only(requests, handler)
                 with turns.turn() if turns else nullcontext():
                     reply = serialize(method(request, context))
-                taken = replies.add(len(reply), peer, context.cancel)
+                    # Within the turn, so that no more replies wait for room than there are turns.
+                    taken = replies.add(len(reply), peer, context.cancel)
                 if not context.add_callback(taken):
                     taken()
             # The one translator: whatever it is, it becomes a status.
