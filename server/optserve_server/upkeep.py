@@ -74,7 +74,7 @@ class Upkeep:
         """A snapshot was written, in so many seconds."""
         with self._lock:
             self._failure, self._failures = "", 0
-            self._pause_when_refused_until = self._clock() + min(max(1.0, _TIMES_ITS_LENGTH * seconds), MAX_PAUSE_S)
+            self._pause_when_refused_until = self._clock() + min(_TIMES_ITS_LENGTH * seconds, MAX_PAUSE_S)
         # There is room again where the journal was.
         self.accepted()
 
