@@ -98,9 +98,14 @@ class Place:
 _current: ContextVar[Place] = ContextVar("place")
 
 
+def current() -> Place | None:
+    """The place of the present call, if it has one."""
+    return _current.get(None)
+
+
 def progress(size: int) -> None:
     """The present call, if it has a place, has moved so many bytes that were missing."""
-    place = _current.get(None)
+    place = current()
     if place is not None:
         place.moved(size)
 

@@ -24,6 +24,7 @@ from optserve_server.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
+from optserve_server.places import Waiting, current
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
 from optserve_server.turnstile import Turnstile
@@ -75,6 +76,7 @@ class StepStream:
         self._lineage = ""
         # Messages come through the stream, or through its control socket.
         self._one_at_a_time = threading.Lock()
+        self._place = current()
         self._control: ControlSocket | None = None
         self._segment: Segment | None = None
         self._proven = False
@@ -154,12 +156,18 @@ class StepStream:
 
     def _answer_packet(self, packet: bytes) -> Generator[bytes]:
         """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
+        if self._place is not None:
+            # The call itself sees nothing of it, and would give way to others as one whose client is silent.
+            self._place.go_on()
         try:
             yield from self.handle(packet)
         except OptserveError as error:
             failure = steps_pb2.StepError(status=self._to_status(error))
             yield encode(steps_pb2.StreamStepsResponse(error=failure))
             raise ConnectionError("the stream cannot go on") from error
+        finally:
+            if self._place is not None:
+                self._place.wait(Waiting.NEXT_MESSAGE)
 
     def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         if self._phase is not _Phase.CLOSED:

@@ -217,6 +217,26 @@ def test_a_stream_that_is_silent_gives_its_place_to_one_that_needs_it(tmp_path):
         assert [opt.current_step for opt in made] == [2, 2, 2]
 
 
+def test_a_stream_whose_steps_pass_its_control_socket_is_not_silent(tmp_path):
+    """Among streams it is the other one, silent for longer, that gives its place to a newcomer."""
+    gradient = {"x": np.ones(2, np.float32)}
+    with serving(tmp_path, max_streams=2, idle_step_s=0.5) as server, ExitStack() as stack:
+        made = []
+        for name, transport in (("active", "shm"), ("silent", "grpc"), ("newcomer", "grpc")):
+            client = stack.enter_context(optserve.connect(server.target))
+            client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), {"x": np.zeros(2, np.float32)})
+            made.append(client.optimizer(name, transport=transport))
+        active, silent, newcomer = made
+        active.step(gradient)
+        memory = active.buffers()["x"]
+        silent.step(gradient)
+        active.step(gradient)
+        newcomer.step(gradient, timeout_s=20)
+        active.step(gradient, timeout_s=20)
+        # After a lost connection it would be other memory; this one is still there, so the address cannot come again.
+        assert active.buffers()["x"].ctypes.data == memory.ctypes.data
+
+
 @pytest.fixture
 def hosted(tmp_path) -> Iterator[tuple[optserve.LocalServer, optserve.Client]]:
     """A server, and a client of a hosted optimizer of 24 MB named `a`."""
