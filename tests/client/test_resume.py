@@ -1,5 +1,6 @@
 """A step is applied exactly once, whatever happens to the connection."""
 
+import gc
 import socket
 import subprocess
 import sys
@@ -323,6 +324,18 @@ def test_an_optimizer_that_nobody_uses_any_more_gives_its_stream_back(tmp_path):
                 opt.step(g)
         assert threading.active_count() <= threads + 5
         client.close()
+
+
+def test_a_client_that_nobody_uses_any_more_leaves_no_thread(server, name):
+    before = set(threading.enumerate())
+    client = optserve.connect(server.target)
+    g = {"x": np.ones(3, np.float32)}
+    client.create_optimizer(name, optserve.Sgd(), g).step(g)
+    del client
+    gc.collect()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread
 
 
 def test_a_stream_that_finds_no_place_is_tried_again(tmp_path):

@@ -135,10 +135,12 @@ class Transport:
         if config.keep_freed_memory:
             malloc.keep_freed_memory()
         self._watchdog = Watchdog()
+        self._pid = os.getpid()
+        # A client that is dropped without being closed needs its thread no longer.
+        weakref.finalize(self, _end, self._watchdog, self._pid).atexit = False
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
-        self._pid = os.getpid()
         self._channel = grpc.insecure_channel(
             target,
             options=[
@@ -300,7 +302,7 @@ class Transport:
     def close(self) -> None:
         """Close the connection. May be called more than once."""
         self._closing.set()
-        self._watchdog.close()
+        _end(self._watchdog, self._pid)
         if os.getpid() == self._pid:
             self._channel.close()
             with self._lock:
@@ -317,6 +319,12 @@ class Transport:
             if self._closing.is_set():
                 raise ClientUseError("This client is closed.") from None
             raise
+
+
+def _end(watchdog: Watchdog, pid: int) -> None:
+    """End a watchdog's thread, in its own process: another one has inherited its lock only, taken perhaps."""
+    if os.getpid() == pid:
+        watchdog.close()
 
 
 def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
