@@ -173,6 +173,12 @@ class Lane:
             finally:
                 self.lock.release()
 
+    def overwrite(self) -> Staging:
+        """The buffer, for something else than a step of this lane; the reply that it keeps is lost."""
+        if self.retained:
+            self.retained.intact = False
+        return self.staging
+
     def note_overwritten(self) -> None:
         """Look whether the client has overwritten the retained reply, which lies where it writes."""
         segment = self.staging.segment

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TypeVar
 
 import numpy as np
 
@@ -35,8 +34,6 @@ from optserve_server.trial import try_out
 from optserve_server.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-_Used = TypeVar("_Used")
 
 
 class Steps:
@@ -277,8 +274,11 @@ class Steps:
     def _set_to(self, settings: Settings) -> Iterator[None]:
         """Take other settings, if they are good and the block succeeds."""
         before = self._state.settings
-        if settings.consistency != before.consistency and self.workers.roster.alive:
-            raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
+        if settings.consistency != before.consistency:
+            if self.workers.roster.alive:
+                raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
+            # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
+            self.main.evict_if_idle()
         if settings.consistency is not None:
             self.main.staging.leave_segment()
         self._state.set(settings)

@@ -400,7 +400,7 @@ class Workers:
             return
         there = sorted(self._giving, key=lambda worker: worker.name)
         steps = [step for worker in there if (step := worker.contribution) is not None]
-        payload, mean = steps[0].payload, self._owner.main.staging
+        payload, mean = steps[0].payload, self._owner.main.overwrite()
         merged = merge(steps, [worker.lane.staging for worker in there], mean)
         made = [(w.name, step.request_id, w.clock + 1) for w, step in zip(there, steps, strict=True)]
         try:

@@ -4,6 +4,8 @@ import threading
 import time
 import uuid
 from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from optserve_server.settings import Settings
 from optserve_server.state import State
 from optserve_server.step import Reply
 from optserve_server.steps import Steps
-from transaction.harness import F4, write_shared
+from transaction.harness import F4, run_step, write_shared
 
 ONES = np.ones(2, np.float32).tobytes()
 
@@ -210,3 +212,46 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     others.join(5)
     with steps.held_still() as state:
         assert (steps.step, state.parameters[F4][:2].tolist()) == (1, [-1, -1])
+
+
+def share_by(steps: Steps, consistency: Consistency | None) -> None:
+    """Let other workers share an optimizer, or none."""
+    steps.set(replace(steps._state.settings, consistency=consistency), "etag", datetime.now(UTC))
+
+
+def test_workers_do_not_come_into_the_middle_of_a_clients_step():
+    steps = shared_by("async")
+    share_by(steps, None)
+    with closing(steps.begin("mine")) as step:
+        step.stage(0, 0, ONES)
+        with pytest.raises(OptserveError) as refused:
+            share_by(steps, Consistency("sync", workers=1))
+        assert refused.value.reason is Reason.STEP_IN_PROGRESS
+        step.commit()
+        assert x_of(steps) == [0, 0]
+        # Its reply is still to be read out of the buffer that the mean would go to.
+        with pytest.raises(OptserveError):
+            share_by(steps, Consistency("sync", workers=1))
+    share_by(steps, Consistency("sync", workers=1))
+    steps.workers.report("w", leaving=False)
+    make_step(steps, "w")
+    assert x_of(steps) == [-1, -1]
+
+
+def test_a_mean_that_is_refused_takes_the_place_of_a_clients_last_reply():
+    steps = shared_by("async")
+    share_by(steps, None)
+    run_step(steps, "mine", [(0, 0, ONES)])
+    assert run_step(steps, "mine", []) == (-np.ones(2, F4)).tobytes()
+    share_by(steps, Consistency("sync", workers=1))
+    steps.workers.report("w", leaving=False)
+    steps._state.write(F4, 0, 0, np.full(2, -3e38, F4))
+    with closing(steps.begin("w", reply=Reply.NOTHING, worker="w")) as step:
+        step.stage(0, 0, np.full(2, 1e38, F4).tobytes())
+        with pytest.raises(OptserveError, match="would be -inf"):
+            step.commit()
+    steps.workers.report("w", leaving=True)
+    share_by(steps, None)
+    with pytest.raises(OptserveError) as gone:
+        run_step(steps, "mine", [])
+    assert gone.value.reason is Reason.REPLY_GONE
