@@ -228,3 +228,36 @@ def test_a_journal_is_opened_without_room_and_its_last_segment_is_cut(tmp_path, 
     assert writer.append(STEP, b"", [b"x"]) == 2
     writer.close()
     assert [found.lsn for found in Reader(tmp_path, 1)] == [2]
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+def test_the_segment_that_is_noted_stays_until_another_one_is_noted(tmp_path, monkeypatch):
+    def kill(folder, segment):
+        raise Killed
+
+    def leave_off(work, *arguments) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("optserve_server.journal.writer.set_newest", kill)
+            with pytest.raises(Killed):
+                work(*arguments)
+
+    writer = Journal(tmp_path, 1, segment_bytes=4096)
+    writer.append(STEP, b"", [b"x"])
+    writer.close()
+    # The next segment has its name and is not noted yet.
+    leave_off(Journal(tmp_path, 2, segment_bytes=4096).append, STEP, b"", [b"y"])
+    assert len(journal.segment_paths(tmp_path)) == 2
+    assert is_read(tmp_path)[0] == [1]
+    # A snapshot takes the place of both.
+    leave_off(Journal(tmp_path, 2, segment_bytes=4096).cut_before, 2)
+    reader = Reader(tmp_path, 1)
+    assert not list(reader)
+    writer = Journal(tmp_path, reader.next_lsn, segment_bytes=4096)
+    writer.cut_before(2)
+    assert not journal.segment_paths(tmp_path)
+    assert writer.append(STEP, b"", [b"z"]) == 2
+    writer.close()
+    assert [found.lsn for found in Reader(tmp_path, 1)] == [2]

@@ -98,8 +98,10 @@ class Journal:
 
     def cut_before(self, lsn: int) -> None:
         """Remove the segments whose records all come before `lsn`."""
+        # The next segment is there before it is noted, and until then the one that is noted has to be there as well.
+        noted = newest_name(self._folder)
         for path, following in pairwise(segment_paths(self._folder)):
-            if first_lsn_of(following) > lsn:
+            if first_lsn_of(following) > lsn or path.name == noted:
                 break
             path.unlink()
         with self._lock:
