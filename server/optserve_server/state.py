@@ -51,6 +51,8 @@ class Prepared(NamedTuple):
 
 _COVERED = Prepared(None, True)
 
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+
 
 class State:
     """Slots, all 0 at first.
@@ -192,8 +194,8 @@ class State:
         if self.settings.clipping is None:
             return _COVERED if self._headroom.covers(largest, answers) else Prepared(None, False)
         clip = self.settings.clipping.measure(payload, payload.parts(gradients))
-        # Rounding may leave a little more.
-        bound = 1.001 * clip.bound
+        # Rounding may leave a little more, of the smallest numbers up to twice as much.
+        bound = 1.001 * clip.bound + _SMALLEST
         clipped = {
             (operand, dtype): min(value, bound) if operand is Operand.GRADIENT else value
             for (operand, dtype), value in largest.items()

@@ -13,7 +13,7 @@ from optserve_server.consistency import Consistency
 from optserve_server.durability import InMemory
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Layout, Operand, Parameter
-from optserve_server.rules import Adadelta, Adagrad, Momentum, Sgd, WindowedRms
+from optserve_server.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Sgd, WindowedRms
 from optserve_server.schedule import AtSteps
 from optserve_server.settings import Group, Settings
 from optserve_server.state import State
@@ -73,6 +73,22 @@ def test_a_gradient_that_clipping_brings_down_may_be_of_any_size(kind):
     reply = np.frombuffer(run_step(steps, "a", [(0, 0, np.array([1e20, 0], F4).tobytes())]), F4)
     alone = optimizer(Settings(Adadelta()))
     assert reply.tobytes() == run_step(alone, "a", [(0, 0, np.array([1, 0], F4).tobytes())])
+
+
+@pytest.mark.parametrize("kind", ["value", "norm", "global_norm"])
+@pytest.mark.parametrize(
+    "rule", [Adagrad(learning_rate=2.1e38, eps=1e-45), DiagonalHessian(learning_rate=2.1e38, mu=1e-45)], ids=str
+)
+def test_a_bound_that_is_rounded_up_counts_as_it_is_met(kind, rule):
+    # Among the smallest numbers of float32 1.6 is 2.
+    smallest = float(np.finfo(F4).smallest_subnormal)
+    steps = optimizer(Settings(rule, clipping=Clipping(kind, 1.6 * smallest)))
+    with closing(steps.begin("a")) as step:
+        step.stage(0, 0, np.array([0, 5 * smallest], F4).tobytes())
+        if rule.takes_curvature:
+            step.stage(0, 0, bytes(8), Operand.CURVATURE)
+        with refused(Reason.GRADIENT_OVERFLOW, "w", 1, "update"):
+            step.commit()
 
 
 def refused(reason: Reason, parameter: str, index: int, array: str | None = None):
