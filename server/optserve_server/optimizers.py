@@ -95,7 +95,7 @@ class Optimizer:
         Raises:
             OptserveError: REQUEST_ID_REUSED, if it was made of something else.
         """
-        made = next((made for made in self.replacements if request_id and made.request_id == request_id), None)
+        made = next((made for made in tuple(self.replacements) if request_id and made.request_id == request_id), None)
         if made is not None and made.target not in ("", target):
             raise refusals.request_id_reused(request_id, made.target, target)
         return made is not None

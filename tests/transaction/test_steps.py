@@ -1,13 +1,15 @@
 """A step is applied once, whole, or not at all."""
 
 from contextlib import closing
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
-from optserve_server.durability import InMemory
+from optserve_server.durability import InMemory, Replacement
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.layout import Parameter
+from optserve_server.optimizers import Optimizer
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
 G = np.arange(1, 8, dtype=np.float32)
@@ -251,3 +253,20 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
         with refuse(Reason.MISSING_CHUNK):
             replay.commit()
     assert fingerprint(steps) == before
+
+
+def test_a_request_is_looked_for_while_another_one_is_noted(steps):
+    now = datetime.now(UTC)
+    optimizer = Optimizer("a", steps._state, steps, "", "", now, now)
+    optimizer.replacements.extend([Replacement("first", ""), Replacement("second", "")])
+
+    class Wanted(str):
+        """Another thread goes on at each look."""
+
+        def __eq__(self, other):
+            optimizer.replacements.append(Replacement("third", ""))
+            return super().__eq__(other)
+
+        __hash__ = str.__hash__
+
+    assert optimizer.was_replaced_by(Wanted("second"), "a restore")
