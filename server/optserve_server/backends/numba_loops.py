@@ -2,6 +2,7 @@
 
 A magnitude is compared as the integer that its bits are without the sign: in that order infinity and NaN come last, and
 integers are compared without branches. Arrays are seen as those integers within the loops, where it costs nothing.
+Numba makes 64 bits of what an operation on 32 gives, which fill half as many lanes, so it is made 32 again.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def _take(dtype: np.dtype, aligned: bool) -> Callable[..., float]:
         target, source = staged.view(bits), elements.view(bits)
         largest = bits(0)
         for i in range(target.size):
-            target[i] = source[i]
-            largest = max(largest, source[i] & magnitude)
+            word = source[i]
+            target[i] = word
+            largest = max(largest, bits(word & magnitude))
         return np.full(1, bits(largest)).view(number)[0]
 
     return _compiled(loop, dtype, _received(dtype, aligned=aligned))
@@ -93,9 +95,9 @@ def _take_bfloat16(aligned: bool) -> Callable[..., float]:
         target = staged.view(np.uint32)
         largest = np.uint32(0)
         for i in range(target.size):
-            wide = np.uint32(elements[i]) << np.uint32(16)
+            wide = np.uint32(np.uint32(elements[i]) << np.uint32(16))
             target[i] = wide
-            largest = max(largest, wide & magnitude)
+            largest = max(largest, np.uint32(wide & magnitude))
         return np.full(1, np.uint32(largest)).view(np.float32)[0]
 
     return _compiled(loop, _FLOAT32, _received(np.dtype("<u2"), aligned=aligned))
@@ -109,7 +111,7 @@ def _largest(dtype: np.dtype) -> Callable[..., float]:
         words = staged.view(bits)
         largest = bits(0)
         for i in range(words.size):
-            largest = max(largest, words[i] & magnitude)
+            largest = max(largest, bits(words[i] & magnitude))
         return np.full(1, bits(largest)).view(number)[0]
 
     return _compiled(loop, dtype)
