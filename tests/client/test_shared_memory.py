@@ -364,7 +364,8 @@ def test_a_segment_is_the_owners_only_and_of_its_size_only():
 def test_a_server_without_room_does_not_share(tmp_path):
     path = tmp_path / "optserve.toml"
     size = sum(g.nbytes for g in gradients(0).values())
-    path.write_text(f"max_state_bytes = {3 * size + 20_000}\n")
+    # Enough for the state and a buffer, with what the server counts beside them, and not for a segment.
+    path.write_text(f"max_state_bytes = {3 * size + size // 2}\n")
     with (
         optserve.local_server(backend="numpy", options=["--config", str(path)]) as server,
         optserve.connect(server.target) as client,
