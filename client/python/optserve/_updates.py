@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -39,20 +40,25 @@ class Updates:
     ) -> None:
         self.reply = reply
         self.indices = indices
-        self._ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
         self.arrays = arrays
+        self._wire = wire
+        # See `_lay_out`: what comes through shared memory needs none of it.
+        self._ordinals: dict[int, int] = {}
         self._arrays: list[np.ndarray] = []
         self._wires: list[np.dtype] = []
-        # Where each tensor begins in the reply, and where the last one ends.
-        self._begins = [0]
-        for array in arrays:
-            self._arrays.append(array.reshape(-1))
-            self._wires.append(array.dtype if wire is None else wire)
-            self._begins.append(self._begins[-1] + array.size * self._wires[-1].itemsize)
+        self._begins: list[int] = []
         self.begun = False
         self._received = 0
         self._held: list[tuple[int, int, Buffer]] = []
         self._held_bytes = 0
+
+    def _lay_out(self) -> None:
+        """Find out where each tensor begins in the reply, and where the last one ends."""
+        self._ordinals = {index: ordinal for ordinal, index in enumerate(self.indices)}
+        self._arrays = [array.reshape(-1) for array in self.arrays]
+        self._wires = [array.dtype if self._wire is None else self._wire for array in self.arrays]
+        sizes = (array.size * dtype.itemsize for array, dtype in zip(self._arrays, self._wires, strict=True))
+        self._begins = list(accumulate(sizes, initial=0))
 
     @property
     def received(self) -> bool:
@@ -77,6 +83,8 @@ class Updates:
             InternalError: It does not go on where the chunk before has ended, which would leave a gap or a byte that
                 came twice; or it is empty, ends within an element or beyond the last tensor. Nothing of it is written.
         """
+        if not self._begins:
+            self._lay_out()
         ordinal = self._ordinals.get(tensor, -1)
         # A tensor is known by its index alone; an offset beyond its end would be in another.
         if (
@@ -111,6 +119,8 @@ class Updates:
         Raises:
             InternalError: Bytes are missing.
         """
+        if not self._begins:
+            self._lay_out()
         if self._received != self._begins[-1]:
             raise InternalError(f"The server's reply lacks {self._begins[-1] - self._received} bytes.")
         self._write()
