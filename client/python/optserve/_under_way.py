@@ -36,17 +36,21 @@ class GrowingGradients(Gradients):
         patience: Patience,
         with_curvature: bool = False,
     ) -> None:
-        super().__init__(indices, [], whole=whole, wire=wire, curvature=[] if with_curvature else None)
+        # Only appended to, while other threads read it.
+        self._gradients: list[np.ndarray] = []
+        super().__init__(indices, self._gradients, whole=whole, wire=wire, curvature=[] if with_curvature else None)
         self._patience = patience
         self._grown = threading.Condition()
-        self._arrived: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._arrived: list[tuple[int, np.ndarray, np.ndarray | None]] = []
+        self._added: set[int] = set()
         self._complete = self._aborted = False
 
     def add(self, index: int, gradient: np.ndarray, curvature: np.ndarray | None) -> None:
         """Let a gradient be sent, and its curvature."""
         with self._grown:
-            self._arrived[index] = gradient, curvature
-            self.arrays = [array for array, _ in self._arrived.values()]
+            self._added.add(index)
+            self._gradients.append(gradient)
+            self._arrived.append((index, gradient, curvature))
             self._grown.notify_all()
 
     def complete(self) -> None:
@@ -63,7 +67,7 @@ class GrowingGradients(Gradients):
 
     def __contains__(self, index: int) -> bool:
         """Whether that parameter's gradient has been added."""
-        return index in self._arrived
+        return index in self._added
 
     def arrivals(self) -> Iterator[Arrival | None]:
         """In the order in which they were added, waiting for the next; from the first one on at every call.
@@ -74,7 +78,7 @@ class GrowingGradients(Gradients):
             if len(self._arrived) <= position:
                 yield None
             self._wait(lambda position=position: len(self._arrived) > position)
-            index, (gradient, curvature) = list(self._arrived.items())[position]
+            index, gradient, curvature = self._arrived[position]
             yield GRADIENT, index, gradient
             if curvature is not None:
                 yield CURVATURE, index, curvature
