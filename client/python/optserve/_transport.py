@@ -83,7 +83,7 @@ class Backoff:
         """Seconds to wait after `error`."""
         now = time.monotonic()
         if now >= self._warn_at and is_retryable(error):
-            logger.warning("has tried for %.0f s: %s", now - self._began, error)
+            logger.warning("still trying after %.0f s: %s", now - self._began, error)
             self._warn_at = now + WARN_EVERY_S
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
         # What a server says of itself has a reason.
