@@ -15,12 +15,12 @@ demo: .venv/.run ## Start a server, train MNIST through it, print the test error
 
 test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNIST included
 	@scripts/podman.sh
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers"
-	@# These use both cores by themselves.
-	$(BIN)/pytest -m "mnist or containers"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet"
+	@# These use both cores by themselves, or measure.
+	$(BIN)/pytest -m "mnist or containers or quiet"
 
-test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers"
+test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes nor a quiet machine
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet"
 
 torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
 	OPTSERVE_KILLS=1000 $(BIN)/pytest -n 2 tests/durability/test_kill.py
@@ -35,8 +35,8 @@ test-debian: .venv/.dev ## Run the tests of server and client under the Python o
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" safetensors pytest pytest-xdist pytest-timeout hypothesis \
-		psutil torch==2.13.0
-	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers" --deselect \
+		psutil h2 torch==2.13.0
+	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet" --deselect \
 		tests/project/test_contract.py::test_the_committed_stubs_are_those_that_the_contract_generates
 
 check: .venv/.dev ## Check format, lint, types, import layers and the contract

@@ -33,6 +33,8 @@ from service.attacks import (
 )
 from service.wire_client import begin, chunk, commit, create, details, stream
 
+pytestmark = pytest.mark.quiet
+
 MIB = 1 << 20
 CALM_S, ATTACK_S = 0.8, 1.5
 
