@@ -18,8 +18,11 @@ from enum import Enum, auto
 
 from optserve_server.errors import OptserveError, Reason
 
-SPARED_S = 0.25
-"""A call that has waited for less gives way only to connections that have fewer places."""
+SPARED_S = 2.0
+"""A call that has waited for its message for less gives way only to connections that have fewer places.
+
+Its message may be large or its network slow; those who come when all wait are told to come back in a second.
+"""
 
 MIN_BYTES_PER_S = 64 << 10
 """What a transfer has to move, on average, to keep its place."""
@@ -94,6 +97,18 @@ class Place:
         self.waiting = Waiting.NOTHING
         self._cancel()
 
+    def left(self) -> None:
+        """The call is over, and must not be kept by its place.
+
+        The call's own context variables have the place: a cycle of what gRPC counts as a stream of its connection, of
+        which it refuses to have more than a limit, and which only the garbage collector would find.
+        """
+        self._cancel = _nothing
+
+
+def _nothing() -> None:
+    pass
+
 
 _current: ContextVar[Place] = ContextVar("place")
 
@@ -145,6 +160,7 @@ class Places:
         finally:
             with self._lock:
                 self._remove(place)
+            place.left()
 
     def _take(self, place: Place) -> None:
         with self._lock:
@@ -182,8 +198,10 @@ class Places:
         for place in self._taken:
             key = (self._peers[place.peer], now - place.since)
             spared_s = place.patience.gives_way_s.get(place.waiting, math.inf)
-            # Whoever has many places does not keep out those who have few.
-            if key[1] >= spared_s - (SPARED_S if key[0] > own else 0) and key > best_key:
+            if place.waiting is Waiting.FIRST_MESSAGE and key[0] > own:
+                # Whoever has many places does not keep out those who have few.
+                spared_s = 0.0
+            if key[1] >= spared_s and key > best_key:
                 best, best_key = place, key
         return best
 

@@ -412,11 +412,28 @@ def test_more_calls_than_the_server_takes_at_a_time_are_made_in_the_end(tmp_path
     with (
         optserve.local_server(options=["--config", str(config)]) as server,
         optserve.connect(server.target, optserve.ClientConfig(timeout_s=60)) as client,
-        ThreadPoolExecutor(100) as pool,
+        ThreadPoolExecutor(400) as pool,
     ):
         while not refused:
-            list(pool.map(call, [client] * 100))
+            list(pool.map(call, [client] * 400))
     assert {error.retry_after_s for error in refused} == {1.0}
+
+
+def test_calls_that_are_over_are_no_streams_of_their_connection_any_more(tmp_path):
+    """gRPC refuses streams beyond the limit for as long as anything refers to calls that have been."""
+    config = tmp_path / "optserve.toml"
+    config.write_text("max_connection_streams = 20\n")
+    with (
+        optserve.local_server(backend="numpy", options=["--config", str(config)]) as server,
+        optserve.connect(server.target) as client,
+    ):
+        client.create_optimizer("a", optserve.Sgd(), {"x": np.ones(3, np.float32)}, hosted=True)
+        for _ in range(100):
+            client._transport.call_once(client._transport.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+            opt = client.optimizer("a")
+            opt.pull_parameters()
+            opt.step({"x": np.ones(3, np.float32)})
+            opt.close()
 
 
 def test_a_socket_that_a_server_listens_at_is_not_taken_over(tmp_path):
