@@ -53,10 +53,13 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
             assert opt.step(gradient(step))["w"].tobytes() == undisturbed.step(gradient(step))["w"].tobytes()
         before = opt.export_state()
         flag.touch()
-        with pytest.raises(optserve.UnavailableError, match="disk refused") as caught:
-            opt.step(gradient(3), timeout_s=0.5)
-        assert caught.value.reason == "NOT_DURABLE"
-        assert "the disk refuses changes" in shaky.server_info().durability_problem
+        told = ""
+        # A snapshot that this calls for, and that is written in other ways, takes the word back until the next refusal.
+        while "the disk refuses changes" not in told:
+            with pytest.raises(optserve.UnavailableError, match="disk refused") as caught:
+                opt.step(gradient(3), timeout_s=0.5)
+            assert caught.value.reason == "NOT_DURABLE"
+            told = shaky.server_info().durability_problem
         for change in (
             lambda: shaky.create_optimizer("b", optserve.Sgd(), gradient(0)),
             lambda: opt.update(optserve.Adadelta(rho=0.5)),
