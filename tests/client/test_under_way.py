@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -132,6 +133,15 @@ def test_the_same_from_asyncio(server, name, reference):
     asyncio.run(run())
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell starts what it puts into the background with Ctrl-C ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_block_is_left_ends_the_step_and_nothing_is_lost(server, name):
     from client.proxy import proxy
 
@@ -141,21 +151,11 @@ def test_ctrl_c_while_the_block_is_left_ends_the_step_and_nothing_is_lost(server
         opt = client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradients(0))
         opt.step(gradients(0))
         wire.stall()
-        left = threading.Event()
-
-        def interrupt() -> None:
-            # Once more, should the first have come where Python's C code takes no notice of it.
-            pause_s = 0.3
-            while not left.wait(pause_s):
-                signal.pthread_kill(main, signal.SIGINT)
-                pause_s = 10.0
-
-        hit = threading.Thread(target=interrupt)
+        hit = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
         with pytest.raises(KeyboardInterrupt), opt.begin_step() as step:  # noqa: PT012
             for key, g in gradients(1).items():
                 step.send(key, g)
             hit.start()
-        left.set()
         hit.join()
         # Its thread has ended, and holds no turn.
         assert step.ended.done()
