@@ -59,9 +59,13 @@ generate: .venv/.dev ## Generate the Python stubs from the contract
 pins: .venv/.dev ## Resolve requirements/*.in anew
 	scripts/pins.sh
 
-bench: .venv/.bench ## Print the benchmark table, peers side by side in one run
+bench: .venv/.bench ## Print the benchmark table, peers in one run; BASE=<revision>: step times beside that one's
 	@mkdir -p out
+ifdef BASE
+	$(BIN)/python -m benchmarks.revisions $(BASE) --json out/revisions.json
+else
 	$(BIN)/python -m benchmarks --json out/bench.json --plot out/bench.png
+endif
 
 wheels: dist/wheels/.stamp ## Collect the image's wheels, for builds without a package index
 
