@@ -22,8 +22,8 @@ PUBLIC = [
     "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "Momentum", "NotFoundError", "Optimizer",
     "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "Sgd", "StateLostError",
     "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepsLostError", "Sync",
-    "TensorSpec", "TooFewWorkersError", "UnavailableError", "Vsgd", "WindowedRms", "Worker", "WorkerReplacedError",
-    "WrongStepError", "connect", "local_server",
+    "TensorSpec", "TooFewWorkersError", "UnavailableError", "UnreachableError", "Vsgd", "WindowedRms", "Worker",
+    "WorkerReplacedError", "WrongStepError", "connect", "local_server",
     "with_weight_decay",
 ]  # fmt: skip
 

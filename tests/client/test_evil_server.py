@@ -174,6 +174,7 @@ OPENED = [
     Kind("a result first", "open", answering(steps_pb2.StreamStepsResponse(result=steps_pb2.Result(step=1)))),
     Kind("an empty message", "open", answering(steps_pb2.StreamStepsResponse())),
     Kind("no limits", "open", fields("opened", limits=None)),
+    Kind("chunks of 0 bytes", "open", fields("opened.limits", max_chunk_bytes=0)),
     Kind("chunks of 3 bytes", "open", fields("opened.limits", max_chunk_bytes=3)),
     Kind("chunks of 3 bytes liked best", "open", fields("opened.limits", preferred_chunk_bytes=3)),
     Kind("a parameter that there is not", "open", fields("opened", last_tensors=[3])),
@@ -487,6 +488,15 @@ def test_a_handle_goes_on_after_an_answer_to_its_step_that_was_garbage(evil, cli
     assert is_right(opt.replay())
     assert is_right(opt.step(GRADIENTS))
     assert opt.current_step == 2
+
+
+@pytest.mark.parametrize("method", ["open", "step"])
+def test_a_stream_that_a_server_calls_late_is_late_by_the_deadline_of_its_caller(evil, clients, method):
+    """It said "within 0 s", since the stream itself has no deadline."""
+    opt = clients[False].optimizer("m", transport="grpc")
+    evil.twist = method, answering(Refusal(grpc.StatusCode.DEADLINE_EXCEEDED))
+    with pytest.raises(optserve.DeadlineExceededError, match=r"within 12\.5 s"):
+        opt.step(GRADIENTS, timeout_s=12.5)
 
 
 def test_there_are_at_least_a_hundred_kinds():

@@ -41,6 +41,7 @@ from optserve.errors import (
     StepsLostError,
     TooFewWorkersError,
     UnavailableError,
+    UnreachableError,
     WorkerReplacedError,
     WrongStepError,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "TensorSpec",
     "TooFewWorkersError",
     "UnavailableError",
+    "UnreachableError",
     "Vsgd",
     "WindowedRms",
     "Worker",

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-from optserve.errors import DeadlineExceededError, OptserveError, StepCancelledError
+from optserve.errors import (
+    DeadlineExceededError,
+    OptserveError,
+    StepCancelledError,
+    UnavailableError,
+    UnreachableError,
+)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -145,11 +151,14 @@ class Patience:
     Args:
         watchdog: Watches the deadline.
         timeout_s: From now on.
+
+    Attributes:
+        timeout_s: The same, in whole, for messages.
     """
 
     def __init__(self, watchdog: Watchdog, timeout_s: float) -> None:
         self._watchdog = watchdog
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._cancelled = False
@@ -187,7 +196,7 @@ class Patience:
             raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
         if time.monotonic() >= self._deadline:
             raise DeadlineExceededError(
-                f"No answer within {self._timeout_s:g} s; the step may or may not have been applied."
+                f"No answer within {self.timeout_s:g} s; the step may or may not have been applied."
             )
 
     def watching(self, action: Callable[[], object]) -> _Watching:
@@ -216,14 +225,26 @@ class Patience:
         return self._cancelled or time.monotonic() >= self._deadline
 
     def pause(self, seconds: float, error: OptserveError) -> None:
-        """Wait before another try; raise `error` if that would be beyond the deadline."""
+        """Wait before another try.
+
+        Raises:
+            UnreachableError: That would be beyond the deadline, and `error` is only that no server was reached.
+            OptserveError: `error` itself, where the server has said more.
+            StepCancelledError, DeadlineExceededError: Patience has ended meanwhile.
+        """
         if seconds >= self.left_s:
-            raise error
+            raise self._at_the_deadline(error)
         wake = threading.Event()
         # Also woken when the client is closed; the next try then says so.
         with self.watching(wake.set):
             wake.wait(seconds)
         self.check()
+
+    def _at_the_deadline(self, error: OptserveError) -> OptserveError:
+        """What to raise where `error` is the end of the last try that the deadline allows."""
+        if not isinstance(error, UnavailableError) or error.reason or isinstance(error, UnreachableError):
+            return error
+        return UnreachableError(f"No success within {self.timeout_s:g} s; at last: {error.message}")
 
 
 class _Watching:

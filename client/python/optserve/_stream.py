@@ -380,7 +380,7 @@ class StepStream:
             error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
         except grpc.RpcError as rpc_error:
             # The call is its own error, and would keep the frames that it came through for as long as it lives.
-            error = self._transport.translate(rpc_error.with_traceback(None), 0.0)
+            error = self._transport.translate(rpc_error.with_traceback(None), patience.timeout_s)
         fault = self._outgoing.fault
         if isinstance(fault, OptserveError):
             raise fault

@@ -39,7 +39,7 @@ def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None)
         A client, to be used in a with-block or closed.
 
     Raises:
-        UnavailableError: No server answered within `config.connect_timeout_s`.
+        UnreachableError: No server was reached within `config.connect_timeout_s`.
         DeadlineExceededError: Something is there that does not answer.
 
     Example:

@@ -2,7 +2,8 @@
 
 OptserveError
 ├── UnavailableError            no server answers, or it is about to stop
-│   └── TooFewWorkersError      a step takes more workers than are alive
+│   ├── TooFewWorkersError      a step takes more workers than are alive
+│   └── UnreachableError        no try until the deadline has reached a server (also a DeadlineExceededError)
 ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
 ├── StepCancelledError          the step was cancelled; it may or may not have been applied
 ├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
@@ -86,6 +87,13 @@ class TooFewWorkersError(UnavailableError):
 
 class DeadlineExceededError(OptserveError):
     """No answer came in time. A step may or may not have been applied; the next one finds out."""
+
+
+class UnreachableError(UnavailableError, DeadlineExceededError):
+    """No server was reached, or the connection was lost, until the deadline; the message says what the last try met.
+
+    A step may or may not have been applied; the next one finds out.
+    """
 
 
 class StepCancelledError(OptserveError):

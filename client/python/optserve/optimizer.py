@@ -200,8 +200,9 @@ class Optimizer(Resource):
             InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
             WrongStepError: Somebody else has stepped this optimizer; nothing was changed. See `refresh`.
             StepInDoubtError: An earlier step that was interrupted had been applied. See `replay`.
-            UnavailableError, DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became
-                of the step.
+            UnavailableError: The server says why it takes no step now; if it is an UnreachableError, see the next.
+            DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became of the step.
+                An UnreachableError where no server was reached, which is a DeadlineExceededError as well.
         """
         return self.step_patiently(
             self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
