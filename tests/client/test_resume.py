@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import grpc
 import numpy as np
 import pytest
 
@@ -282,6 +283,42 @@ def test_a_server_that_is_not_there_is_asked_for_at_a_bounded_rate(server, name)
         with pytest.raises(optserve.UnavailableError):
             opt.step(gradient(0), timeout_s=2)
         assert wire.accepted - before <= 15 * (time.monotonic() - started) + 3
+
+
+class Stuck:
+    """A channel that never ends, like one whose call was interrupted at a wrong moment; the test lets it go on."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self.go_on = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._channel, name)
+
+    def close(self) -> None:
+        self.go_on.wait(60)
+        self._channel.close()
+
+
+def test_a_client_closes_though_its_channel_does_not(server, name, monkeypatch, caplog):
+    make, made = grpc.insecure_channel, []
+
+    def stuck(*arguments, **options) -> Stuck:
+        made.append(Stuck(make(*arguments, **options)))
+        return made[-1]
+
+    monkeypatch.setattr(grpc, "insecure_channel", stuck)
+    client = optserve.connect(server.target, CONFIG)
+    opt = client.create_optimizer(name, optserve.Sgd(), gradient(0))
+    opt.step(gradient(0))
+    began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 30
+    assert "has not ended" in caplog.text
+    # The stream of its steps has, nevertheless.
+    with pytest.raises(optserve.ClientUseError):
+        opt.step(gradient(1))
+    made[0].go_on.set()
 
 
 def test_a_client_inherited_by_fork_says_so(server, name):

@@ -59,6 +59,9 @@ CONNECT_ATTEMPT_S = 5.0
 """After so long without an answer, as from a host that is down and says nothing, a connection is tried anew: the kernel
 by itself would ask again ever more seldom."""
 
+CLOSE_S = 3.0
+"""How long the end of a connection is waited for. It takes milliseconds, unless a call never ends."""
+
 
 class Closeable(Protocol):
     """A stream that has a thread of gRPC's, which does not end with its channel."""
@@ -304,11 +307,27 @@ class Transport:
         self._closing.set()
         _end(self._watchdog, self._pid)
         if os.getpid() == self._pid:
-            self._channel.close()
+            self._close_channel()
             with self._lock:
                 streams = list(self._streams)
             for stream in streams:
                 stream.close()
+
+    def _close_channel(self) -> None:
+        """Close gRPC's channel, and wait for that for CLOSE_S at most.
+
+        It waits for every call to be taken off its list, and Ctrl-C at a wrong moment within gRPC leaves one there.
+        """
+        closing = threading.Thread(target=self._channel.close, name="optserve-close", daemon=True)
+        try:
+            closing.start()
+        except RuntimeError:
+            # At the end of the interpreter, or of the system's threads, there is none to be had.
+            self._channel.close()
+            return
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            logger.warning("the connection to %s has not ended %g s after it was closed", self.target, CLOSE_S)
 
     @contextmanager
     def _while_open(self) -> Iterator[None]:
