@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from optserve_server import machine
+from optserve import machine
 
 MIB = 1 << 20
 GIB = 1 << 30

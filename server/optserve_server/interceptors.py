@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_status import rpc_status
 
-from optserve_server import machine
+from optserve import machine
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.places import SPARED_S, Patience, Place, Places, Waiting

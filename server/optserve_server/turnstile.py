@@ -6,10 +6,11 @@ caches from one another, and from whoever asks whether the server is healthy; so
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
+
+from optserve.machine import usable_cores
 
 PATIENCE_S = 0.02
 """One inside that has not moved for so long is slow, and is not waited for."""
@@ -22,12 +23,12 @@ class Turnstile:
     """Lets in as many as may be inside, in the order in which they came.
 
     Args:
-        limit: Of those inside; by default one for each processor.
+        limit: Of those inside; by default one for each core that may be used.
         patience_s: How long one inside may not move and still be counted.
     """
 
     def __init__(self, limit: int = 0, patience_s: float = PATIENCE_S) -> None:
-        self._limit = limit or os.cpu_count() or 1
+        self._limit = limit or usable_cores()
         self._patience_s = patience_s
         # When each one inside has moved last, and the bytes that it has brought since.
         self._inside: dict[object, float] = {}

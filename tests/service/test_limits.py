@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import optserve
-from optserve import wire
+from optserve import machine, wire
 from optserve.v1 import (
     algorithms_pb2,
     checkpoints_pb2,
@@ -20,7 +20,6 @@ from optserve.v1 import (
     steps_pb2,
 )
 from optserve.v1.steps_pb2 import StreamStepsRequest as Request
-from optserve_server import machine
 from service.wire_client import begin, create, refused, stream
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optserve_server.machine import usable_cores
+from optserve.machine import usable_cores
 
 PERIOD = "100000"
 

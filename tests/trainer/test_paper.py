@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from optserve.cli.paper import command
 from optserve.examples.paper import report
 from optserve.examples.paper.plan import BEST, EXPERIMENTS, STEPS_PER_EPOCH, Run
 from optserve.examples.paper.training import Result, settings_of
+from trainer.test_data import write_idx
 
 
 def paper(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -46,6 +49,27 @@ def test_the_tables_have_a_run_for_each_of_the_papers_cells():
         assert {(run.epochs, run.activation, run.seed) for run in runs} == {(6, "relu", 7)}
     assert EXPERIMENTS["table1"].paper["adagrad-1e-2"] == 1.79
     assert EXPERIMENTS["table2"].paper["eps1e-6-rho0.99"] == 2.05
+
+
+class Begun(Exception):
+    """The runs would begin now, so many at a time."""
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(0, 2), (3, 3)])
+def test_there_are_as_many_runs_at_a_time_as_cores_that_may_be_used(tmp_path, monkeypatch, jobs, expected):
+    """A quota, such as that of a container, counts: there would be a process for each of the machine's cores."""
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", np.zeros((2, 5, 5)))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", np.zeros(2))
+
+    def begin(plans, folder, target, at_a_time, *others) -> None:
+        raise Begun(at_a_time)
+
+    monkeypatch.setattr("optserve.examples.paper.jobs.carry_out", begin)
+    monkeypatch.setattr("optserve.machine.usable_cores", lambda: 2)
+    with pytest.raises(Begun) as caught:
+        command("table1", seeds=1, jobs=jobs, out=tmp_path / "out", target="127.0.0.1:1", data_dir=tmp_path)
+    assert caught.value.args == (expected,)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from optserve_server.machine import usable_cores
+from optserve.machine import usable_cores
 
 PARALLEL_FROM = 1 << 17
 """Elements from which a second thread pays for its wake-up."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,7 @@ def command(
     seeds: Annotated[
         Optional[int], typer.Option(min=1, max=100, help="Runs of each setting.", show_default="the experiment's")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, max=256, help="Runs at a time; 0 for one per core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, max=256, help="Runs at a time; 0 for one per core that may be used.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for results; runs that are in it are not made again.")] = Path(
         "out/paper"
     ),
@@ -48,6 +47,7 @@ def command(
     from optserve import local_server
     from optserve.examples.mnist.data import DataError, load
     from optserve.examples.paper.plan import EXPERIMENTS
+    from optserve.machine import usable_cores
 
     if find_spec("matplotlib") is None or find_spec("threadpoolctl") is None:
         fail("The experiments need matplotlib and threadpoolctl: pip install 'optserve[plots]'.", 2)
@@ -62,7 +62,7 @@ def command(
             target = stack.enter_context(local_server(backend=backend)).target
         for name in names:
             count = 1 if quick else seeds or EXPERIMENTS[name].seeds
-            _run(name, count, jobs or _cores(), out / ("quick" if quick else ""), target, data_dir, quick=quick)
+            _run(name, count, jobs or usable_cores(), out / ("quick" if quick else ""), target, data_dir, quick=quick)
 
 
 def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Path | None, *, quick: bool) -> None:
@@ -114,7 +114,3 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
     # In a pipe as it is, so that nothing is cut to the width of a terminal.
     console.print(Markdown(text)) if console.is_terminal else say(text)
     say(f"Written: {', '.join(map(str, files))}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from optserve.errors import GradientLateError, InvalidArgumentError
 from optserve.examples.mnist.data import Dataset
 from optserve.examples.mnist.network import Network
 from optserve.examples.mnist.train import BATCH, Epoch, Progress, Report, new_network
+from optserve.machine import usable_cores
 from optserve.settings import Async, Bounded, Consistency, Sync
 from optserve.worker import Worker
 
@@ -135,7 +135,7 @@ class _Training:
         # As many batches for each as for the smallest, so that in sync nobody is left alone.
         self._batches = max(1, round(len(self._shares[-1]) / BATCH))
         # As many compute at a time as there are cores; more would be slower, and OpenBLAS crashes from 64 threads on.
-        self._cores = _Turns(os.cpu_count() or 1)
+        self._cores = _Turns(usable_cores())
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self._changed = threading.Condition()
