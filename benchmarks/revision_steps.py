@@ -45,6 +45,7 @@ class Case:
 
 SHM, GRPC, HALVES = {"transport": "shm"}, {"transport": "grpc"}, {"wire_dtype": "bfloat16"}
 CASES = {
+    "256, shared memory, in place": Case(256, 50, SHM, in_place=True),
     "256, shared memory": Case(256, 50, SHM),
     "256, gRPC": Case(256, 50, GRPC),
     "256, gRPC, journal": Case(256, 20, GRPC, durable=True),

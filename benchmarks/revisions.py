@@ -80,11 +80,13 @@ def _trees(base: str) -> Iterator[tuple[Tree, Tree]]:
         yield trees
 
 
-def compare(base: str, rounds: int) -> dict[str, tuple[Timing, Timing]]:
-    """Timings of the base and of this tree, by case."""
+def compare(base: str, rounds: int, only: str = "") -> dict[str, tuple[Timing, Timing]]:
+    """Timings of the base and of this tree, by case; of those cases that have `only` in their names."""
     timings: dict[str, tuple[Timing, Timing]] = {}
     with _trees(base) as (before, now), console.status("") as status:
         for name, case in CASES.items():
+            if only not in name:
+                continue
             status.update(f"{name} …")
             seconds: dict[Tree, list[float]] = {before: [], now: []}
             for turn in range(rounds + 1):
@@ -101,10 +103,11 @@ def compare(base: str, rounds: int) -> dict[str, tuple[Timing, Timing]]:
 def main(
     base: Annotated[str, typer.Argument(help="The revision to compare with, as git names it.")],
     rounds: Annotated[int, typer.Option(min=4, help="Batches of steps of each.")] = 40,
+    only: Annotated[str, typer.Option(help="Measure the steps with this in their names, as `gRPC`.")] = "",
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Compare the step times of this tree with those of another revision, in one run."""
-    timings = compare(base, rounds)
+    timings = compare(base, rounds, only)
     table = Table(title=f"Steps beside {base}", title_justify="left", title_style="bold")
     for column in ("step", "median, ms", "± quartiles", f"{base}, ms", "± quartiles", "time / base", ""):
         table.add_column(column, justify="left" if column in ("step", "") else "right")

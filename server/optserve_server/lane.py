@@ -18,7 +18,7 @@ from optserve_server.headroom import NATIVE
 from optserve_server.layout import Operand, Run
 from optserve_server.staging import Staging
 from optserve_server.state import State
-from optserve_server.step import Outcome, Reply, ReplyChunk, Retained, Step
+from optserve_server.step import NOTHING, PARAMETERS, Outcome, Reply, ReplyChunk, Retained, Step
 from optserve_server.trial import check_reply
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ class Lane:
         return repeated
 
     def _is_kept(self, retained: Retained, reply: Reply) -> bool:
-        if reply is Reply.NOTHING:
+        if reply is NOTHING:
             return True
-        if reply is Reply.PARAMETERS and self._on_free is None:
+        if reply is PARAMETERS and self._on_free is None:
             # Still those after the step.
             return True
         return retained.intact and retained.holds is reply
@@ -224,9 +224,9 @@ class Lane:
 
     def give_shared(self, step: Step, number: int) -> None:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
-        if step.segment and step.replies is not Reply.NOTHING:
+        if step.segment and step.replies is not NOTHING:
             self.staging.give_to(step.segment, step.payload, number, step.reply_source)
-            if self.retained and self.staging.in_place and step.replies is Reply.PARAMETERS:
+            if self.retained and self.staging.in_place and step.replies is PARAMETERS:
                 # x has taken the place of the updates.
                 self.retained.intact = False
 

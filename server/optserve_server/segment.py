@@ -37,7 +37,8 @@ class Segment:
         self.name = f"sysv:{number}"
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         memory[NONCE_OFFSET : NONCE_OFFSET + NONCE_BYTES] = np.frombuffer(self.nonce, np.uint8)
-        self._words = memory[:_CONTROL_BYTES].view(np.uint64)
+        # Not as an array, whose elements take five times as long to reach.
+        self._words = memory[:_CONTROL_BYTES].data.cast("B").cast("Q")
         begin = _CONTROL_BYTES
         self.operands: Operands = {}
         self.offsets: dict[Operand, list[int]] = {}

@@ -17,6 +17,8 @@ from optserve_server.layout import Arenas, Largest, Operand, Operands, Payload, 
 from optserve_server.segment import Segment
 from optserve_server.state import State
 
+_GRADIENT = Operand.GRADIENT
+
 
 class Staging:
     """The buffer, with as many parts as a step has operands.
@@ -49,7 +51,7 @@ class Staging:
     @property
     def updates(self) -> Arenas:
         """The arenas that hold the updates once a step is applied, and its gradients before."""
-        return self.operands[Operand.GRADIENT]
+        return self.operands[_GRADIENT]
 
     def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
         """(arena that takes an operand, largest magnitude that it may have)."""
@@ -186,7 +188,7 @@ class Staging:
 
     def give_to(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
         """Put the reply of a step where a client has written its gradients."""
-        target = segment.operands[Operand.GRADIENT]
+        target = segment.operands[_GRADIENT]
         if source is not target:
             segment.replying(step)
             for run in payload.runs:

@@ -6,7 +6,7 @@ It knows nothing of gradients on their way in, see `staging.py`, nor of steps as
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +73,8 @@ class State:
     def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self.backend = backend
-        self._last: _LastStep | None = None
+        # As a plain tuple, which a small step makes in less time.
+        self._last: tuple[Settings, list[Rule], dict[int, int], int, int] | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._headroom = Headroom(self._bounds, hosted=settings.hosted)
         self.set(settings)
@@ -214,7 +215,7 @@ class State:
             staleness: By which it is scaled; 0 where it is not.
             prepared: Of `prepare`; None for gradients that are clipped already.
         """
-        self._last = _LastStep(self.settings, self._rules, self._position_of, step, staleness)
+        self._last = self.settings, self._rules, self._position_of, step, staleness
         scalars, clip = self._scalars(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
             self._headroom.forget()
@@ -258,15 +259,19 @@ class State:
             self.backend.advance(made[PARAMETER], update, self._decay(dtype, position, staleness))
         return made
 
-    def parts_of(self, run: Run) -> Iterator[tuple[slice, int]]:
+    def parts_of(self, run: Run) -> Sequence[tuple[slice, int]]:
         """(part of the arena, position among the rules) of the stretches that a run has something of."""
         stretches = self._stretches[run.dtype]
+        if len(stretches) == 1:
+            return ((slice(run.start, run.stop), stretches[0][2]),)
+        parts: list[tuple[slice, int]] = []
         # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
         for turn in range(bisect_right(self._stretch_stops[run.dtype], run.start), len(stretches)):
             start, stop, position = stretches[turn]
             if start >= run.stop:
                 break
-            yield slice(max(start, run.start), min(stop, run.stop)), position
+            parts.append((slice(max(start, run.start), min(stop, run.stop)), position))
+        return parts
 
     def place(self, runs: Iterable[Run], arrays: Iterable[np.ndarray]) -> None:
         """Put x in place, run by run."""
@@ -290,7 +295,7 @@ class State:
             tensor: The parameter.
             step: Number of steps applied.
         """
-        last = self._last or _LastStep(self.settings, self._rules, self._position_of, max(step - 1, 0), 0)
+        last = _LastStep(*(self._last or (self.settings, self._rules, self._position_of, max(step - 1, 0), 0)))
         rule = last.rules[last.position_of.get(tensor, 0)]
         return last.settings.at(rule, last.step, last.staleness)
 

@@ -29,11 +29,13 @@ from optserve_server.segment import Segment
 from optserve_server.settings import Settings
 from optserve_server.staging import Staging
 from optserve_server.state import State
-from optserve_server.step import Outcome, Reply, Retained, Step, Wanted, check_request_id
+from optserve_server.step import NOTHING, PARAMETERS, UPDATES, Outcome, Reply, Retained, Step, Wanted, check_request_id
 from optserve_server.trial import try_out
 from optserve_server.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+_PARAMETER = Operand.PARAMETER
 
 
 class Steps:
@@ -111,7 +113,7 @@ class Steps:
         tensors: tuple[int, ...] = (),
         wire: np.dtype | None = None,
         lineage: str = "",
-        reply: Reply = Reply.UPDATES,
+        reply: Reply = UPDATES,
         segment: Segment | None = None,
         worker: str = "",
         parameters_step: int | None = None,
@@ -161,7 +163,7 @@ class Steps:
         self.check_usable()
         if self._state.settings.hosted:
             self.check_placed()
-        elif wanted.reply is not Reply.UPDATES:
+        elif wanted.reply is not UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
         self.check_lineage(wanted.lineage)
@@ -216,7 +218,7 @@ class Steps:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
             payload, operands = self._payloads.of((), wire), (Operand.PARAMETER,)
-            step = Step(self.main, request_id, payload, operands, replay=placed, reply=Reply.NOTHING)
+            step = Step(self.main, request_id, payload, operands, replay=placed, reply=NOTHING)
             self.main.take_over(step)
             self.main.holder = step
             return step
@@ -356,9 +358,9 @@ class Steps:
         lane = self.main
         with self._lock:
             staging = lane.hold(step)
-            if Operand.PARAMETER in step.coverage:
+            if _PARAMETER in step.coverage:
                 return self._commit_placement(step)
-            step.reply_source = self._state.parameters if step.replies is Reply.PARAMETERS else staging.updates
+            step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
             if step.replay and lane.retained:
                 lane.check_replay(step)
                 lane.give_shared(step, self.step)
