@@ -101,7 +101,8 @@ class ServerConfig:
     """A step that has not moved for so long is discarded, and so is a transfer, or a reply that its client does not
     take. Where all places are taken, a stream that has been silent for so long gives way to a new one."""
     receive_s: float = 10.0
-    """How long a call may take to send its message, or the first of them."""
+    """How long a call may take to send its message, or the first of them. A unary call may take as long as
+    `max_message_bytes` take at 64 KiB a second, if that is longer."""
     keepalive_s: int = 60
     """A connection that is silent for so long is probed; clients may probe twice as often."""
     drain_s: float = 20.0

@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 from optserve import machine
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.places import SPARED_S, Patience, Place, Places, Waiting
+from optserve_server.places import MIN_BYTES_PER_S, SPARED_S, Patience, Place, Places, Waiting
 from optserve_server.replies import Replies
 from optserve_server.status import to_status
 
@@ -34,8 +34,11 @@ Continuation = Callable[[grpc.HandlerCallDetails], Handler | None]
 LOOK_EVERY_S = 0.25
 """How often it is looked for calls that have waited too long for their clients."""
 
-ARRIVING = 64
-"""Unary calls that may wait for their messages; likewise health checks."""
+LASTING = 64
+"""Unary calls that may wait for their messages for all the time that large ones may take, see Places."""
+
+ARRIVING = LASTING + 32
+"""Unary calls that may wait for their messages, those included that came when so many did; likewise health checks."""
 
 QUEUED_PER_THREAD = 8
 """Unary calls that may wait for each unary thread."""
@@ -62,6 +65,7 @@ WAITED_S = 1.0
 """Those that have waited for less are spared."""
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
+_CANCELLED: int = grpc.StatusCode.CANCELLED.value[0]
 
 
 class Kind:
@@ -131,7 +135,7 @@ class Gate(grpc.ServerInterceptor):
         self._max_message_bytes = config.max_message_bytes
         queued = (1 + QUEUED_PER_THREAD) * config.unary_threads
         arriving = ARRIVING + LEAVING
-        self._unary = Kind("unary", Places("calls wait for their messages", ARRIVING), arriving + queued)
+        self._unary = Kind("unary", Places("calls wait for their messages", ARRIVING, LASTING), arriving + queued)
         self._health = Kind("health", Places("health checks wait for their messages", ARRIVING), arriving)
         watchers = Places("health watchers are there", config.max_watchers)
         self._watch = Kind("watch", watchers, config.max_watchers + LEAVING)
@@ -139,6 +143,9 @@ class Gate(grpc.ServerInterceptor):
         first, ends = {Waiting.FIRST_MESSAGE: SPARED_S}, {Waiting.FIRST_MESSAGE: config.receive_s}
         taking = {Waiting.TAKING: config.idle_step_s}
         self._arriving = Patience(first, ends)
+        # The message of a unary call may be large, and its wire slow.
+        upload_s = max(config.receive_s, config.max_message_bytes / MIN_BYTES_PER_S)
+        self._uploading = Patience(first, {Waiting.FIRST_MESSAGE: upload_s})
         # Between two steps a client may be silent for hours; it comes back if its place is needed meanwhile.
         idle = {Waiting.NEXT_MESSAGE: config.idle_step_s, Waiting.TAKING: STALLED_S}
         self._between_messages = Patience({**first, **idle}, {**ends, **taking})
@@ -171,8 +178,9 @@ class Gate(grpc.ServerInterceptor):
         if not handler.request_streaming and not handler.response_streaming:
             is_health = method.startswith(_HEALTH)
             kind = self._health if is_health else self._unary
-            replies, turns = (self._health_replies, None) if is_health else (self._replies, self._turns)
-            return kind, self._unary_handler(handler, kind, replies, turns)
+            if is_health:
+                return kind, self._unary_handler(handler, kind, self._arriving, self._health_replies, None)
+            return kind, self._unary_handler(handler, kind, self._uploading, self._replies, self._turns)
         kind = self._watch if method.startswith(_HEALTH) else self._streams
         one_way = kind is self._streams and handler.request_streaming != handler.response_streaming
         patience = self._moving if one_way else self._between_messages
@@ -180,7 +188,9 @@ class Gate(grpc.ServerInterceptor):
             return kind, self._streaming_handler(handler, kind, patience)
         return kind, self._uploading_handler(handler, kind, patience)
 
-    def _unary_handler(self, handler: Handler, kind: Kind, replies: Replies, turns: Turns | None) -> Handler:
+    def _unary_handler(
+        self, handler: Handler, kind: Kind, patience: Patience, replies: Replies, turns: Turns | None
+    ) -> Handler:
         """Of a call with one message each way. For gRPC it streams, so that the message is waited for in here."""
         method: Any = handler.unary_unary
         serialize: Any = handler.response_serializer
@@ -188,7 +198,7 @@ class Gate(grpc.ServerInterceptor):
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
             try:
                 peer = context.peer()
-                with kind.places.place(peer, context.cancel, self._arriving):
+                with kind.places.place(peer, _ending(context), patience):
                     request = self._only(requests, handler)
                 with turns.turn() if turns else nullcontext():
                     reply = serialize(method(request, context))
@@ -212,7 +222,7 @@ class Gate(grpc.ServerInterceptor):
 
         def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                with kind.places.place(context.peer(), context.cancel, patience) as place:
+                with kind.places.place(context.peer(), _ending(context), patience) as place:
                     if handler.request_streaming:
                         given: Any = _incoming(requests, place)
                     else:
@@ -240,7 +250,7 @@ class Gate(grpc.ServerInterceptor):
 
         def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
-                with kind.places.place(context.peer(), context.cancel, patience) as place:
+                with kind.places.place(context.peer(), _ending(context), patience) as place:
                     return method(_incoming(requests, place), context)
             except Exception as error:  # noqa: BLE001
                 return _abort(error, context)
@@ -315,6 +325,23 @@ def _incoming(requests: Iterator[Any], place: Place) -> Iterator[Any]:
         place.go_on()
         yield message
         place.wait(Waiting.NEXT_MESSAGE)
+
+
+def _ending(context: grpc.ServicerContext) -> Callable[[str], None]:
+    """What ends a call from any thread, with words for its client.
+
+    The call's own thread, which alone may send a status with details, is in gRPC, which lets it go for a message or the
+    end of the call only. And the public `cancel` has no words; that of the call beneath has, if it is still there.
+    """
+
+    def end(why: str) -> None:
+        beneath: Any = getattr(getattr(context, "_rpc_event", None), "call", None)
+        try:
+            beneath.cancel(_CANCELLED, why)
+        except (AttributeError, TypeError):
+            context.cancel()
+
+    return end
 
 
 def _abort(error: Exception, context: grpc.ServicerContext) -> Any:

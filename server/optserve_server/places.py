@@ -2,6 +2,9 @@
 
 A call has a thread while it has a place. Where all are taken, one whose client owes it something gives way to a
 newcomer; where there is none, the newcomer is told to come back. And whoever waits too long for its client is ended.
+
+gRPC does not tell how much of a message has come. So a call whose one message may be large is waited for as long as
+that may take, where it is one of those that came first; the other places are for newcomers, see `lasting`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from optserve_server.errors import OptserveError, Reason
 SPARED_S = 2.0
 """A call that has waited for its message for less gives way only to connections that have fewer places.
 
-Its message may be large or its network slow; those who come when all wait are told to come back in a second.
+Those who come when all wait are told to come back in a second.
 """
 
 MIN_BYTES_PER_S = 64 << 10
-"""What a transfer has to move, on average, to keep its place."""
+"""What a client has to move, on average: in a transfer to keep its place, and in a call of one message to be heard."""
 
 
 class Waiting(Enum):
@@ -66,12 +69,12 @@ class Place:
         waited_s: For how long in all, less what was bought, where that counts.
     """
 
-    __slots__ = ("_by_bytes", "_cancel", "patience", "peer", "since", "waited_s", "waiting")
+    __slots__ = ("_by_bytes", "_end", "patience", "peer", "since", "waited_s", "waiting")
 
-    def __init__(self, peer: str, cancel: Callable[[], object], patience: Patience) -> None:
+    def __init__(self, peer: str, end: Callable[[str], object], patience: Patience) -> None:
         self.peer = peer
         self.patience = patience
-        self._cancel = cancel
+        self._end = end
         self._by_bytes = patience.by_bytes
         self.since = time.monotonic()
         self.waited_s = 0.0
@@ -92,10 +95,11 @@ class Place:
         """So many bytes that were missing have come, or have been taken."""
         self.waited_s = max(0.0, self.waited_s - size / MIN_BYTES_PER_S)
 
-    def end(self) -> None:
-        """End the call, from any thread."""
+    def end(self, why: str) -> None:
+        """End the call, from any thread, and tell its client why."""
+        waited_s = time.monotonic() - self.since
         self.waiting = Waiting.NOTHING
-        self._cancel()
+        self._end(f"The server has waited {waited_s:.1f} s for this call's client, and {why}.")
 
     def left(self) -> None:
         """The call is over, and must not be kept by its place.
@@ -103,10 +107,10 @@ class Place:
         The call's own context variables have the place: a cycle of what gRPC counts as a stream of its connection, of
         which it refuses to have more than a limit, and which only the garbage collector would find.
         """
-        self._cancel = _nothing
+        self._end = _nothing
 
 
-def _nothing() -> None:
+def _nothing(_why: str) -> None:
     pass
 
 
@@ -131,28 +135,32 @@ class Places:
     Args:
         what: The kind and what it does, for messages, as "streams are open".
         limit: Most of them.
+        lasting: Of the calls that wait for their first messages, so many, those that came first, are spared for as long
+            as they may wait, and not for `gives_way_s` only. So slow clients come to an end however many others there
+            are; and the places beyond are soon free for a newcomer.
     """
 
-    def __init__(self, what: str, limit: int) -> None:
+    def __init__(self, what: str, limit: int, lasting: int = 0) -> None:
         self._what = what
         self._limit = limit
+        self._lasting = lasting
         self._lock = threading.Lock()
         self._taken: dict[Place, None] = {}
         self._peers: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, peer: str, cancel: Callable[[], object], patience: Patience) -> Iterator[Place]:
+    def place(self, peer: str, end: Callable[[str], object], patience: Patience) -> Iterator[Place]:
         """A place for the length of a with-block, in which it is that of the present call.
 
         Args:
             peer: The connection that the call came by.
-            cancel: Ends the call, should it have to go.
+            end: Ends the call, should it have to go, and tells its client why.
             patience: With its client.
 
         Raises:
             OptserveError: TOO_MANY_STREAMS.
         """
-        place = Place(peer, cancel, patience)
+        place = Place(peer, end, patience)
         self._take(place)
         _current.set(place)
         try:
@@ -173,7 +181,7 @@ class Places:
             self._taken[place] = None
             self._peers[place.peer] += 1
         if leaver is not None:
-            leaver.end()
+            leaver.end("another one needed its place; try again")
 
     def full(self) -> OptserveError:
         """What newcomers are told where nobody gives way."""
@@ -193,14 +201,19 @@ class Places:
 
     def _one_that_gives_way(self, newcomer: str) -> Place | None:
         """Of those who have waited long enough, one of the connection that has the most places, the longest first."""
-        now, own = time.monotonic(), self._peers[newcomer] + 1
+        now, own, lasting = time.monotonic(), self._peers[newcomer] + 1, self._lasting
         best, best_key = None, (0, 0.0)
+        # In the order in which they came.
         for place in self._taken:
             key = (self._peers[place.peer], now - place.since)
             spared_s = place.patience.gives_way_s.get(place.waiting, math.inf)
-            if place.waiting is Waiting.FIRST_MESSAGE and key[0] > own:
-                # Whoever has many places does not keep out those who have few.
-                spared_s = 0.0
+            if place.waiting is Waiting.FIRST_MESSAGE:
+                if lasting > 0:
+                    lasting -= 1
+                    spared_s = place.patience.ends_s.get(place.waiting, math.inf)
+                if key[0] > own:
+                    # Whoever has many places does not keep out those who have few.
+                    spared_s = 0.0
             if key[1] >= spared_s and key > best_key:
                 best, best_key = place, key
         return best
@@ -215,7 +228,7 @@ class Places:
         waiting.sort(key=lambda place: place.since)
         some = waiting[: -(-len(waiting) // 2)]
         for place in some:
-            place.end()
+            place.end("its memory is almost used up; try again later")
         return len(some)
 
     def end_those_who_wait_too_long(self) -> int:
@@ -228,5 +241,5 @@ class Places:
                 if place.waited_s + now - place.since > place.patience.ends_s.get(place.waiting, math.inf)
             ]
         for place in late:
-            place.end()
+            place.end("that is longer than it may take")
         return len(late)

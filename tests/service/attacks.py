@@ -42,11 +42,14 @@ def framed(message: bytes) -> bytes:
 
 
 class Raw:
-    """A connection that sends what it is told. What comes is read and forgotten, in a thread, until it is closed.
+    """A connection that sends what it is told. What comes is read, in a thread, until it is closed.
 
     Args:
         target: Host and port.
         no_window: Take no byte of any reply.
+
+    Attributes:
+        statuses: Of the calls that are over: number of the status, and its words.
     """
 
     def __init__(self, target: str, *, no_window: bool = False) -> None:
@@ -57,6 +60,7 @@ class Raw:
         )
         self._lock = threading.RLock()
         self.closed = False
+        self.statuses: dict[int, tuple[int, str]] = {}
         with self._lock:
             self._connection.initiate_connection()
             if no_window:
@@ -72,7 +76,11 @@ class Raw:
             try:
                 received = self.socket.recv(1 << 16)
                 with self._lock:
-                    self._connection.receive_data(received)
+                    for event in self._connection.receive_data(received):
+                        headers = dict(getattr(event, "headers", None) or ())
+                        if b"grpc-status" in headers:
+                            status = int(headers[b"grpc-status"]), headers.get(b"grpc-message", b"").decode()
+                            self.statuses[event.stream_id] = status
                     self._flush()
             except TimeoutError:
                 continue
