@@ -23,6 +23,7 @@ from optserve import machine
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.places import MIN_BYTES_PER_S, SPARED_S, Patience, Place, Places, Waiting
+from optserve_server.relief import Relief
 from optserve_server.replies import Replies
 from optserve_server.status import to_status
 
@@ -57,12 +58,6 @@ HEALTH_REPLIES_BYTES = 4 << 20
 
 STALLED_S = 5.0
 """A stream whose client has not taken a message for so long gives way to one that needs the place."""
-
-FULL = 0.95
-"""Of `memory_bytes`: beyond that, calls that wait for their clients are ended."""
-
-WAITED_S = 1.0
-"""Those that have waited for less are spared."""
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _CANCELLED: int = grpc.StatusCode.CANCELLED.value[0]
@@ -153,7 +148,7 @@ class Gate(grpc.ServerInterceptor):
         transfer_ends = {**ends, **taking, Waiting.NEXT_MESSAGE: config.idle_step_s}
         self._moving = Patience({**first, **stalled}, transfer_ends, by_bytes=True)
         self._turns = Turns(config.unary_threads)
-        self._memory_bytes = config.memory_bytes
+        self._relief = Relief(config.memory_bytes, (self._streams.places, self._unary.places), machine.own_bytes)
         self._replies = Replies(config.max_reply_bytes, config.idle_step_s)
         self._health_replies = Replies(HEALTH_REPLIES_BYTES, config.receive_s)
         self.refusals = ThreadPoolExecutor(REFUSAL_THREADS, thread_name_prefix="refusal")
@@ -294,17 +289,7 @@ class Gate(grpc.ServerInterceptor):
                 kind.places.end_those_who_wait_too_long()
             for replies in (self._replies, self._health_replies):
                 replies.end_those_not_taken()
-            self._relieve_memory()
-
-    def _relieve_memory(self) -> None:
-        """Where memory runs out, end calls that may hold messages which are not complete, of which nobody knows."""
-        if machine.own_bytes() > FULL * self._memory_bytes:
-            ended = sum(kind.places.end_some_who_wait(WAITED_S) for kind in (self._streams, self._unary))
-            if ended:
-                logger.warning(
-                    "more than %.0f %% of memory_bytes are taken: %d calls that waited for their clients were ended",
-                    100 * FULL, ended,
-                )  # fmt: skip
+            self._relief.look()
 
     def close(self, timeout_s: float) -> bool:
         """Let the threads end, once gRPC has ended the calls; False if some have not within `timeout_s`."""

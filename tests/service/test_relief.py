@@ -1,0 +1,61 @@
+"""Where memory runs out: which calls are ended, and when that is left alone because it does not help."""
+
+import pytest
+
+import optserve
+from optserve_server.relief import FIRST_PAUSE_S, Relief
+from service.attacks import SERVICE, raw, wait_until
+from service.worker_harness import config_of
+
+STEPS = SERVICE + "StreamSteps"
+MIB = 1 << 20
+
+
+class Waiting:
+    """Calls that wait, each of which holds as much memory as one says."""
+
+    def __init__(self, count: int, each: int) -> None:
+        self.count, self.each = count, each
+
+    def end_some_who_wait(self, _waited_s: float) -> int:
+        some = -(-self.count // 2)
+        self.count -= some
+        return some
+
+
+@pytest.mark.parametrize(("each", "ended"), [(10, [8, 4, 0, 0]), (0, [8, 0, 0, 0])])
+def test_calls_are_ended_for_memory_as_long_as_that_helps(each, ended):
+    calls, now = Waiting(16, each), 100.0
+    relief = Relief(1000, [calls], lambda: 900 + calls.count * calls.each if each else 990, lambda: now)
+    assert [relief.look() for _ in range(4)] == ended
+
+
+def test_calls_are_ended_for_memory_again_after_pauses_or_once_it_has_grown():
+    calls, now, used_bytes = Waiting(1024, 0), 100.0, 960
+    relief = Relief(1000, [calls], lambda: used_bytes, lambda: now)
+    assert (relief.look(), relief.look()) == (512, 0)
+    now += FIRST_PAUSE_S
+    assert (relief.look(), relief.look()) == (256, 0)
+    now += FIRST_PAUSE_S
+    assert relief.look() == 0
+    used_bytes = 970
+    assert (relief.look(), relief.look()) == (128, 0)
+    used_bytes = 900
+    assert relief.look() == 0
+    used_bytes = 960
+    assert (relief.look(), relief.look()) == (64, 0)
+
+
+def test_a_server_whose_own_memory_is_beyond_the_limit_does_not_end_calls_again_and_again(tmp_path):
+    options = config_of(tmp_path, memory_bytes=16 * MIB, receive_s=60)
+    with optserve.local_server(backend="numpy", options=options) as server, raw(server.target) as (connection,):
+        calls = [connection.call(STEPS) for _ in range(8)]
+
+        def ended() -> int:
+            return sum(call in connection.statuses for call in calls)
+
+        wait_until(lambda: ended() > 0)
+        assert "its memory is almost used up" in next(iter(connection.statuses.values()))[1]
+        # They all were ended, half of those that were left every quarter of a second.
+        with pytest.raises(AssertionError, match="did not come about"):
+            wait_until(lambda: ended() == len(calls), FIRST_PAUSE_S / 2)
