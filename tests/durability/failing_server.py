@@ -1,6 +1,6 @@
 """A server whose disk fails for as long as a file exists.
 
-Usage: failing_server.py FILE CALL ERRNO [options of `optserve serve`].
+Usage: failing_server.py FILE CALL[,CALL…] ERRNO [options of `optserve serve`].
 """
 
 import errno
@@ -23,6 +23,7 @@ def fail_while(flag: Path, name: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    fail_while(Path(sys.argv[1]), sys.argv[2], getattr(errno, sys.argv[3]))
+    for name in sys.argv[2].split(","):
+        fail_while(Path(sys.argv[1]), name, getattr(errno, sys.argv[3]))
     sys.argv[1:4] = []
     main()

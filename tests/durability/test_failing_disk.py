@@ -38,7 +38,13 @@ def failing_server(folder: Path, flag: Path, call: str, error: str):
 
 @pytest.mark.parametrize(
     ("call", "error"),
-    [("pwritev", "ENOSPC"), ("pwritev", "EIO"), ("fdatasync", "EIO"), ("fdatasync", "ENOSPC")],
+    [
+        ("pwritev", "ENOSPC"),
+        ("pwritev", "EIO"),
+        ("fdatasync", "EIO"),
+        ("fdatasync", "ENOSPC"),
+        ("fdatasync,ftruncate", "EIO"),
+    ],
 )
 def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, client, name, call, error):
     flag, folder = tmp_path / "flag", tmp_path / "data"

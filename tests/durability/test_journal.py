@@ -192,6 +192,80 @@ def test_after_a_failed_sync_the_segment_is_never_trusted_again(tmp_path, monkey
     assert read(tmp_path) == [1, 2, 3]
 
 
+def failing(error: int):
+    """A call to the disk that fails."""
+
+    def call(*_arguments):
+        raise OSError(error, os.strerror(error))
+
+    return call
+
+
+def refused_and_not_cut(folder, monkeypatch, call: str) -> Journal:
+    """A journal whose second record was written as a whole and refused, while the disk took no cut either."""
+    writer = Journal(folder, 1, segment_bytes=1 << 16)
+    writer.append(STEP, b"meta 1", [payload(1)])
+    real = os.pwritev
+
+    def pwritev(descriptor, buffers, position):
+        # All but the padding, and nothing more.
+        if len(buffers) == 1 and not any(bytes(buffers[0])):
+            raise OSError(errno.EIO, "the disk failed")
+        return real(descriptor, buffers[:-1] if len(buffers) > 1 else buffers, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", failing(errno.EIO))
+        patch.setattr(os, call, pwritev if call == "pwritev" else failing(errno.EIO))
+        with pytest.raises(OSError, match=r"failed|Input/output error"):
+            writer.append(STEP, b"meta 2", [payload(2)])
+    return writer
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
+def test_a_refused_record_that_could_not_be_cut_is_cut_at_the_end(tmp_path, monkeypatch, call):
+    """A start took it for one that had been written."""
+    writer = refused_and_not_cut(tmp_path, monkeypatch, call)
+    assert read(tmp_path) == [1, 2]  # which nobody could help, had the server been killed
+    writer.close()
+    assert read(tmp_path) == [1]
+    write(tmp_path, 2, first=2, segment_bytes=1 << 16)
+    assert read(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
+def test_no_record_is_taken_before_a_refused_one_is_cut(tmp_path, monkeypatch, call):
+    writer = refused_and_not_cut(tmp_path, monkeypatch, call)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", failing(errno.EIO))
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output error"):
+                writer.append(STEP, b"meta 2", [payload(2)])
+    assert writer.append(STEP, b"meta 2", [payload(2)]) == 2
+    writer.close()
+    assert read(tmp_path) == [1, 2]
+
+
+def test_a_refused_record_goes_with_the_file_that_a_snapshot_replaces(tmp_path, monkeypatch):
+    writer = refused_and_not_cut(tmp_path, monkeypatch, "fdatasync")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", failing(errno.EIO))
+        writer.cut_before(2)
+        assert writer.append(STEP, b"meta 2", [payload(2)]) == 2
+        writer.close()
+    assert read(tmp_path, after=1) == [2]
+
+
+def test_a_journal_that_was_closed_takes_nothing(tmp_path):
+    """A record was written to a new segment, which nobody closed."""
+    writer = Journal(tmp_path, 1, segment_bytes=1 << 16)
+    writer.append(STEP, b"meta 1", [payload(1)])
+    writer.close()
+    writer.close()
+    with pytest.raises(journal.ClosedError, match="was closed"):
+        writer.append(STEP, b"meta 2", [payload(2)])
+    assert read(tmp_path) == [1]
+
+
 def test_no_room_for_a_new_segment_refuses_records_until_there_is(tmp_path, monkeypatch):
     writer = Journal(tmp_path, 1, segment_bytes=2048)
     written = 0

@@ -36,6 +36,10 @@ class JournalError(Exception):
     """The journal cannot be read or written. The message names the file and says what to do."""
 
 
+class ClosedError(JournalError, OSError):
+    """The journal was closed; nothing is written to it any more."""
+
+
 class CorruptionError(JournalError):
     """A record that had been acknowledged is damaged.
 

@@ -17,6 +17,7 @@ from optserve_server.journal.format import (
     RECORD,
     SEGMENT,
     Buffer,
+    ClosedError,
     Form,
     attempt_of,
     first_lsn_of,
@@ -59,6 +60,9 @@ class Journal:
         # Counts failed syncs; what was written before one and not durable is taken back.
         self._failures = 0
         self._segment: _OpenSegment | None = None
+        # One that was left behind, with records in it that were refused and are not cut yet.
+        self._uncut: _OpenSegment | None = None
+        self._closed = False
         self._durable_end = SEGMENT.size
         self.bytes_written = 0
         # What a killed process has written may have been read from the system's cache only.
@@ -75,7 +79,9 @@ class Journal:
         """Write a record and return its lsn when it is on disk.
 
         Raises:
-            OSError: It is not, and will not be found there later. The journal can be used again.
+            OSError: It is not, and will not be found there later. The journal can be used again; while the disk refuses
+                to have a refused record cut, it refuses all others as well.
+            ClosedError: The journal was closed.
         """
         checksum = 0
         for part in payload:
@@ -91,7 +97,7 @@ class Journal:
                 elif self._segment is not None:
                     self._sync(self._segment)
                 else:
-                    raise OSError("the journal was closed")
+                    raise ClosedError("the journal was closed")
             if self._failures != failures:
                 raise OSError("the journal could not be synced, and the record was taken back")
             return lsn
@@ -110,19 +116,33 @@ class Journal:
                 set_newest(self._folder, None)
                 for path in segment_paths(self._folder):
                     path.unlink()
+                sync_folder(self._folder)
+                # What was refused has gone with its file.
+                if self._uncut is not None:
+                    self._uncut.close()
+                    self._uncut = None
         sync_folder(self._folder)
 
     def close(self) -> None:
-        """Close the segment, with everything in it durable."""
+        """Close the segment, with everything in it durable, and nothing in it that was refused."""
         with self._lock:
+            self._closed = True
             try:
                 self._settle()
             except OSError:
                 logger.exception("the journal's end could not be synced, and nobody was told that it was")
             self._leave_segment()
+            try:
+                self._cut()
+            except OSError:
+                logger.exception("a record that was refused could not be cut; it may be taken for one that was written")
+                if self._uncut is not None:
+                    self._uncut.close()
+            self._uncut = None
 
     def _write(self, kind: int, meta: bytes, payload: Sequence[Buffer], size_bytes: int, checksum: int) -> int:
         """Write a record behind the last; called under the lock."""
+        self._check_open()
         while (segment := self._segment) is None or segment.is_too_full_for(RECORD.size + len(meta) + size_bytes):
             self._new_segment()
         lsn = self._next_lsn
@@ -130,6 +150,17 @@ class Journal:
         self.bytes_written += segment.write([start, meta, *payload])
         self._next_lsn = lsn + 1
         return lsn
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the journal was closed")
+
+    def _cut(self) -> None:
+        """Cut what was refused from the segment that was left behind, or raise OSError."""
+        if self._uncut is not None:
+            self._uncut.cut(durably=True)
+            self._uncut.close()
+            self._uncut = None
 
     def _settle(self) -> None:
         """Wait until everything in the present segment is durable or taken back; called under the lock.
@@ -154,13 +185,20 @@ class Journal:
             if before is not None:
                 self._leave_segment()
                 before.check_found()
+            # Others had the lock meanwhile.
+            self._check_open()
+            self._cut()
             self._segment = _OpenSegment(self._folder, self._next_lsn, self._segment_bytes)
             self._durable_end = self._segment.end
 
     def _leave_segment(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        segment, self._segment = self._segment, None
+        if segment is None:
+            return
+        if segment.is_cut:
+            segment.close()
+        else:
+            self._uncut = segment
 
     def _sync(self, segment: _OpenSegment) -> None:
         """Make durable what has been written so far; called under the lock, which others can have meanwhile.
@@ -185,8 +223,8 @@ class Journal:
             logger.error("the journal could not be synced (%s); %s is left behind", failure, segment.path)
             self._failures += 1
             self._next_lsn = self._durable_lsn + 1
-            # The next segment says with its first lsn how much of this one counts.
-            segment.take_back(self._durable_end)
+            # The next segment says with its first lsn how much of this one counts; but there may never be one.
+            segment.take_back(self._durable_end, durably=True)
             self._leave_segment()
             raise failure
         self._durable_lsn, self._durable_end = target, end
@@ -229,6 +267,13 @@ class _OpenSegment:
                 self.path.unlink(missing_ok=True)
             raise
         self.end = SEGMENT.size
+        # Where the file should have been cut, and could not be.
+        self._cut_at: int | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether nothing that was refused is left in it."""
+        return self._cut_at is None
 
     def is_too_full_for(self, record_bytes: int) -> bool:
         """Whether a record of that size belongs into a new segment."""
@@ -237,6 +282,7 @@ class _OpenSegment:
     def write(self, parts: list[Buffer]) -> int:
         """Write a record behind the last and return its bytes, or raise OSError: nothing that counts was written."""
         size = sum(len(part) for part in parts)
+        self.cut()
         try:
             _write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
         except OSError:
@@ -270,12 +316,29 @@ class _OpenSegment:
         if not self.path.exists():
             raise _deleted(self.path)
 
-    def take_back(self, position: int) -> None:
-        """Remove what was written behind a position, as far as the disk lets us."""
+    def take_back(self, position: int, *, durably: bool = False) -> None:
+        """Remove what was written behind a position. If the disk refuses that, nothing is written before `cut` can."""
+        self._cut_at = position
         try:
-            os.ftruncate(self._descriptor, position)
+            self.cut(durably=durably)
         except OSError as error:
             logger.warning("%s: the end could not be cut: %s", self.path, error)
+
+    def cut(self, *, durably: bool = False) -> None:
+        """Remove what was to be taken back and is still there, if anything is.
+
+        Args:
+            durably: Wait until the disk has it; not where others still have something to be synced, whose failure would
+                be told here and not there.
+
+        Raises:
+            OSError: It is still there.
+        """
+        if self._cut_at is not None:
+            os.ftruncate(self._descriptor, self._cut_at)
+            if durably:
+                os.fsync(self._descriptor)
+            self._cut_at = None
 
     def close(self) -> None:
         """Close the file."""
