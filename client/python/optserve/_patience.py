@@ -5,10 +5,12 @@ A read of a gRPC stream has no time-out of its own (grpc#20562), so a thread wat
 
 from __future__ import annotations
 
+import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from optserve.errors import (
@@ -29,7 +31,9 @@ class Watchdog:
     def __init__(self) -> None:
         # To be taken again by what is collected, or interrupted, while it is held.
         self._lock = threading.RLock()
-        self._earlier = threading.Condition(self._lock)
+        # Wakes the thread, also if it does not wait yet: an action, or what is collected meanwhile, may close or arm in
+        # the thread itself.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._armed: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakes_at = float("inf")
         self._thread: threading.Thread | None = None
@@ -48,7 +52,7 @@ class Watchdog:
                     self._thread.start()
                 # The thread is woken for a deadline before its next look only; most waits end long before theirs.
                 elif deadline < self._wakes_at:
-                    self._earlier.notify()
+                    self._wake.put(None)
                 return
         action()
 
@@ -61,16 +65,21 @@ class Watchdog:
         """End the thread, and call every action that is armed."""
         with self._lock:
             self._closed = True
-            self._earlier.notify()
+            self._wake.put(None)
 
     def _run(self) -> None:
-        with self._lock:
-            while not self._closed:
+        while not self._closed:
+            with self._lock:
                 now = time.monotonic()
+                # Whoever arms before this is known wakes the thread.
+                self._wakes_at = math.inf
                 self._call_due(now)
-                self._wakes_at = min((deadline for deadline, _ in self._armed.values()), default=now + 3600.0)
-                self._earlier.wait(self._wakes_at - now)
-            for _, action in self._armed.values():
+                self._wakes_at = min((deadline for deadline, _ in list(self._armed.values())), default=now + 3600.0)
+                wait_s = max(self._wakes_at - now, 0.0)
+            with suppress(queue.Empty):
+                self._wake.get(timeout=wait_s)
+        with self._lock:
+            for _, action in list(self._armed.values()):
                 action()
 
     def _call_due(self, now: float) -> None:
