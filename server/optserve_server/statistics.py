@@ -31,6 +31,9 @@ MAX_LOOKS = 2
 LOOK_WAIT_S = 5.0
 """How long a call waits for others before it is told to come back."""
 
+_SMALLER = 2.0**-64
+"""A unit in which the sum of all squares of a sample is finite. Its root is a power of two as well."""
+
 _looks = threading.BoundedSemaphore(MAX_LOOKS)
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -219,5 +222,9 @@ class _Look:
         if slot is None:
             return None
         squares = self.sample[self.rule.slots.index(slot)]
-        mean = float(squares.mean()) if squares.size else 0.0
+        with np.errstate(over="ignore"):
+            mean = float(squares.mean()) if squares.size else 0.0
+        if math.isinf(mean):
+            # Their sum is beyond float64. Their mean is not, and so large that eps is nothing.
+            return math.sqrt(float((squares * _SMALLER).mean())) / math.sqrt(_SMALLER)
         return math.sqrt(mean + getattr(self.rule, "eps", 0.0) * self.rule.eps_in_root)

@@ -45,6 +45,15 @@ def test_adadeltas_root_mean_squares_are_those_of_its_slots(client, name):
     assert found.parameters["none"].rates == {}
 
 
+@pytest.mark.parametrize("square", [1.7e308, 1e300, 4.0])
+def test_a_mean_of_squares_whose_sum_is_beyond_float64_is_told(client, name, square):
+    opt = client.create_optimizer(name, optserve.Adadelta(), {"w": np.zeros(1000)})
+    state = opt.export_state()
+    state.slots["w"]["square_avg"][:] = square
+    opt.import_state(state)
+    assert opt.statistics().parameters["w"].rms_gradient == pytest.approx(np.sqrt(square), rel=1e-6)
+
+
 EXPECTED_RATES = {
     "sgd": (optserve.Sgd(learning_rate=0.25), lambda _s: 0.25),
     "momentum": (optserve.Momentum(learning_rate=0.25), lambda _s: 0.25),
