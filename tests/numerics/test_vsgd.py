@@ -89,13 +89,21 @@ def test_quiet_gradients_after_constant_ones_make_small_updates(backend, dtype):
     assert update == pytest.approx(-1e-4 / 0.51, rel=1e-2)
 
 
-@pytest.mark.parametrize("value", [1e-3, 0.999, -2.5])
-def test_a_window_that_no_step_leaves_behind_is_not_imported(client, name, value):
-    opt = client.create_optimizer(name, optserve.Vsgd(), {"w": np.zeros(3, np.float32)})
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *((dtype, value) for dtype in (np.float32, np.float64) for value in (1e-3, 0.999, -2.5, -1e6, -(2.0**24))),
+        (np.float32, 2.0**24 + 2),
+        (np.float32, 1e30),
+        (np.float64, 2.0**53 + 2),
+    ],
+)
+def test_a_window_that_no_step_leaves_behind_is_not_imported(client, name, dtype, value):
+    opt = client.create_optimizer(name, optserve.Vsgd(), {"w": np.zeros(3, dtype)})
     state = opt.export_state()
     state.slots["w"]["tau"][1] = value
     with pytest.raises(optserve.InvalidArgumentError, match=r"tau of 'w' is .* at flat index 1"):
         opt.import_state(state)
-    for good in (-3.0, 0.0, 1.0, 7.25):
+    for good in (-999_999.0, -3.0, 0.0, 1.0, 7.25, 2.0**24 if dtype is np.float32 else 2.0**53):
         state.slots["w"]["tau"][1] = good
         opt.import_state(state)

@@ -11,6 +11,8 @@ import numpy as np
 
 from optserve_server.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
 
+_MOST_INITIAL_STEPS = 1e6
+
 _TINY = 1e-30
 """Keeps 0 / 0 out where every gradient so far was 0; far below any square of a gradient that matters."""
 
@@ -86,10 +88,15 @@ class Vsgd(Rule):
         return started * signal / (slots["curvature_avg"] + self.eps)
 
     def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:
-        """τ is at least 1, or minus a number of steps."""
+        """τ is at least 1, or minus a number of steps that is less than `initial_steps` can be.
+
+        Steps add at most 1 to it, so it comes to no number from which the next whole one is not told any more.
+        """
         if slot != "tau":
             return None
-        return (values < 1) & ((values > 0) | (values != np.rint(values)))
+        most = 2.0 / np.finfo(values.dtype).eps
+        steps = (values <= 0) & (values > -_MOST_INITIAL_STEPS) & (values == np.rint(values))
+        return ~(steps | ((values >= 1) & (values <= most)))
 
     @staticmethod
     def update(
