@@ -166,7 +166,7 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
     set_algorithm(message.algorithm, present.rule)
     message.weight_decay = present.weight_decay
     if present.schedule is not None:
-        schedule = asdict(present.schedule)
+        schedule = present.schedule.values()
         message.schedule.warmup_steps = schedule.pop("warmup_steps")
         getattr(message.schedule, present.schedule.kind).SetInParent()
         for name, value in schedule.items():

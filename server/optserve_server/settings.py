@@ -29,6 +29,11 @@ class Group:
     overrides: dict[str, Any] = field(hash=False)
     weight_decay: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """As it is written down."""
+        # Not `asdict`, which would copy every index by itself.
+        return {"parameters": self.parameters, "overrides": dict(self.overrides), "weight_decay": self.weight_decay}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -130,7 +135,7 @@ class Settings:
         if self.clipping is not None:
             content["clipping"] = asdict(self.clipping)
         if self.groups:
-            content["groups"] = [asdict(group) for group in self.groups]
+            content["groups"] = [group.to_json() for group in self.groups]
         if self.hosted:
             content |= {"hosted": True, "weight_decay": self.weight_decay}
         if self.consistency is not None:

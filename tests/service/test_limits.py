@@ -1,6 +1,8 @@
 """What one request may make the server do, hold and answer: each has a limit, and costs no more than its size."""
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -46,6 +48,30 @@ def test_statistics_are_counted_before_anything_is_made_for_them(stub, name):
     with refused(INVALID, "INVALID_FIELD", "quantiles"):
         statistics(stub, name=full_name, quantiles=[0.5] * 1001)
     assert len(statistics(stub, name=full_name, indices=[0, 1], tensors=[1]).tensors[0].elements) == 2
+
+
+@pytest.mark.quiet
+def test_many_milestones_cost_what_they_take_on_the_wire(client, name):
+    """An update with 400,000 took 5 s, and each step counted them."""
+    gradient, milestones = {"x": np.ones(3, np.float32)}, list(range(1 << 20, (1 << 20) + 400_000))
+    opt = client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradient)
+
+    def seconds(call: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    plain = median_s(lambda: opt.step(gradient), seconds)
+    # Both ends write them, read them and check them, which takes twice as long as this.
+    read = min(seconds(lambda: json.loads(json.dumps(milestones))) for _ in range(3))
+    schedule = optserve.AtSteps(rate=0.5, milestones=milestones)
+    assert min(seconds(lambda: opt.update(schedule=schedule)) for _ in range(3)) < 6 * read
+    assert median_s(lambda: opt.step(gradient), seconds) < 4 * plain
+    assert opt.schedule == schedule
+
+
+def median_s(call: Callable[[], object], seconds: Callable[[Callable[[], object]], float]) -> float:
+    return sorted(seconds(call) for _ in range(50))[25]
 
 
 def test_the_statistics_of_large_models_are_of_a_share_of_each_tensor(stub, name):

@@ -41,7 +41,7 @@ def settings_to_json(settings: GivenSettings, names: Sequence[str]) -> dict[str,
     """
     content: dict[str, Any] = {}
     if schedule := settings.get("schedule"):
-        content["schedule"] = {"kind": schedule.kind, **asdict(schedule)}
+        content["schedule"] = {"kind": schedule.kind, **schedule._values()}
     if clipping := settings.get("clipping"):
         ((kind, bound),) = ((kind, bound) for kind, bound in asdict(clipping).items() if bound is not None)
         content["clipping"] = {"kind": kind, "bound": bound}
