@@ -24,7 +24,7 @@ from optserve._settings_messages import (
 )
 from optserve._transfer import export_state, import_state, pull_parameters, push_parameters
 from optserve._transport import Transport
-from optserve._updates import Updates
+from optserve._updates import ReplyLayouts, Updates
 from optserve.errors import FailedPreconditionError, InvalidArgumentError
 from optserve.optimizer_info import PREFIX
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
@@ -51,6 +51,7 @@ class Resource(abc.ABC):
     ) -> None:
         self._wire_type = wire_type
         self._wire = WIRE_DTYPES.get(wire_type)
+        self._layouts = ReplyLayouts(self._wire)
         self.hosted = message.mode == optimizer_pb2.MODE_HOSTED
         self.name = message.name.removeprefix(PREFIX)
         self._connection = connection
@@ -209,7 +210,7 @@ class Resource(abc.ABC):
         request = replicas_pb2.PullParametersRequest(
             name=self._resource, newer_than_step=newer_than, tensors=indices if names else (), wire_type=self._wire_type
         )
-        step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._wire))
+        step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._layouts))
         if not newer:
             return None
         return HostedParameters(step, {self._model.names[i]: a for i, a in zip(indices, arrays, strict=True)})

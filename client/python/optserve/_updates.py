@@ -18,13 +18,55 @@ HELD_BYTES = 1 << 20
 message is written when it has come: holding it back would take as much memory as the reply, and time."""
 
 
+class ReplyLayout:
+    """How a reply lies on the wire.
+
+    Args:
+        indices: The parameters that take part.
+        arrays: That take them.
+        wire: Dtype of the payload; None for each array's own.
+
+    Attributes:
+        ordinals: Which of the reply's tensors each parameter is.
+        wires: Dtype of each tensor on the wire.
+        begins: First byte of each tensor, and the one after the last.
+    """
+
+    def __init__(self, indices: Sequence[int], arrays: Sequence[np.ndarray], wire: np.dtype | None) -> None:
+        self.ordinals = {index: ordinal for ordinal, index in enumerate(indices)}
+        self.wires = [array.dtype if wire is None else wire for array in arrays]
+        sizes = (array.size * dtype.itemsize for array, dtype in zip(arrays, self.wires, strict=True))
+        self.begins = list(accumulate(sizes, initial=0))
+
+
+class ReplyLayouts:
+    """The layout that one optimizer's replies mostly have, worked out once.
+
+    Args:
+        wire: See ReplyLayout.
+    """
+
+    def __init__(self, wire: np.dtype | None = None) -> None:
+        self._wire = wire
+        self._last: tuple[Sequence[int], ReplyLayout] | None = None
+
+    def of(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> ReplyLayout:
+        """The layout for parameters, whose arrays have always the same sizes and dtypes."""
+        # Looked at once, as other threads may step as well.
+        last = self._last
+        # The very same list: that of all parameters, where all take part.
+        if last is None or last[0] is not indices:
+            last = self._last = indices, ReplyLayout(indices, arrays, self._wire)
+        return last[1]
+
+
 class Updates:
     """The arrays that take the reply of one step, in the order of the step's tensors.
 
     Args:
         indices: The parameters that take part.
         arrays: C-contiguous, in the parameters' shapes and dtypes.
-        wire: Dtype of the payload; None for each array's own.
+        layouts: Those of the optimizer's replies.
         reply: What is asked for; no arrays for REPLY_NOTHING.
 
     Attributes:
@@ -35,30 +77,19 @@ class Updates:
         self,
         indices: Sequence[int],
         arrays: Sequence[np.ndarray],
-        wire: np.dtype | None = None,
+        layouts: ReplyLayouts | None = None,
         reply: steps_pb2.Reply = steps_pb2.REPLY_UPDATES,
     ) -> None:
         self.reply = reply
         self.indices = indices
         self.arrays = arrays
-        self._wire = wire
-        # See `_lay_out`: what comes through shared memory needs none of it.
-        self._ordinals: dict[int, int] = {}
-        self._arrays: list[np.ndarray] = []
-        self._wires: list[np.dtype] = []
-        self._begins: list[int] = []
+        self._layouts = layouts or ReplyLayouts()
+        # Worked out when something comes: what comes through shared memory needs none.
+        self._layout: ReplyLayout | None = None
         self.begun = False
         self._received = 0
         self._held: list[tuple[int, int, Buffer]] = []
         self._held_bytes = 0
-
-    def _lay_out(self) -> None:
-        """Find out where each tensor begins in the reply, and where the last one ends."""
-        self._ordinals = {index: ordinal for ordinal, index in enumerate(self.indices)}
-        self._arrays = [array.reshape(-1) for array in self.arrays]
-        self._wires = [array.dtype if self._wire is None else self._wire for array in self.arrays]
-        sizes = (array.size * dtype.itemsize for array, dtype in zip(self._arrays, self._wires, strict=True))
-        self._begins = list(accumulate(sizes, initial=0))
 
     @property
     def received(self) -> bool:
@@ -70,6 +101,10 @@ class Updates:
         self.begun = False
         self._received = self._held_bytes = 0
         self._held.clear()
+
+    def _lay_out(self) -> ReplyLayout:
+        self._layout = self._layouts.of(self.indices, self.arrays)
+        return self._layout
 
     def put(self, tensor: int, offset: int, data: Buffer) -> None:
         """Take the next chunk; what is beyond the end of its tensor belongs to the next one.
@@ -83,27 +118,22 @@ class Updates:
             InternalError: It does not go on where the chunk before has ended, which would leave a gap or a byte that
                 came twice; or it is empty, ends within an element or beyond the last tensor. Nothing of it is written.
         """
-        if not self._begins:
-            self._lay_out()
-        ordinal = self._ordinals.get(tensor, -1)
+        layout = self._layout or self._lay_out()
+        begins, received = layout.begins, self._received
+        ordinal = layout.ordinals.get(tensor, -1)
         # A tensor is known by its index alone; an offset beyond its end would be in another.
-        if (
-            ordinal < 0
-            or self._begins[ordinal] + offset != self._received
-            or self._received > self._begins[ordinal + 1]
-        ):
+        if ordinal < 0 or begins[ordinal] + offset != received or received > begins[ordinal + 1]:
             raise InternalError(
-                f"The server's reply is not in order: byte {offset} of tensor {tensor} came after {self._received} of "
-                f"{self._begins[-1]} bytes."
+                f"The server's reply is not in order: byte {offset} of tensor {tensor} came after {received} of "
+                f"{begins[-1]} bytes."
             )
-        end = self._received + len(data)
-        if not data or end > self._begins[-1]:
+        end = received + len(data)
+        if not data or end > begins[-1]:
             raise InternalError(
-                f"The server's reply has a chunk of {len(data)} bytes, where {self._begins[-1] - self._received} are "
-                "missing."
+                f"The server's reply has a chunk of {len(data)} bytes, where {begins[-1] - received} are missing."
             )
-        last = bisect_right(self._begins, end) - 1
-        if last < len(self._wires) and (end - self._begins[last]) % self._wires[last].itemsize:
+        last = bisect_right(begins, end) - 1
+        if last < len(layout.wires) and (end - begins[last]) % layout.wires[last].itemsize:
             raise InternalError("The server's reply is cut within an element.")
         self._held.append((ordinal, offset, data))
         self._received, self._held_bytes = end, self._held_bytes + len(data)
@@ -119,24 +149,24 @@ class Updates:
         Raises:
             InternalError: Bytes are missing.
         """
-        if not self._begins:
-            self._lay_out()
-        if self._received != self._begins[-1]:
-            raise InternalError(f"The server's reply lacks {self._begins[-1] - self._received} bytes.")
+        size_bytes = (self._layout or self._lay_out()).begins[-1]
+        if self._received != size_bytes:
+            raise InternalError(f"The server's reply lacks {size_bytes - self._received} bytes.")
         self._write()
 
     def _write(self) -> None:
         self.begun = True
+        wires = (self._layout or self._lay_out()).wires
         for ordinal, offset, data in self._held:
-            self._copy(ordinal, offset, data)
+            self._copy(wires, ordinal, offset, data)
         self._held.clear()
         self._held_bytes = 0
 
-    def _copy(self, ordinal: int, offset: int, data: Buffer) -> None:
+    def _copy(self, wires: Sequence[np.dtype], ordinal: int, offset: int, data: Buffer) -> None:
         """Copy a chunk that fits to where it belongs."""
         taken, size = 0, len(data)
         while taken < size:
-            array, wire_dtype = self._arrays[ordinal], self._wires[ordinal]
+            array, wire_dtype = self.arrays[ordinal].reshape(-1), wires[ordinal]
             start = offset // wire_dtype.itemsize
             count = min(array.size - start, (size - taken) // wire_dtype.itemsize)
             if count > 0:

@@ -248,7 +248,7 @@ class Optimizer(Resource):
         arrays = self._model.outputs(wanted, out)
         if out is not None:
             self._check_lent(wanted, arrays)
-        return Updates(wanted, arrays, self._wire, _REPLIES[reply])
+        return Updates(wanted, arrays, self._layouts, _REPLIES[reply])
 
     def _check_lent(self, indices: list[int], arrays: list[np.ndarray]) -> None:
         """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
