@@ -19,6 +19,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def p10(self) -> float:
+        return statistics.quantiles(self.seconds, n=10)[0]
+
+    @property
     def p99(self) -> float:
         return statistics.quantiles(self.seconds, n=100)[98]
 
