@@ -146,6 +146,11 @@ class App:
         return ended
 
 
+ARENAS = 4
+"""Of the allocator. What each keeps of the memory of messages is a part of `ServerConfig.wire_bytes`; by itself glibc
+has 8 for each processor, and hundreds of threads to fill them."""
+
+
 def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -164,7 +169,7 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         logger.info("%s: draining", signal.Signals(number).name)
 
-    malloc.keep_freed_memory()
+    malloc.keep_freed_memory(ARENAS)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     if target_file:
