@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -43,6 +44,7 @@ class SharedStaging:
         self._memory = sysv.attach(int(number[1]), message.size_bytes)
         self._offsets = {GRADIENT: message.offsets, CURVATURE: message.curvature_offsets}
         self._places: dict[tuple[Operand, int], np.ndarray] = {}
+        self._arrays: dict[tuple[Operand, int], np.ndarray] = {}
         self._dirty = self._word(message.dirty_offset)
         self._replied = self._word(message.replied_offset)
         self.nonce = self._memory[message.nonce_offset : message.nonce_offset + NONCE_BYTES].tobytes()
@@ -51,8 +53,16 @@ class SharedStaging:
         return self._memory[offset : offset + _WORD.itemsize].view(_WORD)
 
     def array(self, operand: Operand, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """The place of one parameter."""
-        return self._place(operand, index, math.prod(shape), dtype).reshape(tuple(shape))
+        """The place of one parameter, always the same array, unless its user has given it another shape."""
+        array, shape = self._arrays.get((operand, index)), tuple(shape)
+        if array is None or array.shape != shape:
+            array = self._place(operand, index, math.prod(shape), dtype).reshape(shape)
+            self._arrays[operand, index] = array
+        return array
+
+    def _is_place(self, operand: Operand, index: int, array: np.ndarray, place: np.ndarray) -> bool:
+        """Whether an array is the place itself, and not to be copied."""
+        return array is self._arrays.get((operand, index)) or _same(place, array)
 
     def _place(self, operand: Operand, index: int, size: int, dtype: np.dtype) -> np.ndarray:
         """Likewise, flat; its size and dtype are always the same."""
@@ -70,14 +80,14 @@ class SharedStaging:
                 continue
             operand, index, array = arrival
             place = self._place(operand, index, array.size, array.dtype)
-            if not _same(place, array):
+            if not self._is_place(operand, index, array, place):
                 np.copyto(place, array.reshape(-1))
 
     def get(self, updates: Mapping[int, np.ndarray]) -> None:
         """Read updates by index of their parameters."""
         for index, array in updates.items():
             place = self._place(GRADIENT, index, array.size, array.dtype)
-            if _same(place, array):
+            if self._is_place(GRADIENT, index, array, place):
                 # They are the caller's from now on, and no longer a reply to be replayed.
                 self.touch()
             else:
@@ -91,6 +101,7 @@ class SharedStaging:
         """Let go of the memory, which lives on as long as somebody has an array of it."""
         self._memory = self._dirty = self._replied = np.empty(0, np.uint8)
         self._places.clear()
+        self._arrays.clear()
 
     def has_overwritten(self, step: int, arrays: Iterable[np.ndarray]) -> bool:
         """Whether these gradients of a step lie here, and the server has begun to put its updates in their place."""
@@ -117,17 +128,26 @@ def _check_places(message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, in
 class Lent:
     """The places of one staging area's gradients that a user has as arrays.
 
+    It does not keep them, as the memory may be gone before this is.
+
     Args:
-        places: The place of each parameter.
+        arrays: Those of each parameter.
     """
 
-    def __init__(self, places: Sequence[np.ndarray]) -> None:
-        self._begins = [_address(place) for place in places]
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = [weakref.ref(array) for array in arrays]
+        self._begins = [_address(array) for array in arrays]
         self._begin = min(self._begins, default=0)
-        self._end = max((_address(place) + place.nbytes for place in places), default=0)
+        self._end = max((_address(array) + array.nbytes for array in arrays), default=0)
+
+    def are(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether it is made of these very arrays."""
+        return all(known() is array for known, array in zip(self._arrays, arrays, strict=True))
 
     def is_of_another(self, index: int, array: np.ndarray) -> bool:
         """Whether an array for one parameter lies in the place of another, which would be overwritten or read late."""
+        if array is self._arrays[index]():
+            return False
         address = _address(array)
         return address != self._begins[index] and self._begin <= address < self._end and array.size > 0
 

@@ -164,7 +164,9 @@ class Optimizer(Resource):
             )
         if shared:
             shared.touch()
-            self._lent = Lent(list(arrays.values()))
+            lent = list(arrays.values())
+            if self._lent is None or not self._lent.are(lent):
+                self._lent = Lent(lent)
         return arrays
 
     def step(
@@ -252,8 +254,10 @@ class Optimizer(Resource):
 
     def _check_lent(self, indices: list[int], arrays: list[np.ndarray]) -> None:
         """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
+        if self._lent is None:
+            return
         for index, array in zip(indices, arrays, strict=True):
-            if self._lent is not None and self._lent.is_of_another(index, array):
+            if self._lent.is_of_another(index, array):
                 name = self._model.parameters[index].name
                 raise InvalidArgumentError(
                     f"The array for {name!r} lies in the buffer of another parameter; pass buffers()[{name!r}] itself, "
