@@ -19,8 +19,8 @@ FULL = 0.95
 WAITED_S = 1.0
 """Those that have waited for less are spared."""
 
-NOTICED = 0.005
-"""Of `memory_bytes`: less is no change."""
+NOTICED, NOTICED_BYTES = 0.005, 1 << 20
+"""A part of `memory_bytes`, and bytes: less than either is no change."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long it waits where ending calls has not helped; each time twice as long as before."""
@@ -44,7 +44,7 @@ class Relief:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._full_bytes = FULL * memory_bytes
-        self._noticed_bytes = NOTICED * memory_bytes
+        self._noticed_bytes = max(NOTICED * memory_bytes, NOTICED_BYTES)
         self._places = places
         self._own_bytes = own_bytes
         self._clock = clock

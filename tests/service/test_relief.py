@@ -12,10 +12,10 @@ MIB = 1 << 20
 
 
 class Waiting:
-    """Calls that wait, each of which holds as much memory as one says."""
+    """So many calls that wait."""
 
-    def __init__(self, count: int, each: int) -> None:
-        self.count, self.each = count, each
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def end_some_who_wait(self, _waited_s: float) -> int:
         some = -(-self.count // 2)
@@ -25,31 +25,32 @@ class Waiting:
 
 @pytest.mark.parametrize(("each", "ended"), [(10, [8, 4, 0, 0]), (0, [8, 0, 0, 0])])
 def test_calls_are_ended_for_memory_as_long_as_that_helps(each, ended):
-    calls, now = Waiting(16, each), 100.0
-    relief = Relief(1000, [calls], lambda: 900 + calls.count * calls.each if each else 990, lambda: now)
+    calls, now = Waiting(16), 100.0
+    used_bytes = (lambda: (900 + calls.count * each) * MIB) if each else (lambda: 990 * MIB)
+    relief = Relief(1000 * MIB, [calls], used_bytes, lambda: now)
     assert [relief.look() for _ in range(4)] == ended
 
 
 def test_calls_are_ended_for_memory_again_after_pauses_or_once_it_has_grown():
-    calls, now, used_bytes = Waiting(1024, 0), 100.0, 960
-    relief = Relief(1000, [calls], lambda: used_bytes, lambda: now)
+    calls, now, used_mib = Waiting(1024), 100.0, 960
+    relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, lambda: now)
     assert (relief.look(), relief.look()) == (512, 0)
     now += FIRST_PAUSE_S
     assert (relief.look(), relief.look()) == (256, 0)
     now += FIRST_PAUSE_S
     assert relief.look() == 0
-    used_bytes = 970
+    used_mib = 970
     assert (relief.look(), relief.look()) == (128, 0)
-    used_bytes = 900
+    used_mib = 900
     assert relief.look() == 0
-    used_bytes = 960
+    used_mib = 960
     assert (relief.look(), relief.look()) == (64, 0)
 
 
 def test_a_server_whose_own_memory_is_beyond_the_limit_does_not_end_calls_again_and_again(tmp_path):
     options = config_of(tmp_path, memory_bytes=16 * MIB, receive_s=60)
     with optserve.local_server(backend="numpy", options=options) as server, raw(server.target) as (connection,):
-        calls = [connection.call(STEPS) for _ in range(8)]
+        calls = [connection.call(STEPS) for _ in range(60)]
 
         def ended() -> int:
             return sum(call in connection.statuses for call in calls)
