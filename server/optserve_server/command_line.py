@@ -84,9 +84,11 @@ def serve(
 
     try:
         run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof, target_file=target_file)
-    except (settings.ConfigError, JournalError, RuntimeError, OSError) as error:
+    # ValueError besides ConfigError: what the system's calls and libraries do not take.
+    except (ValueError, JournalError, RuntimeError, OSError) as error:
         from optserve.cli.console import show_error
 
+        logging.getLogger("optserve_server").debug("the server could not start, or go on", exc_info=True)
         show_error(str(error), "optserve serve")
         raise typer.Exit(2) from error
 

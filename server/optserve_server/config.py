@@ -120,6 +120,8 @@ class ServerConfig:
                 object.__setattr__(self, item.name, float(value))
             elif type(value).__name__ != item.type:
                 raise ConfigError(f"{item.name} must be of type {item.type}, not {value!r}.")
+            elif isinstance(value, str):
+                self._require(item.name, "\0" not in value, "must not contain a null character")
         for name in (
             "max_streams",
             "unary_threads",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optserve.machine import usable_cores
+from optserve.machine import own_bytes, usable_cores
 
 PERIOD = "100000"
 
@@ -58,6 +58,15 @@ def test_groups_that_say_nothing_of_use_do_not_count(tmp_path, own, quota):
 
 def test_where_there_are_no_groups_the_cores_count(tmp_path):
     assert usable_cores(tmp_path / "none", tmp_path / "neither") == 8
+
+
+@pytest.mark.parametrize("content", ["", "1", "1 2 x", "\xff"])
+def test_memory_that_the_system_does_not_tell_is_none(tmp_path, content):
+    """A server did not start where /proc is not to be read."""
+    assert own_bytes() > 1 << 20
+    assert own_bytes(tmp_path / "none") == 0
+    (tmp_path / "statm").write_text(content)
+    assert own_bytes(tmp_path / "statm") == 0
 
 
 def test_a_backend_takes_them_where_nobody_says_how_many(monkeypatch):

@@ -357,11 +357,43 @@ def test_a_server_whose_parent_dies_ends_too(tmp_path):
         (["--config", "/nonexistent.toml"], "Cannot read the configuration"),
         (["--backend", "tpu"], "There is no backend 'tpu'"),
         (["--host", "203.0.113.1"], "Cannot listen on 203.0.113.1"),
+        (["--data-dir", "/proc/optserve"], "The data folder /proc/optserve cannot be used"),
     ],
 )
-def test_a_server_that_cannot_start_says_why(options, message):
-    with pytest.raises(optserve.UnavailableError, match=message), optserve.local_server(options=options):
+def test_a_server_that_cannot_start_says_why_in_a_line(options, message):
+    with pytest.raises(optserve.UnavailableError, match=message) as caught, optserve.local_server(options=options):
         pass
+    # The end of a traceback has no other mark.
+    assert 'File "' not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["data_dir", "uds", "host"])
+def test_a_setting_that_no_system_call_takes_is_named(tmp_path, setting):
+    config = tmp_path / "optserve.toml"
+    config.write_text(f'{setting} = "a\\u0000b"\n')
+    with pytest.raises(optserve.UnavailableError, match=f"{setting} must not contain a null character") as caught:
+        optserve.local_server(options=["--config", str(config)]).__enter__()
+    # The end of a traceback has no other mark.
+    assert 'File "' not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", ["OSError(24, 'Too many open files')", "ValueError('odd')", "RuntimeError('no')"])
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_what_a_library_raises_at_the_start_is_a_line_too(error, level):
+    """With --log-level debug where it happened is logged besides."""
+    script = (
+        "import optserve_server.app as app, sys\n"
+        f"def run(*arguments, **options): raise {error}\n"
+        "app.run = run\n"
+        "from optserve_server.command_line import app as command\n"
+        "command(sys.argv[1:], prog_name='optserve serve')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--log-level", level], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("optserve serve: ")
+    assert ("Traceback" in done.stderr) == (level == "debug")
 
 
 def test_an_unknown_setting_is_named(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+OWN_PAGES = Path("/proc/self/statm")
 
 
 def usable_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> int:
@@ -44,11 +45,17 @@ def usable_bytes(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> in
     return min(limits)
 
 
-def own_bytes() -> int:
-    """Memory of this process that nothing but the process itself can give back."""
-    # Pages in memory, and those of them that files or other processes share.
-    _, resident, shared, *_ = map(int, _read(Path("/proc/self/statm")).split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+def own_bytes(own_pages: Path = OWN_PAGES) -> int:
+    """Memory of this process that nothing but the process itself can give back; 0 where the system does not say.
+
+    Args:
+        own_pages: The file that says how many pages it has.
+    """
+    # Pages in all, those in memory, and those of them that files or other processes share.
+    words = _read(own_pages).split()
+    if len(words) < 3 or not all(word.isdecimal() for word in words):
+        return 0
+    return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups(controller: str, cgroups: Path, own_cgroups: Path) -> Iterator[Path]:
