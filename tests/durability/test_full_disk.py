@@ -204,6 +204,7 @@ def test_nobody_else_may_read_a_data_folder(tmp_path, umask):
         # Another way to keep a folder, with a file of its own.
         server = Server(tmp_path / "data", interval_s=3600)
         server.die()
+        of_unclean = (tmp_path / "data" / "UNCLEAN").stat().st_mode
         again = Server(tmp_path / "data")
         step(again.optimizers.get("a"), 1)
         again.die()
@@ -213,3 +214,4 @@ def test_nobody_else_may_read_a_data_folder(tmp_path, umask):
     assert {path.name for path in paths} >= {"LOCK", "manifest.json", "t.safetensors", "checkpoints", "NEWEST_SEGMENT"}
     open_to_others = [path for path in paths if path.stat().st_mode & 0o077]
     assert not open_to_others
+    assert not of_unclean & 0o077
