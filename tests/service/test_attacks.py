@@ -295,6 +295,38 @@ def test_transfers_that_nobody_reads_keep_no_place(hosted, method):
         assert client.optimizer("a").pull_parameters().step == 0
 
 
+@pytest.mark.parametrize("method", ["ExportState", "PullParameters"])
+def test_a_transfer_that_nobody_reads_gives_its_place_to_one_that_needs_it(tmp_path, method):
+    """Long before it is ended for not moving."""
+    kind = {"ExportState": checkpoints_pb2.ExportStateRequest, "PullParameters": replicas_pb2.PullParametersRequest}
+    request = kind[method](name="optimizers/a").SerializeToString()
+    with serving(tmp_path, max_streams=4, idle_step_s=600.0) as server, optserve.connect(server.target) as client:
+        x = {"x": np.zeros(6_000_000, np.float32)}
+        opt = client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), x, hosted=True)
+        with raw(server.target, 2, no_window=True) as connections, grpc.insecure_channel(server.target) as channel:
+            stub = service_pb2_grpc.OptimizerServiceStub(channel)
+
+            def are_taken() -> bool:
+                for connection in connections:
+                    for _ in range(2):
+                        connection.call(SERVICE + method, request, end=True)
+                return is_full(stub)
+
+            wait_until(are_taken)
+            # Refused until one of them has not taken anything for a while, and then let in.
+            wait_until(lambda: can(opt.pull_parameters), seconds=60)
+            wait_until(lambda: can(opt.export_state), seconds=60)
+
+
+def is_full(stub: service_pb2_grpc.OptimizerServiceStub) -> bool:
+    """Whether there is no place for one more stream."""
+    try:
+        list(stub.PullParameters(replicas_pb2.PullParametersRequest(name="optimizers/a")))
+    except grpc.RpcError as error:
+        return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return False
+
+
 def test_segments_that_nobody_proves_to_see(tmp_path):
     """One was kept for as long as its stream, so that no other client could share memory."""
     with serving(tmp_path, receive_s=0.5) as server, grpc.insecure_channel(server.target) as channel:
