@@ -40,10 +40,12 @@ def doom(seed: int, max_calls: int) -> None:
             if chosen and moment == "within" and name == "pwrite":
                 real(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
                 die()
-            result = real(*arguments, **options)
-            if chosen:
-                die()
-            return result
+            try:
+                return real(*arguments, **options)
+            finally:
+                # Also where the call fails, as one for a file that may be missing.
+                if chosen:
+                    die()
 
         setattr(owner, name, call)
 
