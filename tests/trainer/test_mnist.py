@@ -155,6 +155,23 @@ def test_the_learning_rate_falls_on_a_plateau_of_the_held_out_error(client, name
     assert report.steps == 5 * -(-(len(dataset.train_labels) - 100) // BATCH)
 
 
+def test_the_command_anneals_where_it_is_told_to(server, tmp_path):
+    rng = np.random.default_rng(0)
+    # One batch more than the 5,000 images that are held out.
+    for prefix, count in (("train", 5000 + BATCH), ("t10k", 10)):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", rng.integers(0, 256, (count, 5, 5)))
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", rng.integers(0, 2, count))
+    report = tmp_path / "report.json"
+    # Nothing is learned at this rate, so the error never falls.
+    done = optserve(
+        "mnist", "--target", server.target, "--data-dir", tmp_path, "--algorithm", "sgd", "--learning-rate", "1e-30",
+        "--anneal", "plateau", "--patience", "1", "--epochs", "3", "--json", report,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    annealed = json.loads(report.read_text())["settings"]["annealed"]
+    assert [(change["after_epoch"], change["learning_rate"]) for change in annealed] == [(2, 5e-31), (3, 2.5e-31)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
