@@ -313,9 +313,7 @@ class DataFolder:
                 _remove(leftover)
         self._journal.cut_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
-        self._upkeep.snapshot_made(time.perf_counter() - start)
-        # Every second or two of a fast run, so not for every log.
-        logger.debug("snapshot %s", path.name)
+        self._upkeep.snapshot_made(path.name, time.perf_counter() - start)
         return path
 
     def close(self, *, snapshot: bool = True) -> None:

@@ -70,11 +70,14 @@ class Upkeep:
                 return False
             return grown or (self._refused > 0 and now >= self._pause_when_refused_until)
 
-    def snapshot_made(self, seconds: float) -> None:
-        """A snapshot was written, in so many seconds."""
+    def snapshot_made(self, name: str, seconds: float) -> None:
+        """A snapshot of that name was written, in so many seconds."""
         with self._lock:
-            self._failure, self._failures = "", 0
+            failures, self._failure, self._failures = self._failures, "", 0
             self._pause_when_refused_until = self._clock() + min(_TIMES_ITS_LENGTH * seconds, MAX_PAUSE_S)
+        # Whoever has read of the failures wants to read of their end; the others come every second or two.
+        level = logging.WARNING if failures else logging.DEBUG
+        logger.log(level, "snapshot %s was written%s", name, f"; {failures} before it had failed" if failures else "")
         # There is room again where the journal was.
         self.accepted()
 

@@ -105,6 +105,19 @@ def test_a_disk_that_was_full_is_gone_on_with(tmp_path, monkeypatch):
     again.die()
 
 
+def test_the_first_snapshot_after_failures_is_told_to_every_log(caplog):
+    caplog.set_level(logging.INFO)
+    upkeep = Upkeep(Clock())
+    upkeep.snapshot_made("calm", 0.1)
+    assert not caplog.records
+    upkeep.snapshot_failed(NO_ROOM)
+    upkeep.snapshot_failed(NO_ROOM)
+    upkeep.snapshot_made("first", 0.1)
+    upkeep.snapshot_made("next", 0.1)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records if "was written" in record.message]
+    assert told == [("WARNING", "snapshot first was written; 2 before it had failed")]
+
+
 def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer_and_longer_pauses():
     clock = Clock()
     upkeep = Upkeep(clock)
@@ -120,7 +133,7 @@ def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer
     assert max(np.diff(tried)) == MAX_PAUSE_S
     # One that is made ends the refusal, and is not followed by another at once.
     clock.now += MAX_PAUSE_S
-    upkeep.snapshot_made(2.0)
+    upkeep.snapshot_made("s", 2.0)
     upkeep.refused(NO_ROOM)
     assert not upkeep.is_snapshot_due(grown=False)
     assert upkeep.is_snapshot_due(grown=True)
@@ -148,7 +161,7 @@ def test_what_is_wrong_is_said_once_a_minute(caplog):
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.accepted()
     assert "snapshots cannot be written" in upkeep.problem
-    upkeep.snapshot_made(1.0)
+    upkeep.snapshot_made("s", 1.0)
     assert not upkeep.problem
 
 
