@@ -74,4 +74,5 @@ def test_a_backend_takes_them_where_nobody_says_how_many(monkeypatch):
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
     assert load("numpy", 5).device == "CPU, 5 threads"
+    assert load("numpy", 1).device == "CPU, 1 thread"
     assert load("numpy").device == f"CPU, {usable_cores()} threads"

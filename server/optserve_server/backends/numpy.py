@@ -29,7 +29,8 @@ class NumpyBackend(Backend):
     @property
     def device(self) -> str:
         """What it computes on, in words."""
-        return f"CPU, {self._slices.threads} threads"
+        threads = self._slices.threads
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
     def staging(self, size_bytes: int) -> np.ndarray:
         """A buffer of bytes."""
