@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_status import rpc_status
 
-from optserve import machine
+from optserve import machine, malloc
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
 from optserve_server.places import MIN_BYTES_PER_S, SPARED_S, Patience, Place, Places, Waiting
@@ -148,7 +148,8 @@ class Gate(grpc.ServerInterceptor):
         transfer_ends = {**ends, **taking, Waiting.NEXT_MESSAGE: config.idle_step_s}
         self._moving = Patience({**first, **stalled}, transfer_ends, by_bytes=True)
         self._turns = Turns(config.unary_threads)
-        self._relief = Relief(config.memory_bytes, (self._streams.places, self._unary.places), machine.own_bytes)
+        ending = (self._streams.places, self._unary.places)
+        self._relief = Relief(config.memory_bytes, ending, machine.own_bytes, malloc.trim)
         self._replies = Replies(config.max_reply_bytes, config.idle_step_s)
         self._health_replies = Replies(HEALTH_REPLIES_BYTES, config.receive_s)
         self.refusals = ThreadPoolExecutor(REFUSAL_THREADS, thread_name_prefix="refusal")

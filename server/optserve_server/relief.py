@@ -33,6 +33,7 @@ class Relief:
         memory_bytes: What the process may use.
         places: Those of the calls.
         own_bytes: Tells what it uses.
+        trim: Lets the allocator give back what is freed, before anybody is ended for it.
         clock: Tells the time in seconds.
     """
 
@@ -41,12 +42,14 @@ class Relief:
         memory_bytes: int,
         places: Sequence[Places],
         own_bytes: Callable[[], int],
+        trim: Callable[[], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._full_bytes = FULL * memory_bytes
         self._noticed_bytes = max(NOTICED * memory_bytes, NOTICED_BYTES)
         self._places = places
         self._own_bytes = own_bytes
+        self._trim = trim
         self._clock = clock
         self._forget()
 
@@ -76,6 +79,9 @@ class Relief:
         return self._end_some(used, now)
 
     def _end_some(self, used: int, now: float) -> int:
+        self._trim()
+        if self._own_bytes() <= self._full_bytes:
+            return 0
         ended = sum(places.end_some_who_wait(WAITED_S) for places in self._places)
         if not ended:
             return 0

@@ -23,17 +23,32 @@ class Waiting:
         return some
 
 
+def no_trim() -> None:
+    """There is no freed memory to be given back."""
+
+
 @pytest.mark.parametrize(("each", "ended"), [(10, [8, 4, 0, 0]), (0, [8, 0, 0, 0])])
 def test_calls_are_ended_for_memory_as_long_as_that_helps(each, ended):
     calls, now = Waiting(16), 100.0
     used_bytes = (lambda: (900 + calls.count * each) * MIB) if each else (lambda: 990 * MIB)
-    relief = Relief(1000 * MIB, [calls], used_bytes, lambda: now)
+    relief = Relief(1000 * MIB, [calls], used_bytes, no_trim, lambda: now)
     assert [relief.look() for _ in range(4)] == ended
+
+
+def test_nobody_is_ended_where_freed_memory_can_be_given_back():
+    calls, used_mib = Waiting(16), 990
+
+    def trim() -> None:
+        nonlocal used_mib
+        used_mib = 500
+
+    relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, trim)
+    assert (relief.look(), used_mib, calls.count) == (0, 500, 16)
 
 
 def test_calls_are_ended_for_memory_again_after_pauses_or_once_it_has_grown():
     calls, now, used_mib = Waiting(1024), 100.0, 960
-    relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, lambda: now)
+    relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, no_trim, lambda: now)
     assert (relief.look(), relief.look()) == (512, 0)
     now += FIRST_PAUSE_S
     assert (relief.look(), relief.look()) == (256, 0)

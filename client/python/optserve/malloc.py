@@ -35,3 +35,10 @@ def keep_freed_memory(arenas: int = 0) -> None:
     mallopt(_M_TOP_PAD, KEPT_BYTES)
     if arenas:
         mallopt(_M_ARENA_MAX, arenas)
+
+
+def trim() -> None:
+    """Give freed memory back to the system; does nothing where the C library is not glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
