@@ -22,7 +22,16 @@ from grpc_status import rpc_status
 from optserve import machine, malloc
 from optserve_server.config import ServerConfig
 from optserve_server.errors import OptserveError, Reason
-from optserve_server.places import MIN_BYTES_PER_S, SPARED_S, Patience, Place, Places, Waiting
+from optserve_server.places import (
+    FIRST_MESSAGE,
+    MIN_BYTES_PER_S,
+    NEXT_MESSAGE,
+    SPARED_S,
+    TAKING,
+    Patience,
+    Place,
+    Places,
+)
 from optserve_server.relief import Relief
 from optserve_server.replies import Replies
 from optserve_server.status import to_status
@@ -135,17 +144,17 @@ class Gate(grpc.ServerInterceptor):
         watchers = Places("health watchers are there", config.max_watchers)
         self._watch = Kind("watch", watchers, config.max_watchers + LEAVING)
         self._streams = Kind("stream", Places("streams are open", config.max_streams), config.max_streams + LEAVING)
-        first, ends = {Waiting.FIRST_MESSAGE: SPARED_S}, {Waiting.FIRST_MESSAGE: config.receive_s}
-        taking = {Waiting.TAKING: config.idle_step_s}
+        first, ends = {FIRST_MESSAGE: SPARED_S}, {FIRST_MESSAGE: config.receive_s}
+        taking = {TAKING: config.idle_step_s}
         self._arriving = Patience(first, ends)
         # The message of a unary call may be large, and its wire slow.
         upload_s = max(config.receive_s, config.max_message_bytes / MIN_BYTES_PER_S)
-        self._uploading = Patience(first, {Waiting.FIRST_MESSAGE: upload_s})
+        self._uploading = Patience(first, {FIRST_MESSAGE: upload_s})
         # Between two steps a client may be silent for hours; it comes back if its place is needed meanwhile.
-        idle = {Waiting.NEXT_MESSAGE: config.idle_step_s, Waiting.TAKING: STALLED_S}
+        idle = {NEXT_MESSAGE: config.idle_step_s, TAKING: STALLED_S}
         self._between_messages = Patience({**first, **idle}, {**ends, **taking})
-        stalled = {Waiting.NEXT_MESSAGE: STALLED_S, Waiting.TAKING: STALLED_S}
-        transfer_ends = {**ends, **taking, Waiting.NEXT_MESSAGE: config.idle_step_s}
+        stalled = {NEXT_MESSAGE: STALLED_S, TAKING: STALLED_S}
+        transfer_ends = {**ends, **taking, NEXT_MESSAGE: config.idle_step_s}
         self._moving = Patience({**first, **stalled}, transfer_ends, by_bytes=True)
         self._turns = Turns(config.unary_threads)
         ending = (self._streams.places, self._unary.places)
@@ -226,7 +235,7 @@ class Gate(grpc.ServerInterceptor):
                         place.go_on()
                     with closing(method(given, context)) as messages:
                         for message in messages:
-                            place.wait(Waiting.TAKING)
+                            place.wait(TAKING)
                             yield message
                             place.go_on()
                             if patience.by_bytes:
@@ -310,7 +319,7 @@ def _incoming(requests: Iterator[Any], place: Place) -> Iterator[Any]:
     for message in requests:
         place.go_on()
         yield message
-        place.wait(Waiting.NEXT_MESSAGE)
+        place.wait(NEXT_MESSAGE)
 
 
 def _ending(context: grpc.ServicerContext) -> Callable[[str], None]:

@@ -17,7 +17,7 @@ from optserve_server.layout import Arenas, Largest, Operand, Operands, Payload, 
 from optserve_server.segment import Segment
 from optserve_server.state import State
 
-_GRADIENT = Operand.GRADIENT
+_GRADIENT, _PARAMETER = Operand.GRADIENT, Operand.PARAMETER
 
 
 class Staging:
@@ -55,7 +55,7 @@ class Staging:
 
     def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
         """(arena that takes an operand, largest magnitude that it may have)."""
-        if operand is Operand.PARAMETER:
+        if operand is _PARAMETER:
             return self.updates[dtype], float(np.finfo(dtype).max)
         return self.operands[operand][dtype], self._state.limits[operand, dtype]
 

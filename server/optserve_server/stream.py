@@ -24,7 +24,7 @@ from optserve_server.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.control import ControlSocket
 from optserve_server.errors import OptserveError, Reason, fields_called
 from optserve_server.optimizers import Optimizer, Optimizers
-from optserve_server.places import Waiting, current
+from optserve_server.places import NEXT_MESSAGE, current
 from optserve_server.segment import Segment
 from optserve_server.step import Outcome, ReplyChunk, Step
 from optserve_server.turnstile import Turnstile
@@ -47,7 +47,6 @@ class _Phase(Enum):
 
 # Python finds a member in its Enum in 80 ns, and a small step has a dozen to look at.
 _CLOSED, _IDLE, _STAGING, _FAILED = _Phase
-_NEXT_MESSAGE = Waiting.NEXT_MESSAGE
 
 
 class StepStream:
@@ -172,7 +171,7 @@ class StepStream:
             raise ConnectionError("the stream cannot go on") from error
         finally:
             if self._place is not None:
-                self._place.wait(_NEXT_MESSAGE)
+                self._place.wait(NEXT_MESSAGE)
 
     def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
         if self._phase is not _CLOSED:
