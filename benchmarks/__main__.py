@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import crowd, durability, kernels, service
 from benchmarks.measure import Timing
-from optserve.machine import usable_cores
+from optserve._common.machine import usable_cores
 
 MNIST = 545_810
 LARGE = 16_000_000

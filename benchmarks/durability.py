@@ -13,10 +13,11 @@ import numpy as np
 
 import optserve
 from benchmarks.measure import Candidate, Timing, interleaved
-from optserve_server import backends, journal
-from optserve_server.config import ServerConfig
-from optserve_server.data_folder import DataFolder
-from optserve_server.optimizers import Optimizers
+from optserve_server.domain.config import ServerConfig
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics import backends
+from optserve_server.persistence import journal
+from optserve_server.persistence.data_folder import DataFolder
 
 Transport = Literal["grpc", "shm"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Candidate, Timing, interleaved
-from optserve_server import backends
-from optserve_server.rules import Adadelta
+from optserve_server.numerics import backends
+from optserve_server.numerics.rules import Adadelta
 
 PEER = "torch.optim.Adadelta"
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from optserve import halves
-from optserve_server.clipping import Clipping
-from optserve_server.errors import OptserveError
-from optserve_server.layout import Layout, Parameter
-from optserve_server.rules import RULES, Rule
-from optserve_server.schedule import AtSteps, Constant, Cosine, Exponential, InverseTime
-from optserve_server.settings import Group, Settings
+from optserve._common import half_floats
+from optserve_server.domain.errors import OptserveError
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import RULES, Rule
+from optserve_server.numerics.schedule import AtSteps, Constant, Cosine, Exponential, InverseTime
+from optserve_server.numerics.settings import Group, Settings
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
@@ -109,7 +109,9 @@ def any_settings(rng: np.random.Generator, layout: Layout) -> Settings:
 def any_values(rng: np.random.Generator, dtype: np.dtype, size: int, wire: np.dtype | None = None) -> np.ndarray:
     """Finite numbers of about one size, or of very different ones, that a wire holds."""
     sizes = SIZES[dtype]
-    most = min(halves.largest(wire), float(np.finfo(dtype).max)) if wire is not None else float(np.finfo(dtype).max)
+    most = (
+        min(half_floats.largest(wire), float(np.finfo(dtype).max)) if wire is not None else float(np.finfo(dtype).max)
+    )
     chosen = rng.choice(sizes, size) if rng.random() < 0.3 else np.full(size, pick(rng, sizes))
     chosen = chosen * rng.uniform(0.5, 1.0, size) * rng.choice((-1.0, 1.0), size)
     return np.clip(chosen, -most, most).astype(dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import oracle
-from optserve_server.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Rule, Sgd, Vsgd, WindowedRms
+from optserve_server.numerics.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Rule, Sgd, Vsgd, WindowedRms
 
 
 @dataclass(frozen=True)

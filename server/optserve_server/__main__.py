@@ -8,7 +8,7 @@ from optserve_command.signals import end_at_once
 def main() -> None:
     """Entry point of `optserve serve` and `python -m optserve_server`."""
     end_at_once()
-    from optserve_server.command_line import app
+    from optserve_server.cli.serve import app
 
     app(prog_name="optserve serve")
 

@@ -20,20 +20,20 @@ from grpc_reflection.v1alpha import reflection
 from rich.console import Console
 from rich.progress import Progress
 
-from optserve import malloc, wire
-from optserve_server import backends
-from optserve_server.admission import Admission
-from optserve_server.checkpoint_store import FolderStore, Limits, Store, TemporaryStore
-from optserve_server.checkpoints import Checkpoints
-from optserve_server.config import ConfigError, ServerConfig
-from optserve_server.data_folder import DataFolder, describe
-from optserve_server.descriptors import room_for_connections
-from optserve_server.durability import InMemory
-from optserve_server.health import Health
-from optserve_server.interceptors import Gate
-from optserve_server.journal import JournalError
-from optserve_server.optimizers import Optimizers
-from optserve_server.servicer import SERVICE, Servicer, handlers
+from optserve._common import malloc, wire
+from optserve_server.domain.config import ConfigError, ServerConfig
+from optserve_server.domain.descriptors import room_for_connections
+from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.health import Health
+from optserve_server.edge.interceptors import Gate
+from optserve_server.edge.service import SERVICE, Servicer, handlers
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics import backends
+from optserve_server.persistence.checkpoint_store import FolderStore, Limits, Store, TemporaryStore
+from optserve_server.persistence.checkpoints import Checkpoints
+from optserve_server.persistence.data_folder import DataFolder, describe
+from optserve_server.persistence.journal import JournalError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 import grpc
 import numpy as np
 
-from optserve import sysv
+from optserve._common import sysv
 from optserve.v1 import (
     checkpoints_pb2,
     optimizer_pb2,

@@ -10,9 +10,9 @@ import pytest
 import optserve
 import optserve.aio
 from optserve import algorithms
-from optserve._awaiting import Threads
+from optserve._aio.awaiting import Threads
 from optserve.aio import AsyncOptimizer, AsyncWorker
-from optserve_server.rules import RULES
+from optserve_server.numerics.rules import RULES
 
 PUBLIC = [
     "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Async", "AtSteps", "Bounded",

@@ -20,7 +20,7 @@ import pytest
 
 import optserve
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, service_pb2, service_pb2_grpc, statistics_pb2
-from optserve_server.config import ServerConfig
+from optserve_server.domain.config import ServerConfig
 
 PROGRAM = "from optserve.cli import main; main()"
 NOBODY = ("--target", "127.0.0.1:1")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import control, sysv
+from optserve._common import control, sysv
+from optserve._common.wire import encode
 from optserve.v1 import steps_pb2
-from optserve.wire import encode
 from service.wire_client import begin, commit, create, details, stream
 
 MODEL = {"w": np.ones((20, 3), np.float32), "b": np.ones(3, np.float64)}
@@ -69,14 +69,14 @@ def expected(client, name):
 def sent_over_grpc(monkeypatch, expected):
     """The messages that take the stream itself, the `open` of each included."""
     messages = []
-    put = optserve._stream._Outgoing.put
+    put = optserve._steps.stream._Outgoing.put
 
     def record(outgoing, step):
         step = list(step)
         messages.extend(steps_pb2.StreamStepsRequest.FromString(message) for message in step)
         put(outgoing, iter(step))
 
-    monkeypatch.setattr(optserve._stream._Outgoing, "put", record)
+    monkeypatch.setattr(optserve._steps.stream._Outgoing, "put", record)
     return messages
 
 
@@ -97,7 +97,7 @@ def test_steps_errors_and_replays_take_it(sent_over_grpc, opt, expected):
 def test_where_it_cannot_be_reached_control_takes_the_stream_and_info_says_so(
     sent_over_grpc, own_server, opt, expected, monkeypatch
 ):
-    monkeypatch.setattr("optserve.control.socket.AF_UNIX", socket.AF_INET)
+    monkeypatch.setattr("optserve._common.control.socket.AF_UNIX", socket.AF_INET)
     for seed in range(2):
         assert bits(opt.step(gradients(seed))) == expected[seed]
     transport, reason = opt.transport
@@ -108,7 +108,7 @@ def test_where_it_cannot_be_reached_control_takes_the_stream_and_info_says_so(
 
 def test_a_message_too_long_for_a_packet_takes_the_stream(sent_over_grpc, opt, expected, monkeypatch):
     opt.step(gradients(0))
-    monkeypatch.setattr("optserve._stream.MAX_PACKET_BYTES", 10)
+    monkeypatch.setattr("optserve._steps.stream.MAX_PACKET_BYTES", 10)
     assert bits(opt.step(gradients(1))) == expected[1]
     monkeypatch.undo()
     assert bits(opt.step(gradients(2))) == expected[2]
@@ -168,7 +168,7 @@ def test_a_killed_server_is_noticed_at_once(own_server, opt):
 @pytest.mark.parametrize("reachable", [True, False])
 def test_nothing_is_left_behind_by_streams_that_end(own_server, reachable, monkeypatch):
     if not reachable:
-        monkeypatch.setattr("optserve.control.socket.AF_UNIX", socket.AF_INET)
+        monkeypatch.setattr("optserve._common.control.socket.AF_UNIX", socket.AF_INET)
     threads, files = (Path(f"/proc/{own_server.process.pid}/{kind}") for kind in ("task", "fd"))
     held = []
     with optserve.connect(own_server.target) as client:

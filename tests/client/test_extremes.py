@@ -9,8 +9,8 @@ import pytest
 
 import optserve
 from extremes import Case, any_case, any_values, pick
-from optserve_server.rules import Rule
-from optserve_server.schedule import Schedule
+from optserve_server.numerics.rules import Rule
+from optserve_server.numerics.schedule import Schedule
 
 WIRES: tuple[Any, ...] = ("native", "native", "float16", "bfloat16", "float32")
 REFUSALS = {"GRADIENT_OVERFLOW", "REPLY_OVERFLOW", "NON_FINITE_VALUE"}

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import optserve
-from optserve._proxies import is_on_this_host
+from optserve._rpc.proxies import is_on_this_host
 
 DEAD_PROXY = "http://127.0.0.1:9"
 IMPATIENT = optserve.ClientConfig(connect_timeout_s=0.5)

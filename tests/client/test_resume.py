@@ -397,7 +397,7 @@ def test_a_stream_that_finds_no_place_is_tried_again(tmp_path):
 
 
 def test_a_failure_while_messages_are_made_reaches_the_caller(server, name, monkeypatch):
-    from optserve import _stream
+    from optserve._steps import stream
 
     client = optserve.connect(server.target, CONFIG)
     opt = client.create_optimizer(name, optserve.Sgd(), gradient(0))
@@ -406,9 +406,9 @@ def test_a_failure_while_messages_are_made_reaches_the_caller(server, name, monk
         yield from list(real(self, begin, max_chunk_bytes, **options))[:1]
         raise MemoryError("no room for a message")
 
-    real = _stream.Gradients.messages
+    real = stream.Gradients.messages
     with monkeypatch.context() as patch:
-        patch.setattr(_stream.Gradients, "messages", broken)
+        patch.setattr(stream.Gradients, "messages", broken)
         with pytest.raises(optserve.InternalError, match="no room for a message"):
             opt.step(gradient(0))
     opt.step(gradient(0))

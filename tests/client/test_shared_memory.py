@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import sysv
+from optserve._common import sysv
 from optserve.v1 import steps_pb2
 from service.wire_client import begin, chunk, commit, create, details, stream
 
@@ -121,7 +121,7 @@ def test_gradients_made_in_place_are_not_copied(near, reference, monkeypatch):
         for name, g in gradients(seed).items():
             arrays[name][...] = g
         with monkeypatch.context() as patch:
-            patch.setattr("optserve._shared.np.copyto", no_copy)
+            patch.setattr("optserve._steps.shared_memory.np.copyto", no_copy)
             updates = opt.step(arrays, out=arrays)
         assert all(updates[name] is arrays[name] for name in SHAPES)
         assert bits(updates) == bits(reference.step(gradients(seed)))

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import optserve
 import optserve.aio
-from optserve import safetensors as ours
+from optserve._common import safetensors as ours
 
 PARAMETERS = {"w": (40, 30), "b": (30,), "scale": (), "nothing": (0, 3)}
 

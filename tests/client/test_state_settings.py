@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import safetensors
+from optserve._common import safetensors
 
 SHAPES = {"w": (4, 3), "b": (3,)}
 SETTINGS = {

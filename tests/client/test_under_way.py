@@ -53,18 +53,18 @@ def test_some_parameters_only(opt, reference):
 
 
 def test_gradients_travel_before_the_last_one_is_there(client, name, monkeypatch):
-    from optserve import _stream
+    from optserve._steps import stream
 
     client.create_optimizer(name, optserve.Sgd(), gradients(0))
     opt = client.optimizer(name, transport="grpc")
-    sent, real = threading.Event(), _stream.wire.encode
+    sent, real = threading.Event(), stream.wire.encode
 
     def encode(header, *parts):
         if parts:
             sent.set()
         return real(header, *parts)
 
-    monkeypatch.setattr(_stream.wire, "encode", encode)
+    monkeypatch.setattr(stream.wire, "encode", encode)
     with opt.begin_step() as step:
         step.send("a", gradients(0)["a"])
         assert sent.wait(timeout=10)

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from optserve._patience import Watchdog
+from optserve._rpc.deadline import Watchdog
 
 
 def test_one_that_is_closed_by_an_action_calls_all_others_at_once():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve import halves
+from optserve._common import half_floats
 
-WIRES = {"float16": halves.FLOAT16, "bfloat16": halves.BFLOAT16}
+WIRES = {"float16": half_floats.FLOAT16, "bfloat16": half_floats.BFLOAT16}
 SHAPES = {"w": (300, 700), "b": (33,), "scale": (), "none": (0,)}
 
 
@@ -19,8 +19,8 @@ def rounded(arrays: dict[str, np.ndarray], wire: np.dtype) -> dict[str, np.ndarr
     result = {}
     for name, array in arrays.items():
         sent, back = np.empty(array.size, wire), np.empty(array.size, array.dtype)
-        halves.convert(array.reshape(-1), sent)
-        halves.convert(sent, back)
+        half_floats.convert(array.reshape(-1), sent)
+        half_floats.convert(sent, back)
         result[name] = back.reshape(array.shape)
     return result
 

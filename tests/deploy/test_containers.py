@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import optserve
-from optserve.examples.mnist import data
+from optserve_demo.mnist import data
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(600), pytest.mark.xdist_group("containers")]
 

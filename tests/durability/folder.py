@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from optserve_server import backends
-from optserve_server.config import ServerConfig
-from optserve_server.data_folder import DataFolder
-from optserve_server.layout import Layout, Parameter
-from optserve_server.optimizers import Optimizers
-from optserve_server.rules import Adadelta
-from optserve_server.settings import Settings
+from optserve_server.domain.config import ServerConfig
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics import backends
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Adadelta
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence.data_folder import DataFolder
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))

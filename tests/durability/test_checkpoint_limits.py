@@ -11,14 +11,14 @@ import pytest
 
 import optserve
 from durability.folder import F4, Server
-from optserve import safetensors
-from optserve_server import checkpoints as module
-from optserve_server.checkpoint_store import MAX_TEMPORARY, FolderStore, Limits, TemporaryStore
-from optserve_server.checkpoints import Checkpoints
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Parameter
-from optserve_server.rules import Sgd
-from optserve_server.settings import Settings
+from optserve._common import safetensors
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Sgd
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence import checkpoints as module
+from optserve_server.persistence.checkpoint_store import MAX_TEMPORARY, FolderStore, Limits, TemporaryStore
+from optserve_server.persistence.checkpoints import Checkpoints
 
 ONE = Layout((Parameter("w", (100,), F4),))
 

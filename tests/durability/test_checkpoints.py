@@ -10,13 +10,13 @@ import pytest
 
 import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
-from optserve_server import snapshot
-from optserve_server.checkpoint_store import FolderStore, TemporaryStore
-from optserve_server.checkpoints import Checkpoints
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Parameter
-from optserve_server.rules import Adadelta, Momentum
-from optserve_server.settings import Settings
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Adadelta, Momentum
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence import snapshot
+from optserve_server.persistence.checkpoint_store import FolderStore, TemporaryStore
+from optserve_server.persistence.checkpoints import Checkpoints
 
 
 def gradient(seed: int) -> dict[str, np.ndarray]:
@@ -339,7 +339,7 @@ def test_names_that_look_like_leftovers_are_no_leftovers(tmp_path):
 
 
 def test_a_name_that_could_not_be_made_durable_is_made_so_by_the_retry(tmp_path, folder, monkeypatch):
-    from optserve_server import checkpoint_store
+    from optserve_server.persistence import checkpoint_store
 
     server, checkpoints = folder
     server.create()
@@ -378,7 +378,7 @@ def test_a_checkpoint_from_before_a_hyperparameter_is_restored_with_its_default(
 def test_only_a_few_states_are_under_way_at_a_time(folder):
     from contextlib import ExitStack
 
-    from optserve_server.checkpoints import MAX_TRANSFERS
+    from optserve_server.persistence.checkpoints import MAX_TRANSFERS
 
     server, checkpoints = folder
     item = server.create()
@@ -482,7 +482,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(folder, monkeypatch):
     server, checkpoints = folder
     server.create()
     with monkeypatch.context() as patch:
-        patch.setattr("optserve_server.state_file.FORMAT_VERSION", 2)
+        patch.setattr("optserve_server.persistence.state_file.FORMAT_VERSION", 2)
         checkpoints.save("a", "one")
     with pytest.raises(OptserveError, match="it has format 2"):
         checkpoints.restore("a", "one")

@@ -16,12 +16,12 @@ import pytest
 
 import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
-from optserve_server import journal, snapshot
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Parameter
-from optserve_server.optimizers import Optimizers
-from optserve_server.rules import Adadelta, Momentum
-from optserve_server.settings import Settings
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Adadelta, Momentum
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence import journal, snapshot
 
 
 def full(*_arguments):

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
 from durability.folder import Server, fingerprint, step
-from optserve_server import folder_lock, journal
-from optserve_server.errors import OptserveError, Reason
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.persistence import folder_lock, journal
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ONES = {"w": np.ones(5, np.float32)}
@@ -117,7 +117,7 @@ def serve(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "optserve_server.journal_tool", *map(str, arguments)]
+    command = [sys.executable, "-m", "optserve_server.cli.journal", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

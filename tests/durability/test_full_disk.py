@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from durability.folder import MIB, Server, fingerprint, step
-from optserve_server import journal, snapshot
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.schedule import AtSteps
-from optserve_server.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.schedule import AtSteps
+from optserve_server.persistence import journal, snapshot
+from optserve_server.persistence.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
 
@@ -204,8 +204,8 @@ def test_marks_and_padding_count_as_well(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
 def test_nobody_else_may_read_a_data_folder(tmp_path, umask):
-    from optserve_server.checkpoint_store import FolderStore
-    from optserve_server.checkpoints import Checkpoints
+    from optserve_server.persistence.checkpoint_store import FolderStore
+    from optserve_server.persistence.checkpoints import Checkpoints
 
     before = os.umask(umask)
     try:

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from optserve_server import journal
-from optserve_server.journal import CorruptionError, Journal, Reader
-from optserve_server.journal import format as on_disk
+from optserve_server.persistence import journal
+from optserve_server.persistence.journal import CorruptionError, Journal, Reader
+from optserve_server.persistence.journal import format as on_disk
 
 STEP = 1
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from durability.folder import F4, MIB, Server, fingerprint
-from optserve_server import snapshot
-from optserve_server.layout import Layout, Parameter
-from optserve_server.rules import Sgd
-from optserve_server.settings import Group, Settings
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Sgd
+from optserve_server.numerics.settings import Group, Settings
+from optserve_server.persistence import snapshot
 
 MOST = 10.0
 """Times as long for four times as much. What is quadratic takes 16 times as long, and what is linear 4."""

@@ -9,7 +9,7 @@ import pytest
 
 import optserve
 from durability.folder import Server, fingerprint, step
-from optserve_server import journal, snapshot
+from optserve_server.persistence import journal, snapshot
 
 
 def gradient(step: int) -> dict[str, np.ndarray]:

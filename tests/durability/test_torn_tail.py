@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from optserve_server import journal
-from optserve_server.journal import CorruptionError, Journal, Reader
-from optserve_server.journal import format as on_disk
+from optserve_server.persistence import journal
+from optserve_server.persistence.journal import CorruptionError, Journal, Reader
+from optserve_server.persistence.journal import format as on_disk
 
 STEP = 1
 OLD = on_disk.Form(on_disk.RECORD_MAGIC, on_disk.OLD_RECORD, on_disk.OLD_SEGMENT.size)
@@ -240,7 +240,7 @@ def test_the_segment_that_is_noted_stays_until_another_one_is_noted(tmp_path, mo
 
     def leave_off(work, *arguments) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("optserve_server.journal.writer.set_newest", kill)
+            patch.setattr("optserve_server.persistence.journal.writer.set_newest", kill)
             with pytest.raises(Killed):
                 work(*arguments)
 

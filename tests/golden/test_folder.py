@@ -54,7 +54,7 @@ def assert_close(now, seen) -> None:
 def test_an_old_folder_comes_back_bit_for_bit(tmp_path, name):
     folder, expected = golden(name, tmp_path)
     verified = subprocess.run(
-        [sys.executable, "-m", "optserve_server.journal_tool", "verify", folder],
+        [sys.executable, "-m", "optserve_server.cli.journal", "verify", folder],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (verified.returncode, "good" in verified.stdout, TORN in verified.stdout) == (0, True, True)

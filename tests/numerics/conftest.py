@@ -2,7 +2,7 @@
 
 import pytest
 
-from optserve_server import backends
+from optserve_server.numerics import backends
 
 
 def _cuda_device_count() -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from extremes import SIZES, any_rule, any_values, pick
-from optserve_server.headroom import SLACK
-from optserve_server.rules import RULES, DiagonalHessian
-from optserve_server.rules.base import NUMBERS
-from optserve_server.schedule import SCHEDULES
+from optserve_server.numerics.headroom import SLACK
+from optserve_server.numerics.rules import RULES, DiagonalHessian
+from optserve_server.numerics.rules.base import NUMBERS
+from optserve_server.numerics.schedule import SCHEDULES
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 SIZE = 64

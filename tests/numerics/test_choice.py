@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from optserve_server import backends
+from optserve_server.numerics import backends
 
 
 @pytest.fixture

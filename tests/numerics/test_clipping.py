@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from optserve_server.clipping import Clipping
-from optserve_server.layout import Layout, Parameter, Payload
-from optserve_server.merge import mean
+from optserve_server.engine.workers.merge import mean
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.layout import Layout, Parameter, Payload
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 

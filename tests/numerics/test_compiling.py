@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numba.core import event
 
-from optserve_server import backends, rules
-from optserve_server.backends import numba_loops
+from optserve_server.numerics import backends, rules
+from optserve_server.numerics.backends import numba_loops
 
 THREADS = 16
 

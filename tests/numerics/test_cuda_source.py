@@ -7,9 +7,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from optserve_server import backends
-from optserve_server.backends import cuda_source
-from optserve_server.rules import RULES
+from optserve_server.numerics import backends
+from optserve_server.numerics.backends import cuda_source
+from optserve_server.numerics.rules import RULES
 
 C_TYPES = {"f4": "float", "f8": "double"}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from optserve import halves
+from optserve._common import half_floats
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
@@ -21,43 +21,43 @@ def torch_half(values: np.ndarray, kind: torch.dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("wire", "kind"), [(halves.BFLOAT16, torch.bfloat16), (halves.FLOAT16, torch.float16)], ids=str
+    ("wire", "kind"), [(half_floats.BFLOAT16, torch.bfloat16), (half_floats.FLOAT16, torch.float16)], ids=str
 )
 def test_rounding_is_torchs(backend, wire, kind):
     values = patterns()
     numbers = ~np.isnan(values)
     expected = torch_half(values, kind)
     here = np.empty(values.size, wire)
-    halves.convert(values, here)
+    half_floats.convert(values, here)
     for actual in (here, backend.give(values.copy(), wire)):
         assert np.array_equal(actual.view(np.uint16)[numbers], expected[numbers])
         back = np.empty(values.size, np.float32)
-        halves.convert(actual, back)
+        half_floats.convert(actual, back)
         assert np.array_equal(np.isnan(back), ~numbers)
         # And every half comes back exactly.
         again = np.empty(values.size, wire)
-        halves.convert(back, again)
+        half_floats.convert(back, again)
         assert np.array_equal(again.view(np.uint16)[numbers], actual.view(np.uint16)[numbers])
 
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
-@pytest.mark.parametrize("wire", [F4, F8, halves.FLOAT16, halves.BFLOAT16], ids=halves.name_of)
+@pytest.mark.parametrize("wire", [F4, F8, half_floats.FLOAT16, half_floats.BFLOAT16], ids=half_floats.name_of)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_what_comes_in_is_converted_and_checked(backend, dtype, wire, aligned):
     rng = np.random.default_rng(0)
     values = rng.standard_normal(1000).astype(dtype)
     sent = np.empty(1000, wire)
-    halves.convert(values, sent)
+    half_floats.convert(values, sent)
     raw = b"x" + sent.tobytes()
     sent = np.frombuffer(memoryview(raw)[1:] if not aligned else sent.tobytes(), wire)
     expected, staged = np.empty(1000, dtype), np.empty(1000, dtype)
-    halves.convert(sent, expected)
+    half_floats.convert(sent, expected)
     assert backend.take(staged, sent) == np.abs(expected).max()
     assert np.array_equal(staged, expected)
     for bad in (np.nan, np.inf, -np.inf):
         spoilt = sent.copy()
-        halves.convert(np.array([bad]), spoilt[777:778])
-        assert halves.value(spoilt[777:778]) == bad or np.isnan(bad)
+        half_floats.convert(np.array([bad]), spoilt[777:778])
+        assert half_floats.value(spoilt[777:778]) == bad or np.isnan(bad)
         assert not backend.take(staged, spoilt) <= np.finfo(dtype).max
 
 
@@ -76,11 +76,11 @@ def test_the_largest_magnitude_is_exact(backend, dtype, size):
     assert backend.largest(staged) == (np.abs(staged).max() if size else 0)
 
 
-@pytest.mark.parametrize("wire", [F4, F8, halves.FLOAT16, halves.BFLOAT16], ids=halves.name_of)
+@pytest.mark.parametrize("wire", [F4, F8, half_floats.FLOAT16, half_floats.BFLOAT16], ids=half_floats.name_of)
 def test_the_largest_number_of_a_wire_is_the_last_that_is_finite(wire):
-    largest, element = halves.largest(wire), np.empty(1, wire)
-    halves.convert(np.array([largest]), element)
-    assert halves.value(element) == largest
+    largest, element = half_floats.largest(wire), np.empty(1, wire)
+    half_floats.convert(np.array([largest]), element)
+    assert half_floats.value(element) == largest
     bits = element.view(f"u{wire.itemsize}")
     bits += 1
-    assert halves.value(element) == np.inf
+    assert half_floats.value(element) == np.inf

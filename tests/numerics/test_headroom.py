@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from optserve import halves
-from optserve_server.backends.numpy import NumpyBackend
-from optserve_server.headroom import NATIVE, Answers
-from optserve_server.layout import Layout, Operand, Parameter, Payload
-from optserve_server.rules import RULES
-from optserve_server.settings import Settings
-from optserve_server.state import State
+from optserve._common import half_floats
+from optserve_server.numerics.backends.numpy import NumpyBackend
+from optserve_server.numerics.headroom import NATIVE, Answers
+from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.rules import RULES
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.state import State
 
 F4 = np.dtype("f4")
 
@@ -53,7 +53,7 @@ def test_a_look_is_rare(kind, hosted):
 
 @pytest.mark.parametrize("kind", RULES.values(), ids=RULES)
 def test_it_is_rare_where_the_wire_is_narrow(kind):
-    looks, uncovered = steps_of(kind(), Answers(updates=(halves.FLOAT16,)))
+    looks, uncovered = steps_of(kind(), Answers(updates=(half_floats.FLOAT16,)))
     assert uncovered == 0
     assert looks <= 50
 
@@ -63,7 +63,7 @@ def test_a_first_gradient_that_is_much_larger_does_not_last():
     layout = Layout((Parameter("x", (1,), F4),))
     state = State(layout, Settings(RULES["momentum"]()), backend)
     arenas = layout.arenas(np.zeros(4, np.uint8))
-    payload, narrow = Payload(layout, (0,)), Answers(updates=(halves.FLOAT16,))
+    payload, narrow = Payload(layout, (0,)), Answers(updates=(half_floats.FLOAT16,))
     for size in (1e6, *[1.0] * 500):
         assert state.prepare(payload, arenas, {(Operand.GRADIENT, F4): size}, narrow).covered
     assert backend.looks < 20

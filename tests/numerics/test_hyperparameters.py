@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.rules import Adadelta, Adagrad, Momentum, Sgd, WindowedRms
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.rules import Adadelta, Adagrad, Momentum, Sgd, WindowedRms
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from optserve_server import backends
-from optserve_server.layout import Layout, Operand, Parameter, Payload
-from optserve_server.rules import RULES, Adadelta
-from optserve_server.settings import Settings
-from optserve_server.staging import Staging
-from optserve_server.state import State
+from optserve_server.numerics import backends
+from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.rules import RULES, Adadelta
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.staging import Staging
+from optserve_server.numerics.state import State
 from table import ROWS
 
 STEPS = 200

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve_server.rules import Vsgd
+from optserve_server.numerics.rules import Vsgd
 
 SETTINGS = list(
     itertools.product(

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from optserve.v1 import algorithms_pb2, errors_pb2, service_pb2, steps_pb2
-from optserve_server import features
-from optserve_server.errors import CODES, RETRY_AFTER_S, OptserveError, Reason
-from optserve_server.rules import RULES
-from optserve_server.status import to_status
+from optserve_server.domain.errors import CODES, RETRY_AFTER_S, OptserveError, Reason
+from optserve_server.edge import features
+from optserve_server.edge.status import to_status
+from optserve_server.numerics.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 

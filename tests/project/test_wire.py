@@ -5,7 +5,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optserve import wire
+from optserve._common import wire
 from optserve.v1 import checkpoints_pb2, steps_pb2
 
 Request = steps_pb2.StreamStepsRequest

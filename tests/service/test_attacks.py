@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
-from optserve_server.config import ServerConfig
-from optserve_server.interceptors import ARRIVING, LEAVING, QUEUED_PER_THREAD
+from optserve_server.domain.config import ServerConfig
+from optserve_server.edge.interceptors import ARRIVING, LEAVING, QUEUED_PER_THREAD
 from service.attacks import (
     CHECK,
     SERVICE,
@@ -455,7 +455,7 @@ def test_no_more_connections_are_let_in_than_the_limit(tmp_path):
 def test_connections_leave_descriptors_for_everything_else(limit, connections):
     script = (
         "import resource, sys\n"
-        "from optserve_server.descriptors import room_for_connections\n"
+        "from optserve_server.domain.descriptors import room_for_connections\n"
         "hard = min(int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1])\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 64), hard))\n"
         "print(room_for_connections(4096, 256), *resource.getrlimit(resource.RLIMIT_NOFILE))\n"

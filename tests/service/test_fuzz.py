@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from optserve.v1 import steps_pb2
-from optserve_server import backends
-from optserve_server.admission import Admission
-from optserve_server.config import ServerConfig
-from optserve_server.durability import InMemory
-from optserve_server.errors import OptserveError
-from optserve_server.layout import Layout, Parameter
-from optserve_server.optimizers import Optimizers
-from optserve_server.rules import Adadelta
-from optserve_server.settings import Settings
-from optserve_server.status import to_status
-from optserve_server.stream import StepStream
-from optserve_server.turnstile import Turnstile
+from optserve_server.domain.config import ServerConfig
+from optserve_server.domain.errors import OptserveError
+from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.status import to_status
+from optserve_server.edge.step_stream import StepStream
+from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics import backends
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Adadelta
+from optserve_server.numerics.settings import Settings
 
 INPUTS = int(os.environ.get("OPTSERVE_FUZZ", "100000"))
 SHARDS = 4

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import optserve
-from optserve import machine, wire
+from optserve._common import machine, wire
 from optserve.v1 import (
     algorithms_pb2,
     checkpoints_pb2,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optserve.machine import own_bytes, usable_cores
+from optserve._common.machine import own_bytes, usable_cores
 
 PERIOD = "100000"
 
@@ -70,7 +70,7 @@ def test_memory_that_the_system_does_not_tell_is_none(tmp_path, content):
 
 
 def test_a_backend_takes_them_where_nobody_says_how_many(monkeypatch):
-    from optserve_server.backends import load
+    from optserve_server.numerics.backends import load
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
     assert load("numpy", 5).device == "CPU, 5 threads"

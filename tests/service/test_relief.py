@@ -3,7 +3,7 @@
 import pytest
 
 import optserve
-from optserve_server.relief import FIRST_PAUSE_S, Relief
+from optserve_server.edge.relief import FIRST_PAUSE_S, Relief
 from service.attacks import SERVICE, raw, wait_until
 from service.worker_harness import config_of
 

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 import optserve
-from optserve.malloc import KEPT_BYTES
+from optserve._common.malloc import KEPT_BYTES
 from optserve.v1 import service_pb2, service_pb2_grpc, steps_pb2
 from optserve_server.app import ARENAS, App
-from optserve_server.config import ServerConfig
+from optserve_server.domain.config import ServerConfig
 from service.attacks import SERVICE, raw, used, wait_until
 from service.wire_client import begin, chunk, commit, create, details, stream
 from service.worker_harness import HOSTED, QUICK, X, config_of, place, report, run_all, shared

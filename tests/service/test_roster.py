@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from optserve_server import roster as roster_module
-from optserve_server.errors import OptserveError
-from optserve_server.lane import Lane
-from optserve_server.room import Room
-from optserve_server.roster import Roster
-from optserve_server.step import Retained
+from optserve_server.domain.errors import OptserveError
+from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.transaction import Retained
+from optserve_server.engine.workers import registry as roster_module
+from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.engine.workers.registry import Roster
 
 
 def lane() -> Lane:

@@ -28,7 +28,7 @@ from optserve.v1 import (
     steps_pb2,
 )
 from optserve.v1.steps_pb2 import StreamStepsRequest as Request
-from optserve_server.rules import RULES
+from optserve_server.numerics.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
 MIB = 1 << 20
@@ -385,7 +385,7 @@ def test_what_a_library_raises_at_the_start_is_a_line_too(error, level):
         "import optserve_server.app as app, sys\n"
         f"def run(*arguments, **options): raise {error}\n"
         "app.run = run\n"
-        "from optserve_server.command_line import app as command\n"
+        "from optserve_server.cli.serve import app as command\n"
         "command(sys.argv[1:], prog_name='optserve serve')\n"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from optserve.v1 import service_pb2, steps_pb2
-from optserve_server.config import ConfigError, ServerConfig
+from optserve_server.domain.config import ConfigError, ServerConfig
 from service.wire_client import Request, begin, chunk, commit, create, details, gradients, refused, stream
 
 SHAPES = {"w": (4, 3), "b": (3,), "scalar": ()}

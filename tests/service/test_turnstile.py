@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 
 import optserve
-from optserve_server.turnstile import Turnstile
+from optserve_server.edge.upload_limiter import Turnstile
 
 
 def entering(turnstile: Turnstile, who: str, order: list[str]) -> threading.Thread:

@@ -17,7 +17,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 import optserve
 from optserve.v1 import optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
-from optserve_server.journal import Reader
+from optserve_server.persistence.journal import Reader
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 from service.worker_harness import HOSTED, MODEL, X, config_of, full, place, report, run_all, shared
 

@@ -14,7 +14,7 @@ import numpy as np
 import platformdirs
 import pytest
 
-from optserve.examples.mnist import data
+from optserve_demo.mnist import data
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_file_is_not_unpacked_without_end(tiny, monkeypatch):
 AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from optserve.examples.mnist import data
+from optserve_demo.mnist import data
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)

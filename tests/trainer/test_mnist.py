@@ -15,8 +15,8 @@ import pytest
 
 from optserve import DiagonalHessian, Sgd, local_server
 from optserve.cli.mnist import ActivationName, MethodName
-from optserve.examples.mnist.data import load
-from optserve.examples.mnist.train import BATCH, Plateau, Report, new_network, train
+from optserve_demo.mnist.data import load
+from optserve_demo.mnist.train import BATCH, Plateau, Report, new_network, train
 from trainer.test_data import write_idx
 
 
@@ -368,7 +368,7 @@ def test_every_command_has_a_help_text(command):
 
 def test_the_choices_of_the_command_line_are_those_of_the_package():
     from optserve.algorithms import ALGORITHMS
-    from optserve.examples.mnist.network import ACTIVATIONS
+    from optserve_demo.mnist.network import ACTIVATIONS
 
     assert list(MethodName.__args__) == list(ALGORITHMS)
     assert set(ActivationName.__args__) == set(ACTIVATIONS)

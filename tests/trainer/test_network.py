@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from optserve.examples.mnist.network import ACTIVATIONS, Network
+from optserve_demo.mnist.network import ACTIVATIONS, Network
 
 SIZES = (7, 5, 4, 3)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from optserve.cli.paper import command
-from optserve.examples.paper import report
-from optserve.examples.paper.plan import BEST, EXPERIMENTS, STEPS_PER_EPOCH, Run
-from optserve.examples.paper.training import Result, settings_of
+from optserve_demo.paper import report
+from optserve_demo.paper.plan import BEST, EXPERIMENTS, STEPS_PER_EPOCH, Run
+from optserve_demo.paper.training import Result, settings_of
 from trainer.test_data import write_idx
 
 
@@ -65,8 +65,8 @@ def test_there_are_as_many_runs_at_a_time_as_cores_that_may_be_used(tmp_path, mo
     def begin(plans, folder, target, at_a_time, *others) -> None:
         raise Begun(at_a_time)
 
-    monkeypatch.setattr("optserve.examples.paper.jobs.carry_out", begin)
-    monkeypatch.setattr("optserve.machine.usable_cores", lambda: 2)
+    monkeypatch.setattr("optserve_demo.paper.jobs.carry_out", begin)
+    monkeypatch.setattr("optserve._common.machine.usable_cores", lambda: 2)
     with pytest.raises(Begun) as caught:
         command("table1", seeds=1, jobs=jobs, out=tmp_path / "out", target="127.0.0.1:1", data_dir=tmp_path)
     assert caught.value.args == (expected,)

@@ -1,7 +1,7 @@
 import pytest
 
-from optserve_server.layout import Parameter
-from optserve_server.steps import Steps
+from optserve_server.engine.optimizer import Steps
+from optserve_server.numerics.layout import Parameter
 from transaction.harness import F4, make_steps
 
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from optserve import sysv
-from optserve_server import backends
-from optserve_server.durability import InMemory
-from optserve_server.layout import Layout, Operand, Parameter
-from optserve_server.rules import Adadelta, Rule
-from optserve_server.segment import DIRTY_OFFSET, Segment
-from optserve_server.settings import Settings
-from optserve_server.state import State
-from optserve_server.steps import Steps
+from optserve._common import sysv
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.optimizer import Steps
+from optserve_server.numerics import backends
+from optserve_server.numerics.layout import Layout, Operand, Parameter
+from optserve_server.numerics.rules import Adadelta, Rule
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.shared_segment import DIRTY_OFFSET, Segment
+from optserve_server.numerics.state import State
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 

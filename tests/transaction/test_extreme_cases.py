@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from extremes import F4, F8, Case, any_case, any_rule, any_values, pick
-from optserve import halves
-from optserve_server import backends
-from optserve_server.durability import InMemory
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Operand, Payload
-from optserve_server.settings import PARAMETER, Settings
-from optserve_server.state import State
-from optserve_server.state_import import StateImport
-from optserve_server.step import Reply, Step
-from optserve_server.steps import Steps
+from optserve._common import half_floats
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import Reply, Step
+from optserve_server.numerics import backends
+from optserve_server.numerics.layout import Layout, Operand, Payload
+from optserve_server.numerics.settings import PARAMETER, Settings
+from optserve_server.numerics.state import State
+from optserve_server.persistence.state_import import StateImport
 
 CASES = 20_000
 CHUNKS = 20
@@ -98,9 +98,9 @@ def holds(wire: np.dtype | None, values: np.ndarray) -> bool:
     if wire is None:
         return True
     rounded = np.empty(values.size, wire)
-    halves.convert(np.ascontiguousarray(values), rounded)
+    half_floats.convert(np.ascontiguousarray(values), rounded)
     back = np.empty(values.size)
-    halves.convert(rounded, back)
+    half_floats.convert(rounded, back)
     return bool(np.isfinite(back).all())
 
 
@@ -113,8 +113,8 @@ def sent(values: np.ndarray, wire: np.dtype | None) -> tuple[bytes, np.ndarray]:
     if wire is None:
         return values.tobytes(), values
     on_wire, arrived = np.empty(values.size, wire), np.empty(values.size, values.dtype)
-    halves.convert(values, on_wire)
-    halves.convert(on_wire, arrived)
+    half_floats.convert(values, on_wire)
+    half_floats.convert(on_wire, arrived)
     return on_wire.tobytes(), arrived
 
 
@@ -149,7 +149,7 @@ class Play:
     def step(self, request_id: str) -> None:
         count = len(self.layout.parameters)
         tensors = tuple(range(count)) if self.rng.random() < 0.7 else (int(self.rng.integers(count)),)
-        wire = pick(self.rng, (None, None, halves.FLOAT16, halves.BFLOAT16, F4, F8))
+        wire = pick(self.rng, (None, None, half_floats.FLOAT16, half_floats.BFLOAT16, F4, F8))
         reply = pick(self.rng, tuple(Reply)) if self.state.settings.hosted else Reply.UPDATES
         operands: Operands = [
             {dtype: np.zeros(size, dtype) for dtype, size in self.layout.sizes.items()}
@@ -212,7 +212,7 @@ class Play:
 
     def replay(self, request_id: str, reply: Reply, parts: list[np.ndarray]) -> None:
         """The reply once more, perhaps by another wire."""
-        wire = pick(self.rng, (None, halves.FLOAT16, halves.BFLOAT16, F4))
+        wire = pick(self.rng, (None, half_floats.FLOAT16, half_floats.BFLOAT16, F4))
         was = digest(self.steps)
         with closing(self.steps.begin(request_id, wire=wire, reply=reply)) as step:
             if all(holds(wire, part) for part in parts):

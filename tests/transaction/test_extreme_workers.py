@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from extremes import Case, any_case, any_values, pick
-from optserve import halves
-from optserve_server import backends
-from optserve_server.consistency import Consistency
-from optserve_server.errors import OptserveError
-from optserve_server.layout import Operand
-from optserve_server.merge import mean
-from optserve_server.step import Reply
-from optserve_server.steps import Steps
+from optserve._common import half_floats
+from optserve_server.domain.errors import OptserveError
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import Reply
+from optserve_server.engine.workers.merge import mean
+from optserve_server.numerics import backends
+from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.layout import Operand
 from transaction.test_extreme_cases import REFUSALS, Operands, Play, arrays_of, digest, finite, plain, sent
 
 CASES = 300
@@ -65,7 +65,7 @@ def is_finite(reply: bytes, made: Play, wire: np.dtype | None) -> bool:
         dtype = wire or parameter.dtype
         end = begin + parameter.size * dtype.itemsize
         wide = np.empty(parameter.size)
-        halves.convert(np.frombuffer(reply[begin:end], dtype), wide)
+        half_floats.convert(np.frombuffer(reply[begin:end], dtype), wide)
         if not np.isfinite(wide).all():
             return False
         begin = end
@@ -90,7 +90,7 @@ def test_a_step_of_many_is_applied_for_all_or_for_none(workers):
         for name in names:
             made.steps.workers.report(name, leaving=False)
         for _ in range(2):
-            wires = [pick(made.rng, (None, None, halves.FLOAT16, halves.BFLOAT16)) for _ in names]
+            wires = [pick(made.rng, (None, None, half_floats.FLOAT16, half_floats.BFLOAT16)) for _ in names]
             replies = [pick(made.rng, tuple(Reply)) for _ in names]
             given = [gradients(made, wire, 0.99) for wire in wires]
             before, was = arrays_of(made.state), digest(made.steps)
@@ -135,7 +135,10 @@ def test_steps_of_asynchronous_workers_are_finite_or_change_nothing():
         for name in ("a", "b"):
             made.steps.workers.report(name, leaving=False)
         for number in range(4):
-            wire, reply = pick(made.rng, (None, halves.FLOAT16, halves.BFLOAT16)), pick(made.rng, tuple(Reply))
+            wire, reply = (
+                pick(made.rng, (None, half_floats.FLOAT16, half_floats.BFLOAT16)),
+                pick(made.rng, tuple(Reply)),
+            )
             chunks, operands = gradients(made, wire, np.inf)
             at_step = int(made.rng.integers(made.steps.step + 1))
             before, was = arrays_of(made.state), digest(made.steps)

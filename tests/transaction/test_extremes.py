@@ -6,20 +6,20 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from optserve import halves
-from optserve_server import backends
-from optserve_server.clipping import Clipping
-from optserve_server.consistency import Consistency
-from optserve_server.durability import InMemory
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Operand, Parameter
-from optserve_server.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Sgd, WindowedRms
-from optserve_server.schedule import AtSteps
-from optserve_server.settings import Group, Settings
-from optserve_server.state import State
-from optserve_server.step import Reply
-from optserve_server.steps import Steps
-from optserve_server.trial import check_reply
+from optserve._common import half_floats
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import Reply
+from optserve_server.numerics import backends
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.layout import Layout, Operand, Parameter
+from optserve_server.numerics.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Sgd, WindowedRms
+from optserve_server.numerics.schedule import AtSteps
+from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.state import State
+from optserve_server.numerics.trial import check_reply
 from transaction.harness import F4, F8, fingerprint, run_step
 
 
@@ -170,9 +170,9 @@ def test_what_is_put_into_a_state_counts_from_the_next_step_on():
 @pytest.mark.parametrize(
     ("wire", "dtype", "most"),
     [
-        (halves.FLOAT16, F4, 65_519.0),
-        (halves.FLOAT16, F8, 65_519.0),
-        (halves.BFLOAT16, F8, 3.39e38),
+        (half_floats.FLOAT16, F4, 65_519.0),
+        (half_floats.FLOAT16, F8, 65_519.0),
+        (half_floats.BFLOAT16, F8, 3.39e38),
         (F4, F8, 3.4028235e38),
     ],
     ids=str,
@@ -184,7 +184,7 @@ def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_appli
     def step(request_id: str, size: float, on_wire: np.dtype | None = wire) -> bytes:
         gradient = np.array([0, size / 1e30], dtype)
         sent = np.empty(2, on_wire or dtype)
-        halves.convert(gradient, sent)
+        half_floats.convert(gradient, sent)
         return run_step(steps, request_id, [(0, 0, sent.tobytes())], wire=on_wire, reply=reply)
 
     if wire == F4:
@@ -206,8 +206,8 @@ def test_a_reply_of_nothing_is_not_refused_for_its_wire():
     steps = optimizer(Settings(Sgd(learning_rate=4.0), hosted=True))
     sent = np.full(2, 30_000, np.float16).tobytes()
     with refused(Reason.REPLY_OVERFLOW, "w", 0):
-        run_step(steps, "a", [(0, 0, sent)], wire=halves.FLOAT16)
-    assert run_step(steps, "b", [(0, 0, sent)], wire=halves.FLOAT16, reply=Reply.NOTHING, expected_step=0) == b""
+        run_step(steps, "a", [(0, 0, sent)], wire=half_floats.FLOAT16)
+    assert run_step(steps, "b", [(0, 0, sent)], wire=half_floats.FLOAT16, reply=Reply.NOTHING, expected_step=0) == b""
     assert steps._state.parameters[F4].tolist() == [-120_000, -120_000]
 
 

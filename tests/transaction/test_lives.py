@@ -6,9 +6,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.step import Reply
-from optserve_server.steps import Steps
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import Reply
 from transaction.harness import F4, write_shared
 from transaction.test_workers import ONES, shared_by, x_of
 

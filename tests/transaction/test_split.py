@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optserve_server.coverage import Coverage, Overlap
-from optserve_server.layout import Parameter
+from optserve_server.engine.byte_coverage import Coverage, Overlap
+from optserve_server.numerics.layout import Parameter
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step
 
 shapes = st.one_of(

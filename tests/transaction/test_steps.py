@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from optserve_server.durability import InMemory, Replacement
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Parameter
-from optserve_server.optimizers import Optimizer
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.durability import InMemory, Replacement
+from optserve_server.engine.registry import Optimizer
+from optserve_server.numerics.layout import Parameter
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
 G = np.arange(1, 8, dtype=np.float32)

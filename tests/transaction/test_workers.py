@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from optserve_server import backends
-from optserve_server.consistency import Consistency
-from optserve_server.durability import InMemory
-from optserve_server.errors import OptserveError, Reason
-from optserve_server.layout import Layout, Operand, Parameter
-from optserve_server.rules import Sgd
-from optserve_server.settings import Settings
-from optserve_server.state import State
-from optserve_server.step import Reply
-from optserve_server.steps import Steps
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.durability import InMemory
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import Reply
+from optserve_server.numerics import backends
+from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.layout import Layout, Operand, Parameter
+from optserve_server.numerics.rules import Sgd
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.state import State
 from transaction.harness import F4, run_step, write_shared
 
 ONES = np.ones(2, np.float32).tobytes()

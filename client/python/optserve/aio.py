@@ -36,9 +36,9 @@ import numpy as np
 
 from optserve import algorithms, settings
 from optserve import client as sync
-from optserve._async_worker import LEAVE_S, SETTLE_S, AsyncWorker
-from optserve._awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended, signal
-from optserve._under_way import StepUnderWay
+from optserve._aio.awaiting import MAX_CONCURRENT_CALLS, Threads, Turns, ended, signal
+from optserve._aio.worker import LEAVE_S, SETTLE_S, AsyncWorker
+from optserve._steps.incremental import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.errors import ClientUseError
 from optserve.optimizer import ReplyName

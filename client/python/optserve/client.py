@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from optserve import _replies, algorithms, settings, sysv
-from optserve._arrays import check_kind
-from optserve._checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
-from optserve._new_optimizer import ArrayLike, new_optimizer, values_of
-from optserve._transport import Transport
+from optserve import algorithms, settings
+from optserve._common import sysv
+from optserve._resources import replies
+from optserve._resources.checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
+from optserve._resources.new_optimizer import ArrayLike, new_optimizer, values_of
+from optserve._rpc.connection import Transport
+from optserve._values.arrays import check_kind
 from optserve.config import ClientConfig
 from optserve.errors import (
     AlreadyExistsError,
@@ -73,7 +75,7 @@ class Client:
     def server_info(self, *, timeout_s: float | None = None) -> service_pb2.GetServerInfoResponse:
         """What the server is, can do and accepts."""
         request = service_pb2.GetServerInfoRequest()
-        return _replies.info(self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s))
+        return replies.info(self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s))
 
     @property
     def shares_memory(self) -> bool:
@@ -201,7 +203,7 @@ class Client:
             optimizer_id=resource_name(name).removeprefix(PREFIX), optimizer=wanted, request_id=str(uuid.uuid4())
         )
         answer = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
-        return Optimizer(self._transport, _replies.made(answer, resource_name(name), wanted.parameters))
+        return Optimizer(self._transport, replies.made(answer, resource_name(name), wanted.parameters))
 
     @contextmanager
     def _deleting_if_refused(self, made: Optimizer) -> Iterator[None]:
@@ -276,7 +278,7 @@ class Client:
     def _found(self, name: str) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=resource_name(name))
         answer = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
-        return _replies.optimizer(answer, request.name)
+        return replies.optimizer(answer, request.name)
 
     def list_optimizers(self) -> Iterator[OptimizerInfo]:
         """All optimizers of the server, in the order of their names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from optserve._settings_messages import clipping_from, consistency_from, groups_from, method_from, schedule_from
+from optserve._values.settings_messages import clipping_from, consistency_from, groups_from, method_from, schedule_from
 from optserve.algorithms import Algorithm
 from optserve.errors import InvalidArgumentError
 from optserve.settings import Clipping, Consistency, Group, Schedule

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from optserve import safetensors
-from optserve._description import SETTINGS, GivenSettings, given_settings, settings_from_json, settings_to_json
+from optserve._common import safetensors
+from optserve._values.description import SETTINGS, GivenSettings, given_settings, settings_from_json, settings_to_json
 from optserve.algorithms import ALGORITHMS, Algorithm
 from optserve.errors import InvalidArgumentError
 from optserve.settings import Clipping, Consistency, Group, Schedule

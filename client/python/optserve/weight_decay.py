@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optserve._arrays import check_mapping, host_array
+from optserve._values.arrays import check_mapping, host_array
 from optserve.errors import InvalidArgumentError
 
 

@@ -11,9 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from optserve import _replies
-from optserve._patience import Patience
-from optserve._transport import Transport
+from optserve._resources import replies
+from optserve._rpc.connection import Transport
+from optserve._rpc.deadline import Patience
 from optserve.errors import ClientUseError, OptserveError, StepInDoubtError, WorkerReplacedError
 from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
 from optserve.state import HostedParameters
@@ -198,9 +198,9 @@ class Worker:
 
     def _register(self) -> replicas_pb2.ReportWorkerResponse:
         response = self._report(replicas_pb2.WORKER_STATE_ALIVE)
-        lease_s = _replies.seconds(response.lease)
+        lease_s = replies.seconds(response.lease)
         if not lease_s:
-            raise _replies.broken("a worker's lease is 0 s")
+            raise replies.broken("a worker's lease is 0 s")
         self._beat_s = min(max(0.1, lease_s / BEATS_PER_LEASE), MAX_BEAT_S)
         return response
 

@@ -18,9 +18,9 @@ from optserve.errors import OptserveError
 
 if TYPE_CHECKING:
     from optserve.client import Client
-    from optserve.examples.mnist.data import Dataset
-    from optserve.examples.mnist.replicas import Together
-    from optserve.examples.mnist.train import Report
+    from optserve_demo.mnist.data import Dataset
+    from optserve_demo.mnist.replicas import Together
+    from optserve_demo.mnist.train import Report
 
 MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
 AnnealName = Literal["none", "plateau"]
@@ -77,9 +77,9 @@ def command(
 ) -> None:
     """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
     from optserve import connect
-    from optserve.examples.mnist.data import DataError, load
-    from optserve.examples.mnist.replicas import Together, consistency_from
-    from optserve.examples.mnist.train import Report
+    from optserve_demo.mnist.data import DataError, load
+    from optserve_demo.mnist.replicas import Together, consistency_from
+    from optserve_demo.mnist.train import Report
 
     if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
         fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
@@ -123,7 +123,7 @@ def command(
         report.write(json)
         say(f"Report: {json}")
     if plot:
-        from optserve.examples.mnist.plot import draw
+        from optserve_demo.mnist.plot import draw
 
         draw(report, plot)
         say(f"Plot:   {plot}")
@@ -175,8 +175,8 @@ def _run(
 ) -> None:
     import uuid
 
-    from optserve.examples.mnist.replicas import train_replicas
-    from optserve.examples.mnist.train import Plateau, new_network, train
+    from optserve_demo.mnist.replicas import train_replicas
+    from optserve_demo.mnist.train import Plateau, new_network, train
 
     info = client.server_info()
     report.server = {

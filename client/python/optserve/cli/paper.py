@@ -45,9 +45,9 @@ def command(
     again, so an interrupted command goes on where it was.
     """
     from optserve import local_server
-    from optserve.examples.mnist.data import DataError, load
-    from optserve.examples.paper.plan import EXPERIMENTS
-    from optserve.machine import usable_cores
+    from optserve._common.machine import usable_cores
+    from optserve_demo.mnist.data import DataError, load
+    from optserve_demo.paper.plan import EXPERIMENTS
 
     if find_spec("matplotlib") is None or find_spec("threadpoolctl") is None:
         fail("The experiments need matplotlib and threadpoolctl: pip install 'optserve[plots]'.", 2)
@@ -66,9 +66,9 @@ def command(
 
 
 def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Path | None, *, quick: bool) -> None:
-    from optserve.examples.paper import figures, report
-    from optserve.examples.paper import jobs as at_work
-    from optserve.examples.paper.plan import EXPERIMENTS, STEPS_PER_EPOCH
+    from optserve_demo.paper import figures, report
+    from optserve_demo.paper import jobs as at_work
+    from optserve_demo.paper.plan import EXPERIMENTS, STEPS_PER_EPOCH
 
     experiment = EXPERIMENTS[name]
     folder = out / name

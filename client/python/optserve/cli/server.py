@@ -21,12 +21,12 @@ def serve(context: typer.Context) -> None:
 
 def journal(context: typer.Context) -> None:
     """Verify, count and repair the journal of a data folder. `optserve journal --help` lists the commands."""
-    _run("optserve_server.journal_tool", "optserve journal", context.args)
+    _run("optserve_server.cli.journal", "optserve journal", context.args)
 
 
 def config(context: typer.Context) -> None:
     """List what can be set in a server's TOML file, and what a given file sets. `optserve config --help` has more."""
-    _run("optserve_server.config_tool", "optserve config", context.args)
+    _run("optserve_server.cli.config", "optserve config", context.args)
 
 
 def _run(module: str, name: str, arguments: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""What the asyncio client is made of."""

@@ -1,0 +1,112 @@
+"""A worker for asyncio; `optserve.aio` has it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial as bound
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from optserve._aio.awaiting import Threads, Turns
+from optserve.optimizer import ReplyName
+from optserve.state import HostedParameters
+from optserve.worker import Worker
+
+SETTLE_S = 1.0
+"""Once a call that changes something is cancelled, its answer is waited for so long, so that nothing is changed later.
+Steps are interrupted at once, as the next one finds out about them, and so is what only reads."""
+
+LEAVE_S = 5.0
+"""Once leaving a worker's block is cancelled, it takes so long at most. The worker's lease ends it in any case."""
+
+
+class AsyncWorker:
+    """See `optserve.Worker`; every method is awaited."""
+
+    def __init__(self, worker: Worker, threads: Threads) -> None:
+        self._worker = worker
+        self._optimizer = worker._optimizer
+        self._threads = threads
+        self._turns = Turns(self._optimizer, threads)
+
+    async def __aenter__(self) -> Self:
+        entered: list[Worker] = []
+        try:
+            await self._threads.run(self._worker.__enter__, own=True, grace_s=SETTLE_S, undelivered=entered.append)
+        except asyncio.CancelledError:
+            if entered:
+                await self._leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._leave()
+
+    async def _leave(self) -> None:
+        # With a thread of its own, and not in turn: it ends a step that may be waiting for others.
+        leave = bound(self._worker.__exit__, None, None, None)
+        await self._threads.run(leave, own=True, grace_s=LEAVE_S)
+
+    @property
+    def name(self) -> str:
+        """Its own among the optimizer's workers."""
+        return self._worker.name
+
+    @property
+    def steps_made(self) -> int:
+        """See `optserve.Worker.steps_made`."""
+        return self._worker.steps_made
+
+    @property
+    def staleness(self) -> int:
+        """See `optserve.Worker.staleness`."""
+        return self._worker.staleness
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """See `optserve.Worker.gradient_norm`."""
+        return self._worker.gradient_norm
+
+    def __repr__(self) -> str:
+        return f"Async{self._worker!r}"
+
+    async def transport(self) -> tuple[str, str]:
+        """See `optserve.Worker.transport`."""
+        return await self._turns.run(lambda _: self._worker.transport)
+
+    async def pull(
+        self,
+        names: Sequence[str] = (),
+        *,
+        newer_than: int | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> HostedParameters | None:
+        """See `optserve.Worker.pull`."""
+        # Only parameters that have arrived are those that the next gradient is taken at.
+        found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
+        if found is not None:
+            self._optimizer.at_step = found.step
+        return found
+
+    async def refresh(self) -> None:
+        """See `optserve.Worker.refresh`."""
+        await self._turns.run(lambda _: self._worker.refresh())
+
+    async def step(
+        self,
+        grads: Mapping[str, np.ndarray],
+        *,
+        curvature: Mapping[str, np.ndarray] | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+        reply: ReplyName = "parameters",
+        partial: bool = False,
+        timeout_s: float | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See `optserve.Worker.step`."""
+        step = bound(self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)

@@ -1,0 +1,50 @@
+"""The checkpoints of an optimizer, which may be gone itself."""
+
+from __future__ import annotations
+
+from optserve._resources import replies
+from optserve._rpc.connection import Transport, is_retryable
+from optserve.errors import OptserveError
+from optserve.state import Checkpoint
+from optserve.v1 import checkpoints_pb2
+
+ALL_OPTIMIZERS = "optimizers/-"
+"""In the place of an optimizer's resource name: all, deleted ones included, by name."""
+
+
+def list_checkpoints(connection: Transport, optimizer: str) -> list[Checkpoint]:
+    """All checkpoints of the optimizer with that resource name, oldest first; see `ALL_OPTIMIZERS`."""
+    request = checkpoints_pb2.ListCheckpointsRequest(parent=optimizer)
+    pages = connection.pages(connection.stub.ListCheckpoints, request)
+    return [checkpoint_from(item, optimizer) for page in pages for item in page.checkpoints]
+
+
+def delete_checkpoint(connection: Transport, optimizer: str, tag: str) -> None:
+    """Delete a checkpoint.
+
+    Raises:
+        NotFoundError: There is no such tag.
+    """
+    # A retry after a lost answer finds nothing, so whether it was there is found out by a first call without retries.
+    request = checkpoints_pb2.DeleteCheckpointRequest(name=f"{optimizer}/checkpoints/{tag}")
+    try:
+        connection.call_once(connection.stub.DeleteCheckpoint, request)
+    except OptserveError as error:
+        if not is_retryable(error):
+            raise
+        request.allow_missing = True
+        connection.call(connection.stub.DeleteCheckpoint, request)
+
+
+def checkpoint_from(message: checkpoints_pb2.Checkpoint, optimizer: str, tag: str = "") -> Checkpoint:
+    """A checkpoint as users see it.
+
+    Raises:
+        InternalError: It is not one of that optimizer, or not the one of that tag where one is given.
+    """
+    of, separator, found = message.name.rpartition("/checkpoints/")
+    known = bool(separator and found) and of.startswith("optimizers/") and optimizer in (of, ALL_OPTIMIZERS)
+    if not known or (tag and found != tag):
+        raise replies.broken(f"{message.name[:200]!r} is not the checkpoint {optimizer}/checkpoints/{tag}")
+    created = replies.seconds(message.create_time)
+    return Checkpoint(found, message.step, message.size_bytes, created, of.removeprefix("optimizers/"))

@@ -1,0 +1,91 @@
+"""What an optimizer is made of: the arguments of `Client.create_optimizer`, checked and as the contract shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from optserve import algorithms, settings
+from optserve._common.wire import DATA_TYPES
+from optserve._values.arrays import check_mapping, has_values, host_array, known_dtype
+from optserve._values.settings_messages import check_kinds, group_messages
+from optserve.errors import InvalidArgumentError
+from optserve.state import TensorSpec
+from optserve.v1 import optimizer_pb2
+
+
+class ArrayLike(Protocol):
+    """Anything with a shape and a dtype: arrays of NumPy above all, tensors of other libraries too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+def new_optimizer(
+    name: str,
+    algorithm: algorithms.Algorithm,
+    params: Mapping[str, ArrayLike | TensorSpec],
+    schedule: settings.Schedule | None,
+    clipping: settings.Clipping | None,
+    groups: Sequence[settings.Group],
+    hosted: bool,
+    weight_decay: float,
+    consistency: settings.Consistency | None,
+) -> optimizer_pb2.Optimizer:
+    """An optimizer that is to be made, as the contract shows it.
+
+    Raises:
+        InvalidArgumentError: An argument is not of its type.
+    """
+    check_mapping(params, "params", "dict(model.named_parameters())")
+    check_kinds(algorithm, schedule, clipping, groups, consistency)
+    try:
+        message = optimizer_pb2.Optimizer(
+            algorithm=algorithm.to_message(),
+            schedule=schedule.to_message() if schedule else None,
+            clipping=clipping.to_message() if clipping else None,
+            groups=group_messages(groups, algorithm.name),
+            mode=optimizer_pb2.MODE_HOSTED if hosted else optimizer_pb2.MODE_DELTA,
+            weight_decay=weight_decay,
+            consistency=consistency.to_message() if consistency else None,
+        )
+        for parameter, spec in params.items():
+            if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):
+                raise InvalidArgumentError(
+                    f"{parameter!r} is of type {type(spec).__name__}, which has no shape and dtype; pass an array, a "
+                    "tensor or a TensorSpec."
+                )
+            message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{name!r} cannot be made of these arguments: {error}") from error
+    return message
+
+
+def values_of(params: Mapping[str, ArrayLike | TensorSpec]) -> dict[str, np.ndarray]:
+    """The parameters, to be uploaded; empty where none has values.
+
+    Raises:
+        InvalidArgumentError: Some have and some have not, or values that cannot be read.
+    """
+    arrays = {name: param for name, param in params.items() if has_values(param)}
+    if arrays and len(arrays) < len(params):
+        name = next(name for name in params if name not in arrays)
+        raise InvalidArgumentError(
+            f"{name!r} has no values, and others have. Pass arrays of all parameters, "
+            "to be uploaded at once, or of none.",
+            metadata={"parameter": name},
+        )
+    return {name: host_array(array, f"Parameter {name!r}") for name, array in arrays.items()}
+
+
+def _data_type(name: str, dtype: Any) -> int:
+    known = known_dtype(dtype)
+    if known is None or known not in DATA_TYPES:
+        raise InvalidArgumentError(
+            f"{name!r} is {dtype}; a parameter's state is float32 or float64.", metadata={"parameter": name}
+        )
+    return DATA_TYPES[known]

@@ -1,0 +1,332 @@
+"""An optimizer on the server apart from its steps: its settings, statistics, checkpoints and state."""
+
+from __future__ import annotations
+
+import abc
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
+from typing import TypeVar
+
+import numpy as np
+
+from optserve import algorithms, settings
+from optserve._common.wire import WIRE_DTYPES
+from optserve._resources import replies
+from optserve._resources.checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
+from optserve._resources.parameter_table import Model
+from optserve._resources.transfer import export_state, import_state, pull_parameters, push_parameters
+from optserve._rpc.connection import Transport
+from optserve._steps.updates import ReplyLayouts, Updates
+from optserve._values.settings_messages import (
+    clipping_from,
+    consistency_from,
+    differences,
+    groups_from,
+    schedule_from,
+    settings_from,
+    update_request,
+)
+from optserve.errors import FailedPreconditionError, InvalidArgumentError
+from optserve.optimizer_info import PREFIX
+from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
+from optserve.statistics import QUANTILES, Asked, Statistics, statistics_from
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, statistics_pb2
+
+_Response = TypeVar("_Response")
+
+MAX_STEP = 1 << 62
+"""No optimizer has made so many steps."""
+
+
+class Resource(abc.ABC):
+    """What `optserve.Optimizer` is besides its steps.
+
+    Attributes:
+        name: As given to `create_optimizer`.
+        hosted: Whether the server holds the parameters as well.
+    """
+
+    def __init__(
+        self, connection: Transport, message: optimizer_pb2.Optimizer, wire_type: optimizer_pb2.DataType
+    ) -> None:
+        self._wire_type = wire_type
+        self._wire = WIRE_DTYPES.get(wire_type)
+        self._layouts = ReplyLayouts(self._wire)
+        self.hosted = message.mode == optimizer_pb2.MODE_HOSTED
+        self.name = message.name.removeprefix(PREFIX)
+        self._connection = connection
+        self._resource = message.name
+        self._slots = list(message.slots)
+        self._method = message.algorithm.WhichOneof("method") or ""
+        method = algorithms.ALGORITHMS.get(self._method)
+        self._model = Model(
+            self.name, message.parameters, takes_curvature=method is not None and method.takes_curvature
+        )
+
+    def update(
+        self,
+        algorithm: algorithms.Algorithm | None = None,
+        *,
+        schedule: settings.Schedule | EllipsisType | None = ...,
+        clipping: settings.Clipping | EllipsisType | None = ...,
+        groups: Sequence[settings.Group] | EllipsisType = ...,
+        weight_decay: float | None = None,
+        consistency: settings.Consistency | EllipsisType | None = ...,
+        **hyperparameters: float,
+    ) -> None:
+        """Change settings from the next step on; the state stays, and so does what is not given.
+
+        Args:
+            algorithm: The same method with all hyper-parameters anew; those that are left out of it get its defaults.
+            schedule: Another one, or None for a constant learning rate.
+            clipping: Another bound, or None for none.
+            groups: All of them anew.
+            weight_decay: Another, where the server holds the parameters.
+            consistency: Another way for workers to share it, or None for one client at a time.
+            hyperparameters: Single ones of the method, by name; the others stay.
+
+        Raises:
+            InvalidArgumentError: Another method, an unknown hyper-parameter, or a value out of range.
+            FailedPreconditionError: The consistency was to be changed while workers are alive.
+
+        Example:
+            >>> opt.update(learning_rate=0.5)                             # doctest: +SKIP
+            >>> opt.update(optserve.Adadelta(rho=0.9), schedule=None)     # doctest: +SKIP
+        """
+        request = update_request(
+            self._resource,
+            self._method,
+            algorithm,
+            schedule=schedule,
+            clipping=clipping,
+            groups=groups,
+            weight_decay=weight_decay,
+            consistency=consistency,
+            hyperparameters=hyperparameters,
+        )
+        self._connection.call(self._connection.stub.UpdateOptimizer, request)
+
+    @property
+    def algorithm(self) -> algorithms.Algorithm:
+        """The method with its present hyper-parameters, as the server has them."""
+        return replies.method(self._get())
+
+    @property
+    def schedule(self) -> settings.Schedule | None:
+        """The present schedule of the learning rate, as the server has it."""
+        return schedule_from(self._get())
+
+    @property
+    def clipping(self) -> settings.Clipping | None:
+        """The present bound on the gradient, as the server has it."""
+        return clipping_from(self._get())
+
+    @property
+    def groups(self) -> tuple[settings.Group, ...]:
+        """The present groups of parameters, as the server has them."""
+        return groups_from(self._get())
+
+    @property
+    def weight_decay(self) -> float:
+        """The present weight decay of the parameters, where the server holds them."""
+        return self._get().weight_decay
+
+    @property
+    def consistency(self) -> settings.Consistency | None:
+        """How workers share the optimizer, as the server has it."""
+        return consistency_from(self._get())
+
+    def _check_same(self, wanted: optimizer_pb2.Optimizer) -> None:
+        """Raise InvalidArgumentError unless it has the parameters, the mode and the settings of another one."""
+        present = self._get()
+        if [(item.name, item.shape, item.data_type) for item in present.parameters] != [
+            (item.name, item.shape, item.data_type) for item in wanted.parameters
+        ]:
+            raise InvalidArgumentError(f"There is a {self.name!r} already, and it has other parameters.")
+        if present.mode != wanted.mode:
+            raise InvalidArgumentError(
+                f"There is a {self.name!r} already, and the server {'holds' if self.hosted else 'does not hold'} its "
+                "parameters."
+            )
+        others = differences(present, **settings_from(wanted))
+        if others:
+            raise InvalidArgumentError(
+                f"There is a {self.name!r} already, and {others[0]}. Take it as it is with client.optimizer("
+                f"{self.name!r}), which has `update`."
+            )
+
+    def _push_parameters_if_missing(self, params: Mapping[str, np.ndarray]) -> None:
+        """Upload the parameters x unless somebody has; see `push_parameters`."""
+        try:
+            # More steps than there are: it is only asked whether there is anything.
+            self.pull_parameters(newer_than=MAX_STEP)
+        except FailedPreconditionError as error:
+            if error.reason != "PARAMETERS_MISSING":
+                raise
+        else:
+            return
+        try:
+            self.push_parameters(params)
+        except FailedPreconditionError as error:
+            if error.reason != "PARAMETERS_IN_PLACE":
+                raise
+
+    def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
+        """Upload the parameters x, all of them and once, for a server that is to hold them.
+
+        Raises:
+            FailedPreconditionError: Somebody has uploaded them before (PARAMETERS_IN_PLACE), so pull them; or the
+                optimizer is in delta mode (NOT_HOSTED).
+            InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
+        """
+        indices = self._model.taking_part(params, partial=False, what="parameter")
+        arrays = [self._model.contiguous(index, params[self._model.names[index]], "parameter") for index in indices]
+        push_parameters(self._connection, self._resource, arrays)
+
+    def pull_parameters(
+        self,
+        names: Sequence[str] = (),
+        *,
+        newer_than: int | None = None,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> HostedParameters | None:
+        """Read the parameters x that the server holds, all of one step; others may step meanwhile.
+
+        Args:
+            names: Those wanted; all by default.
+            newer_than: Only if more steps than this have been applied.
+            out: Arrays that take them; new ones are made by default. If the call raises, they are as they were; of more
+                than 1 MiB, the first elements, in the order of the parameters, may be newer.
+
+        Returns:
+            The step and the arrays; None if there is nothing newer.
+
+        Raises:
+            FailedPreconditionError: Nobody has uploaded them yet (PARAMETERS_MISSING), or the optimizer is in delta
+                mode (NOT_HOSTED).
+        """
+        indices = self._model.indices_of(names or self._model.names)
+        arrays = self._model.outputs(indices, out)
+        request = replicas_pb2.PullParametersRequest(
+            name=self._resource, newer_than_step=newer_than, tensors=indices if names else (), wire_type=self._wire_type
+        )
+        step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._layouts))
+        if not newer:
+            return None
+        return HostedParameters(step, {self._model.names[i]: a for i, a in zip(indices, arrays, strict=True)})
+
+    def statistics(
+        self,
+        names: Sequence[str] = (),
+        *,
+        quantiles: Sequence[float] = QUANTILES,
+        indices: Sequence[int] = (),
+        random_indices: int = 0,
+        seed: int = 0,
+    ) -> Statistics:
+        """Look at the state between two steps, which go on meanwhile.
+
+        Args:
+            names: Parameters to look at; all by default.
+            quantiles: Of the effective learning rate, each in [0, 1].
+            indices: Flat indices of elements to look at, of each parameter.
+            random_indices: Instead of them, how many to draw of each.
+            seed: Of the draw.
+
+        Raises:
+            InvalidArgumentError: There is no such parameter, element or quantile.
+        """
+        request = statistics_pb2.GetStatisticsRequest(
+            name=self._resource,
+            tensors=self._model.indices_of(names) if names else (),
+            quantiles=quantiles,
+            indices=indices,
+            random_indices=random_indices,
+            seed=seed,
+        )
+        response = self._connection.call(self._connection.stub.GetStatistics, request)
+        asked = Asked(
+            list(request.tensors) or list(range(len(self._model))),
+            list(quantiles) or QUANTILES,
+            list(indices) or None,
+            random_indices,
+        )
+        return statistics_from(response, self._model.names, self._slots, asked)
+
+    def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
+        """Take a named copy of the state and the hyper-parameters, durable as far as the server is.
+
+        It outlives the optimizer, until it is deleted itself.
+
+        Args:
+            tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
+            overwrite: Replace a copy of that name.
+
+        Raises:
+            AlreadyExistsError: The tag is taken, unless `overwrite`.
+            UnavailableError: The server's disk did not take it, or no server answers.
+        """
+        request = checkpoints_pb2.SaveCheckpointRequest(
+            parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
+        )
+        saved = self._call_patiently(self._connection.stub.SaveCheckpoint, request).checkpoint
+        return checkpoint_from(saved, self._resource, tag)
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """All named copies, oldest first."""
+        return list_checkpoints(self._connection, self._resource)
+
+    def restore_checkpoint(self, tag: str) -> None:
+        """Roll state, hyper-parameters and step counter back to a named copy. Other clients are told.
+
+        Raises:
+            NotFoundError: There is no such tag.
+            FailedPreconditionError: It is of another method or of other parameters.
+            CheckpointDamagedError: Its file is damaged. In all cases nothing was changed.
+        """
+        request = checkpoints_pb2.RestoreCheckpointRequest(
+            name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
+        )
+        restored = self._call_patiently(self._connection.stub.RestoreCheckpoint, request).optimizer
+        self._replaced(replies.optimizer(restored, self._resource))
+
+    def delete_checkpoint(self, tag: str) -> None:
+        """Delete a named copy.
+
+        Raises:
+            NotFoundError: There is no such tag.
+        """
+        delete_checkpoint(self._connection, self._resource, tag)
+
+    def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
+        """Read the whole state with its settings, all of one step; other clients may step meanwhile."""
+        return export_state(self._connection, self._resource, on_progress)
+
+    def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
+        """Replace state, step counter and settings by those of a state. Other clients are told.
+
+        Settings that the state does not say stay; see `OptimizerState.without`. So does the consistency where the
+        state has none.
+
+        Raises:
+            InvalidArgumentError: The state is of another method or other parameters, or has a NaN, an infinity, or a
+                negative mean of squares, or a setting out of range. Nothing was changed.
+            FailedPreconditionError: Its consistency is another one, and workers are alive. Nothing was changed.
+            FeatureUnavailableError: It has other settings, and the server is too old to import any.
+        """
+        imported = import_state(self._connection, self._get(), state, on_progress)
+        self._replaced(imported)
+
+    def _call_patiently(self, method: Callable[..., _Response], request: object) -> _Response:
+        """Call a method that takes as long as the state is large."""
+        return self._connection.call(method, request, timeout_s=self._connection.config.step_timeout_s)
+
+    def _get(self) -> optimizer_pb2.Optimizer:
+        request = service_pb2.GetOptimizerRequest(name=self._resource)
+        found = self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
+        return replies.optimizer(found, self._resource)
+
+    @abc.abstractmethod
+    def _replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
+        """The state is another one from now on, and it is we who have replaced it."""

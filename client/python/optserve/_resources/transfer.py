@@ -1,0 +1,278 @@
+"""An optimizer's whole state over the wire, either way."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+from optserve._common import wire
+from optserve._common.wire import DTYPES
+from optserve._resources import replies
+from optserve._resources.parameter_table import empty
+from optserve._rpc.connection import Backoff, Transport, is_retryable
+from optserve._steps.updates import Updates
+from optserve._values.settings_messages import (
+    clipping_from,
+    consistency_from,
+    differences,
+    groups_from,
+    schedule_from,
+    update_request,
+)
+from optserve.errors import FeatureUnavailableError, InvalidArgumentError
+from optserve.state import PARAMETER, OptimizerState, Progress, TensorSpec
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, steps_pb2
+
+CHUNK_BYTES = 1 << 20
+
+_Result = TypeVar("_Result")
+
+
+def export_state(connection: Transport, name: str, on_progress: Progress) -> OptimizerState:
+    """Read the state of the optimizer with that resource name.
+
+    Raises:
+        OptserveError: The server's answer, or that it gave none.
+    """
+    request = checkpoints_pb2.ExportStateRequest(name=name)
+
+    def attempt(timeout_s: float) -> OptimizerState:
+        with closing(connection.export_state(request, timeout_s)) as frames:
+            return _received(frames, name, on_progress)
+
+    return _persistently(connection, attempt)
+
+
+def import_state(
+    connection: Transport, optimizer: optimizer_pb2.Optimizer, state: OptimizerState, on_progress: Progress
+) -> optimizer_pb2.Optimizer:
+    """Replace the state of an optimizer, and the settings that the state says.
+
+    Raises:
+        InvalidArgumentError: The state is of another method or of other parameters. Nothing was changed.
+        FeatureUnavailableError: It has other settings than the optimizer, and the server cannot import them.
+        OptserveError: The server's answer, or that it gave none.
+    """
+    names, arrays = _array_names(optimizer), _arrays(optimizer, state)
+    # One id for all tries: a retry after a lost answer must not undo the steps since.
+    first = checkpoints_pb2.ImportStateRequest(name=optimizer.name, step=state.step, request_id=str(uuid.uuid4()))
+    said = state.settings
+    # That nobody shared the optimizer is no setting which the new place has to have.
+    consistency = said.get("consistency") or ...
+    changes = update_request(
+        optimizer.name,
+        state.algorithm.name,
+        state.algorithm,
+        schedule=said.get("schedule", ...),
+        clipping=said.get("clipping", ...),
+        groups=said.get("groups", ...),
+        weight_decay=said.get("weight_decay"),
+        consistency=consistency,
+    )
+    if _imports_settings(connection):
+        first.optimizer.CopyFrom(changes.optimizer)
+        first.update_mask.CopyFrom(changes.update_mask)
+    elif others := differences(optimizer, algorithm=state.algorithm, **{**said, "consistency": consistency}):
+        raise FeatureUnavailableError(
+            f"This server cannot import settings, and {others[0]}. Update the optimizer's first, or import "
+            "state.without(…) to leave the state's own behind."
+        )
+    answer = _persistently(
+        connection,
+        lambda timeout_s: connection.import_state(
+            _messages(first, names, arrays, on_progress, state.size_bytes), timeout_s
+        ),
+    )
+    return replies.optimizer(answer.optimizer, optimizer.name)
+
+
+def _imports_settings(connection: Transport) -> bool:
+    info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+    return any(item.feature == service_pb2.FEATURE_IMPORTED_SETTINGS and item.available for item in info.features)
+
+
+def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarray]) -> int:
+    """Upload all parameters of an optimizer, in the order of their indices; gives its step.
+
+    Raises:
+        OptserveError: The server's answer, or that it gave none.
+    """
+    first = replicas_pb2.PushParametersRequest(name=name, request_id=str(uuid.uuid4()))
+
+    def messages() -> Iterator[bytes]:
+        yield wire.encode(first)
+        for tensor, array in enumerate(arrays):
+            data = array.reshape(-1).view(np.uint8).data
+            for offset in range(0, len(data), CHUNK_BYTES):
+                header = replicas_pb2.PushParametersRequest()
+                header.chunk.tensor, header.chunk.offset = tensor, offset
+                yield wire.encode(header, data[offset : offset + CHUNK_BYTES])
+        yield wire.encode(replicas_pb2.PushParametersRequest(commit=steps_pb2.Commit()))
+
+    return _persistently(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
+
+
+def pull_parameters(
+    connection: Transport, request: replicas_pb2.PullParametersRequest, arrays: Updates
+) -> tuple[int, bool]:
+    """Read parameters into arrays: (their step, whether there was anything newer).
+
+    Raises:
+        OptserveError: The server's answer, or that it gave none.
+    """
+
+    def received(timeout_s: float) -> tuple[int, bool]:
+        arrays.reset()
+        with closing(connection.pull_parameters(request, timeout_s)) as frames:
+            first = _first(frames)
+            newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
+            if first.not_modified:
+                if newer_than is None or first.step > newer_than or next(frames, None) is not None:
+                    raise replies.broken(f"the parameters of step {first.step} are said not to be newer")
+                return first.step, False
+            if newer_than is not None and first.step <= newer_than:
+                raise replies.broken(f"the parameters are of step {first.step}, which is not newer than {newer_than}")
+            for frame in frames:
+                if frame.data is None:
+                    raise replies.broken("a message has no parameters")
+                arrays.put(frame.header.chunk.tensor, frame.header.chunk.offset, frame.data)
+                arrays.write_large()
+            arrays.finish()
+        return first.step, True
+
+    return _persistently(connection, received)
+
+
+def _first(frames: Iterator[wire.Frame[Any]]) -> Any:
+    """The header of the first message, which has no payload, or raise InternalError."""
+    first = next(frames, None)
+    if first is None or first.data is not None:
+        raise replies.broken("it does not begin with a message that says what follows")
+    return first.header
+
+
+def _persistently(connection: Transport, attempt: Callable[[float], _Result]) -> _Result:
+    """Try until it succeeds, the server refuses, or patience ends; `attempt` is told how many seconds are left."""
+    backoff = Backoff(connection.config)
+    patience = connection.patience(None)
+    while True:
+        try:
+            return attempt(max(patience.left_s, 0.001))
+        except grpc.RpcError as error:
+            failure = connection.translate(error, connection.config.step_timeout_s)
+        # What has not moved for long is discarded; under the same id it is the same upload.
+        if not (is_retryable(failure) or failure.reason == "STEP_TAKEN_OVER"):
+            raise failure
+        patience.pause(backoff.next_s(failure), failure)
+
+
+def _received(
+    frames: Iterator[wire.Frame[checkpoints_pb2.ExportStateResponse]], name: str, on_progress: Progress
+) -> OptimizerState:
+    optimizer = replies.optimizer(_first(frames).optimizer, name)
+    parameters = {
+        item.name: TensorSpec(tuple(item.shape), DTYPES[item.data_type].name) for item in optimizer.parameters
+    }
+    slots = {
+        name: {array: empty(spec.shape, np.dtype(spec.dtype)) for array in _array_names(optimizer)}
+        for name, spec in parameters.items()
+    }
+    arrays = [array for of_one in slots.values() for array in of_one.values()]
+    # As if each array of each parameter was a tensor of its own.
+    received = Updates(range(len(arrays)), arrays)
+    per_parameter = len(_array_names(optimizer))
+    done, total = 0, sum(array.nbytes for array in arrays)
+    on_progress(0, total)
+    for frame in frames:
+        chunk = frame.header.chunk
+        array = len(optimizer.slots) if chunk.WhichOneof("array") == "parameter" else chunk.slot
+        if frame.data is None or array >= per_parameter:
+            raise replies.broken("a message has no state, or some of an array that there is not")
+        received.put(chunk.tensor * per_parameter + array, chunk.offset, frame.data)
+        received.write_large()
+        done += len(frame.data)
+        on_progress(done, total)
+    received.finish()
+    return OptimizerState(
+        optimizer.step,
+        replies.method(optimizer),
+        parameters,
+        slots,
+        schedule=schedule_from(optimizer),
+        clipping=clipping_from(optimizer),
+        groups=groups_from(optimizer),
+        weight_decay=optimizer.weight_decay,
+        consistency=consistency_from(optimizer),
+    )
+
+
+def _array_names(optimizer: optimizer_pb2.Optimizer) -> list[str]:
+    """The arrays of a state: the slots, and the parameter itself where the server holds it."""
+    return [*optimizer.slots, *([PARAMETER] if optimizer.mode == optimizer_pb2.MODE_HOSTED else [])]
+
+
+def _messages(
+    first: checkpoints_pb2.ImportStateRequest,
+    names: Sequence[str],
+    arrays: Sequence[Sequence[np.ndarray]],
+    on_progress: Progress,
+    total: int,
+) -> Iterator[bytes]:
+    yield wire.encode(first)
+    done = 0
+    on_progress(0, total)
+    for tensor, slots in enumerate(arrays):
+        for slot, array in enumerate(slots):
+            data = array.reshape(-1).view(np.uint8).data
+            for offset in range(0, len(data), CHUNK_BYTES):
+                header = checkpoints_pb2.ImportStateRequest()
+                header.chunk.tensor, header.chunk.offset = tensor, offset
+                if names[slot] == PARAMETER:
+                    header.chunk.parameter = True
+                else:
+                    header.chunk.slot = slot
+                part = data[offset : offset + CHUNK_BYTES]
+                yield wire.encode(header, part)
+                done += len(part)
+                on_progress(done, total)
+    last = checkpoints_pb2.ImportStateRequest()
+    last.commit.SetInParent()
+    yield wire.encode(last)
+
+
+def _arrays(optimizer: optimizer_pb2.Optimizer, state: OptimizerState) -> list[list[np.ndarray]]:
+    """The state's arrays in the optimizer's order, checked against it."""
+    method = optimizer.algorithm.WhichOneof("method")
+    if state.algorithm.name != method:
+        raise InvalidArgumentError(f"The state is of {state.algorithm.name}; the optimizer is of {method}.")
+    own = [item.name for item in optimizer.parameters]
+    for names, others, what in ((own, state.slots, "lacks"), (state.slots, set(own), "has another parameter,")):
+        for name in names:
+            if name not in others:
+                raise InvalidArgumentError(f"The state {what} {name!r}.", metadata={"parameter": name})
+    return [
+        _slots_of(item.name, tuple(item.shape), DTYPES[item.data_type], _array_names(optimizer), state.slots[item.name])
+        for item in optimizer.parameters
+    ]
+
+
+def _slots_of(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, slots: list[str], arrays: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    if set(arrays) != set(slots):
+        raise InvalidArgumentError(
+            f"The state of {name!r} has the slots {sorted(arrays)}; these are needed: {sorted(slots)}.",
+            metadata={"parameter": name},
+        )
+    for slot, array in arrays.items():
+        if array.shape != shape or array.dtype != dtype:
+            raise InvalidArgumentError(
+                f"{slot} of {name!r} is {list(array.shape)} {array.dtype}, not {list(shape)} {dtype}.",
+                metadata={"parameter": name},
+            )
+    return [np.ascontiguousarray(arrays[slot]) for slot in slots]

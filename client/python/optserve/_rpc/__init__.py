@@ -1,0 +1,1 @@
+"""One connection: calls, deadlines, tries."""

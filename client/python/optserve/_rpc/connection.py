@@ -1,0 +1,385 @@
+"""The channel: deadlines, retries and errors of every call. What is called is none of its business."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from optserve._common import malloc, wire
+from optserve._rpc.deadline import Patience, Watchdog, cancellation
+from optserve._rpc.proxies import channel_options, proxy_hint
+from optserve.config import ClientConfig
+from optserve.errors import (
+    ClientUseError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    OptserveError,
+    UnavailableError,
+    from_rpc_error,
+)
+from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
+
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
+
+_Response = TypeVar("_Response")
+_Page = TypeVar("_Page", bound="_HasNextPage")
+
+
+class _HasNextPage(Protocol):
+    next_page_token: str
+
+
+logger = logging.getLogger(__name__)
+
+WARN_AFTER_S, WARN_EVERY_S = 2.0, 30.0
+"""After so many seconds of tries a warning says what they wait for, and then again after each of the second length."""
+
+INHERITED = (
+    "This client was made before the process forked, and gRPC connections do not survive that. "
+    "Connect again in the new process, or start it with the 'spawn' method."
+)
+"""What a client says in a process that has inherited it."""
+
+RECONNECT_PAUSE_S = 0.1
+"""Longest pause between tries while no server is there, of the channel and of a call, so that a client goes on within
+0.3 s of a server's return. A try is one small packet to a host that refuses it; all pauses have jitter."""
+
+CONNECT_ATTEMPT_S = 5.0
+"""After so long without an answer, as from a host that is down and says nothing, a connection is tried anew: the kernel
+by itself would ask again ever more seldom."""
+
+CLOSE_S = 3.0
+"""How long the end of a connection is waited for. It takes milliseconds, unless a call never ends."""
+
+
+class Closeable(Protocol):
+    """A stream that has a thread of gRPC's, which does not end with its channel."""
+
+    def close(self) -> None:
+        """End it, from any thread, more than once too."""
+
+
+class Backoff:
+    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
+
+    While no server is there they are at most RECONNECT_PAUSE_S. Who waits for long reads in the log for what.
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._pause_s = config.initial_backoff_s
+        self._max_pause_s = config.max_backoff_s
+        self._began = time.monotonic()
+        self._warn_at = self._began + WARN_AFTER_S
+
+    def next_s(self, error: OptserveError) -> float:
+        """Seconds to wait after `error`."""
+        now = time.monotonic()
+        if now >= self._warn_at and is_retryable(error):
+            logger.warning("still trying after %.0f s: %s", now - self._began, error)
+            self._warn_at = now + WARN_EVERY_S
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
+        # What a server says of itself has a reason.
+        if isinstance(error, UnavailableError) and not error.reason:
+            pause_s = min(pause_s, RECONNECT_PAUSE_S)
+        return max(pause_s, error.retry_after_s or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+
+
+def is_retryable(error: OptserveError) -> bool:
+    """Whether the same call is worth another try."""
+    return isinstance(error, UnavailableError) or error.retry_after_s is not None
+
+
+def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Response | DecodeError]:
+    """`decode`, which gives its error instead of raising it.
+
+    An error that gRPC sees ends the call here and leaves it open on the server, where it keeps its place for good.
+    """
+
+    def read(raw: bytes) -> _Response | DecodeError:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            return error
+
+    return read
+
+
+def readable(message: _Response | DecodeError) -> _Response:
+    """A message of a stream, or raise InternalError if it was none."""
+    if isinstance(message, DecodeError):
+        raise InternalError(f"The server's answer is no message: {message}")
+    return message
+
+
+class Transport:
+    """One connection to one server.
+
+    Attributes:
+        same_host: Whether the server can share memory with this process.
+        has_shared: Names of optimizers whose memory this client has shared.
+    """
+
+    def __init__(self, target: str, config: ClientConfig) -> None:
+        self.target = target
+        self.same_host = False
+        self.has_shared: set[str] = set()
+        self.config = config
+        if config.keep_freed_memory:
+            malloc.keep_freed_memory()
+        self._watchdog = Watchdog()
+        self._pid = os.getpid()
+        # A client that is dropped without being closed needs its thread no longer.
+        weakref.finalize(self, _end, self._watchdog, self._pid).atexit = False
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
+        self._channel = grpc.insecure_channel(
+            target,
+            options=[
+                ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
+                ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
+                *wire.http2_options(),
+                *channel_options(target),
+                ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
+                # A connection of its own: clients that share one would share its flow control too.
+                ("grpc.use_local_subchannel_pool", 1),
+                # gRPC takes no less than 100 ms, and varies it by a fifth.
+                ("grpc.initial_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+                ("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+                ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_ATTEMPT_S)),
+            ],
+        )
+        self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
+        self._stream_steps = self._channel.stream_stream(
+            f"/{_SERVICE}/StreamSteps", None, _error_or(wire.decode_response)
+        )
+        self._export_state = self._channel.unary_stream(
+            f"/{_SERVICE}/ExportState",
+            checkpoints_pb2.ExportStateRequest.SerializeToString,
+            _error_or(wire.decoder(checkpoints_pb2.ExportStateResponse)),
+        )
+        self._import_state = self._channel.stream_unary(
+            f"/{_SERVICE}/ImportState", None, checkpoints_pb2.ImportStateResponse.FromString
+        )
+        self._pull_parameters = self._channel.unary_stream(
+            f"/{_SERVICE}/PullParameters",
+            replicas_pb2.PullParametersRequest.SerializeToString,
+            _error_or(wire.decoder(replicas_pb2.PullParametersResponse)),
+        )
+        self._push_parameters = self._channel.stream_unary(
+            f"/{_SERVICE}/PushParameters", None, replicas_pb2.PushParametersResponse.FromString
+        )
+
+    def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
+        """Make a unary call, which must be idempotent; try it again while the server is unavailable.
+
+        Raises:
+            OptserveError: The server's answer, or that it gave none.
+        """
+        timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
+        patience = self.patience(timeout_s)
+        backoff = Backoff(self.config)
+        while True:
+            self.check_usable()
+            try:
+                with self._while_open():
+                    return _answer(method, request, max(patience.left_s, 0.001))
+            except grpc.RpcError as rpc_error:
+                error = self.translate(rpc_error, timeout_s)
+            if not is_retryable(error):
+                raise error
+            patience.pause(backoff.next_s(error), error)
+
+    def call_once(self, method: Callable[..., _Response], request: Any) -> _Response:
+        """Make a unary call and do not try it again.
+
+        Raises:
+            OptserveError: The server's answer, or that it gave none.
+        """
+        self.check_usable()
+        try:
+            with self._while_open():
+                return _answer(method, request, self.config.timeout_s)
+        except grpc.RpcError as error:
+            raise self.translate(error, self.config.timeout_s) from None
+
+    def pages(self, method: Callable[..., _Page], request: Any) -> Iterator[_Page]:
+        """Make a unary call for each page of a list, all together within `timeout_s` of waiting.
+
+        Raises:
+            DeadlineExceededError: That is not the end of the list.
+            InternalError: A page leads back to one before.
+            OptserveError: The server's answer, or that it gave none.
+        """
+        left_s = self.config.timeout_s
+        tokens = {""}
+        while left_s > 0:
+            began = time.monotonic()
+            page = self.call(method, request, timeout_s=left_s)
+            left_s -= time.monotonic() - began
+            yield page
+            if not page.next_page_token:
+                return
+            if page.next_page_token in tokens:
+                raise InternalError(f"The server's list at {self.target} leads back to a page before.")
+            tokens.add(page.next_page_token)
+            request.page_token = page.next_page_token
+        raise DeadlineExceededError(
+            f"The list at {self.target} had not ended after {len(tokens) - 1} pages and {self.config.timeout_s:g} s."
+        )
+
+    def patience(self, timeout_s: float | None) -> Patience:
+        """The patience of a step that begins now.
+
+        Raises:
+            InvalidArgumentError: `timeout_s` is negative or not finite.
+        """
+        if timeout_s is not None and not 0 <= timeout_s < threading.TIMEOUT_MAX:
+            raise InvalidArgumentError(f"timeout_s must be a number of seconds, not {timeout_s!r}.")
+        return Patience(self._watchdog, self.config.step_timeout_s if timeout_s is None else timeout_s)
+
+    def stream_steps(self, messages: Iterator[bytes]) -> Any:
+        """Start a StreamSteps call. It has no deadline of its own; see Patience."""
+        self.check_usable()
+        with self._while_open():
+            return self._stream_steps(messages)
+
+    def close_with_me(self, stream: Closeable) -> None:
+        """Close a stream when this is closed, if it is still there."""
+        with self._lock:
+            self._streams.add(stream)
+
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest, timeout_s: float) -> Any:
+        """Start an ExportState call; gives frames."""
+        self.check_usable()
+        with self._while_open():
+            return _frames(self._export_state(request, timeout=timeout_s))
+
+    def import_state(self, messages: Iterator[bytes], timeout_s: float) -> checkpoints_pb2.ImportStateResponse:
+        """Make an ImportState call."""
+        self.check_usable()
+        with self._while_open():
+            return _answer(self._import_state, messages, timeout_s)
+
+    def pull_parameters(self, request: replicas_pb2.PullParametersRequest, timeout_s: float) -> Any:
+        """Start a PullParameters call; gives frames."""
+        self.check_usable()
+        with self._while_open():
+            return _frames(self._pull_parameters(request, timeout=timeout_s))
+
+    def push_parameters(self, messages: Iterator[bytes], timeout_s: float) -> replicas_pb2.PushParametersResponse:
+        """Make a PushParameters call."""
+        self.check_usable()
+        with self._while_open():
+            return _answer(self._push_parameters, messages, timeout_s)
+
+    def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
+        """The exception for a failed call."""
+        translated = from_rpc_error(error, self.target, proxy_hint(self.target))
+        if self._closing.is_set():
+            return ClientUseError("This client was closed in the middle of a call.")
+        if isinstance(translated, DeadlineExceededError) and not translated.reason:
+            return DeadlineExceededError(
+                f"{self.target} did not answer within {timeout_s:g} s.{proxy_hint(self.target)}"
+            )
+        return translated
+
+    def check_usable(self) -> None:
+        """Raise ClientUseError if the client is closed or was inherited by fork."""
+        if self._closing.is_set():
+            raise ClientUseError("This client is closed.")
+        if os.getpid() != self._pid:
+            raise ClientUseError(INHERITED)
+
+    def close(self) -> None:
+        """Close the connection. May be called more than once."""
+        self._closing.set()
+        _end(self._watchdog, self._pid)
+        if os.getpid() == self._pid:
+            self._close_channel()
+            with self._lock:
+                streams = list(self._streams)
+            for stream in streams:
+                stream.close()
+
+    def _close_channel(self) -> None:
+        """Close gRPC's channel, and wait for that for CLOSE_S at most.
+
+        It waits for every call to be taken off its list, and Ctrl-C at a wrong moment within gRPC leaves one there.
+        """
+        closing = threading.Thread(target=self._channel.close, name="optserve-close", daemon=True)
+        try:
+            closing.start()
+        except RuntimeError:
+            # At the end of the interpreter, or of the system's threads, there is none to be had.
+            self._channel.close()
+            return
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            logger.warning("the connection to %s has not ended %g s after it was closed", self.target, CLOSE_S)
+
+    @contextmanager
+    def _while_open(self) -> Iterator[None]:
+        """Begin a call; the channel may be closed by another thread at that moment."""
+        try:
+            yield
+        except ValueError:
+            if self._closing.is_set():
+                raise ClientUseError("This client is closed.") from None
+            raise
+
+
+def _end(watchdog: Watchdog, pid: int) -> None:
+    """End a watchdog's thread, in its own process: another one has inherited its lock only, taken perhaps."""
+    if os.getpid() == pid:
+        watchdog.close()
+
+
+def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
+    """Make a call that has one answer, until it comes or the call is cancelled.
+
+    Raises:
+        grpc.RpcError: There is no answer.
+        StepCancelledError: It was cancelled.
+        InternalError: The call succeeded without an answer.
+    """
+    cancelled = cancellation()
+    if cancelled is None:
+        return _some(method(request, timeout=timeout_s))
+    call = method.future(request, timeout=timeout_s)  # pyright: ignore[reportFunctionMemberAccess]
+    with cancelled.watching(call.cancel):
+        try:
+            return _some(call.result())
+        except grpc.FutureCancelledError:
+            cancelled.check()
+            raise ClientUseError("This client was closed in the middle of a call.") from None
+
+
+def _frames(call: Any) -> Iterator[Any]:
+    """The messages of a stream from the server, until it ends or the call is cancelled; to be closed at the end."""
+    cancelled = cancellation()
+    try:
+        with cancelled.watching(call.cancel) if cancelled is not None else nullcontext():
+            for frame in call:
+                yield readable(frame)
+    finally:
+        # Of an answer that cannot be used nothing more is wanted.
+        call.cancel()
+
+
+def _some(response: _Response | None) -> _Response:
+    """A unary call's answer; gRPC gives None where a call succeeded without one."""
+    if response is None:
+        raise InternalError("The server ended a call well and without an answer.")
+    return response

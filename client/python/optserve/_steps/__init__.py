@@ -1,0 +1,1 @@
+"""A step from its gradients to its updates."""

@@ -1,0 +1,440 @@
+"""The steps of one optimizer, exactly once each, over as many connections as it takes.
+
+A step is sent under a request id of its own until it is answered. If its call is interrupted, by a deadline or by a
+cancellation, the step is unsettled: whether the server has applied it is found out before the next one is made, and as
+it may even then be about to be applied, it stays unsettled until a later step is known to have taken its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from optserve._rpc.connection import Backoff, Transport, is_retryable
+from optserve._rpc.deadline import Patience, Turn
+from optserve._steps.error_feedback import ErrorFeedback
+from optserve._steps.lives import Life
+from optserve._steps.outcomes import Outcomes
+from optserve._steps.shared_memory import SharedStaging
+from optserve._steps.sharing import Sharing
+from optserve._steps.stream import Gradients, StepRefused, StepStream
+from optserve._steps.updates import Updates
+from optserve.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    NotFoundError,
+    OptserveError,
+    StateLostError,
+    StateReplacedError,
+    StepInDoubtError,
+    StepsLostError,
+    UnavailableError,
+    WrongStepError,
+)
+from optserve.v1 import steps_pb2
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_WAIT_S = 2.0
+"""How long a step that was interrupted is waited for."""
+
+
+class StepSession:
+    """One optimizer's stream and what is known of its steps. Safe to use from several threads.
+
+    Attributes:
+        open_request: What a stream is opened with.
+        current_step: Steps that the server has applied, as far as is known.
+        lineage: Says which state these steps are of.
+        create_time: Says of which optimizer of that name.
+        at_step: The step of the parameters that gradients are taken at, for a worker among several.
+        life: Makes the request ids, and counts the steps.
+        staleness: Steps of others between those parameters and the last step.
+        gradient_norm: Of the last step's gradient before clipping, where the server has computed it.
+        outcomes: What became of steps whose callers do not know it.
+    """
+
+    def __init__(
+        self,
+        connection: Transport,
+        open_request: steps_pb2.Open,
+        step: int,
+        lineage: str,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        create_time: Timestamp,
+        must_share: bool = False,
+        takes_curvature: bool = False,
+        register: Callable[[], object] | None = None,
+        feedback: ErrorFeedback | None = None,
+    ) -> None:
+        self._register = register
+        self.at_step: int | None = None
+        self.life = Life(open_request.worker)
+        self.staleness = 0
+        self.gradient_norm: float | None = None
+        self._connection = connection
+        self._sharing = Sharing(connection, open_request, must_share=must_share)
+        self._sizes = sizes
+        self._takes_curvature = takes_curvature
+        self.open_request = open_request
+        self.current_step = step
+        self.lineage = lineage
+        self.create_time = create_time
+        self._only_one = Turn()
+        self._stream: StepStream | None = None
+        self._patience: Patience | None = None
+        self.outcomes = Outcomes(feedback)
+
+    def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> str:
+        """Make one new step; gives its request id.
+
+        Raises:
+            OptserveError: See `Optimizer.step`.
+        """
+        self._begin_turn(patience)
+        try:
+            if self.outcomes.unsettled or self.outcomes.overtaken:
+                self._raise_if_applied(patience)
+            request_id = self.life.next_request_id()
+            self.outcomes.begin(request_id, gradients)
+            try:
+                self._exchange(request_id, gradients, updates, patience)
+            except _NotApplied as refusal:
+                self.outcomes.refused(request_id)
+                # The server may have come to commit an interrupted step only after it was asked about it.
+                if self.outcomes.unsettled and isinstance(refusal.error, WrongStepError):
+                    self._raise_if_applied(patience)
+                raise refusal.error from None
+            self.outcomes.applied(request_id)
+            self.life.made(request_id)
+            # Cancelled at the last moment: the caller will not get the updates.
+            patience.settle()
+            self.outcomes.received(request_id)
+            return request_id
+        finally:
+            self._end_turn()
+
+    def replay(self, make_updates: Callable[[list[int]], Updates], patience: Patience) -> None:
+        """Receive the reply of the last applied step once more.
+
+        Args:
+            make_updates: Given the parameters that took part in it, none for all, where the reply goes.
+            patience: How long to try.
+
+        Raises:
+            OptserveError: See `Optimizer.replay`.
+        """
+        with self._turn(patience):
+            self._raise_if_overtaken()
+            opened, unsettled = self._reopened(patience).opened, self.outcomes.unsettled
+            if unsettled and opened.last_request_id not in unsettled:
+                raise FailedPreconditionError(
+                    f"The last step of {self._name} on the server, which is at step {opened.step}, is not the "
+                    "interrupted one. If nobody else steps this optimizer, that one was not applied: step again."
+                )
+            if not opened.last_request_id:
+                raise FailedPreconditionError(f"{self._name} has not been stepped, so there is nothing to replay.")
+            updates = make_updates(list(opened.last_tensors))
+            try:
+                self._exchange(opened.last_request_id, None, updates, patience)
+            except _NotApplied as refusal:
+                raise refusal.error from None
+            self.outcomes.applied(opened.last_request_id)
+            self.outcomes.received(opened.last_request_id)
+
+    def refresh(self, read: Callable[[], tuple[int, str]]) -> None:
+        """Take the server's step and lineage, which `read` gives, for granted, and give up what was unsettled."""
+        patience = self._connection.patience(self._connection.config.timeout_s)
+        with self._turn(patience):
+            step, lineage = read()
+            state_is_another = lineage != self.lineage or step < self.current_step
+            self.current_step = step
+            if state_is_another:
+                self._close_stream()
+                self.lineage = lineage
+            elif self.outcomes.errors_are_undecided:
+                self.outcomes.applied(self._reopened(patience).opened.last_request_id)
+            self.outcomes.forget(state_is_another=state_is_another)
+
+    def stream(self, patience: Patience) -> StepStream:
+        """The stream of the next step, opened if it is not open."""
+        with self._turn(patience):
+            return self._opened(patience)
+
+    def cancel(self) -> None:
+        """Interrupt the step that is being made, if there is one; it raises in its thread."""
+        patience = self._patience
+        if patience is not None:
+            patience.cancel()
+
+    def leave(self) -> None:
+        """Interrupt the step that is being made, close the stream, and let no other step be made."""
+        self.life.leave()
+        self.cancel()
+        try:
+            self._only_one.take(self._connection.patience(_LEAVE_WAIT_S))
+        except DeadlineExceededError as error:
+            # It is reporting to a server that does not answer, and ends by itself.
+            logger.debug("%s", error)
+            return
+        try:
+            self._close_stream()
+        finally:
+            self._only_one.give_back()
+
+    def close(self) -> None:
+        """Close the stream; the next step opens another."""
+        with self._turn(self._connection.patience(self._connection.config.timeout_s)):
+            self._close_stream()
+
+    @property
+    def _name(self) -> str:
+        return repr(self.open_request.name.removeprefix("optimizers/"))
+
+    @contextmanager
+    def _turn(self, patience: Patience) -> Iterator[None]:
+        """For the length of a with-block, let no other thread be in the middle of a step."""
+        self._begin_turn(patience)
+        try:
+            yield
+        finally:
+            self._end_turn()
+
+    def _begin_turn(self, patience: Patience) -> None:
+        """What `_turn` does at its beginning: wait for other threads."""
+        self._connection.check_usable()
+        self.life.check_goes_on()
+        self._only_one.take(patience)
+        self._patience = patience
+        try:
+            # Now that it can be cancelled: `leave` ends the life first, and cancels then.
+            self.life.check_goes_on()
+        except OptserveError:
+            self._end_turn()
+            raise
+
+    def _end_turn(self) -> None:
+        """What `_turn` does at its end."""
+        self._patience = None
+        self._only_one.give_back()
+
+    def _raise_if_applied(self, patience: Patience) -> None:
+        """Raise StepInDoubtError unless no unsettled step has been applied so far."""
+        self._raise_if_overtaken()
+        opened = self._reopened(patience).opened
+        if opened.last_request_id in self.outcomes.unsettled:
+            self.outcomes.applied(opened.last_request_id)
+            self.current_step = opened.step
+            raise StepInDoubtError(
+                f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
+                "to go on without them."
+            )
+        # What a worker has done is told worker by worker, so whatever its last step is not was not applied.
+        if opened.step != self.current_step and not self.open_request.worker:
+            raise StepInDoubtError(
+                f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
+                "the interrupted step was applied is no longer known. Call refresh() to go on."
+            )
+
+    def _raise_if_overtaken(self) -> None:
+        if self.outcomes.overtaken:
+            raise StepInDoubtError(
+                f"An interrupted step of {self._name} had been applied, and others after it, so its updates are no "
+                "longer to be had. Call refresh() to go on without them."
+            )
+
+    def _exchange(self, request_id: str, gradients: Gradients | None, updates: Updates, patience: Patience) -> None:
+        """Send a step until it is answered; without gradients, ask for the reply of one that has been applied.
+
+        Raises:
+            _NotApplied: The server has refused it at the first try, so it was certainly not applied.
+            OptserveError: Anything else, after which that is open.
+        """
+        backoff: Backoff | None = None
+        # Whether the step may have been applied: before the present try, and now.
+        before = doubtful = False
+        shared: SharedStaging | None = None
+        while True:
+            try:
+                stream = self._stream or self._opened(patience)
+                # What has been applied is only asked for again; the gradients need not travel.
+                applied = stream.opened.last_request_id == request_id
+                if gradients is not None and not applied:
+                    self._check_intact(gradients, updates, shared)
+                if shared is not None and shared is not stream.shared:
+                    # That of a stream which is gone; errors with their frames may keep the object itself for long.
+                    shared.release()
+                updates.reset()
+                before, doubtful, shared = doubtful, True, stream.shared
+                result = stream.step(self._begin(request_id), None if applied else gradients, updates, patience)
+                self._take(result, known=before or gradients is None)
+            except StepRefused as refusal:
+                error = refusal.error
+                self.life.note(error)
+                doubtful = before or isinstance(error, InternalError | StateLostError)
+                # Also a reply that was read too slowly is taken over.
+                doubtful |= error.reason == "STEP_TAKEN_OVER"
+            except OptserveError as lost:
+                self._close_stream()
+                error = lost
+            # KeyboardInterrupt above all: what is still on its way must not be taken for a later step's reply.
+            except BaseException:
+                self._close_stream()
+                raise
+            else:
+                # An error that is kept keeps the frames that it came through, and with them the caller's arrays.
+                error = None
+                return
+            # A step that has not moved for long is discarded; under the same id it is the same step.
+            if self._is_passing(error) or error.reason == "STEP_TAKEN_OVER":
+                backoff = backoff or Backoff(self._connection.config)
+                try:
+                    self._pause(patience, backoff, error)
+                except OptserveError as ended:
+                    raise ended if doubtful else _NotApplied(ended) from None
+            elif not doubtful:
+                raise _NotApplied(error)
+            elif error.reason in ("WRONG_STEP", "REPLY_GONE", "WORKER_REPLACED"):
+                raise StepInDoubtError(
+                    f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
+                    "Whether the step was applied is no longer known. Call refresh() to go on."
+                ) from error
+            else:
+                raise error
+
+    def _is_passing(self, error: OptserveError) -> bool:
+        """Whether the same call may succeed after a pause."""
+        return is_retryable(error) or (error.reason == "WORKER_UNKNOWN" and self._register is not None)
+
+    def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
+        if error.reason == "STEP_TAKEN_OVER":
+            # Perhaps because a later stream was opened: then no step by this one counts any more.
+            self._close_stream()
+        patience.pause(backoff.next_s(error), error)
+        if error.reason == "WORKER_UNKNOWN" and self._register is not None:
+            # The server was started anew, or has not heard of this worker for long.
+            self._register()
+
+    def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
+        """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
+        self.current_step, self.staleness = result.step, result.staleness
+        self.gradient_norm = result.gradient_norm if result.HasField("gradient_norm") else None
+        if result.replayed and not known:
+            raise InternalError(
+                f"The server says that a new step of {self._name} had been applied before, which it cannot have been."
+            )
+
+    def _begin(self, request_id: str) -> steps_pb2.StreamStepsRequest:
+        """The first message of a step."""
+        request = steps_pb2.StreamStepsRequest()
+        begin = request.begin
+        begin.request_id = request_id
+        if not self.open_request.worker:
+            begin.expected_step = self.current_step
+        elif self.at_step is not None:
+            begin.parameters_step = self.at_step
+        return request
+
+    def _check_intact(self, gradients: Gradients, updates: Updates, shared: SharedStaging | None) -> None:
+        """Raise StepInDoubtError if an earlier try has put updates where the gradients were."""
+        received = updates.begun and any(
+            np.may_share_memory(gradient, update) for gradient in gradients.arrays for update in updates.arrays
+        )
+        if received or (shared is not None and shared.has_overwritten(self.current_step + 1, gradients.arrays)):
+            raise StepInDoubtError(
+                f"The connection was lost in the middle of a step of {self._name}, whose updates had begun to take the "
+                "place of its gradients, and the server has lost that step. Call refresh() and step again."
+            )
+
+    def _opened(self, patience: Patience) -> StepStream:
+        if self._stream is None:
+            pauses = self._sharing.pauses()
+            while self._sharing.may_begin_soon(stream := self._open(patience)):
+                # The server may not have noticed yet that the stream before is gone.
+                pause_s = next(pauses, None)
+                if pause_s is None:
+                    break
+                stream.close()
+                patience.pause(pause_s, UnavailableError(f"Memory is not shared again: {stream.transport_reason}."))
+            try:
+                self._sharing.check(stream, patience)
+            except OptserveError:
+                stream.close()
+                raise
+            self._stream = stream
+        return self._stream
+
+    def _open(self, patience: Patience) -> StepStream:
+        try:
+            stream = StepStream(
+                self._connection, self.open_request, patience, self._sizes, takes_curvature=self._takes_curvature
+            )
+        except NotFoundError as error:
+            if self.current_step == 0:
+                raise
+            raise StepsLostError(
+                f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
+                "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
+            ) from error
+        except OptserveError as error:
+            # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
+            self._sharing.has_shared = True
+            self.life.note(error)
+            raise
+        try:
+            self._check_state(stream.opened)
+            self.life.check_last(stream.opened.last_request_id)
+        except OptserveError:
+            stream.close()
+            raise
+        return stream
+
+    def _check_state(self, opened: steps_pb2.Opened) -> None:
+        """Raise unless the server has the state that this client knows."""
+        if opened.HasField("create_time") and opened.create_time != self.create_time:
+            raise StateReplacedError(
+                f"{self._name} has been deleted and made anew since this client last looked; it is at step "
+                f"{opened.step}. Get it anew from the client; or refresh() and go on, if its parameters are the same.",
+                reason="STATE_REPLACED",
+            )
+        if opened.step < self.current_step:
+            raise StepsLostError(
+                f"This client has seen step {self.current_step} of {self._name}; the server is back at step "
+                f"{opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on from there."
+            )
+        if opened.lineage != self.lineage:
+            raise StateReplacedError(
+                f"The state of {self._name} is another one than this client knew: restored, imported, or that of a new "
+                f"optimizer; it is at step {opened.step}. Call refresh() to go on with it."
+            )
+
+    def _reopened(self, patience: Patience) -> StepStream:
+        """A new stream: what the server says when a stream is opened is true of that moment only."""
+        backoff = Backoff(self._connection.config)
+        while True:
+            self._close_stream()
+            try:
+                return self._opened(patience)
+            except OptserveError as error:
+                if not self._is_passing(error):
+                    raise
+                self._pause(patience, backoff, error)
+
+    def _close_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+
+class _NotApplied(Exception):
+    """A step was refused, and certainly not applied; `error` says why."""
+
+    def __init__(self, error: OptserveError) -> None:
+        super().__init__(error)
+        self.error = error

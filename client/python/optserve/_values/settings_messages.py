@@ -1,0 +1,197 @@
+"""The settings of an optimizer between the contract's messages and values, as far as they go with one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from types import EllipsisType, MappingProxyType
+from typing import Any
+
+from optserve._values.arrays import check_kind
+from optserve.algorithms import Algorithm, from_message
+from optserve.errors import FeatureUnavailableError, InvalidArgumentError
+from optserve.settings import (
+    CONSISTENCIES,
+    SCHEDULES,
+    Clipping,
+    Consistency,
+    Group,
+    Schedule,
+    set_hyperparameter,
+)
+from optserve.v1 import optimizer_pb2, service_pb2
+
+
+def method_from(message: optimizer_pb2.Optimizer) -> Algorithm:
+    """The method of an optimizer.
+
+    Raises:
+        FeatureUnavailableError: A newer server's, which this client does not know; here and below.
+    """
+    try:
+        return from_message(message.algorithm)
+    except ValueError as error:
+        raise FeatureUnavailableError(str(error)) from error
+
+
+def _kind_of(message: optimizer_pb2.Optimizer, field: str, oneof: str) -> str | None:
+    """Which kind of a setting an optimizer has; None where it has none."""
+    name = getattr(message, field).WhichOneof(oneof)
+    if name is None and message.HasField(field):
+        raise FeatureUnavailableError(f"This client does not know the {field} of {message.name!r}; a newer one may.")
+    return name
+
+
+def schedule_from(message: optimizer_pb2.Optimizer) -> Schedule | None:
+    """The schedule of an optimizer; None for a constant learning rate."""
+    name = _kind_of(message, "schedule", "kind")
+    if name is None:
+        return None
+    kind, given = SCHEDULES[name], getattr(message.schedule, name)
+    values: dict[str, Any] = {item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields}
+    known = {item.name for item in fields(kind)}
+    return kind(
+        warmup_steps=message.schedule.warmup_steps, **{key: value for key, value in values.items() if key in known}
+    )
+
+
+def clipping_from(message: optimizer_pb2.Optimizer) -> Clipping | None:
+    """The bound on the gradients of an optimizer; None for none."""
+    kind = _kind_of(message, "clipping", "bound")
+    return Clipping(**{kind: getattr(message.clipping, kind)}) if kind else None
+
+
+def consistency_from(message: optimizer_pb2.Optimizer) -> Consistency | None:
+    """How workers share an optimizer; None if they do not."""
+    name = _kind_of(message, "consistency", "kind")
+    if name is None:
+        return None
+    given = getattr(message.consistency, name)
+    return CONSISTENCIES[name](
+        lease_s=message.consistency.lease.ToNanoseconds() / 1e9,
+        scale_by_staleness=message.consistency.scale_by_staleness,
+        **{item.name: getattr(given, item.name) for item in given.DESCRIPTOR.fields},
+    )
+
+
+def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
+    """The groups of an optimizer."""
+    groups = []
+    for group in message.groups:
+        settings = getattr(group.algorithm, group.algorithm.WhichOneof("method") or "adadelta")
+        overrides = {item.name: value for item, value in settings.ListFields()}
+        decay = group.weight_decay if group.HasField("weight_decay") else None
+        groups.append(Group(tuple(group.parameters), overrides, decay))
+    return tuple(groups)
+
+
+def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
+    """The contract's form of all groups."""
+    return [group.to_message(method) for group in groups]
+
+
+def check_kinds(algorithm: object, schedule: object, clipping: object, groups: Any, consistency: object) -> None:
+    """Check that arguments are settings, None, or an Ellipsis.
+
+    Raises:
+        InvalidArgumentError: One is a class rather than an object of it, or something else.
+    """
+    if algorithm is not None:
+        check_kind(algorithm, Algorithm, "algorithm", "Adadelta()")
+    for value, kind, what, example in (
+        (schedule, Schedule, "schedule", "Cosine(period_steps=100)"),
+        (clipping, Clipping, "clipping", "Clipping(global_norm=1.0)"),
+        (consistency, Consistency, "consistency", "Async()"),
+    ):
+        if value is not None and value is not ...:
+            check_kind(value, kind, what, example)
+    if groups is not ...:
+        if isinstance(groups, Group) or not isinstance(groups, Sequence):
+            raise InvalidArgumentError("groups must be a sequence, such as [Group(['w'], {'learning_rate': 0.1})].")
+        for group in groups:
+            check_kind(group, Group, "A group", "Group(['w'], {'learning_rate': 0.1})")
+
+
+def settings_from(message: optimizer_pb2.Optimizer) -> dict[str, Any]:
+    """All settings of an optimizer by name, the method's included."""
+    return {
+        "algorithm": method_from(message),
+        "schedule": schedule_from(message),
+        "clipping": clipping_from(message),
+        "groups": groups_from(message),
+        "weight_decay": message.weight_decay,
+        "consistency": consistency_from(message),
+    }
+
+
+def differences(message: optimizer_pb2.Optimizer, **wanted: Any) -> list[str]:
+    """What of an optimizer is not as wanted, each as a clause of a sentence.
+
+    Args:
+        message: The optimizer.
+        wanted: Settings by name; one that is not given, or an Ellipsis, does not matter.
+    """
+    present = settings_from(message)
+    return [
+        f"its {name} is {present[name]}, not {value}"
+        for name, value in wanted.items()
+        if value is not ... and value != present[name]
+    ]
+
+
+def update_request(
+    resource: str,
+    method: str,
+    algorithm: Algorithm | None = None,
+    *,
+    schedule: Schedule | EllipsisType | None = ...,
+    clipping: Clipping | EllipsisType | None = ...,
+    groups: Sequence[Group] | EllipsisType = ...,
+    weight_decay: float | None = None,
+    consistency: Consistency | EllipsisType | None = ...,
+    hyperparameters: Mapping[str, Any] = MappingProxyType({}),
+) -> service_pb2.UpdateOptimizerRequest:
+    """The request that changes the settings of an optimizer; what is not given stays.
+
+    Args:
+        resource: `optimizers/…`.
+        method: Name of its method in the contract.
+        algorithm: See `optserve.Optimizer.update`, here and below.
+        schedule: Another, or None to take it away.
+        clipping: Another, or None to take it away.
+        groups: All of them anew.
+        weight_decay: Another.
+        consistency: Another, or None to take it away.
+        hyperparameters: Single ones of the method, by name.
+
+    Raises:
+        InvalidArgumentError: The method has no such hyper-parameter, or all of them are given as well.
+    """
+    check_kinds(algorithm, schedule, clipping, groups, consistency)
+    request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
+    message, paths = request.optimizer, request.update_mask.paths
+    if algorithm is not None and hyperparameters:
+        raise InvalidArgumentError(
+            f"Give all hyper-parameters as {algorithm!r}, or {', '.join(hyperparameters)} alone, but not both."
+        )
+    if algorithm is not None:
+        message.algorithm.CopyFrom(algorithm.to_message())
+        paths.append("algorithm")
+    for name, value in hyperparameters.items():
+        set_hyperparameter(message.algorithm, method, name, value)
+        paths.append(f"algorithm.{method}.{name}")
+    for name, value in {"schedule": schedule, "clipping": clipping, "consistency": consistency}.items():
+        if not isinstance(value, EllipsisType):
+            paths.append(name)
+            if value is not None:
+                getattr(message, name).CopyFrom(value.to_message())
+    if not isinstance(groups, EllipsisType):
+        paths.append("groups")
+        message.groups.extend(group_messages(groups, method))
+    if weight_decay is not None:
+        paths.append("weight_decay")
+        try:
+            message.weight_decay = weight_decay
+        except TypeError as error:
+            raise InvalidArgumentError(f"weight_decay cannot be {weight_decay!r}: {error}") from error
+    return request

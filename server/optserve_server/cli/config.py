@@ -1,0 +1,95 @@
+"""The command line that shows what can be set, behind `optserve config`. ServerConfig is its only source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from optserve.cli.as_json import Json, print_json
+from optserve.cli.console import say, show_error, show_table
+from optserve_server.domain import config
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+UNITS = {"_s": "seconds", "_bytes": "bytes"}
+"""What the end of a setting's name says about its unit."""
+
+
+@app.command()
+def show(
+    file: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--config", help="TOML file of a server: show what it sets, checked as a start would.", dir_okay=False
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List every setting of a server: the keys of the TOML file that `optserve serve --config` takes."""
+    try:
+        given = config.read(file) if file else {}
+        in_effect = config.ServerConfig(**given) if file else None
+    except config.ConfigError as error:
+        show_error(str(error), "optserve config")
+        raise typer.Exit(2) from error
+    rows = [_row(item, meaning, given, in_effect) for item, meaning in settings()]
+    if json:
+        print_json(rows)
+        return
+    columns = ["setting", "type", "default", "unit", *(["value", "set"] if file else []), "meaning"]
+    shown = [
+        [
+            row["name"],
+            row["type"],
+            _words(row["default"]),
+            row["unit"],
+            *([_words(row["value"]), "by the file" if row["set"] else ""] if file else []),
+            row["meaning"],
+        ]
+        for row in rows
+    ]
+    show_table(columns, shown, right=("default", "value"), folded="meaning")
+    if file:
+        say(f"{len(given)} of {len(rows)} settings are set by {file}.")
+
+
+def settings() -> list[tuple[Field[Any], str]]:
+    """Every setting with its meaning, which is the docstring below it, in one line."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config.ServerConfig))).body
+    meanings: dict[str, str] = {}
+    name = ""
+    for node in body.body if isinstance(body, ast.ClassDef) else []:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            meanings[name] = " ".join(str(node.value.value).split())
+            name = ""
+    return [(item, meanings.get(item.name, "")) for item in fields(config.ServerConfig)]
+
+
+def _row(
+    item: Field[Any], meaning: str, given: dict[str, Any], in_effect: config.ServerConfig | None
+) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "type": item.type,
+        "default": item.default,
+        "unit": next((unit for end, unit in UNITS.items() if item.name.endswith(end)), ""),
+        "meaning": meaning,
+        "set": item.name in given,
+        "value": getattr(in_effect, item.name) if in_effect else None,
+    }
+
+
+def _words(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+if __name__ == "__main__":
+    app(prog_name="optserve config")

@@ -1,0 +1,130 @@
+"""The command line for data folders that no server is using, behind `optserve journal`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import loads
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from optserve.cli.as_json import Json, print_json
+from optserve.cli.console import errors, say, show_error, show_table, words
+from optserve_server.persistence import folder_lock, recovery, snapshot
+from optserve_server.persistence.journal import CorruptionError, JournalError, Reader, cut_at
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look at, verify and repair the journal of a data folder that no server is using.",
+)
+Folder = Annotated[Path, typer.Argument(help="The data folder.", exists=True, file_okay=False)]
+
+_KINDS = {
+    recovery.CREATED: "creations",
+    recovery.UPDATED: "updates",
+    recovery.DELETED: "deletions",
+    recovery.STEPPED: "steps",
+    recovery.REPLACED: "replaced states",
+    recovery.PLACED: "uploads",
+}
+
+
+def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
+    """Read all that a server would: (reader, lsn of the snapshot, records by optimizer and kind)."""
+    lsn = 0
+    for path in snapshot.paths(folder)[-1:]:
+        lsn, saved = snapshot.read(path)
+        for item in saved:
+            item.verify()
+    reader = Reader(folder, lsn)
+    counts: Counter[tuple[str, str]] = Counter()
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("reading", total=reader.total_bytes)
+        for record in reader:
+            counts[loads(record.meta)["optimizer"], _KINDS.get(record.type, "others")] += 1
+            progress.update(task, completed=reader.bytes_read)
+    return reader, lsn, counts
+
+
+@app.command()
+def verify(folder: Folder, json: Json = False) -> None:
+    """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
+    with _errors_as_a_line(), folder_lock.reading(folder):
+        reader, lsn, counts = _read(folder)
+    if json:
+        torn = {"file": reader.torn[0].name, "byte": reader.torn[1]} if reader.torn else None
+        print_json({**_totals(reader, lsn), "records": sum(counts.values()), "torn": torn})
+        return
+    text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
+    if reader.torn:
+        text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which nobody was promised"
+    say(text)
+
+
+@app.command()
+def stats(folder: Folder, json: Json = False) -> None:
+    """Count what the journal holds beyond the last snapshot."""
+    with _errors_as_a_line(), folder_lock.reading(folder):
+        reader, lsn, counts = _read(folder)
+    names = sorted({name for name, _ in counts})
+    if json:
+        optimizers = [
+            {"name": name, **{kind.replace(" ", "_"): counts[name, kind] for kind in _KINDS.values()}} for name in names
+        ]
+        print_json({**_totals(reader, lsn), "optimizers": optimizers})
+        return
+    rows = [[name, *(f"{counts[name, kind]:,}" for kind in _KINDS.values())] for name in names]
+    show_table(("optimizer", *_KINDS.values()), rows, right=list(_KINDS.values()))
+    say(f"snapshot at {lsn}; next record {reader.next_lsn}; {reader.bytes_read / 1e6:.1f} MB of records")
+
+
+def _totals(reader: Reader, lsn: int) -> dict[str, int]:
+    return {"snapshot_lsn": lsn, "next_lsn": reader.next_lsn, "bytes_read": reader.bytes_read}
+
+
+@app.command()
+def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Cut a damaged journal where the damage begins. Everything after it is lost; take a copy of the folder first."""
+    with _errors_as_a_line(), _locked(folder):
+        try:
+            _read(folder)
+        except CorruptionError as damage:
+            say(f"{damage}")
+            if not yes:
+                typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
+            folder_lock.set_unclean(folder, unclean=True)
+            removed = cut_at(folder, damage.path, damage.offset)
+            say(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
+        else:
+            say("there is nothing to repair")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep servers out of a folder that is changed, for the length of a with-block."""
+    with folder_lock.reading(folder):
+        pass
+    lock = folder_lock.FolderLock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _errors_as_a_line() -> Iterator[None]:
+    try:
+        yield
+    except (JournalError, OSError) as error:
+        show_error(words(error), "optserve journal")
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app(prog_name="optserve journal")

@@ -1,0 +1,1 @@
+"""What all others may use: errors and configuration."""

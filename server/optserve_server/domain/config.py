@@ -1,0 +1,238 @@
+"""The server's settings: one frozen dataclass, filled from a TOML file and the command line, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from optserve._common import machine
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+NUMPY_BYTES, COMPILER_BYTES = 96 * MIB, 192 * MIB
+"""What the process itself takes: with NumPy alone, and with Numba or CuPy, which compile kernels."""
+
+UNASKED_CHUNK_BYTES = 4 * MIB - 4096
+"""Largest payload that is sent to a client that has not asked for a larger one. By themselves gRPC's clients take
+messages of 4 MiB, and the header is a part of it."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that can be set. The keys of a configuration file are these names."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or [::] for all. Ignored if `uds` is set."""
+    port: int = 50051
+    """TCP port; 0 takes a free one."""
+    uds: str = ""
+    """Path of a Unix socket to listen on instead of TCP."""
+    data_dir: str = ""
+    """Folder for what must outlive the process."""
+    durability: str = ""
+    """`memory`: state ends with the process. `snapshot`: it is written down every `snapshot_interval_s`. `journal`:
+    every step is on disk before it is acknowledged; the default with a data folder."""
+    snapshot_interval_s: float = 60.0
+    """Seconds between snapshots where durability is `snapshot`; a crash loses the steps since the last."""
+    snapshot_bytes: int = 512 * MIB
+    """Journal bytes after which a snapshot takes their place; never less than the state's own size."""
+    segment_bytes: int = 64 * MIB
+    """Size of a file of the journal."""
+    backend: str = "auto"
+    """`auto`, `cupy`, `numba` or `numpy`."""
+    threads: int = 0
+    """Threads that a CPU kernel uses; 0 for one per core that the server may use, a container's quota counted."""
+    max_streams: int = 256
+    """Streams open at the same time; each occupies a thread."""
+    unary_threads: int = 16
+    """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
+    max_connections: int = 4096
+    """Connections at the same time, fewer where the system grants too few descriptors; more are closed at once."""
+    connection_idle_s: int = 300
+    """A connection without a call is closed after so long; its client makes another when it needs one."""
+    max_connection_streams: int = 1024
+    """Calls at the same time by one connection; the client holds back what goes beyond."""
+    max_watchers: int = 64
+    """Clients that watch the server's health (grpc.health.v1.Health/Watch) at the same time; each occupies a thread."""
+    max_reply_bytes: int = 0
+    """Replies of unary calls that their clients have not taken yet, with the calls that they belong to; a single one
+    may be larger. 0 for 64 MiB, or a sixty-fourth of `memory_bytes` where that is less."""
+    max_chunk_bytes: int = 4 * MIB
+    """Largest payload of one chunk."""
+    preferred_chunk_bytes: int = 0
+    """Size of the chunks that the server sends, and advises clients to send; 0 for 2 MiB, or less where
+    `max_chunk_bytes` is less. Larger ones than any gRPC client takes, UNASKED_CHUNK_BYTES, are sent only to
+    clients that ask for them."""
+    max_message_bytes: int = 4 * MIB
+    """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""
+    max_parameter_bytes: int = 64 * GIB
+    """Largest total of one optimizer's parameters."""
+    max_parameters: int = 20_000
+    """Largest number of parameters of one optimizer."""
+    max_optimizers: int = 1000
+    """Optimizers kept at the same time."""
+    max_checkpoints: int = 1000
+    """Checkpoints kept of one optimizer."""
+    max_total_checkpoints: int = 10_000
+    """Checkpoints kept of all optimizers, deleted ones included."""
+    max_checkpoint_bytes: int = 0
+    """Bytes of all of them; 0 for half of the disk that they are on."""
+    memory_bytes: int = 0
+    """Memory that this process may use; 0 for that of the machine, or of its container where that is less."""
+    max_state_bytes: int = 0
+    """Total of all optimizers' state, staging buffers and descriptions; 0 for nine tenths of what the process itself,
+    messages, pulls and replies leave of `memory_bytes`."""
+    max_staged_bytes: int = 0
+    """Staging buffers of workers, with the replies that they keep, beside `max_state_bytes`; 0 for a ninth of it."""
+    max_optimizer_staged_bytes: int = 0
+    """Those of one optimizer's workers; 0 for half of `max_staged_bytes`, so that others always find room."""
+    max_pull_bytes: int = 0
+    """Copies of hosted parameters that are on their way to clients; a single one may be larger. 0 for 1 GiB, or a
+    sixteenth of `memory_bytes` where that is less."""
+    idle_step_s: float = 60.0
+    """A step that has not moved for so long is discarded, and so is a transfer, or a reply that its client does not
+    take. Where all places are taken, a stream that has been silent for so long gives way to a new one."""
+    receive_s: float = 10.0
+    """How long a call may take to send its message, or the first of them. A unary call may take as long as
+    `max_message_bytes` take at 64 KiB a second, if that is longer."""
+    keepalive_s: int = 60
+    """A connection that is silent for so long is probed; clients may probe twice as often."""
+    drain_s: float = 20.0
+    """How long steps under way may take to end after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: The first that cannot be used.
+        """
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "float" and isinstance(value, int):
+                object.__setattr__(self, item.name, float(value))
+            elif type(value).__name__ != item.type:
+                raise ConfigError(f"{item.name} must be of type {item.type}, not {value!r}.")
+            elif isinstance(value, str):
+                self._require(item.name, "\0" not in value, "must not contain a null character")
+        for name in (
+            "max_streams",
+            "unary_threads",
+            "max_parameters",
+            "max_optimizers",
+            "max_checkpoints",
+            "max_total_checkpoints",
+            "max_connections",
+            "connection_idle_s",
+            "max_connection_streams",
+            "max_watchers",
+            "keepalive_s",
+        ):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("max_chunk_bytes", "max_message_bytes"):
+            self._require(name, 1024 <= getattr(self, name) <= 64 * MIB, "must be 1024 bytes to 64 MiB")
+        if self.preferred_chunk_bytes == 0:
+            object.__setattr__(self, "preferred_chunk_bytes", min(2 * MIB, self.max_chunk_bytes))
+        self._require(
+            "preferred_chunk_bytes",
+            1024 <= self.preferred_chunk_bytes <= self.max_chunk_bytes,
+            "must be 1024 to max_chunk_bytes",
+        )
+        self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
+        self._require("threads", self.threads >= 0, "must not be negative")
+        self._require("drain_s", self.drain_s >= 0, "must not be negative")
+        self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
+        self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
+        self._require("max_checkpoint_bytes", self.max_checkpoint_bytes >= 0, "must not be negative")
+        self._share_memory()
+        if not self.durability:
+            object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
+        self._require(
+            "durability", self.durability in ("memory", "snapshot", "journal"), "must be memory, snapshot or journal"
+        )
+        self._require(
+            "data_dir", bool(self.data_dir) or self.durability == "memory", f"is needed by a {self.durability}"
+        )
+        self._require("snapshot_interval_s", self.snapshot_interval_s > 0, "must be positive")
+        for name in ("snapshot_bytes", "segment_bytes"):
+            self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
+
+    def _share_memory(self) -> None:
+        """Give what is 0 its part of the memory."""
+        self._derive("memory_bytes", machine.usable_bytes())
+        self._derive("max_pull_bytes", min(GIB, self.memory_bytes // 16))
+        self._derive("max_reply_bytes", min(64 * MIB, self.memory_bytes // 64))
+        self._derive("max_state_bytes", self._bytes_for_optimizers * 9 // 10)
+        self._derive("max_staged_bytes", self.max_state_bytes // 9)
+        self._derive("max_optimizer_staged_bytes", self.max_staged_bytes // 2)
+
+    def _derive(self, name: str, value: int) -> None:
+        self._require(name, getattr(self, name) >= 0, "must not be negative")
+        if getattr(self, name) == 0:
+            object.__setattr__(self, name, max(1, value))
+
+    @property
+    def _bytes_for_optimizers(self) -> int:
+        """What the process itself and what is on its way leave of the memory, for states and staging buffers."""
+        own = NUMPY_BYTES if self.backend == "numpy" else COMPILER_BYTES
+        return max(0, self.memory_bytes - own - self.wire_bytes - self.max_pull_bytes - self.max_reply_bytes)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Memory that is kept for messages on their way, of all streams."""
+        return min(2 * GIB, self.memory_bytes // 10)
+
+    @property
+    def room_bytes(self) -> int:
+        """What there is for states, whatever `max_state_bytes` says, with what a recovery or a pull takes beside."""
+        room = self._bytes_for_optimizers
+        return room - min(self.max_staged_bytes, room // 10)
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} {what}; it is {getattr(self, name)!r}.")
+
+    @property
+    def sent_chunk_bytes(self) -> int:
+        """Size of the chunks that the server sends to clients that do not say how large they may be."""
+        return min(self.preferred_chunk_bytes, UNASKED_CHUNK_BYTES)
+
+    @property
+    def max_frame_bytes(self) -> int:
+        """What gRPC lets through: well above our own limits, so that it is we who explain a refusal."""
+        return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a TOML file sets, by name; the values are not checked yet.
+
+    Raises:
+        ConfigError: The file cannot be read, or has an unknown key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
+    known = {item.name for item in dataclasses.fields(ServerConfig)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path} sets {name!r}, which is no setting; `optserve config` lists all.")
+    return values
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
+    """Read a TOML file, if there is one, and let `overrides` win over it; entries that are None do not count.
+
+    Raises:
+        ConfigError: The file cannot be read, has an unknown key, or a value cannot be used.
+    """
+    values = read(path) if path is not None else {}
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return ServerConfig(**values)

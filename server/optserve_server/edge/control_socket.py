@@ -1,0 +1,117 @@
+"""A Unix socket beside a stream: carries its short messages within one host, in a quarter of the time of gRPC."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Generator
+
+from optserve._common.control import MAX_PACKET_BYTES, PROOF_TIMEOUT_S, peer_uid, receive, shut
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 8
+
+
+class ControlSocket:
+    """Answers one client, which has to prove first that it shares memory with this server.
+
+    Args:
+        nonce: What the client's first packet has to be.
+        answer: Carries out a message and gives those that answer it. ConnectionError ends the connection.
+
+    Attributes:
+        name: Of the socket, which is in no file system (an abstract one), and ends with this process.
+        proven: Whether the client has proven it.
+
+    Raises:
+        OSError: There are no such sockets here, or no thread to be had.
+    """
+
+    def __init__(self, nonce: bytes, answer: Callable[[bytes], Generator[bytes]]) -> None:
+        self.name = f"optserve-{secrets.token_hex(16)}"
+        self._nonce = nonce
+        self._answer = answer
+        # Held while a socket is closed or shut, so that its number is that of no other by then.
+        self._lock = threading.Lock()
+        self._closed = False
+        self.proven = False
+        self._refused = False
+        self._peer: socket.socket | None = None
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listener.bind(f"\0{self.name}")
+            self._listener.listen(_BACKLOG)
+            threading.Thread(target=self._run, name="control", daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            self._listener.close()
+            raise OSError(f"a control socket cannot be had: {error}") from error
+
+    def close(self) -> None:
+        """End the connection, from any thread; a message that is being answered is answered to nobody."""
+        with self._lock:
+            self._closed = True
+            for end in (self._listener, self._peer):
+                if end is not None and end.fileno() >= 0:
+                    shut(end)
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                peer, _ = self._listener.accept()
+                try:
+                    if self._take(peer) and self._proves_itself(peer):
+                        self.proven = True
+                        self._end(self._listener)
+                        self._serve(peer)
+                        return
+                finally:
+                    self._end(peer)
+        # A socket that is shut or gone in the middle of a call: the end, from either side.
+        except OSError as error:
+            logger.debug("%s ends: %s", self.name, error)
+        finally:
+            self._end(self._listener)
+
+    def _end(self, end: socket.socket) -> None:
+        with self._lock:
+            end.close()
+            if end is self._peer:
+                self._peer = None
+
+    def _take(self, peer: socket.socket) -> bool:
+        with self._lock:
+            self._peer = peer
+            return not self._closed
+
+    def _proves_itself(self, peer: socket.socket) -> bool:
+        uid = peer_uid(peer)
+        if uid != os.geteuid():
+            # Once for each socket: anybody can knock as often as they like.
+            logger.log(logging.DEBUG if self._refused else logging.WARNING, "user %s is refused at %s", uid, self.name)
+            self._refused = True
+            return False
+        peer.settimeout(PROOF_TIMEOUT_S)
+        try:
+            proven = secrets.compare_digest(peer.recv(len(self._nonce) + 1), self._nonce)
+        except OSError as error:
+            logger.debug("nobody proves itself at %s: %s", self.name, error)
+            return False
+        peer.settimeout(None)
+        return proven
+
+    def _serve(self, peer: socket.socket) -> None:
+        while packet := receive(peer):
+            answers = self._answer(packet)
+            try:
+                for message in answers:
+                    if len(message) > MAX_PACKET_BYTES:
+                        raise ConnectionError(f"an answer has {len(message)} bytes")
+                    # A client that does not read its answers is cut off, not waited for.
+                    peer.send(message, socket.MSG_DONTWAIT)
+            finally:
+                # Also where it is in the middle, with a lock held.
+                answers.close()

@@ -1,0 +1,52 @@
+"""Lets steps in until the server drains, and tells when the last one has left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optserve_server.domain.errors import OptserveError, Reason
+
+
+class Admission:
+    """Counts the steps under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._drained = threading.Condition(self._lock)
+        self._under_way = 0
+        self._draining = False
+
+    def enter(self) -> None:
+        """Let a step in, or raise DRAINING."""
+        with self._lock:
+            if self._draining:
+                raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
+            self._under_way += 1
+
+    def leave(self) -> None:
+        """A step that was let in has ended."""
+        with self._lock:
+            self._under_way -= 1
+            if self._draining:
+                self._drained.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Let a step in for the length of a with-block."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def close(self) -> None:
+        """Let nothing in any more."""
+        with self._lock:
+            self._draining = True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait for what is under way, once closed; False if some of it outlasted `timeout_s`."""
+        with self._lock:
+            return self._drained.wait_for(lambda: self._under_way == 0, timeout_s)

@@ -1,0 +1,347 @@
+"""Protobuf messages to the domain's objects and back, with the checks that belong to the message itself."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sized
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from optserve._common import wire
+from optserve.v1 import checkpoints_pb2, optimizer_pb2, statistics_pb2, steps_pb2
+from optserve_server.domain.config import ServerConfig
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.edge.settings_messages import set_settings
+from optserve_server.engine.registry import Optimizer, is_id
+from optserve_server.engine.statistics import TensorStatistics
+from optserve_server.engine.transaction import Reply
+from optserve_server.numerics.layout import Layout, Operand, Parameter
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.shared_segment import DIRTY_OFFSET, NONCE_OFFSET, REPLIED_OFFSET, Segment
+from optserve_server.persistence.checkpoints import Checkpoint
+
+_Frame = TypeVar("_Frame")
+
+_PREFIX = "optimizers/"
+_CHECKPOINTS = "/checkpoints/"
+
+_REPLIES: dict[int, Reply] = {
+    steps_pb2.REPLY_UNSPECIFIED: Reply.UPDATES,
+    steps_pb2.REPLY_UPDATES: Reply.UPDATES,
+    steps_pb2.REPLY_PARAMETERS: Reply.PARAMETERS,
+    steps_pb2.REPLY_NOTHING: Reply.NOTHING,
+}
+
+MAX_PAGE_SIZE = 1000
+STATUS_BYTES = 1024
+"""What an optimizer's name, counters, times and tokens take in its message, at most."""
+
+MAX_RANK = 32
+"""Extents of a parameter; NumPy has arrays of up to 64."""
+
+
+def optimizer_id(name: str, field: str = "name") -> str:
+    """The id in a resource name, or raise INVALID_FIELD."""
+    identifier = name.removeprefix(_PREFIX)
+    if identifier == name or not is_id(identifier):
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{field} must be of the form optimizers/ID, not {name[:100]!r}.", field=field
+        )
+    return identifier
+
+
+def checkpoint_id(name: str) -> tuple[str, str]:
+    """(optimizer id, tag) in a resource name, or raise INVALID_FIELD."""
+    parent, separator, tag = name.partition(_CHECKPOINTS)
+    identifier = parent.removeprefix(_PREFIX)
+    if not separator or identifier == parent or not is_id(identifier) or not is_id(tag):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"name must be of the form optimizers/ID/checkpoints/TAG, not {name[:200]!r}.",
+            field="name",
+        )
+    return identifier, tag
+
+
+def layout(message: optimizer_pb2.Optimizer) -> Layout:
+    """The parameters of an optimizer, or raise INVALID_FIELD, DUPLICATE_PARAMETER or WRONG_DATA_TYPE."""
+    if not message.parameters:
+        raise OptserveError(
+            Reason.INVALID_FIELD, "An optimizer needs at least one parameter.", field="optimizer.parameters"
+        )
+    parameters: list[Parameter] = []
+    seen: set[str] = set()
+    for index, item in enumerate(message.parameters):
+        path = f"optimizer.parameters[{index}]"
+        if not (1 <= len(item.name) <= 256 and item.name.isprintable()):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"A parameter's name must be 1 to 256 printable characters, not {item.name[:100]!r}.",
+                field=f"{path}.name",
+            )
+        if item.name in seen:
+            raise OptserveError(
+                Reason.DUPLICATE_PARAMETER,
+                f"There are two parameters named {item.name!r}.",
+                field=f"{path}.name",
+                parameter=item.name,
+            )
+        seen.add(item.name)
+        if len(item.shape) > MAX_RANK:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{item.name!r} has {len(item.shape)} extents; {MAX_RANK} are the most.",
+                field=f"{path}.shape",
+            )
+        dtype = wire.DTYPES.get(item.data_type or optimizer_pb2.DATA_TYPE_FLOAT32)
+        if dtype is None:
+            raise OptserveError(
+                Reason.WRONG_DATA_TYPE,
+                f"The state of {item.name!r} must be DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64.",
+                field=f"{path}.data_type",
+                parameter=item.name,
+            )
+        parameters.append(Parameter(item.name, tuple(item.shape), dtype))
+    return Layout(tuple(parameters))
+
+
+def check_known(message: Message, field: str, path: str) -> None:
+    """Raise INVALID_FIELD if an enum field holds a value that this server's contract does not have."""
+    value = getattr(message, field)
+    kind = message.DESCRIPTOR.fields_by_name[field].enum_type
+    if kind is None or value not in kind.values_by_number:
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"{value} is none of the values of {field} that this server knows.",
+            field=f"{path}.{field}",
+        )
+
+
+def check_tensor_count(tensors: Sized, layout: Layout, field: str) -> None:
+    """Raise DUPLICATE_PARAMETER if more tensors are named than there are, before anything is made of the list."""
+    if len(tensors) > len(layout.parameters):
+        raise OptserveError(
+            Reason.DUPLICATE_PARAMETER,
+            f"{len(tensors)} tensors are named, but the model has {len(layout.parameters)}; name each once.",
+            field=field,
+        )
+
+
+def wire_dtype(data_type: int, field: str) -> np.dtype | None:
+    """The dtype on the wire, None for each parameter's own; or raise WRONG_DATA_TYPE."""
+    if data_type == optimizer_pb2.DATA_TYPE_UNSPECIFIED:
+        return None
+    dtype = wire.WIRE_DTYPES.get(data_type)
+    if dtype is None:
+        raise OptserveError(Reason.WRONG_DATA_TYPE, f"{data_type} is no data type.", field=field)
+    return dtype
+
+
+def check_worker(name: str) -> None:
+    """Raise INVALID_FIELD unless it can be a worker's name."""
+    if not (1 <= len(name) <= 64 and name.isascii() and name.isprintable()):
+        raise OptserveError(
+            Reason.INVALID_FIELD, "A worker's name is 1 to 64 printable ASCII characters.", field="worker"
+        )
+
+
+def check_life(life: int, field: str) -> None:
+    """Raise INVALID_FIELD unless it can be the number of a worker's life, to which others can be added."""
+    if life >= 1 << 63:
+        raise OptserveError(Reason.INVALID_FIELD, f"{field} is less than 2^63.", field=field)
+
+
+def reply(value: int, field: str) -> Reply:
+    """What a reply carries, or raise INVALID_FIELD."""
+    if value not in _REPLIES:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{value} is none of the values of Reply that this server knows.", field=field
+        )
+    return _REPLIES[value]
+
+
+_OPERANDS: dict[int, Operand] = {
+    steps_pb2.OPERAND_UNSPECIFIED: Operand.GRADIENT,
+    steps_pb2.OPERAND_GRADIENT: Operand.GRADIENT,
+    steps_pb2.OPERAND_CURVATURE: Operand.CURVATURE,
+}
+
+
+def operand(value: int, field: str) -> Operand:
+    """What a chunk carries, or raise INVALID_FIELD."""
+    if value not in _OPERANDS:
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"{value} is none of the values of Operand that this server knows.", field=field
+        )
+    return _OPERANDS[value]
+
+
+def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
+    """An optimizer as the contract shows it, all of one moment."""
+    with item.steps.held_still():
+        settings = item.settings
+        message = optimizer_pb2.Optimizer(
+            name=_PREFIX + item.id,
+            mode=optimizer_pb2.MODE_HOSTED if settings.hosted else optimizer_pb2.MODE_DELTA,
+            step=item.steps.step,
+            etag=item.etag,
+            create_time=timestamp(item.create_time.timestamp()),
+            update_time=timestamp(item.update_time.timestamp()),
+            backend=item.state.backend_name,
+            memory_bytes=item.memory_bytes,
+            slots=item.rule.slots,
+            lineage=item.steps.lineage,
+        )
+    # The rest takes long where there are thousands of parameters, and can be told when others may step again.
+    set_settings(message, settings, item.layout)
+    if with_parameters:
+        message.MergeFromString(_parameters.of(item.layout))
+    return message
+
+
+class _Parameters:
+    """The serialized parameters of the models that were shown last: thousands of them take long to make."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Layout, bytes] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, layout: Layout) -> bytes:
+        """Those of a model, as a serialized Optimizer that has nothing else."""
+        with self._lock:
+            if (known := self._known.get(layout)) is not None:
+                self._known.move_to_end(layout)
+                return known
+            message = optimizer_pb2.Optimizer()
+            for item in layout.parameters:
+                message.parameters.add(name=item.name, shape=item.shape, data_type=wire.DATA_TYPES[item.dtype])
+            made = self._known[layout] = message.SerializeToString()
+            self._bytes += len(made)
+            while self._bytes > self._max_bytes and len(self._known) > 1:
+                self._bytes -= len(self._known.popitem(last=False)[1])
+            return made
+
+
+_parameters = _Parameters(8 << 20)
+
+
+def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -> None:
+    """Raise MODEL_TOO_LARGE if an optimizer could be made, but not be shown in one message."""
+    message = optimizer_pb2.Optimizer()
+    set_settings(message, settings, layout)
+    size = message.ByteSize() + len(_parameters.of(layout)) + STATUS_BYTES
+    if size > max_message_bytes:
+        raise OptserveError(
+            Reason.MODEL_TOO_LARGE,
+            f"The names, shapes and settings of the parameters take {size} bytes; this server shows an optimizer in at "
+            f"most {max_message_bytes} (max_message_bytes). Use shorter names, or fewer groups.",
+            field="optimizer.parameters",
+            limit=max_message_bytes,
+            actual=size,
+        )
+
+
+def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
+    """A checkpoint as the contract shows it."""
+    return checkpoints_pb2.Checkpoint(
+        name=f"{_PREFIX}{item.optimizer}{_CHECKPOINTS}{item.tag}",
+        step=item.step,
+        size_bytes=item.size_bytes,
+        create_time=timestamp(item.create_time.timestamp()),
+    )
+
+
+def statistics(item: TensorStatistics) -> statistics_pb2.TensorStatistics:
+    """Statistics as the contract shows them."""
+    message = statistics_pb2.TensorStatistics(
+        tensor=item.tensor,
+        rms_gradient=item.rms_gradient,
+        rms_update=item.rms_update,
+        effective_rate_quantiles=item.rate_quantiles,
+        rates_count_last_update=item.rates_count_last_update,
+    )
+    for position, index in enumerate(item.indices):
+        message.elements.add(
+            index=int(index),
+            effective_rate=None if item.rates is None else item.rates[position],
+            update=None if item.updates is None else item.updates[position],
+            slots=[slot[position] for slot in item.slots],
+        )
+    return message
+
+
+def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
+    """A message read by one of the codec's decoders.
+
+    Raises:
+        OptserveError: INVALID_FIELD, if it is none.
+    """
+    try:
+        return decoder(raw)
+    except DecodeError as error:
+        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
+
+
+def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemory:
+    """A segment, and the name of the socket that goes with it, as the contract shows them."""
+    return steps_pb2.SharedMemory(
+        segment=segment.name,
+        size_bytes=segment.size_bytes,
+        nonce_offset=NONCE_OFFSET,
+        offsets=segment.offsets[Operand.GRADIENT],
+        curvature_offsets=segment.offsets.get(Operand.CURVATURE),
+        dirty_offset=DIRTY_OFFSET,
+        replied_offset=REPLIED_OFFSET,
+        control_socket=control_socket,
+    )
+
+
+def limits(config: ServerConfig, preferred_chunk_bytes: int) -> steps_pb2.ServerLimits:
+    """What the server accepts, and likes best."""
+    return steps_pb2.ServerLimits(
+        max_chunk_bytes=config.max_chunk_bytes,
+        max_message_bytes=config.max_message_bytes,
+        preferred_chunk_bytes=preferred_chunk_bytes,
+        max_parameter_bytes=config.max_parameter_bytes,
+        max_parameters=config.max_parameters,
+        max_streams=config.max_streams,
+        max_optimizers=config.max_optimizers,
+        max_state_bytes=config.max_state_bytes,
+    )
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """A moment, in seconds since 1970, as the contract has it; the same one always gives the same message."""
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp
+
+
+def page_size(wanted: int) -> int:
+    """Entries of a page, or raise INVALID_FIELD."""
+    if wanted > MAX_PAGE_SIZE:
+        raise OptserveError(Reason.INVALID_FIELD, f"page_size must be at most {MAX_PAGE_SIZE}.", field="page_size")
+    return wanted or 100
+
+
+def page_token(last_id: str) -> str:
+    """The token of the page after `last_id`."""
+    return base64.urlsafe_b64encode(last_id.encode()).decode()
+
+
+def last_id(token: str) -> str:
+    """The id in a page token, empty for the first page; or raise INVALID_PAGE_TOKEN."""
+    try:
+        return base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, UnicodeError) as error:
+        raise OptserveError(
+            Reason.INVALID_PAGE_TOKEN, "page_token must come from the previous page's reply.", field="page_token"
+        ) from error

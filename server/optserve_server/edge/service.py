@@ -1,0 +1,413 @@
+"""The methods of OptimizerService: protobuf to domain and back. It decides nothing."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from optserve._common import sysv, wire
+from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
+from optserve.v1 import service_pb2 as pb
+from optserve_server.domain.config import ServerConfig
+from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream
+from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.status import to_status
+from optserve_server.edge.step_stream import StepStream, set_result
+from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.engine.parameter_copies import Copies
+from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.statistics import QUANTILES, Query, statistics
+from optserve_server.engine.transaction import Reply, Step
+from optserve_server.numerics.backends import Choice
+from optserve_server.numerics.layout import Layout, Operand
+from optserve_server.numerics.rules import RULES
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence.checkpoints import Checkpoints
+
+SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
+
+ALL_OPTIMIZERS = "optimizers/-"
+"""As the parent of checkpoints: those of all optimizers."""
+
+RESULT_BYTES = 256
+"""What a unary reply takes beside its tensors, at most."""
+
+PAGE_MARGIN_BYTES = 256
+"""Of a page, for its token."""
+
+ENTRY_BYTES = 8
+"""What an entry of a page takes beside its own bytes, at most."""
+
+
+class Servicer:
+    """One method per call of the contract; `handlers` registers them."""
+
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        checkpoints: Checkpoints,
+        admission: Admission,
+        choice: Choice,
+        config: ServerConfig,
+    ) -> None:
+        self._optimizers = optimizers
+        self._checkpoints = checkpoints
+        self._admission = admission
+        self._turnstile = Turnstile()
+        self._choice = choice
+        self._config = config
+        self._copies = Copies(config.max_pull_bytes)
+        self._instance_id = uuid.uuid4().hex
+        self._start_time = datetime.now(UTC)
+
+    def get_server_info(self, _request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+        """What this server is, can do and accepts."""
+        response = pb.GetServerInfoResponse(
+            version=version("optserve"),
+            instance_id=self._instance_id,
+            backend=self._choice.backend.name,
+            backend_reason=self._choice.reason,
+            device=self._choice.backend.device,
+            durability=self._config.durability,
+            limits=messages.limits(self._config, self._config.preferred_chunk_bytes),
+            features=features.statuses(),
+            methods=list(RULES),
+            optimizer_count=len(self._optimizers),
+            host_id=sysv.host_id(),
+            durability_problem=self._optimizers.durability_problem,
+        )
+        response.start_time.FromDatetime(self._start_time)
+        return response
+
+    def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
+        """Make an optimizer."""
+        messages.check_known(request.optimizer, "mode", "optimizer")
+        self._optimizers.check_count(len(request.optimizer.parameters))
+        layout = messages.layout(request.optimizer)
+        settings = settings_messages.settings(request.optimizer, layout)
+        messages.check_showable(layout, settings, self._config.max_message_bytes)
+        item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
+        return pb.CreateOptimizerResponse(optimizer=messages.optimizer(item))
+
+    def get_optimizer(self, request: pb.GetOptimizerRequest) -> pb.GetOptimizerResponse:
+        """Read an optimizer."""
+        return pb.GetOptimizerResponse(optimizer=messages.optimizer(self._find(request.name)))
+
+    def list_optimizers(self, request: pb.ListOptimizersRequest) -> pb.ListOptimizersResponse:
+        """Read a page of optimizers."""
+        size = messages.page_size(request.page_size)
+        items, more = self._optimizers.page(size, messages.last_id(request.page_token))
+        response = pb.ListOptimizersResponse()
+        left = self._config.max_message_bytes - PAGE_MARGIN_BYTES
+        for position, item in enumerate(items):
+            shown = messages.optimizer(item, with_parameters=False)
+            left -= shown.ByteSize() + ENTRY_BYTES
+            if left < 0 and position:
+                # Each one alone fits, see `messages.check_showable`.
+                items, more = items[:position], True
+                break
+            response.optimizers.append(shown)
+        if more:
+            response.next_page_token = messages.page_token(items[-1].id)
+        return response
+
+    def update_optimizer(self, request: pb.UpdateOptimizerRequest) -> pb.UpdateOptimizerResponse:
+        """Change hyper-parameters."""
+        optimizer_id = messages.optimizer_id(request.optimizer.name, "optimizer.name")
+        paths = list(request.update_mask.paths)
+
+        def change(present: Settings, layout: Layout) -> Settings:
+            changed = settings_messages.updated_settings(present, layout, request.optimizer, paths)
+            messages.check_showable(layout, changed, self._config.max_message_bytes)
+            return changed
+
+        item = self._optimizers.update(optimizer_id, change, request.optimizer.etag)
+        return pb.UpdateOptimizerResponse(optimizer=messages.optimizer(item))
+
+    def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:
+        """Delete an optimizer."""
+        try:
+            self._optimizers.delete(messages.optimizer_id(request.name), request.etag)
+        except OptserveError as error:
+            if not (request.allow_missing and error.reason is Reason.OPTIMIZER_NOT_FOUND):
+                raise
+        return pb.DeleteOptimizerResponse()
+
+    def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
+        """One step in one message."""
+        reply = messages.reply(request.reply, "reply")
+        messages.check_life(request.life, "life")
+        item = self._find(request.name)
+        if item.settings.consistency is not None and item.settings.consistency.kind != "async":
+            # Those who wait must not keep the threads from those whom they wait for.
+            raise OptserveError(
+                Reason.INVALID_FIELD, "A step that waits for other workers takes a stream.", field="worker"
+            )
+        tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
+        if not tensors:
+            raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
+        size = RESULT_BYTES
+        size += sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
+        limit = self._config.max_message_bytes
+        if size > limit:
+            # Refused before the step is applied, not found out after.
+            raise OptserveError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"The reply would have {size} bytes; {limit} are the most. Use StreamSteps for larger models.",
+                field="gradients",
+                limit_bytes=limit,
+                actual_bytes=size,
+            )
+        expected = request.expected_step if request.HasField("expected_step") else None
+        with self._admission.step():
+            with fields_called({"tensors": "gradients"}):
+                step = item.steps.begin(
+                    request.request_id,
+                    expected,
+                    tensors,
+                    lineage=request.lineage,
+                    reply=reply,
+                    worker=request.worker,
+                    parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
+                    life=request.life,
+                    last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
+                )
+            try:
+                for position, gradient in enumerate(request.gradients):
+                    path = f"gradients[{position}]"
+                    with fields_called({"data": f"{path}.data"}):
+                        _stage(step, item, tensors[position], gradient, path)
+                outcome = step.commit()
+                wanted = step.payload.tensors if reply is not Reply.NOTHING else ()
+                updates = [_reply(step, item, index) for index in wanted]
+            finally:
+                step.close()
+        response = steps_pb2.ApplyGradientsResponse(updates=updates)
+        set_result(response.result, outcome)
+        return response
+
+    def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Any number of steps of any size."""
+        stream = StepStream(self._optimizers, self._admission, self._turnstile, self._config, to_status)
+        context.add_callback(stream.interrupt)
+        try:
+            # A half-close ends the loop and commits nothing.
+            for raw in requests:
+                yield from stream.handle(raw)
+        finally:
+            stream.close()
+
+    def save_checkpoint(self, request: checkpoints_pb2.SaveCheckpointRequest) -> checkpoints_pb2.SaveCheckpointResponse:
+        """Take a checkpoint."""
+        saved = self._checkpoints.save(
+            messages.optimizer_id(request.parent, "parent"),
+            request.tag,
+            overwrite=request.overwrite,
+            request_id=request.request_id,
+        )
+        return checkpoints_pb2.SaveCheckpointResponse(checkpoint=messages.checkpoint(saved))
+
+    def list_checkpoints(
+        self, request: checkpoints_pb2.ListCheckpointsRequest
+    ) -> checkpoints_pb2.ListCheckpointsResponse:
+        """Read a page of checkpoints."""
+        size, after = messages.page_size(request.page_size), messages.last_id(request.page_token)
+        if request.parent == ALL_OPTIMIZERS:
+            items, last = self._checkpoints.page_of_all(size, after)
+        else:
+            items, last = self._checkpoints.page(messages.optimizer_id(request.parent, "parent"), size, after)
+        return checkpoints_pb2.ListCheckpointsResponse(
+            checkpoints=[messages.checkpoint(item) for item in items],
+            next_page_token=messages.page_token(last) if last else "",
+        )
+
+    def restore_checkpoint(
+        self, request: checkpoints_pb2.RestoreCheckpointRequest
+    ) -> checkpoints_pb2.RestoreCheckpointResponse:
+        """Roll an optimizer back."""
+        optimizer_id, tag = messages.checkpoint_id(request.name)
+        item = self._checkpoints.restore(optimizer_id, tag, etag=request.etag, request_id=request.request_id)
+        return checkpoints_pb2.RestoreCheckpointResponse(optimizer=messages.optimizer(item))
+
+    def delete_checkpoint(
+        self, request: checkpoints_pb2.DeleteCheckpointRequest
+    ) -> checkpoints_pb2.DeleteCheckpointResponse:
+        """Delete a checkpoint."""
+        try:
+            self._checkpoints.delete(*messages.checkpoint_id(request.name))
+        except OptserveError as error:
+            if not (request.allow_missing and error.reason is Reason.CHECKPOINT_NOT_FOUND):
+                raise
+        return checkpoints_pb2.DeleteCheckpointResponse()
+
+    def export_state(self, request: checkpoints_pb2.ExportStateRequest) -> Iterator[bytes]:
+        """Send an optimizer's whole state."""
+        return state_stream.export_messages(self._checkpoints, self._find(request.name), self._config.sent_chunk_bytes)
+
+    def import_state(self, requests: Iterator[state_stream.ImportFrame]) -> checkpoints_pb2.ImportStateResponse:
+        """Replace an optimizer's whole state."""
+        item = state_stream.import_state(self._optimizers, self._checkpoints, requests)
+        return checkpoints_pb2.ImportStateResponse(optimizer=messages.optimizer(item))
+
+    def push_parameters(self, requests: Iterator[parameter_stream.PushFrame]) -> replicas_pb2.PushParametersResponse:
+        """Put hosted parameters in place."""
+        with self._admission.step():
+            return replicas_pb2.PushParametersResponse(step=parameter_stream.push(self._optimizers, requests).step)
+
+    def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Iterator[bytes]:
+        """Send hosted parameters, all of one step."""
+        item = self._find(request.name)
+        return parameter_stream.pull(item, self._copies, request, self._config.sent_chunk_bytes)
+
+    def report_worker(self, request: replicas_pb2.ReportWorkerRequest) -> replicas_pb2.ReportWorkerResponse:
+        """Register a worker, renew its lease, or let it go."""
+        messages.check_known(request, "state", "request")
+        messages.check_worker(request.worker)
+        messages.check_life(request.life, "life")
+        steps = self._find(request.name).steps
+        leaving = request.state == replicas_pb2.WORKER_STATE_LEAVING
+        standing = steps.workers.report(request.worker, leaving=leaving, life=request.life)
+        response = replicas_pb2.ReportWorkerResponse(
+            live_workers=standing.live_workers,
+            step=steps.step,
+            last_request_id=standing.last_request_id,
+            life=standing.life,
+        )
+        response.lease.FromNanoseconds(int(standing.lease_s * 1e9))
+        return response
+
+    def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:
+        """Look at an optimizer between two steps."""
+        query = Query(
+            request.tensors, request.quantiles or QUANTILES, request.indices, request.random_indices, request.seed
+        )
+        step, tensors = statistics(self._find(request.name), query)
+        return statistics_pb2.GetStatisticsResponse(step=step, tensors=map(messages.statistics, tensors))
+
+    def _find(self, name: str, field: str = "name") -> Optimizer:
+        return self._optimizers.get(messages.optimizer_id(name, field))
+
+
+def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """The servicer's methods as gRPC wants them. Those that stream tensors take and give raw bytes."""
+
+    def unary(method: str) -> grpc.RpcMethodHandler:
+        descriptor = SERVICE.methods_by_name[method]
+        answer: Callable[[Any], Message] = getattr(servicer, _snake(method))
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, _context: answer(request),
+            GetMessageClass(descriptor.input_type).FromString,
+            GetMessageClass(descriptor.output_type).SerializeToString,
+        )
+
+    methods = {
+        "StreamSteps": grpc.stream_stream_rpc_method_handler(servicer.stream_steps),
+        "ExportState": grpc.unary_stream_rpc_method_handler(
+            lambda request, _context: servicer.export_state(request),
+            checkpoints_pb2.ExportStateRequest.FromString,
+        ),
+        "ImportState": grpc.stream_unary_rpc_method_handler(
+            lambda requests, _context: servicer.import_state(
+                messages.decode(state_stream.decode_import, raw) for raw in requests
+            ),
+            None,
+            checkpoints_pb2.ImportStateResponse.SerializeToString,
+        ),
+        "PullParameters": grpc.unary_stream_rpc_method_handler(
+            lambda request, _context: servicer.pull_parameters(request),
+            replicas_pb2.PullParametersRequest.FromString,
+        ),
+        "PushParameters": grpc.stream_unary_rpc_method_handler(
+            lambda requests, _context: servicer.push_parameters(
+                messages.decode(parameter_stream.decode_push, raw) for raw in requests
+            ),
+            None,
+            replicas_pb2.PushParametersResponse.SerializeToString,
+        ),
+    }
+    for method in SERVICE.methods_by_name:
+        if method not in methods:
+            methods[method] = unary(method)
+    return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
+
+
+def _snake(method: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
+
+
+def _tensor_index(item: Optimizer, name: str, position: int) -> int:
+    index = item.layout.indices.get(name)
+    if index is None:
+        raise OptserveError(
+            Reason.UNKNOWN_PARAMETER,
+            f"{item.id!r} has no parameter {name[:100]!r}.",
+            field=f"gradients[{position}].name",
+            parameter=name,
+        )
+    return index
+
+
+def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, path: str) -> None:
+    """Check one gradient of a unary step against its parameter and stage it."""
+    parameter = item.layout.parameters[index]
+    if gradient.shape and tuple(gradient.shape) != parameter.shape:
+        raise OptserveError(
+            Reason.WRONG_SHAPE,
+            f"{parameter.name!r} has shape {list(parameter.shape)}, not {list(gradient.shape)[:16]}.",
+            field=f"{path}.shape",
+            parameter=parameter.name,
+            expected=list(parameter.shape),
+            actual=list(gradient.shape)[:16],
+        )
+    dtype = messages.wire_dtype(gradient.data_type, f"{path}.data_type")
+    # Not `dtype in (None, …)`: to NumPy, None is another name of float64.
+    if dtype is not None and dtype != parameter.dtype:
+        raise OptserveError(
+            Reason.WRONG_DATA_TYPE,
+            f"{parameter.name!r} is {parameter.dtype.name}; a unary step takes gradients in the same data type.",
+            field=f"{path}.data_type",
+            parameter=parameter.name,
+        )
+    size = parameter.size * parameter.dtype.itemsize
+    curvature_size = size if item.rule.takes_curvature else 0
+    for name, data, expected, operand in (
+        ("data", gradient.data, size, Operand.GRADIENT),
+        ("curvature", gradient.curvature, curvature_size, Operand.CURVATURE),
+    ):
+        if len(data) != expected:
+            raise OptserveError(
+                Reason.WRONG_BYTE_COUNT,
+                f"{item.rule.name} needs {expected} bytes of {parameter.dtype.name} in the {operand.value} of "
+                f"{parameter.name!r}, not {len(data)}.",
+                field=f"{path}.{name}",
+                parameter=parameter.name,
+                expected=expected,
+                actual=len(data),
+            )
+        if expected:
+            step.stage(index, 0, data, operand)
+
+
+def _reply_bytes(item: Optimizer, index: int) -> int:
+    """A bound on what one tensor adds to a unary reply."""
+    parameter = item.layout.parameters[index]
+    framing = 32 + len(parameter.name.encode()) + 10 * len(parameter.shape)
+    return framing + parameter.size * parameter.dtype.itemsize
+
+
+def _reply(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:
+    parameter = item.layout.parameters[index]
+    return steps_pb2.Tensor(
+        name=parameter.name,
+        shape=parameter.shape,
+        data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
+        data=step.whole(index),
+    )

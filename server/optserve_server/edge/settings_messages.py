@@ -1,0 +1,204 @@
+"""An optimizer's settings between protobuf and the domain, with the checks that belong to the message itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+
+from optserve.v1 import algorithms_pb2, optimizer_pb2
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.consistency import LEASE_S, Consistency
+from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.rules import RULES, Rule
+from optserve_server.numerics.schedule import SCHEDULES, Schedule
+from optserve_server.numerics.settings import Group, Settings
+
+
+def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
+    """The settings of a new optimizer; ranges are checked where the dtypes are known, by `State.set`.
+
+    Raises:
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
+    """
+    method = rule(message.algorithm)
+    return Settings(
+        method,
+        _schedule(message),
+        _clipping(message),
+        _groups(message, method, layout),
+        message.mode == optimizer_pb2.MODE_HOSTED,
+        message.weight_decay,
+        _consistency(message),
+    )
+
+
+def _consistency(message: optimizer_pb2.Optimizer) -> Consistency | None:
+    if not message.HasField("consistency"):
+        return None
+    given = message.consistency
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        raise OptserveError(
+            Reason.INVALID_FIELD, "Choose a consistency: async, bounded or sync.", field="optimizer.consistency"
+        )
+    return Consistency(
+        kind,
+        given.bounded.staleness,
+        given.sync.workers,
+        given.sync.backup_workers,
+        given.lease.seconds + given.lease.nanos / 1e9 if given.HasField("lease") else LEASE_S,
+        given.scale_by_staleness,
+    )
+
+
+def _schedule(message: optimizer_pb2.Optimizer) -> Schedule | None:
+    if not message.HasField("schedule"):
+        return None
+    name = message.schedule.WhichOneof("kind")
+    if name is None:
+        kinds = ", ".join(SCHEDULES)
+        raise OptserveError(Reason.INVALID_FIELD, f"Choose a schedule: {kinds}.", field="optimizer.schedule")
+    given = getattr(message.schedule, name)
+    values = {field.name: getattr(given, field.name) for field in given.DESCRIPTOR.fields}
+    if "milestones" in values:
+        values["milestones"] = tuple(values["milestones"])
+    if name == "exponential":
+        values["period_steps"] = values["period_steps"] or 1
+    return SCHEDULES[name](warmup_steps=message.schedule.warmup_steps, **values)
+
+
+def _clipping(message: optimizer_pb2.Optimizer) -> Clipping | None:
+    if not message.HasField("clipping"):
+        return None
+    kind = message.clipping.WhichOneof("bound")
+    if kind is None:
+        raise OptserveError(
+            Reason.INVALID_FIELD, "Choose a bound: value, norm or global_norm.", field="optimizer.clipping"
+        )
+    return Clipping(kind, getattr(message.clipping, kind))
+
+
+def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> tuple[Group, ...]:
+    groups: list[Group] = []
+    seen: set[int] = set()
+    for position, group in enumerate(message.groups):
+        path = f"optimizer.groups[{position}]"
+        if group.algorithm.WhichOneof("method") not in (None, method.name):
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"The method of a group is that of the optimizer, {method.name}.",
+                field=f"{path}.algorithm",
+            )  # fmt: skip
+        if not group.parameters:
+            raise OptserveError(Reason.INVALID_FIELD, "A group has at least one parameter.", field=f"{path}.parameters")
+        indices: list[int] = []
+        for name in group.parameters:
+            index = layout.indices.get(name)
+            if index is None:
+                raise OptserveError(
+                    Reason.UNKNOWN_PARAMETER, f"There is no parameter {name[:100]!r}.",
+                    field=f"{path}.parameters", parameter=name,
+                )  # fmt: skip
+            if index in seen:
+                raise OptserveError(
+                    Reason.DUPLICATE_PARAMETER, f"{name!r} is in two groups, or twice in one.",
+                    field=f"{path}.parameters", parameter=name,
+                )  # fmt: skip
+            seen.add(index)
+            indices.append(index)
+        given = getattr(group.algorithm, method.name)
+        overrides = {item.name: getattr(given, item.name) for item in fields(method) if given.HasField(item.name)}
+        decay = group.weight_decay if group.HasField("weight_decay") else None
+        groups.append(Group(tuple(indices), overrides, decay))
+    return tuple(groups)
+
+
+def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:
+    """The method with its hyper-parameters, defaults filled in, or raise INVALID_FIELD.
+
+    Ranges are checked where the dtype is known, by `Rule.check`.
+    """
+    name = message.WhichOneof("method")
+    if name is None:
+        raise OptserveError(Reason.INVALID_FIELD, f"Choose a method: this server has {', '.join(RULES)}.", field=path)
+    given = getattr(message, name)
+    values = {item.name: getattr(given, item.name) for item in fields(RULES[name]) if given.HasField(item.name)}
+    return RULES[name](**values)
+
+
+def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.Optimizer, paths: list[str]) -> Settings:
+    """The settings with the fields named by an update mask taken from `message`, or raise INVALID_FIELD."""
+    method = message.algorithm.WhichOneof("method")
+    if method not in (None, present.rule.name):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"The method is fixed at creation; it is {present.rule.name}, not {method}.",
+            field="optimizer.algorithm",
+        )
+    names = [item.name for item in fields(present.rule)]
+    prefix = f"algorithm.{present.rule.name}"
+    # What each path changes of the rule.
+    changes = {"algorithm": names, prefix: names} | {f"{prefix}.{name}": [name] for name in names}
+    changes |= {name: [] for name in ("schedule", "clipping", "groups", "weight_decay", "consistency")}
+    for path in paths or [""]:
+        if path not in changes:
+            what = f"{path!r} cannot be updated" if path else "Name the fields to change"
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{what}; these can be: {', '.join(changes)}.", field="update_mask"
+            )
+    changed = {name for path in paths for name in changes[path]}
+    after = present.rule
+    if changed:
+        given = rule(message.algorithm)
+        after = replace(after, **{name: getattr(given, name) for name in changed})
+    return Settings(
+        after,
+        _schedule(message) if "schedule" in paths else present.schedule,
+        _clipping(message) if "clipping" in paths else present.clipping,
+        _groups(message, after, layout) if "groups" in paths else present.groups,
+        present.hosted,
+        message.weight_decay if "weight_decay" in paths else present.weight_decay,
+        _consistency(message) if "consistency" in paths else present.consistency,
+    )
+
+
+def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: Layout) -> None:
+    """Make a message say all settings, every default filled in."""
+    set_algorithm(message.algorithm, present.rule)
+    message.weight_decay = present.weight_decay
+    if present.schedule is not None:
+        schedule = present.schedule.values()
+        message.schedule.warmup_steps = schedule.pop("warmup_steps")
+        getattr(message.schedule, present.schedule.kind).SetInParent()
+        for name, value in schedule.items():
+            kind = getattr(message.schedule, present.schedule.kind)
+            if isinstance(value, tuple):
+                getattr(kind, name).extend(value)
+            else:
+                setattr(kind, name, value)
+    if present.clipping is not None:
+        setattr(message.clipping, present.clipping.kind, present.clipping.bound)
+    if present.consistency is not None:
+        consistency = present.consistency
+        message.consistency.lease.FromNanoseconds(int(consistency.lease_s * 1e9))
+        message.consistency.scale_by_staleness = consistency.scale_by_staleness
+        kind = getattr(message.consistency, consistency.kind)
+        kind.SetInParent()
+        if consistency.kind == "bounded":
+            kind.staleness = consistency.staleness
+        elif consistency.kind == "sync":
+            kind.workers, kind.backup_workers = consistency.workers, consistency.backup_workers
+    for group in present.groups:
+        names = [layout.parameters[index].name for index in group.parameters]
+        shown = message.groups.add(parameters=names, weight_decay=group.weight_decay)
+        overridden = getattr(shown.algorithm, present.rule.name)
+        overridden.SetInParent()
+        for name, value in group.overrides.items():
+            setattr(overridden, name, value)
+
+
+def set_algorithm(message: algorithms_pb2.Algorithm, rule: Rule) -> None:
+    """Make a message say a rule with all of its hyper-parameters."""
+    settings = getattr(message, rule.name)
+    settings.SetInParent()
+    for name, value in asdict(rule).items():
+        setattr(settings, name, value)

@@ -1,0 +1,118 @@
+"""ExportState and ImportState: messages to and from state files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from optserve._common import wire
+from optserve.v1 import checkpoints_pb2
+from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.edge import messages, settings_messages
+from optserve_server.edge.places import progress
+from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.transaction import check_request_id
+from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.settings import PARAMETER, Settings
+from optserve_server.persistence.checkpoints import Checkpoints, import_target
+from optserve_server.persistence.state_import import StateImport
+
+ImportFrame = wire.Frame[checkpoints_pb2.ImportStateRequest]
+
+decode_import = wire.decoder(checkpoints_pb2.ImportStateRequest)
+
+_FIELDS = {name: f"chunk.{name}" for name in ("tensor", "slot", "parameter", "offset")}
+
+
+def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[bytes]:
+    """The optimizer's state of this moment: the optimizer itself, then its slots, tensor by tensor."""
+    with checkpoints.exported(optimizer) as file:
+        message = messages.optimizer(optimizer)
+        # The optimizer may have been stepped since.
+        message.step = file.description.step
+        for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
+            message.ClearField(field)
+        settings_messages.set_settings(message, file.description.settings, optimizer.layout)
+        yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
+        with file.mapped() as mapped:
+            arenas = {(dtype, slot): array for dtype, slot, array in mapped}
+        layout = optimizer.layout
+        for tensor, parameter in enumerate(layout.parameters):
+            if not parameter.size:
+                # An arena of empty tensors only is not in the file at all.
+                continue
+            start = layout.starts[tensor]
+            stride = max_chunk_bytes // parameter.dtype.itemsize
+            for slot, name in enumerate(optimizer.settings.arrays):
+                values = arenas[parameter.dtype, slot][start : start + parameter.size]
+                for begin in range(0, parameter.size, stride):
+                    header = checkpoints_pb2.ExportStateResponse()
+                    header.chunk.tensor = tensor
+                    if name == PARAMETER:
+                        header.chunk.parameter = True
+                    else:
+                        header.chunk.slot = slot
+                    header.chunk.offset = begin * parameter.dtype.itemsize
+                    yield wire.encode(header, values[begin : begin + stride].data.cast("B"))
+
+
+def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Iterator[ImportFrame]) -> Optimizer:
+    """Replace a state by what the frames bring; without a commit nothing changes.
+
+    Raises:
+        OptserveError: See StateImport; or that the stream ended without a commit.
+    """
+    first = next(frames, None)
+    if first is None:
+        raise OptserveError(Reason.INVALID_FIELD, "The first message of an import must have `name`.", field="name")
+    start = first.header
+    if start.request_id:
+        check_request_id(start.request_id)
+    optimizer = optimizers.get(messages.optimizer_id(start.name))
+    if not optimizer.was_replaced_by(start.request_id, import_target(start.step)):
+        # Looked at again at the commit; a stale client need not send everything before it is told.
+        optimizer.check_etag(start.etag)
+    paths = list(start.update_mask.paths)
+
+    def change(present: Settings, layout: Layout) -> Settings:
+        if not (paths or start.HasField("optimizer")):
+            return present
+        return settings_messages.updated_settings(present, layout, start.optimizer, paths)
+
+    # Made again at the commit; what cannot be used is said before the state has travelled.
+    change(optimizer.settings, optimizer.layout).check()
+    with checkpoints.staging(optimizer) as staged:
+        state = StateImport(checkpoints, optimizer, staged, change)
+        for frame in chain((first,), frames):
+            header = frame.header
+            if header.HasField("chunk"):
+                data = frame.data or b""
+                with fields_called(_FIELDS):
+                    state.stage(header.chunk.tensor, _array(optimizer, header.chunk), header.chunk.offset, data)
+                progress(len(data))
+            elif header.data:
+                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
+            if header.HasField("commit"):
+                state.commit(start.step, start.etag, start.request_id)
+                return optimizer
+    raise OptserveError(
+        Reason.INVALID_FIELD, "The import ended without `commit`, so nothing was changed.", field="commit"
+    )
+
+
+def _array(optimizer: Optimizer, chunk: checkpoints_pb2.SlotChunk) -> int:
+    """Position of a chunk's array among those of the state, or raise NOT_HOSTED or INVALID_FIELD."""
+    if chunk.WhichOneof("array") != "parameter":
+        if chunk.slot < len(optimizer.rule.slots):
+            return chunk.slot
+        slots = ", ".join(optimizer.rule.slots) or "none"
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"There is no slot {chunk.slot}; {optimizer.rule.name} has {slots}.", field="slot"
+        )
+    if not chunk.parameter:
+        raise OptserveError(Reason.INVALID_FIELD, "`parameter` must be true where it is given.", field="parameter")
+    if not optimizer.settings.hosted:
+        raise OptserveError(
+            Reason.NOT_HOSTED, f"{optimizer.id!r} is in delta mode and holds no parameters.", field="parameter"
+        )
+    return len(optimizer.rule.slots)

@@ -1,0 +1,385 @@
+"""One StreamSteps call: turns frames into calls of the transaction, and its results into messages.
+
+closed ──open──> idle ──begin──> staging ──commit──> idle
+                  ^                 │ error: answered once
+                  └─commit, abort── failed: the rest of that step is ignored
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from enum import Enum, auto
+
+import numpy as np
+from google.rpc import status_pb2
+
+from optserve._common.wire import RequestFrame, decode_request, encode
+from optserve.v1 import steps_pb2
+from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
+from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.edge import messages
+from optserve_server.edge.control_socket import ControlSocket
+from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.places import NEXT_MESSAGE, current
+from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.transaction import Outcome, ReplyChunk, Step
+from optserve_server.numerics.shared_segment import Segment
+
+logger = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
+"""Of streams, as they are opened."""
+
+_BEGIN_FIELDS = {name: f"begin.{name}" for name in ("request_id", "tensors", "reply", "worker", "parameters_step")}
+_CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
+
+
+class _Phase(Enum):
+    CLOSED = auto()
+    IDLE = auto()
+    STAGING = auto()
+    FAILED = auto()
+
+
+# Python finds a member in its Enum in 80 ns, and a small step has a dozen to look at.
+_CLOSED, _IDLE, _STAGING, _FAILED = _Phase
+
+
+class StepStream:
+    """The server's side of one stream.
+
+    Args:
+        optimizers: Where `open` looks its optimizer up.
+        admission: Asked before each step.
+        turnstile: Passed by the steps of workers that announce them.
+        config: For the limits.
+        to_status: Turns any exception of a step into the status that the client gets.
+    """
+
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        admission: Admission,
+        turnstile: Turnstile,
+        config: ServerConfig,
+        to_status: Callable[[Exception], status_pb2.Status],
+    ) -> None:
+        self._optimizers = optimizers
+        self._admission = admission
+        self._turnstile = turnstile
+        self._config = config
+        self._to_status = to_status
+        self._phase = _CLOSED
+        self._optimizer: Optimizer
+        self._takes_curvature = False
+        self._wire: np.dtype | None = None
+        self._lineage = ""
+        # Messages come through the stream, or through its control socket.
+        self._one_at_a_time = threading.Lock()
+        self._place = current()
+        self._control: ControlSocket | None = None
+        self._segment: Segment | None = None
+        self._proven = False
+        self._withdrawal: threading.Timer | None = None
+        self._withdrawn = False
+        self._reply_chunk_bytes = config.sent_chunk_bytes
+        self._step: Step | None = None
+        self._request_id = ""
+        self._worker, self._life = "", 0
+        self._number = 0
+        self._gone = False
+
+    def interrupt(self) -> None:
+        """The client is gone: a commit that waits for other workers need not wait any more.
+
+        Called in the thread that serves all calls, which must not wait for a lock.
+        """
+        self._gone = True
+        step = self._step
+        if step is not None and self._worker:
+            step.given_up = True
+            threading.Thread(target=self._optimizer.steps.workers.wake, name="wake", daemon=True).start()
+
+    def handle(self, raw: bytes) -> Iterator[bytes]:
+        """Carry out the parts of one message, in the order of their numbers.
+
+        Raises:
+            OptserveError: What ends the stream: a failed `open`, or none; bytes that are no message.
+        """
+        with self._one_at_a_time:
+            yield from self._handle(messages.decode(decode_request, raw))
+
+    def _handle(self, frame: RequestFrame) -> Iterator[bytes]:
+        header = frame.header
+        if header.HasField("open"):
+            yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
+        elif self._phase is _CLOSED:
+            raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
+        # What errors from below call their fields, and the paths that these have in this message.
+        paths: dict[str, str] = {}
+        try:
+            if header.HasField("begin"):
+                paths = _BEGIN_FIELDS
+                self._begin(header.begin, announced=not (header.HasField("chunk") or header.HasField("commit")))
+            if header.HasField("chunk"):
+                paths = _CHUNK_FIELDS
+                self._chunk(header.chunk, frame.data or b"")
+            elif header.data and self._phase is not _FAILED:
+                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
+            if header.HasField("commit"):
+                paths = {}
+                yield from self._commit()
+                self._end(_IDLE)
+        except GeneratorExit:
+            # Nobody takes the answer any more; a step that was committed has ended nevertheless.
+            if header.HasField("commit"):
+                self._end(_IDLE)
+            raise
+        # Every failure is answered in the stream, which lives on.
+        except Exception as error:  # noqa: BLE001
+            if isinstance(error, OptserveError):
+                error.field = paths.get(error.field, error.field)
+            yield self._fail(error)
+            if header.HasField("commit"):
+                self._phase = _IDLE
+        if header.HasField("abort"):
+            self._end(_IDLE)
+
+    def close(self) -> None:
+        """Discard what is under way."""
+        if self._control is not None:
+            # First, so that nothing new comes from there.
+            self._control.close()
+        with self._one_at_a_time:
+            self._end(_CLOSED)
+            self._unshare()
+
+    def _answer_packet(self, packet: bytes) -> Generator[bytes]:
+        """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
+        if self._place is not None:
+            # The call itself sees nothing of it, and would give way to others as one whose client is silent.
+            self._place.go_on()
+        try:
+            yield from self.handle(packet)
+        except OptserveError as error:
+            failure = steps_pb2.StepError(status=self._to_status(error))
+            yield encode(steps_pb2.StreamStepsResponse(error=failure))
+            raise ConnectionError("the stream cannot go on") from error
+        finally:
+            if self._place is not None:
+                self._place.wait(NEXT_MESSAGE)
+
+    def _open(self, request: steps_pb2.Open) -> steps_pb2.Opened:
+        if self._phase is not _CLOSED:
+            raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
+        messages.check_known(request, "transport", "open")
+        # Of many streams together the fewest messages cost least; of one, whose ends take turns, smaller ones do.
+        preferred = self._config.max_chunk_bytes if request.worker else self._config.preferred_chunk_bytes
+        wanted = request.max_chunk_bytes or min(preferred, UNASKED_CHUNK_BYTES)
+        if wanted < 1024:
+            raise OptserveError(
+                Reason.INVALID_FIELD, "max_chunk_bytes must be at least 1024.", field="open.max_chunk_bytes"
+            )
+        optimizer = self._optimizers.get(messages.optimizer_id(request.name, "open.name"))
+        optimizer.check_etag(request.etag)
+        self._wire = messages.wire_dtype(request.wire_type, "open.wire_type")
+        self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
+        self._optimizer, self._phase = optimizer, _IDLE
+        self._takes_curvature = optimizer.rule.takes_curvature
+        self._number = next(_numbers)
+        with fields_called({"worker": "open.worker"}):
+            messages.check_life(request.life, "open.life")
+            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(
+                request.worker, self._number, request.life
+            )
+        self._worker, self._life = request.worker, request.life
+        if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
+            self._segment = self._optimizers.share(optimizer)
+        return steps_pb2.Opened(
+            shared_memory=self._offer(self._segment) if self._segment else None,
+            step=step,
+            last_request_id=last_request_id,
+            last_tensors=last_tensors,
+            limits=messages.limits(self._config, preferred),
+            etag=optimizer.etag,
+            lineage=self._lineage,
+            create_time=messages.timestamp(optimizer.create_time.timestamp()),
+        )
+
+    def _offer(self, segment: Segment) -> steps_pb2.SharedMemory:
+        self._withdrawal = threading.Timer(self._config.receive_s, self._withdraw_offer)
+        self._withdrawal.daemon = True
+        self._withdrawal.start()
+        try:
+            self._control = ControlSocket(segment.nonce, self._answer_packet)
+        except OSError as error:
+            logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
+        return messages.shared_memory(segment, self._control.name if self._control else "")
+
+    def _begin(self, request: steps_pb2.Begin, *, announced: bool) -> None:
+        interrupted = self._phase is _STAGING
+        if self._phase is not _IDLE:
+            self._end(_IDLE)
+        self._request_id = request.request_id
+        if interrupted:
+            raise OptserveError(
+                Reason.STEP_NOT_ENDED, "A step was begun inside another; both are discarded.", field="begin"
+            )
+        if request.with_curvature != self._takes_curvature:
+            needs = "needs" if self._takes_curvature else "takes no"
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{self._optimizer.rule.name} {needs} curvature, diag(H).",
+                field="begin.with_curvature",
+            )
+        reply = messages.reply(request.reply, "begin.reply")
+        if self._segment is not None and not self._proven:
+            self._check_nonce(request.shared_memory_nonce)
+        elif self._withdrawn and request.shared_memory_nonce:
+            raise self._offer_is_gone()
+        self._optimizers.check_is_same(self._optimizer)
+        messages.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
+        expected = request.expected_step if request.HasField("expected_step") else None
+        self._admission.enter()
+        try:
+            self._step = self._optimizer.steps.begin(
+                request.request_id,
+                expected,
+                tuple(request.tensors),
+                self._wire,
+                self._lineage,
+                reply,
+                self._segment,
+                self._worker,
+                request.parameters_step if request.HasField("parameters_step") else None,
+                self._number,
+                self._life,
+            )
+        finally:
+            if self._step is None:
+                self._admission.leave()
+        if self._gone and self._step is not None:
+            # Before there was a step to be given up.
+            self._step.given_up = True
+        self._phase = _STAGING
+        if announced and self._worker:
+            # With its buffer: one that waited for room in here would keep others out who have theirs.
+            self._turnstile.enter(self)
+
+    def _check_nonce(self, nonce: bytes) -> None:
+        """At the first step, look whether the client has found the segment that it was offered."""
+        self._proven = self._segment is not None and nonce == self._segment.nonce
+        if self._proven and self._withdrawal is not None:
+            self._withdrawal.cancel()
+        if not self._proven:
+            self._unshare()
+        if nonce and not self._proven:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                "This is not the nonce of the segment that was offered.",
+                field="begin.shared_memory_nonce",
+            )
+
+    def _offer_is_gone(self) -> OptserveError:
+        return OptserveError(
+            Reason.STEP_TAKEN_OVER,
+            f"The segment that was offered has waited {self._config.receive_s:g} s for its proof and is gone; open "
+            "another stream.",
+        )
+
+    def _withdraw_offer(self) -> None:
+        """Nobody has proven to see the segment, which takes as much memory as a gradient."""
+        with self._one_at_a_time:
+            if self._proven or self._segment is None or (self._control is not None and self._control.proven):
+                return
+            self._withdrawn = True
+            self._unshare()
+        if self._control is not None:
+            self._control.close()
+
+    def _unshare(self) -> None:
+        if self._withdrawal is not None:
+            self._withdrawal.cancel()
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            self._optimizer.steps.unshare(segment)
+
+    def _chunk(self, chunk: steps_pb2.Chunk, data: bytes | memoryview) -> None:
+        if self._phase is _FAILED:
+            return
+        if self._step is None:
+            raise OptserveError(Reason.NO_STEP, "A chunk came outside a step; begin one first.", field="chunk")
+        if self._segment is not None:
+            raise OptserveError(
+                Reason.INVALID_FIELD, "A chunk came for a step whose gradients are in shared memory.", field="chunk"
+            )
+        operand = messages.operand(chunk.operand, "chunk.operand")
+        if len(data) > self._config.max_chunk_bytes:
+            raise OptserveError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"The chunk has {len(data)} bytes; this server accepts {self._config.max_chunk_bytes}.",
+                field="data",
+                limit_bytes=self._config.max_chunk_bytes,
+                actual_bytes=len(data),
+            )
+        self._step.stage(chunk.tensor, chunk.offset, data, operand)
+        if self._worker:
+            self._turnstile.moved(self, len(data))
+
+    def _commit(self) -> Iterable[bytes]:
+        """Apply the step; gives the messages that answer it."""
+        if self._phase is _FAILED:
+            return ()
+        if self._step is None:
+            raise OptserveError(Reason.NO_STEP, "A commit came outside a step; begin one first.", field="commit")
+        if self._worker:
+            consistency = self._optimizer.settings.consistency
+            if consistency is not None and consistency.waits:
+                # Those that it may wait for have to come in first.
+                self._turnstile.leave(self)
+        outcome = self._step.commit()
+        # The last chunk and the result share a message, so a small step is answered by one.
+        last = steps_pb2.StreamStepsResponse()
+        set_result(last.result, outcome)
+        if self._segment is not None or not self._step.reply_bytes:
+            return (encode(last),)
+        return self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
+
+    def _fail(self, error: Exception) -> bytes:
+        failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
+        self._end(_FAILED)
+        return encode(steps_pb2.StreamStepsResponse(error=failure))
+
+    def _end(self, phase: _Phase) -> None:
+        step, self._step, self._phase = self._step, None, phase
+        self._request_id = ""
+        if self._worker:
+            self._turnstile.leave(self)
+        if step is not None:
+            try:
+                step.close()
+            finally:
+                self._admission.leave()
+
+
+def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:
+    """Show a step's outcome as the contract does."""
+    result.request_id, result.step = outcome.request_id, outcome.step
+    if outcome.replayed:
+        result.replayed = True
+    if outcome.staleness:
+        result.staleness = outcome.staleness
+    if outcome.gradient_norm is not None:
+        result.gradient_norm = outcome.gradient_norm
+
+
+def _message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:
+    header = last if piece.last else steps_pb2.StreamStepsResponse()
+    chunk = header.chunk
+    chunk.tensor, chunk.offset = piece.tensor, piece.offset
+    chunk.SetInParent()
+    return encode(header, piece.data)

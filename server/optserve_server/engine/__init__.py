@@ -1,0 +1,1 @@
+"""Optimizers and their steps: who may make one, what it changes, and in which order."""

@@ -1,0 +1,460 @@
+"""The transaction: begin, stage, commit, reply, replay. Knows nothing of protobuf or gRPC.
+
+One `Steps` guards one optimizer, and decides when a step is applied; who may make one is decided by its `Lane`. Errors
+name their field by itself (`tensors`, `offset`); the edges add the path.
+
+    begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
+                 └──close, error──> nothing changed
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+
+import numpy as np
+
+from optserve_server.domain import refusals
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
+from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.transaction import (
+    NOTHING,
+    PARAMETERS,
+    UPDATES,
+    Outcome,
+    Reply,
+    Retained,
+    Step,
+    Wanted,
+    check_request_id,
+)
+from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.engine.workers.coordinator import Workers
+from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.layout import Largest, Operand, Payload, Payloads
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.shared_segment import Segment
+from optserve_server.numerics.staging import Staging
+from optserve_server.numerics.state import State
+from optserve_server.numerics.trial import try_out
+
+logger = logging.getLogger(__name__)
+
+_PARAMETER = Operand.PARAMETER
+
+
+class Steps:
+    """The steps of one optimizer, one after the other.
+
+    Args:
+        name: The optimizer's, for messages and records.
+        state: Its arrays.
+        durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
+        lineage: Says which state this is; changes when it is replaced.
+        idle_step_s: After so many seconds without a move, a step is discarded.
+        room: For the buffers of workers.
+
+    Attributes:
+        main: Where its client makes steps, if it has one.
+        workers: Those who share it otherwise.
+        placed_by: Request id that put the hosted parameters in place; None while nobody has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: State,
+        durability: Durability,
+        lineage: str = "",
+        idle_step_s: float = 60.0,
+        room: Room | None = None,
+    ) -> None:
+        self._name = name
+        self._state = state
+        self._durability = durability
+        # As a condition, workers wait for one another on it.
+        self._lock = threading.RLock()
+        self.lock = threading.Condition(self._lock)
+        self._fatal: OptserveError | None = None
+        self._payloads = Payloads(state.layout)
+        self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
+        self.workers = Workers(name, state, self, room or Room(1 << 62, 1 << 62), idle_step_s)
+        self.placed_by: str | None = None
+        self.step = 0
+        self.lsn = 0
+        self.lineage = lineage
+
+    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, tuple[int, ...], str]:
+        """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
+
+        With the number of a stream that a life of a worker has just opened, its earlier streams and lives make no steps
+        after this.
+
+        Raises:
+            OptserveError: INVALID_FIELD, WORKER_UNKNOWN or WORKER_REPLACED.
+        """
+        with self._lock:
+            self._check_worker(worker)
+            lane = self.workers.attach(worker, stream, life).lane if worker else self.main
+            retained = lane.retained
+            tensors = retained.tensors if retained else ()
+            return self.step, lane.last_request_id, self._payloads.named(tensors), self.lineage
+
+    def _check_worker(self, worker: str) -> None:
+        """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
+        if bool(worker) != (self._state.settings.consistency is not None):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{self._name} has no workers, so name none."
+                if worker
+                else f"Several workers share {self._name}; say which one this is.",
+                field="worker",
+            )
+
+    def begin(
+        self,
+        request_id: str,
+        expected_step: int | None = None,
+        tensors: tuple[int, ...] = (),
+        wire: np.dtype | None = None,
+        lineage: str = "",
+        reply: Reply = UPDATES,
+        segment: Segment | None = None,
+        worker: str = "",
+        parameters_step: int | None = None,
+        stream: int | None = None,
+        life: int = 0,
+        last_request_id: str | None = None,
+    ) -> Step:
+        """Start a step and hold the staging buffer for it.
+
+        Args:
+            request_id: Identifies the step for retries.
+            expected_step: The step that the client believes is next; None to leave it unchecked.
+            tensors: Parameters that take part; none for all.
+            wire: Dtype of the payload; None for each parameter's own.
+            lineage: The state that the client knows; empty to leave it unchecked.
+            reply: What the reply carries.
+            segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
+            worker: Who makes it, where several share the optimizer.
+            parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
+            stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
+            life: Number of the worker's life; 0 where its client sends none.
+            last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
+                DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, WORKER_REPLACED,
+                GRADIENT_LATE, STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+        """
+        check_request_id(request_id)
+        wanted = Wanted(
+            request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step, stream, life,
+            last_request_id,
+        )  # fmt: skip
+        if worker:
+            with self._lock:
+                self._check_worker(worker)
+                known = self.workers.act(worker, life)
+            return self.workers.hand_over(known, stream, life, lambda lane: self._make(lane, wanted))
+        with self._lock:
+            if self._state.settings.consistency is not None:
+                self._check_worker(worker)
+            step = self.main.holder = self._make(self.main, wanted)
+            return step
+
+    def _make(self, lane: Lane, wanted: Wanted) -> Step:
+        """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
+        self.check_usable()
+        if self._state.settings.hosted:
+            self.check_placed()
+        elif wanted.reply is not UPDATES:
+            # Whoever does not hear the update cannot apply it.
+            raise refusals.not_hosted(self._name, "reply")
+        self.check_lineage(wanted.lineage)
+        worker, parameters_step = wanted.worker, wanted.parameters_step
+        repeated = lane.repeated(wanted.request_id, wanted.reply)
+        if repeated is None:
+            if wanted.expected_step is not None and wanted.expected_step != self.step:
+                raise refusals.wrong_step(self._name, self.step, wanted.expected_step)
+            if wanted.last_request_id is not None and wanted.last_request_id != lane.last_request_id:
+                raise refusals.wrong_last_request(self._name, self.step, lane.last_request_id)
+        at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
+        payload = self._payloads.of(repeated.tensors if repeated else wanted.tensors, wanted.wire)
+        if wanted.segment is None and not worker and lane.staging.segment is not None:
+            # Others step as well, and must not stage where a client writes as it likes.
+            lane.staging.leave_segment()
+        step = Step(
+            lane, wanted.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
+            reply=wanted.reply, segment=wanted.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
+            stream=wanted.stream, life=wanted.life,
+        )  # fmt: skip
+        lane.take_over(step)
+        return step
+
+    def _parameters_step(self, worker: str, given: int | None) -> int:
+        if given is None:
+            return self.workers.roster.get(worker).at_step if worker else self.step
+        if not worker:
+            raise refusals.no_other_step(self._name)
+        if given > self.step:
+            raise refusals.no_such_step(self._name, self.step, given)
+        return given
+
+    def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
+        """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
+
+        Args:
+            request_id: Identifies the upload for retries.
+            wire: Dtype of the payload; None for each parameter's own.
+
+        Raises:
+            OptserveError: NOT_HOSTED, PARAMETERS_IN_PLACE, STEP_IN_PROGRESS, STATE_LOST or OPTIMIZER_NOT_FOUND.
+        """
+        check_request_id(request_id)
+        with self._lock:
+            self.check_usable()
+            if not self._state.settings.hosted:
+                raise refusals.not_hosted(self._name, "name")
+            placed = self.placed_by is not None
+            if placed and self.placed_by != request_id:
+                raise refusals.parameters_in_place(self._name)
+            if self.main.holder and self.main.holder.request_id != request_id:
+                self.main.evict_if_idle()
+            self.main.staging.leave_segment()
+            payload, operands = self._payloads.of((), wire), (Operand.PARAMETER,)
+            step = Step(self.main, request_id, payload, operands, replay=placed, reply=NOTHING)
+            self.main.take_over(step)
+            self.main.holder = step
+            return step
+
+    def check_placed(self) -> None:
+        """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""
+        if not self._state.settings.hosted:
+            raise refusals.not_hosted(self._name, "name")
+        if self.placed_by is None:
+            raise refusals.parameters_missing(self._name)
+
+    def payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
+        """The payload of some of the parameters, none for all; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+        with self._lock:
+            return self._payloads.of(tensors, wire)
+
+    def share(self) -> Segment | None:
+        """Share memory with a client on this host; None if another client has that, or there is no room for it.
+
+        Each worker may have some, beside its buffer.
+
+        Where nothing else reads the staging buffer, it moves into the segment and gradients are computed in place;
+        otherwise they are copied, so that what is written down is what was computed with.
+        """
+        with self._lock:
+            self.check_usable()
+            if self._state.settings.consistency is not None:
+                return self.workers.share()
+            staging = self.main.staging
+            if staging.segment is not None:
+                return None
+            in_place = not self._durability.reads_staging and self.main.holder is None
+            try:
+                return staging.share(in_place=in_place)
+            except OSError as error:
+                logger.warning("%s is not shared: %s", self._name, error)
+                return None
+
+    def unshare(self, segment: Segment) -> None:
+        """The client has gone; the segment ends when its memory of it does."""
+        with self._lock:
+            self.workers.unshare(segment)
+            if self.main.staging.segment is segment:
+                self.main.note_overwritten()
+                self.main.staging.unshare()
+
+    def set(self, settings: Settings, etag: str, time: datetime) -> None:
+        """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
+        with self._lock:
+            self.check_usable()
+            with self._set_to(settings):
+                self.lsn = self._durability.updated(self._name, settings, etag, time)
+
+    @contextmanager
+    def _set_to(self, settings: Settings) -> Iterator[None]:
+        """Take other settings, if they are good and the block succeeds."""
+        before = self._state.settings
+        if settings.consistency != before.consistency:
+            if self.workers.roster.alive:
+                raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
+            # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
+            self.main.evict_if_idle()
+        if settings.consistency is not None:
+            self.main.staging.leave_segment()
+        self._state.set(settings)
+        try:
+            yield
+        except Exception:
+            self._state.set(before)
+            raise
+
+    def replace(self, record: ReplacementRecord) -> None:
+        """Put another state in the place of this one. That also mends a state that a device has lost.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, HYPERPARAMETER_OUT_OF_RANGE, that workers are alive whose
+                consistency would change, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+        """
+        with self._lock:
+            if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
+                raise self._fatal.again()
+            self.main.evict_if_idle()
+            with self._set_to(record.settings):
+                self.lsn = self._durability.replaced(record)
+            self._fatal = None
+            try:
+                for dtype, slot, values in record.arrays:
+                    self._state.write(dtype, slot, 0, values)
+            except Exception as error:
+                raise self._lose("while the state was replaced") from error
+            self._state.forget_last_step()
+            self.step, self.lineage = record.step, record.lineage
+            self.main.retained, self.placed_by = None, record.placed_by
+            self.workers.forget_replies()
+
+    def retire(self, reason: OptserveError) -> None:
+        """Delete the optimizer: refuse everything from now on with `reason`.
+
+        Raises:
+            OptserveError: STEP_IN_PROGRESS, or `reason` where that was done before.
+        """
+        with self._lock:
+            if self._fatal is not None and self._fatal.reason is reason.reason:
+                raise self._fatal.again()
+            self.main.evict_if_idle()
+            self.workers.evict_if_idle()
+            self._durability.deleted(self._name)
+            self._fatal = reason
+            self.workers.release()
+            # Open streams may keep this object for long, but not its arrays.
+            self.main.staging.release()
+            self._state.release()
+
+    def discard_idle(self) -> None:
+        """Discard the step under way if it has not moved for long, though nobody wants its place."""
+        self.main.discard_idle()
+        self.workers.discard_idle()
+
+    def check_lineage(self, lineage: str) -> None:
+        """Raise STATE_REPLACED if that is not the present one; empty to leave it unchecked."""
+        if lineage and lineage != self.lineage:
+            raise refusals.state_replaced(self._name, self.lineage, self.step)
+
+    def check_usable(self) -> None:
+        """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
+        if self._fatal:
+            raise self._fatal.again()
+
+    @contextmanager
+    def held_still(self) -> Iterator[State]:
+        """Keep everything as it is for the length of a with-block, to look at or to restore the state."""
+        with self._lock:
+            yield self._state
+
+    def _commit(self, step: Step) -> Outcome:
+        """Apply the step that holds the main lane."""
+        lane = self.main
+        with self._lock:
+            staging = lane.hold(step)
+            if _PARAMETER in step.coverage:
+                return self._commit_placement(step)
+            step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
+            if step.replay and lane.retained:
+                lane.check_replay(step)
+                lane.give_shared(step, self.step)
+                return Outcome(step.request_id, lane.retained.step, replayed=True)
+            lane.take_shared(step)
+            step.check_complete()
+            norm = self.advance(
+                staging, step.payload, step.largest, step.answers, request_id=step.request_id, segment=step.segment
+            )
+            step.committed = True
+            lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
+            if step.segment:
+                lane.give_shared(step, self.step)
+            step.moved_at = time.monotonic()
+            return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
+
+    def _commit_placement(self, step: Step) -> Outcome:
+        if not step.replay:
+            step.check_complete()
+            arrived = step.payload.parts(self.main.staging.updates)
+            self.lsn = self._durability.placing(PlacementRecord(self._name, step.request_id, arrived))
+            self._state.place(step.payload.runs, arrived)
+            self.placed_by, step.committed = step.request_id, True
+        return Outcome(step.request_id, self.step, replayed=step.replay)
+
+    def advance(
+        self,
+        staging: Staging,
+        payload: Payload,
+        largest: Largest,
+        answers: Answers,
+        workers: Sequence[tuple[str, str, int]] = (),
+        *,
+        staleness: int = 0,
+        request_id: str = "",
+        segment: Segment | None = None,
+    ) -> float | None:
+        """Write down and apply what a buffer holds, under the lock, one step.
+
+        Args:
+            staging: The buffer.
+            payload: What takes part.
+            largest: Magnitudes of what it holds.
+            answers: How the reply is read.
+            workers: See StepRecord, where several share the optimizer.
+            staleness: By which the learning rate is scaled; 0 where it is not.
+            request_id: Of the step, where they do not.
+            segment: In which the gradients are, if a client shares them.
+
+        Returns:
+            The norm, where clipping needed it.
+
+        Raises:
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE: nothing has changed; or STATE_LOST.
+        """
+        prepared = self._state.prepare(payload, staging.updates, largest, answers)
+        if not prepared.covered:
+            try_out(self._state, staging.operands, payload, prepared, answers, self.step, staleness)
+        lsn = self.lsn
+        if self._durability.reads_staging:
+            operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
+            tensors = self._payloads.named(payload.tensors)
+            record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+            lsn = self._durability.stepping(record)
+        if segment and staging.in_place:
+            segment.replying(self.step + 1)
+        try:
+            self._state.apply(staging.operands, payload.runs, self.step, staleness, prepared)
+        except Exception as error:
+            raise self._lose(f"in step {self.step}") from error
+        self.lsn = lsn
+        self.step += 1
+        if workers:
+            # Its reply is no longer that of the last step, and may be overwritten.
+            self.main.retained = None
+        return prepared.clip.norm if prepared.clip else None
+
+    def _lose(self, what: str) -> OptserveError:
+        """The error for slots that could not be changed, after which nothing is to be trusted any more."""
+        # They may be half changed, and there is no second copy of them in memory.
+        logger.exception("%s was lost %s", self._name, what)
+        self._fatal = OptserveError(
+            Reason.STATE_LOST,
+            f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
+            optimizer=self._name,
+        )
+        return self._fatal.again()

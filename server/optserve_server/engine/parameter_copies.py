@@ -1,0 +1,93 @@
+"""Copies of hosted parameters on their way to clients, each of one step; those who want the same step share one."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.registry import Optimizer
+from optserve_server.numerics.layout import Arenas
+
+WAIT_S = 5.0
+"""How long a client waits for room before it is told to come back later."""
+
+
+@dataclass(eq=False)
+class Copy:
+    """The parameters x of one step, as long as somebody has it."""
+
+    step: int
+    lineage: str
+    arenas: Arenas
+
+
+class Copies:
+    """Makes the copies of one server, so that all of them together stay within `max_bytes`; one alone may be larger."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        # Released from wherever a copy is collected, in the middle of anything: reentrant.
+        self._room = threading.Condition(threading.RLock())
+        self._newest: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Copy]] = weakref.WeakKeyDictionary()
+
+    def of(self, optimizer: Optimizer, newer_than: int | None = None) -> tuple[int, Copy | None]:
+        """(number of steps applied, x of that moment); no x if the number is at most `newer_than`.
+
+        Raises:
+            OptserveError: NOT_HOSTED, PARAMETERS_MISSING, TOO_MANY_STREAMS, or what steps are refused with.
+        """
+        steps, size = optimizer.steps, optimizer.layout.size_bytes
+        with steps.held_still():
+            steps.check_usable()
+            steps.check_placed()
+            if newer_than is not None and steps.step <= newer_than:
+                return steps.step, None
+            known = self._known(optimizer)
+        if known is None:
+            self._reserve(size)
+            made = None
+            try:
+                with steps.held_still():
+                    # Somebody else may have had the same wait.
+                    known = self._known(optimizer)
+                    if known is None:
+                        known = made = self._make(optimizer)
+            finally:
+                if made is None:
+                    self._release(size)
+            if made is not None:
+                weakref.finalize(made, self._release, size)
+        return known.step, known
+
+    def _known(self, optimizer: Optimizer) -> Copy | None:
+        """A copy of the present step that somebody has already."""
+        reference = self._newest.get(optimizer)
+        known = reference() if reference is not None else None
+        present = (optimizer.steps.step, optimizer.steps.lineage)
+        return known if known is not None and (known.step, known.lineage) == present else None
+
+    def _make(self, optimizer: Optimizer) -> Copy:
+        with optimizer.steps.held_still() as state:
+            optimizer.steps.check_usable()
+            made = Copy(optimizer.steps.step, optimizer.steps.lineage, state.copy_of_parameters())
+            self._newest[optimizer] = weakref.ref(made)
+            return made
+
+    def _reserve(self, size: int) -> None:
+        with self._room:
+            if not self._room.wait_for(lambda: not self._bytes or self._bytes + size <= self._max_bytes, WAIT_S):
+                raise OptserveError(
+                    Reason.TOO_MANY_STREAMS,
+                    f"{self._bytes} bytes of parameters are on their way to clients, and {self._max_bytes} are the "
+                    "most that this server has room for; try again later.",
+                    limit=self._max_bytes,
+                )
+            self._bytes += size
+
+    def _release(self, size: int) -> None:
+        with self._room:
+            self._bytes -= size
+            self._room.notify_all()

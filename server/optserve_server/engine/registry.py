@@ -1,0 +1,444 @@
+"""The optimizers of this server by name: made, found, listed, changed and deleted within the server's limits."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import re
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from optserve_server.domain import refusals
+from optserve_server.domain.config import ServerConfig
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine import footprint
+from optserve_server.engine.durability import CreationRecord, Durability, Replacement, ReplacementRecord
+from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import check_request_id
+from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.numerics.backends import Backend
+from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.rules import Rule
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.shared_segment import Segment
+from optserve_server.numerics.state import State, operands_of
+
+logger = logging.getLogger(__name__)
+
+CREATION_WAIT_S = 60.0
+"""How long a retried creation waits for the first call, which is compiling or allocating."""
+
+MAX_REPLACEMENT_REQUESTS = 32
+"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
+
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def is_id(text: str) -> bool:
+    """Whether it can be an optimizer's id, or a checkpoint's tag; such a text is harmless as the name of a file."""
+    return _ID.fullmatch(text) is not None
+
+
+def _token() -> str:
+    """A new etag or lineage."""
+    return uuid.uuid4().hex[:16]
+
+
+@dataclass(eq=False)
+class Optimizer:
+    """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
+
+    id: str
+    state: State
+    steps: Steps
+    creation_request_id: str
+    etag: str
+    create_time: datetime
+    update_time: datetime
+    created_lsn: int = 0
+    replacements: deque[Replacement] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
+
+    @property
+    def settings(self) -> Settings:
+        """The method with its present hyper-parameters."""
+        return self.state.settings
+
+    @property
+    def rule(self) -> Rule:
+        """The method."""
+        return self.settings.rule
+
+    @property
+    def layout(self) -> Layout:
+        """Its parameters."""
+        return self.state.layout
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
+
+    def replaced(self, record: ReplacementRecord) -> None:
+        """Take over what a replacement of the state changes outside the steps."""
+        self.etag, self.update_time = record.etag, record.time
+        if record.request_id:
+            self.replacements.append(Replacement(record.request_id, record.target))
+
+    def was_replaced_by(self, request_id: str, target: str) -> bool:
+        """Whether a restore or an import of that request id, which may be empty, has been made.
+
+        Raises:
+            OptserveError: REQUEST_ID_REUSED, if it was made of something else.
+        """
+        made = next((made for made in tuple(self.replacements) if request_id and made.request_id == request_id), None)
+        if made is not None and made.target not in ("", target):
+            raise refusals.request_id_reused(request_id, made.target, target)
+        return made is not None
+
+    def check_etag(self, etag: str) -> None:
+        """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
+        if etag and etag != self.etag:
+            raise OptserveError(
+                Reason.ETAG_MISMATCH,
+                f"Optimizer {self.id!r} has changed since etag {etag!r} was read; read it again.",
+                field="etag",
+                etag=self.etag,
+            )
+
+
+class Optimizers:
+    """All optimizers of one server. Safe to use from several threads."""
+
+    def __init__(self, backend: Backend, durability: Durability, config: ServerConfig) -> None:
+        self.backend = backend
+        self._durability = durability
+        self._config = config
+        self._room = Room(config.max_staged_bytes, config.max_optimizer_staged_bytes)
+        self._lock = threading.Condition()
+        self._by_id: dict[str, Optimizer] = {}
+        # What is being made: (request id, bytes) by optimizer id.
+        self._reserved: dict[str, tuple[str, int]] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._by_id)
+
+    @property
+    def durability_problem(self) -> str:
+        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        return self._durability.problem
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that all of them occupy."""
+        return sum(optimizer.memory_bytes for optimizer in list(self._by_id.values()))
+
+    def share(self, optimizer: Optimizer) -> Segment | None:
+        """Share memory with a client of an optimizer; None if it cannot be. See `Steps.share`."""
+        wanted = len(optimizer.state.operand_kinds) * optimizer.layout.size_bytes
+        try:
+            self._check_room(optimizer.id, wanted)
+        except OptserveError:
+            logger.warning("%s is not shared: there is no room within max_state_bytes", optimizer.id)
+            return None
+        return optimizer.steps.share()
+
+    def drain(self) -> None:
+        """Let no worker wait for others any more."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.workers.drain()
+
+    def discard_idle_steps(self) -> None:
+        """Discard the steps that have not moved for `idle_step_s`."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.discard_idle()
+
+    def create(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str = "") -> Optimizer:
+        """Make an optimizer with all state at 0.
+
+        Raises:
+            OptserveError: INVALID_FIELD, OPTIMIZER_EXISTS, MODEL_TOO_LARGE, SERVER_FULL or
+                HYPERPARAMETER_OUT_OF_RANGE.
+        """
+        if not is_id(optimizer_id):
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{optimizer_id!r} is no optimizer id: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
+                "letter or digit.",
+                field="optimizer_id",
+            )
+        if request_id:
+            check_request_id(request_id)
+        self._check_size(layout)
+        self._check_workers(layout, settings)
+        with self._lock:
+            # A retry that comes while the first call is still at work waits for it.
+            self._lock.wait_for(
+                lambda: self._reserved_by(optimizer_id) != request_id or not request_id, CREATION_WAIT_S
+            )
+            existing = self._by_id.get(optimizer_id)
+            if existing and request_id and existing.creation_request_id == request_id:
+                _check_same(existing, layout, settings)
+                return existing
+            if existing or optimizer_id in self._reserved:
+                raise OptserveError(
+                    Reason.OPTIMIZER_EXISTS,
+                    f"There is an optimizer {optimizer_id!r} already; delete it or choose another id.",
+                    field="optimizer_id",
+                    optimizer=optimizer_id,
+                )
+            self._reserve(optimizer_id, request_id, layout, settings)
+        # Compiling and allocating take their time, so not under the lock.
+        try:
+            optimizer = self._make(optimizer_id, layout, settings, request_id)
+            with self._lock:
+                self._by_id[optimizer_id] = optimizer
+        except MemoryError as error:
+            raise OptserveError(
+                Reason.SERVER_FULL, f"There is no memory for the state of {optimizer_id!r}.", limit="memory"
+            ) from error
+        finally:
+            with self._lock:
+                del self._reserved[optimizer_id]
+                self._lock.notify_all()
+        logger.info(
+            "created %s: %s; %d parameters, %d bytes",
+            optimizer_id,
+            settings.summary,
+            len(layout.parameters),
+            layout.size_bytes,
+        )
+        return optimizer
+
+    def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
+        record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, datetime.now(UTC))
+        optimizer = self._build(record)
+        optimizer.steps.lsn = optimizer.created_lsn = self._durability.created(record)
+        return optimizer
+
+    def _build(self, record: CreationRecord) -> Optimizer:
+        state = State(record.layout, record.settings, self.backend)
+        steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s, self._room)
+        return Optimizer(
+            record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
+        )
+
+    def adopt(self, record: CreationRecord, created_lsn: int) -> Optimizer:
+        """Bring an optimizer back that existed before; nobody is told of it."""
+        optimizer = self._build(record)
+        optimizer.steps.lsn = optimizer.created_lsn = created_lsn
+        with self._lock:
+            self._by_id[record.optimizer] = optimizer
+        return optimizer
+
+    def forget(self, optimizer_id: str) -> None:
+        """The reverse of `adopt`."""
+        with self._lock:
+            self._by_id.pop(optimizer_id, None)
+
+    def renew_lineages(self) -> None:
+        """Give every state a new lineage: it is not certain to be the one that clients knew."""
+        for optimizer in list(self._by_id.values()):
+            optimizer.steps.lineage = _token()
+
+    def find(self, optimizer_id: str) -> Optimizer | None:
+        """An optimizer, or None."""
+        return self._by_id.get(optimizer_id)
+
+    def settled(self) -> list[Optimizer]:
+        """All optimizers, once those that are being made now are there too."""
+        with self._lock:
+            pending = set(self._reserved)
+            self._lock.wait_for(lambda: not pending & set(self._reserved))
+            return list(self._by_id.values())
+
+    def get(self, optimizer_id: str) -> Optimizer:
+        """Find an optimizer, or raise OPTIMIZER_NOT_FOUND."""
+        optimizer = self._by_id.get(optimizer_id)
+        if optimizer is None:
+            raise refusals.optimizer_not_found(optimizer_id)
+        return optimizer
+
+    def check_is_same(self, optimizer: Optimizer) -> None:
+        """Raise STATE_REPLACED if another optimizer has the name of that one, which a client has known before."""
+        found = self._by_id.get(optimizer.id)
+        if found is not None and found is not optimizer:
+            raise refusals.state_replaced(optimizer.id, found.steps.lineage, found.steps.step)
+
+    def page(self, size: int, after: str) -> tuple[list[Optimizer], bool]:
+        """Up to `size` optimizers in the order of their ids, from the one after `after` on; and whether more follow."""
+        with self._lock:
+            ids = sorted(self._by_id)
+            start = bisect.bisect_right(ids, after)
+            return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
+
+    def update(self, optimizer_id: str, change: Callable[[Settings, Layout], Settings], etag: str = "") -> Optimizer:
+        """Change hyper-parameters: `change` makes the new settings of the present ones.
+
+        Raises:
+            OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
+        """
+        optimizer = self.get(optimizer_id)
+        with optimizer.steps.held_still():
+            optimizer.check_etag(etag)
+            new_etag, now = _token(), datetime.now(UTC)
+            settings = change(optimizer.settings, optimizer.layout)
+            self._check_workers(optimizer.layout, settings)
+            growth = footprint.description_bytes(optimizer.layout, settings)
+            growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
+            if growth > 0:
+                self._check_room(optimizer_id, growth)
+            optimizer.steps.set(settings, new_etag, now)
+            optimizer.etag, optimizer.update_time = new_etag, now
+        logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
+        return optimizer
+
+    def replace(
+        self,
+        optimizer: Optimizer,
+        step: int,
+        change: Callable[[Settings, Layout], Settings],
+        arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
+        etag: str = "",
+        request_id: str = "",
+        placed_by: str | None = None,
+        target: str = "",
+    ) -> None:
+        """Put another state in the place of an optimizer's own, once per request id.
+
+        Args:
+            optimizer: Whose layout the arrays have.
+            step: Its step counter from then on.
+            change: Makes its settings from then on of the present ones; the method stays the same.
+            arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
+            etag: The etag that the optimizer must have; empty to leave it unchecked.
+            request_id: Identifies the call for retries; may be empty.
+            placed_by: See `Steps.placed_by`.
+            target: What is put there, in words; the same request id with another one is refused.
+
+        Raises:
+            OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or
+                what `change` raises.
+        """
+        with optimizer.steps.held_still():
+            if optimizer.was_replaced_by(request_id, target):
+                return
+            optimizer.check_etag(etag)
+            settings = change(optimizer.settings, optimizer.layout)
+            self._check_workers(optimizer.layout, settings)
+            record = ReplacementRecord(
+                optimizer.id, step, settings, _token(), _token(), request_id,
+                datetime.now(UTC), arrays, placed_by, target,
+            )  # fmt: skip
+            optimizer.steps.replace(record)
+            optimizer.replaced(record)
+        logger.info("replaced the state of %s: step %d", optimizer.id, step)
+
+    def delete(self, optimizer_id: str, etag: str = "") -> None:
+        """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
+        optimizer = self.get(optimizer_id)
+        with optimizer.steps.held_still():
+            optimizer.check_etag(etag)
+            optimizer.steps.retire(refusals.optimizer_not_found(optimizer_id))
+            with self._lock:
+                del self._by_id[optimizer_id]
+        logger.info("deleted %s", optimizer_id)
+
+    def _check_workers(self, layout: Layout, settings: Settings) -> None:
+        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
+        consistency = settings.consistency
+        if consistency is None:
+            return
+        wanted = consistency.workers * len(operands_of(settings.rule)) * layout.size_bytes
+        if consistency.workers > 1 and wanted > self._config.max_optimizer_staged_bytes:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"The gradients of {consistency.workers} workers take {wanted} bytes at a time; this server has room "
+                f"for {self._config.max_optimizer_staged_bytes} (max_optimizer_staged_bytes).",
+                field="optimizer.consistency.sync.workers",
+            )
+        if consistency.workers + consistency.backup_workers >= self._config.max_streams:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{consistency.workers} workers and {consistency.backup_workers} more cannot be connected: this server "
+                f"takes {self._config.max_streams} streams, one of which is needed for pulls.",
+                field="optimizer.consistency.sync.workers",
+            )
+
+    def check_count(self, parameters: int) -> None:
+        """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""
+        self._check_limit("parameters", parameters, self._config.max_parameters)
+
+    def _check_size(self, layout: Layout) -> None:
+        self.check_count(len(layout.parameters))
+        self._check_limit("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes)
+
+    @staticmethod
+    def _check_limit(what: str, actual: int, limit: int) -> None:
+        if actual > limit:
+            raise OptserveError(
+                Reason.MODEL_TOO_LARGE,
+                f"The model has {actual} {what}; this server accepts {limit}.",
+                field="optimizer.parameters",
+                limit=limit,
+                actual=actual,
+            )
+
+    def _reserved_by(self, optimizer_id: str) -> str:
+        """The request id that is making an optimizer of that id; empty if none is."""
+        return self._reserved.get(optimizer_id, ("", 0))[0]
+
+    def _reserve(self, optimizer_id: str, request_id: str, layout: Layout, settings: Settings) -> None:
+        """Count the memory of an optimizer that is about to be made; called under the lock."""
+        required = footprint.standing_bytes(layout, settings)
+        self._check_room(optimizer_id, required, self._beside_bytes(layout, settings))
+        if len(self._by_id) + len(self._reserved) >= self._config.max_optimizers:
+            raise OptserveError(
+                Reason.SERVER_FULL,
+                f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
+                limit=self._config.max_optimizers,
+            )
+        self._reserved[optimizer_id] = (request_id, required)
+
+    def _beside_bytes(self, layout: Layout, settings: Settings) -> int:
+        """What an optimizer takes for a while, beside what it always does."""
+        journalled = self._config.durability == "journal"
+        return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
+
+    def _check_room(self, optimizer_id: str, required_bytes: int, beside_bytes: int = 0) -> None:
+        """Raise SERVER_FULL if so much more is beyond the limit, or, with the most beside it, beyond the machine."""
+        optimizers = list(self._by_id.values())
+        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
+        used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
+        beside = max((self._beside_bytes(item.layout, item.settings) for item in optimizers), default=0)
+        beside = max(beside, beside_bytes)
+        for what, setting, needed, limit in (
+            ("", "max_state_bytes", required_bytes, self._config.max_state_bytes),
+            (
+                f", {beside} of them while a step is recovered or parameters are pulled",
+                "memory_bytes, less what the process itself and messages take",
+                required_bytes + beside,
+                self._config.room_bytes,
+            ),
+        ):
+            if used + needed > limit:
+                raise OptserveError(
+                    Reason.SERVER_FULL,
+                    f"{optimizer_id!r} needs {needed} bytes{what}; {max(0, limit - used)} of this server's {limit} are "
+                    f"free ({setting}).",
+                    limit=limit,
+                )
+
+
+def _check_same(existing: Optimizer, layout: Layout, settings: Settings) -> None:
+    """Raise REQUEST_ID_REUSED unless a creation is of what there is; other settings may have been changed since."""
+    same = existing.layout.parameters == layout.parameters and existing.settings.hosted == settings.hosted
+    if not same or existing.rule.name != settings.rule.name:
+        made = f"an optimizer {existing.id!r} of another method, mode or other parameters"
+        raise refusals.request_id_reused(existing.creation_request_id, made, "this one")

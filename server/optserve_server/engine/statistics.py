@@ -1,0 +1,230 @@
+"""What an optimizer is doing, looked at for a moment between two steps."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.registry import Optimizer
+from optserve_server.numerics.state import State
+
+MAX_SAMPLE = 1 << 20
+"""Elements of a tensor that its statistics are made of: all, or so many, evenly spread. Nobody steps meanwhile."""
+
+MAX_SAMPLES = 1 << 22
+"""Elements of all tensors of one call that its statistics are made of; each tensor then has an equal share at least."""
+
+MAX_ELEMENTS = 100_000
+"""Elements that can be asked for at a time, over all tensors."""
+
+MAX_QUANTILES = 1000
+"""Quantiles that can be asked for at a time, of each tensor."""
+
+MAX_LOOKS = 2
+"""Calls that look at a time; each holds copies of its samples."""
+
+LOOK_WAIT_S = 5.0
+"""How long a call waits for others before it is told to come back."""
+
+_SMALLER = 2.0**-64
+"""A unit in which the sum of all squares of a sample is finite. Its root is a power of two as well."""
+
+_looks = threading.BoundedSemaphore(MAX_LOOKS)
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked for.
+
+    Attributes:
+        tensors: Indices of parameters; none for all.
+        quantiles: Of the effective learning rate, each in [0, 1].
+        indices: Flat indices of elements, of every tensor.
+        random_indices: Instead of them, how many to draw per tensor.
+        seed: Of the draw.
+    """
+
+    tensors: Sequence[int] = ()
+    quantiles: Sequence[float] = QUANTILES
+    indices: Sequence[int] = ()
+    random_indices: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Of one tensor. Arrays are float64; `rates` and `updates` are None where there are none.
+
+    Attributes:
+        rates_count_last_update: Whether the rates are RMS[Δx]_t / RMS[g]_t, as the last update, which would say what
+            RMS[Δx]_{t−1} was, is no longer retained.
+    """
+
+    tensor: int
+    rms_gradient: float | None
+    rms_update: float | None
+    rate_quantiles: list[float]
+    indices: np.ndarray
+    rates: np.ndarray | None
+    updates: np.ndarray | None
+    slots: list[np.ndarray] = field(default_factory=list)
+    rates_count_last_update: bool = False
+
+
+def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStatistics]]:
+    """(number of steps applied, statistics of each tensor), all of one step.
+
+    Raises:
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER, TOO_MANY_STREAMS, or what steps are
+            refused with.
+    """
+    tensors = _tensors(optimizer, query)
+    _check_counts(optimizer, query, tensors)
+    wanted = {tensor: _indices(optimizer, tensor, query) for tensor in tensors}
+    max_sample = _max_sample(optimizer, tensors)
+    if not _looks.acquire(timeout=LOOK_WAIT_S):
+        raise OptserveError(
+            Reason.TOO_MANY_STREAMS,
+            f"{MAX_LOOKS} calls are computing statistics, which is all that this server does at a time; try again.",
+            limit=MAX_LOOKS,
+        )
+    try:
+        with optimizer.steps.held_still() as state:
+            optimizer.steps.check_usable()
+            step = optimizer.steps.step
+            looks = [_Look(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]
+        # The arithmetic is done when others may step again.
+        return step, [look.statistics(query.quantiles) for look in looks]
+    finally:
+        _looks.release()
+
+
+def _tensors(optimizer: Optimizer, query: Query) -> list[int]:
+    """Indices of the parameters that are asked for, or raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+    parameters = optimizer.layout.parameters
+    seen: set[int] = set()
+    for tensor in query.tensors:
+        if tensor >= len(parameters):
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"There is no parameter {tensor}; {optimizer.id!r} has {len(parameters)}.",
+                field="tensors",
+                parameter=tensor,
+            )
+        if tensor in seen:
+            name = parameters[tensor].name
+            raise OptserveError(
+                Reason.DUPLICATE_PARAMETER, f"Parameter {name!r} is listed twice.", field="tensors", parameter=name
+            )
+        seen.add(tensor)
+    return list(query.tensors) or list(range(len(parameters)))
+
+
+def _check_counts(optimizer: Optimizer, query: Query, tensors: Sequence[int]) -> None:
+    """Raise INVALID_FIELD for more than is answered at a time, before anything is made for it."""
+    if query.random_indices and query.indices:
+        raise OptserveError(Reason.INVALID_FIELD, "Name indices or a number to draw, not both.", field="random_indices")
+    if query.random_indices > MAX_ELEMENTS:
+        raise OptserveError(Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} can be drawn.", field="random_indices")
+    drawn = sum(min(query.random_indices, optimizer.layout.parameters[tensor].size) for tensor in tensors)
+    for what, field_name, asked, limit in (
+        ("elements", "indices", len(query.indices) * len(tensors) + drawn, MAX_ELEMENTS),
+        ("quantiles", "quantiles", len(query.quantiles), MAX_QUANTILES),
+    ):
+        if asked > limit:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"At most {limit} {what} can be asked for at a time, not {asked}; ask for fewer, or of fewer tensors.",
+                field=field_name,
+            )
+    for quantile in query.quantiles:
+        if not 0 <= quantile <= 1:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"A quantile lies in [0, 1], not at {quantile!r}.", field="quantiles"
+            )
+
+
+def _max_sample(optimizer: Optimizer, tensors: Sequence[int]) -> int:
+    """Elements of one tensor that may be looked at, so that those of all stay within MAX_SAMPLES."""
+    sizes = [min(optimizer.layout.parameters[tensor].size, MAX_SAMPLE) for tensor in tensors]
+    return MAX_SAMPLE if sum(sizes) <= MAX_SAMPLES else max(1, MAX_SAMPLES // len(tensors))
+
+
+def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
+    parameters = optimizer.layout.parameters
+    size = parameters[tensor].size
+    if query.random_indices:
+        rng = np.random.default_rng([query.seed, tensor])
+        return np.sort(rng.choice(size, min(query.random_indices, size), replace=False))
+    for index in query.indices:
+        if index >= size:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{parameters[tensor].name!r} has {size} elements, so there is no index {index}.",
+                field="indices",
+                parameter=parameters[tensor].name,
+            )
+    return np.array(query.indices, np.int64)
+
+
+class _Look:
+    """Copies of what the statistics of one tensor need, taken while nobody steps."""
+
+    def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray, max_sample: int) -> None:
+        parameter, start = state.layout.parameters[tensor], state.layout.starts[tensor]
+        steps = optimizer.steps
+        self.tensor, self.indices = tensor, indices
+        self.rule = state.last_rule_of(tensor, steps.step)
+        self.stepped = steps.step > 0
+        stride = max(1, -(-parameter.size // max_sample))
+        part = slice(start, start + parameter.size, stride)
+        slots = range(len(self.rule.slots))
+        self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]
+        self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
+        self.sample_updates = self.updates = None
+        if steps.main.keeps_updates(tensor):
+            updates = steps.main.staging.updates[parameter.dtype]
+            self.updates = updates[start + indices].astype(np.float64)
+            if self.rule.rate_needs_update:
+                self.sample_updates = updates[part].astype(np.float64)
+            # A client that shares this memory may have begun to write there.
+            if not steps.main.keeps_updates(tensor):
+                self.sample_updates = self.updates = None
+
+    def statistics(self, quantiles: Sequence[float]) -> TensorStatistics:
+        rates = self._rates(self.sample, self.sample_updates) if self.stepped else None
+        return TensorStatistics(
+            self.tensor,
+            self._rms(self.rule.gradient_square_slot),
+            self._rms(self.rule.update_square_slot),
+            np.quantile(rates, quantiles).tolist() if rates is not None and rates.size else [],
+            self.indices,
+            self._rates(self.elements, self.updates) if self.stepped else None,
+            self.updates,
+            self.elements,
+            self.stepped and self.rule.rate_needs_update and self.updates is None,
+        )
+
+    def _rates(self, slots: list[np.ndarray], updates: np.ndarray | None) -> np.ndarray | None:
+        with np.errstate(all="ignore"):
+            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)), updates)
+        size = slots[0].size if slots else max(self.indices.size, 1)
+        return None if rates is None else np.broadcast_to(np.asarray(rates, np.float64), (size,))
+
+    def _rms(self, slot: str | None) -> float | None:
+        if slot is None:
+            return None
+        squares = self.sample[self.rule.slots.index(slot)]
+        with np.errstate(over="ignore"):
+            mean = float(squares.mean()) if squares.size else 0.0
+        if math.isinf(mean):
+            # Their sum is beyond float64. Their mean is not, and so large that eps is nothing.
+            return math.sqrt(float((squares * _SMALLER).mean())) / math.sqrt(_SMALLER)
+        return math.sqrt(mean + getattr(self.rule, "eps", 0.0) * self.rule.eps_in_root)

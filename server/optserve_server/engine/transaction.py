@@ -1,0 +1,281 @@
+"""One step under way, as those see it who carry its bytes: stage, commit, reply, close."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
+from optserve_server.numerics.headroom import NATIVE, Answers
+from optserve_server.numerics.layout import Arenas, Largest, Operand, Payload, Run
+from optserve_server.numerics.shared_segment import Segment
+
+_Used = TypeVar("_Used")
+
+
+class Reply(Enum):
+    """What the reply of a step carries."""
+
+    UPDATES = "updates"
+    PARAMETERS = "parameters"
+    NOTHING = "nothing"
+
+
+# Python finds a member in its Enum in 80 ns, and a small step has a dozen to look at.
+UPDATES, PARAMETERS, NOTHING = Reply
+
+
+class Wanted(NamedTuple):
+    """The step that a client wants to begin; see `Steps.begin`."""
+
+    request_id: str
+    expected_step: int | None
+    tensors: tuple[int, ...]
+    wire: np.dtype | None
+    lineage: str
+    reply: Reply
+    segment: Segment | None
+    worker: str
+    parameters_step: int | None
+    stream: int | None
+    life: int
+    last_request_id: str | None
+
+
+class Outcome(NamedTuple):
+    """What a commit did.
+
+    Attributes:
+        gradient_norm: That over all tensors before clipping, where clipping needed it.
+        staleness: Steps between the x that the gradient was taken at and this one.
+    """
+
+    request_id: str
+    step: int
+    replayed: bool
+    gradient_norm: float | None = None
+    staleness: int = 0
+
+
+@dataclass
+class Retained:
+    """The last applied step.
+
+    Attributes:
+        intact: Until the staging buffer, which holds the reply, takes a new gradient.
+        holds: What that reply is.
+    """
+
+    request_id: str
+    step: int
+    tensors: tuple[int, ...]
+    intact: bool = True
+    holds: Reply = UPDATES
+
+
+class ReplyChunk(NamedTuple):
+    """A piece of the reply: the bytes, in the staging buffer itself, from one byte of one tensor on."""
+
+    tensor: int
+    offset: int
+    data: memoryview
+    last: bool
+
+
+class Holder(Protocol):
+    """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
+
+    def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
+        """Take a chunk, whose position in the payload is known to be good."""
+        ...
+
+    @property
+    def commit(self) -> Callable[[Step], Outcome]:
+        """Apply what was staged."""
+        ...
+
+    def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
+        """Let `use` have a piece of the reply."""
+        ...
+
+    def whole(self, step: Step, tensor: int) -> bytes:
+        """The reply for a whole tensor."""
+        ...
+
+    def close(self, step: Step) -> None:
+        """Let another step have the staging buffer."""
+        ...
+
+
+class Step:
+    """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
+
+    def __init__(
+        self,
+        holder: Holder,
+        request_id: str,
+        payload: Payload,
+        operands: Iterable[Operand],
+        *,
+        replay: bool,
+        reply: Reply = UPDATES,
+        segment: Segment | None = None,
+        worker: str = "",
+        parameters_step: int = 0,
+        lineage: str = "",
+        stream: int | None = None,
+        life: int = 0,
+    ) -> None:
+        self._holder = holder
+        self.request_id = request_id
+        self.payload = payload
+        self.replay = replay
+        self.replies = reply
+        self.segment = segment
+        self.committed = False
+        # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
+        self.worker = worker
+        self.life = life
+        self.lineage = lineage
+        # Streams are numbered as they are opened; None for a step by unary call.
+        self.stream = stream
+        self.parameters_step = parameters_step
+        self.outcome: Outcome | None = None
+        self.refused: OptserveError | None = None
+        self.given_up = False
+        self.reply_source: Arenas = {}
+        self.moved_at = time.monotonic()
+        self.coverage = {operand: Coverage() for operand in operands}
+        # Whether the gradients have been taken whole, out of memory that is shared with the client.
+        self.taken_whole = False
+        self.largest: Largest = {}
+
+    @property
+    def reply_bytes(self) -> int:
+        """Bytes that the reply carries."""
+        return 0 if self.replies is NOTHING else self.payload.size_bytes
+
+    @property
+    def answers(self) -> Answers:
+        """How its reply is read."""
+        narrow = self.payload.narrow
+        if narrow is None or self.replies is NOTHING:
+            return NATIVE
+        return Answers(updates=(narrow,)) if self.replies is UPDATES else Answers(parameters=(narrow,))
+
+    def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
+        """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
+
+        Args:
+            tensor: Index of the parameter in which it begins.
+            offset: First byte within that parameter's wire bytes.
+            data: Elements; those beyond the end of the parameter belong to the next one of the step.
+            operand: What they are.
+
+        Raises:
+            OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
+                TOO_MANY_FRAGMENTS, NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER. The step is then of no
+                further use.
+        """
+        if self.replay:
+            return
+        if operand not in self.coverage:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"The method of this optimizer takes no {operand.value}.", field="operand"
+            )
+        place = self.payload.places.get(tensor)
+        if place is None:
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"Parameter {tensor} takes no part in this step.",
+                field="tensor",
+                parameter=tensor,
+            )
+        position = place[0] + offset
+        if position > place[1]:
+            raise self.payload.misfit(tensor, offset, "begins beyond the end of its tensor")
+        if position + len(data) > self.payload.size_bytes:
+            raise self.payload.misfit(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
+        try:
+            self._holder.stage(self, position, data, operand)
+        except Overlap as overlap:
+            tensor, offset = self.payload.locate(overlap.position)
+            name = self.payload.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.OVERLAPPING_CHUNK,
+                f"Byte {offset} of the {operand.value} of {name!r} has arrived twice.",
+                field="offset",
+                parameter=name,
+                offset=offset,
+            ) from None
+        except TooManyFragments as error:
+            raise OptserveError(
+                Reason.TOO_MANY_FRAGMENTS,
+                f"The {operand.value} arrives in {error}; send neighbouring chunks one after the other.",
+                field="offset",
+                limit=MAX_FRAGMENTS,
+            ) from None
+
+    def check_complete(self) -> None:
+        """Raise MISSING_CHUNK unless every byte of every operand has arrived."""
+        if self.taken_whole:
+            return
+        for operand, coverage in self.coverage.items():
+            gap = coverage.first_gap(self.payload.size_bytes)
+            if gap is not None:
+                tensor, offset = self.payload.locate(gap)
+                name = self.payload.layout.parameters[tensor].name
+                raise OptserveError(
+                    Reason.MISSING_CHUNK,
+                    f"The {operand.value} of {name!r} is incomplete: byte {offset} has not arrived.",
+                    field="chunk",
+                    parameter=name,
+                    offset=offset,
+                )
+
+    def commit(self) -> Outcome:
+        """Apply the step to all of its tensors, or change nothing.
+
+        Raises:
+            OptserveError: MISSING_CHUNK, STEP_TAKEN_OVER or STATE_LOST.
+        """
+        return self._holder.commit(self)
+
+    def reply(self, max_chunk_bytes: int, use: Callable[[ReplyChunk], _Used]) -> Iterator[_Used]:
+        """What `use` makes of the reply of the committed step, in pieces of at most `max_chunk_bytes` bytes.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        for run in self.payload.runs if self.replies is not NOTHING else ():
+            stride = max_chunk_bytes // run.wire.itemsize * run.wire.itemsize
+            for begin in range(run.begin, run.end, stride):
+                yield self._holder.read(self, run, begin, min(begin + stride, run.end), use)
+
+    def whole(self, tensor: int) -> bytes:
+        """The reply of the committed step for one whole tensor, in the parameter's own dtype.
+
+        Raises:
+            OptserveError: STEP_TAKEN_OVER.
+        """
+        return self._holder.whole(self, tensor)
+
+    def close(self) -> None:
+        """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
+        self._holder.close(self)
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise INVALID_FIELD unless it is 1 to 64 printable ASCII characters."""
+    if not (1 <= len(request_id) <= 64 and request_id.isascii() and request_id.isprintable()):
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            "request_id must be 1 to 64 printable ASCII characters; a UUID is a good one.",
+            field="request_id",
+        )

@@ -1,0 +1,85 @@
+"""The gradients of several workers, which are applied as one step: their mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from optserve_server.engine.transaction import Step
+from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.layout import Largest
+from optserve_server.numerics.staging import Staging
+
+BLOCK = 1 << 16
+"""Elements of a mean that are scaled at a time."""
+
+
+class Merged(NamedTuple):
+    """What the step that several workers make together is.
+
+    Attributes:
+        largest: Magnitudes of the mean.
+        answers: How their replies are read.
+    """
+
+    largest: Largest
+    answers: Answers
+
+
+def merge(steps: Sequence[Step], buffers: Sequence[Staging], target: Staging) -> Merged:
+    """Put the mean of the operands of several steps into a buffer.
+
+    Args:
+        steps: Of the same parameters, in an order that does not depend on when they came.
+        buffers: Theirs.
+        target: Takes the mean.
+    """
+    payload = steps[0].payload
+    largest = {key: max(step.largest[key] for step in steps) for key in steps[0].largest}
+    for operand, arenas in target.operands.items():
+        for turn, part in enumerate(payload.parts(arenas)):
+            parts = [payload.parts(buffer.operands[operand])[turn] for buffer in buffers]
+            mean(parts, part, largest[operand, part.dtype])
+    return Merged(
+        # Rounding can make the mean a little larger than all of its parts.
+        {key: 1.001 * value for key, value in largest.items()},
+        Answers(
+            tuple(wire for step in steps for wire in step.answers.updates),
+            tuple(wire for step in steps for wire in step.answers.parameters),
+        ),
+    )
+
+
+def mean(parts: Sequence[np.ndarray], target: np.ndarray, largest: float) -> None:
+    """The mean of several workers' gradients, summed in the order in which they are given.
+
+    Where the sum could be beyond the dtype, which the mean never is, it is taken in a smaller unit, a power of two: the
+    same bits, but for elements so small that they lose digits by that.
+
+    Args:
+        parts: One array for each worker.
+        target: Takes the mean.
+        largest: No element of the parts has a larger magnitude.
+    """
+    count = target.dtype.type(len(parts))
+    if len(parts) * largest <= float(np.finfo(target.dtype).max) / 2:
+        target[...] = parts[0]
+        for part in parts[1:]:
+            np.add(target, part, out=target)
+        np.divide(target, count, out=target)
+        return
+    unit = target.dtype.type(math.ldexp(1.0, -math.ceil(math.log2(len(parts))) - 1))
+    for start in range(0, target.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        total = target[block]
+        np.multiply(parts[0][block], unit, out=total)
+        for part in parts[1:]:
+            np.add(total, part[block] * unit, out=total)
+        np.divide(total, count, out=total)
+        # By rounding alone, the mean of equal numbers can be larger than these.
+        with np.errstate(over="ignore"):
+            np.divide(total, unit, out=total)
+        np.clip(total, -target.dtype.type(largest), target.dtype.type(largest), out=total)

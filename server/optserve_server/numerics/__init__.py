@@ -1,0 +1,1 @@
+"""State and arithmetic: layouts, methods, backends, and what is checked of numbers."""

@@ -1,0 +1,168 @@
+"""Bounds on the gradient of a step, applied before the method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.layout import Payload
+
+BLOCK = 1 << 16
+"""Elements whose squares are summed at a time, in float64. The order is fixed, so that the sum is always the same."""
+
+_MOST = float(np.finfo(np.float64).max)
+
+
+class _Norm(NamedTuple):
+    """The norm unit * ratio. Both are finite, which their product need not be."""
+
+    unit: float
+    ratio: float
+
+    @property
+    def value(self) -> float:
+        """The norm; infinite where it is beyond float64."""
+        return self.unit * self.ratio
+
+
+class _Scaled(NamedTuple):
+    """A part of a run that is divided by `divisor`, a power of two, unless that is 1, and then multiplied."""
+
+    start: int
+    stop: int
+    divisor: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What clipping does to the gradient of one step.
+
+    Attributes:
+        norm: That over all tensors of the step before clipping, at most the largest float64; None where not needed.
+        bound: Of every element afterwards. A norm is met but for rounding, and so is this.
+        by_value: Whether that is all.
+        scaled: Otherwise, the parts of each run that are scaled down.
+    """
+
+    norm: float | None
+    bound: float
+    by_value: bool
+    scaled: Sequence[Sequence[_Scaled]] = ()
+
+    def apply(self, turn: int, start: int, gradient: np.ndarray) -> None:
+        """Clip, in place, a part of the run number `turn` of the payload, from the run's element `start` on."""
+        if self.by_value:
+            bound = gradient.dtype.type(min(self.bound, float(np.finfo(gradient.dtype).max)))
+            np.clip(gradient, -bound, bound, out=gradient)
+            return
+        for scaled in self.scaled[turn]:
+            low, high = max(scaled.start - start, 0), min(scaled.stop - start, gradient.size)
+            if low < high:
+                part = gradient[low:high]
+                if scaled.divisor != 1:
+                    np.divide(part, part.dtype.type(scaled.divisor), out=part)
+                np.multiply(part, part.dtype.type(scaled.factor), out=part)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """A bound.
+
+    Attributes:
+        kind: `value`: of every element; `norm`: of every tensor's Euclidean norm; `global_norm`: of the norm over all
+            tensors of the step.
+        bound: Positive.
+    """
+
+    kind: str
+    bound: float
+
+    def check(self) -> None:
+        """Raise HYPERPARAMETER_OUT_OF_RANGE unless the bound is a positive number."""
+        # The smallest bound is half of float32's smallest number, which it is rounded to.
+        if not (0 < self.bound < math.inf and float(np.float32(min(self.bound, 1.0))) > 0):
+            raise OptserveError(
+                Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                f"The bound of clipping is {self.bound!r}, but must lie in (0, inf).",
+                field=f"optimizer.clipping.{self.kind}",
+            )
+
+    def measure(self, payload: Payload, gradients: Sequence[np.ndarray]) -> Clip:
+        """Find out what is to be done to a step's gradient, without doing it.
+
+        Args:
+            payload: Says which tensors take part.
+            gradients: Theirs, run by run; finite.
+        """
+        if self.kind == "value":
+            return Clip(None, self.bound, True)
+        tensors = list(_tensors(payload, gradients))
+        norms = [_norm(gradients[turn][start:stop]) for turn, start, stop in tensors]
+        total = _norm_of_norms(norms)
+        scaled: list[list[_Scaled]] = [[] for _ in gradients]
+        for (turn, start, stop), own in zip(tensors, norms, strict=True):
+            norm = total if self.kind == "global_norm" else own
+            if norm.value > self.bound:
+                scaled[turn].append(_Scaled(start, stop, *_factors(self.bound, norm, gradients[turn].dtype)))
+        return Clip(min(total.value, _MOST), self.bound, False, scaled)
+
+    def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
+        """Keep a step's gradient within the bound, in place; see `measure`. Gives the norm, where it was needed."""
+        clip = self.measure(payload, gradients)
+        for turn, gradient in enumerate(gradients):
+            clip.apply(turn, 0, gradient)
+        return clip.norm
+
+
+def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
+    """(number of the run, first element in it, element after the last) of each tensor, in the order of the payload."""
+    for turn, run in enumerate(payload.runs[: len(gradients)]):
+        for index in payload.tensors_of(run):
+            start = payload.layout.starts[index] - run.start
+            yield turn, start, start + payload.layout.parameters[index].size
+
+
+def _factors(bound: float, norm: _Norm, dtype: np.dtype) -> tuple[float, float]:
+    """(power of two to divide by, factor) that bring a norm down to the bound.
+
+    The factor alone, if the dtype has it with all its digits.
+    """
+    factor = bound / norm.value
+    if factor >= float(np.finfo(dtype).tiny):
+        return 1.0, factor
+    reach = min(norm.value, float(np.finfo(dtype).max))
+    divisor = math.ldexp(1.0, math.frexp(reach)[1] - 1)
+    return divisor, bound / (norm.unit / divisor * norm.ratio)
+
+
+def _norm_of_norms(norms: Sequence[_Norm]) -> _Norm:
+    """The norm over all tensors."""
+    total = math.hypot(*(norm.value for norm in norms))
+    if math.isfinite(total):
+        return _Norm(1.0, total)
+    unit = max(norm.value if math.isfinite(norm.value) else norm.unit for norm in norms)
+    return _Norm(unit, math.hypot(*(norm.unit / unit * norm.ratio for norm in norms)))
+
+
+def _norm(array: np.ndarray) -> _Norm:
+    """The Euclidean norm."""
+    norm = math.sqrt(_sum_of_squares(array, 1.0))
+    if math.isfinite(norm):
+        # No bound is as small as a norm whose squares vanish.
+        return _Norm(1.0, norm)
+    # The squares are beyond float64, which the norm itself need not be.
+    largest = float(np.abs(array).max())
+    return _Norm(largest, math.sqrt(_sum_of_squares(array, largest)))
+
+
+def _sum_of_squares(array: np.ndarray, unit: float) -> float:
+    """That of the elements in a unit. Not fsum, which raises where the sum is infinite."""
+    blocks = (array[start : start + BLOCK].astype(np.float64) for start in range(0, array.size, BLOCK))
+    with np.errstate(over="ignore"):
+        return sum(float(np.square(block / unit).sum()) for block in blocks)

@@ -1,0 +1,59 @@
+"""ADAGRAD: equation 5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Δx = −η g / (√(Σ g²) + ε).
+
+    Equation 5 has no ε and is 0 / 0 where every gradient so far was 0. ε stands outside the root, as in
+    torch.optim.Adagrad.
+    """
+
+    name = "adagrad"
+    slots = ("sum",)
+    squares_gradient = True
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    eps: float = hyperparameter(1e-10, "(0, inf)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """−η, ε."""
+        return -self.learning_rate, self.eps
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. Σ g² is at least g²."""
+        rate, eps = abs(scalars[0]), scalars[1]
+        total = slots[0][1] + steps * (gradient * gradient)
+        whole = rate * gradient <= numbers.most and total <= numbers.most
+        update = min(rate * gradient / eps, rate * numbers.steepest(eps))
+        return update if whole else math.inf, ((0.0, total),)
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """η / (√(Σ g²) + ε)."""
+        return self.learning_rate / (np.sqrt(slots["sum"]) + self.eps)
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, total: Any, minus_learning_rate: Any, eps: Any) -> Any:
+        """Equation 5."""
+        total = total + g * g
+        return minus_learning_rate * g / (sqrt(total) + eps), total

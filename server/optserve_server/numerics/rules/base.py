@@ -1,0 +1,172 @@
+"""What a rule is: the formula of one method, per dimension, and nothing about arrays, devices or wires."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason
+
+Interval = tuple[float, float]
+"""The least and the largest value that something may have."""
+
+Scalars = tuple[float, ...]
+"""The constants of a rule, rounded to a dtype."""
+
+
+class Numbers(NamedTuple):
+    """The numbers of a dtype.
+
+    Attributes:
+        most: A little less than the largest, by which rounding may exceed a bound.
+        tiny: The smallest that has all its digits.
+    """
+
+    most: float
+    tiny: float
+
+    def steepest(self, floor: float) -> float:
+        """The most that |g| / (√(g²) + floor) can be: 1, but for squares that vanish."""
+        return max(1.0, math.sqrt(self.tiny) / floor)
+
+
+NUMBERS = {
+    np.dtype(code): Numbers(0.999 * float(np.finfo(code).max), float(np.finfo(code).tiny)) for code in ("<f4", "<f8")
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of float64 in the usual notation: `[0, 1)`, `(0, inf)`."""
+
+    text: str
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies in the interval; NaN lies in none."""
+        low, high = (float(bound) for bound in self.text[1:-1].split(","))
+        above = value >= low if self.text[0] == "[" else value > low
+        below = value <= high if self.text[-1] == "]" else value < high
+        return above and below
+
+
+def hyperparameter(default: Any, interval: str) -> Any:
+    """A dataclass field with a default and the interval in which its values must lie."""
+    return field(default=default, metadata={"range": Range(interval)})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One method with its hyper-parameters. Subclasses are frozen dataclasses, one per file.
+
+    Attributes:
+        name: The method's field in `optserve.v1.Algorithm`.
+        slots: Names of the state tensors, all starting at 0.
+        signed_slots: Those that may be negative; the others are averages or sums of squares.
+        takes_curvature: Whether each step brings the diagonal of the Hessian as well.
+        squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
+        gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²], where there are such.
+        eps_in_root: Whether `eps` is added to these before a root is drawn.
+        update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots; with
+            curvature (sqrt, g, h, *slots, *scalars). Plain arithmetic, and abs, on whatever the backend passes:
+            numbers in a compiled loop, arrays otherwise.
+    """
+
+    name: ClassVar[str]
+    slots: ClassVar[tuple[str, ...]]
+    signed_slots: ClassVar[tuple[str, ...]] = ()
+    takes_curvature: ClassVar[bool] = False
+    squares_gradient: ClassVar[bool]
+    gradient_square_slot: ClassVar[str | None] = None
+    update_square_slot: ClassVar[str | None] = None
+    eps_in_root: ClassVar[bool] = True
+    update: ClassVar[Callable[..., Any]]
+
+    def scalars(self) -> tuple[float, ...]:
+        """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,  # noqa: ARG003
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],  # noqa: ARG003
+        scalars: Scalars,  # noqa: ARG003
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]] | None:
+        """What `update` can make in some steps, for all operands and slots within bounds, but for rounding.
+
+        Args:
+            numbers: Of the dtype.
+            gradient: The largest magnitude of g.
+            curvature: That of h; 0 where there is none.
+            slots: In which each slot lies.
+            scalars: See `scalars`.
+            steps: So many, or fewer.
+
+        Returns:
+            The largest magnitude of an update, infinite where it, or a number on the way to it or to a slot, may be
+            so; and in which each slot lies meanwhile. None if nothing is known: every step is then tried out
+            beforehand, which takes twice the time.
+        """
+        return None
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """The factor on −g that the last step used, in float64; None if it does not follow from the slots.
+
+        Args:
+            slots: As that step has left them behind, in float64.
+            update: What it answered with, in float64; None where that is no longer known.
+        """
+        return None
+
+    @property
+    def rate_needs_update(self) -> bool:
+        """Whether `effective_rate` is another one without the update."""
+        return False
+
+    def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Which values of a slot no step leaves behind, as booleans, beside negative ones of slots that have no sign.
+
+        None for none.
+        """
+        return None
+
+    def check(self, dtype: np.dtype) -> None:
+        """Refuse hyper-parameters that are out of range, or become so when rounded to `dtype`.
+
+        Raises:
+            OptserveError: HYPERPARAMETER_OUT_OF_RANGE, with the field's path.
+        """
+        for item in fields(self):
+            value, interval = getattr(self, item.name), item.metadata["range"]
+            path = f"optimizer.algorithm.{self.name}.{item.name}"
+            if value not in interval or not math.isfinite(value):
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"{self.name}.{item.name} is {value!r}, but must lie in {interval.text}.",
+                    field=path,
+                )
+            with np.errstate(over="ignore", under="ignore"):
+                rounded = float(dtype.type(value))
+            if rounded not in interval or not math.isfinite(rounded):
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"{self.name}.{item.name} is {value!r}, which is {rounded!r} in {dtype.name} and so no longer in "
+                    f"{interval.text}.",
+                    field=path,
+                )
+
+    def gradient_limit(self, dtype: np.dtype) -> float:
+        """The largest magnitude of an element of the gradient, and of the curvature, that keeps the state finite.
+
+        Where the rule squares gradients, that is about the root of the largest number of `dtype`.
+        """
+        largest = float(np.finfo(dtype).max)
+        # Rounded towards 0 in the dtype itself, so that limit * limit does not overflow there.
+        return float(np.nextafter(dtype.type(math.sqrt(largest)), dtype.type(0))) if self.squares_gradient else largest

@@ -1,0 +1,56 @@
+"""The diagonal Hessian method of Becker and LeCun (1988): equation 6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+
+
+@dataclass(frozen=True)
+class DiagonalHessian(Rule):
+    """Δx = −η g / (|h| + μ), h = diag(H).
+
+    h may be of either sign or 0; μ keeps the quotient finite.
+    """
+
+    name = "diagonal_hessian"
+    takes_curvature = True
+    slots = ()
+    squares_gradient = False
+
+    mu: float = hyperparameter(3.0, "(0, inf)")
+    learning_rate: float = hyperparameter(1.0, "[0, inf)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """−η, μ and 1, each times a power of two by which η becomes at most 1.
+
+        So η g is finite wherever g is. A power of two changes no digit, unless something is so small that it has not
+        all its digits any more; so μ limits it.
+        """
+        exponent = math.frexp(self.learning_rate)[1] if self.learning_rate > 1 else 0
+        unit = math.ldexp(1.0, -max(0, min(exponent, math.frexp(self.mu)[1] + 125)))
+        return -self.learning_rate * unit, self.mu * unit, unit
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,
+        slots: Sequence[Interval],  # noqa: ARG003
+        scalars: Scalars,
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule."""
+        rate, mu, unit = scalars
+        whole = max(-rate * gradient, curvature * unit + mu) <= numbers.most
+        return -rate * gradient / mu if whole else math.inf, ()
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, h: Any, minus_learning_rate: Any, mu: Any, unit: Any) -> Any:  # noqa: ARG004
+        """Equation 6."""
+        return minus_learning_rate * g / (abs(h) * unit + mu)

@@ -1,0 +1,56 @@
+"""Gradient descent with momentum: equation 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+
+
+@dataclass(frozen=True)
+class Momentum(Rule):
+    """Δx_t = ρ Δx_{t−1} − η g_t.
+
+    torch.optim.SGD keeps Δx / −η instead. The two agree while the learning rate is constant; when it changes, here
+    the past updates keep their size, as in the paper.
+    """
+
+    name = "momentum"
+    slots = ("momentum",)
+    signed_slots = ("momentum",)
+    squares_gradient = False
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    rho: float = hyperparameter(0.9, "[0, 1)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """ρ, η."""
+        return self.rho, self.learning_rate
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule."""
+        momentum = max(-slots[0][0], slots[0][1]) + steps * (scalars[1] * gradient)
+        return momentum, ((-momentum, momentum),)
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """η."""
+        return self.learning_rate
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, momentum: Any, rho: Any, learning_rate: Any) -> Any:  # noqa: ARG004
+        """Equation 4."""
+        momentum = rho * momentum - learning_rate * g
+        return momentum, momentum

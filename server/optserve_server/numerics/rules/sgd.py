@@ -1,0 +1,48 @@
+"""Plain gradient descent: equation 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+
+
+@dataclass(frozen=True)
+class Sgd(Rule):
+    """Δx = −η g."""
+
+    name = "sgd"
+    slots = ()
+    squares_gradient = False
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+
+    def scalars(self) -> tuple[float, ...]:
+        """−η."""
+        return (-self.learning_rate,)
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,  # noqa: ARG003
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],  # noqa: ARG003
+        scalars: Scalars,
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule."""
+        return abs(scalars[0]) * gradient, ()
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """η."""
+        return self.learning_rate
+
+    @staticmethod
+    def update(sqrt: Any, g: Any, minus_learning_rate: Any) -> Any:  # noqa: ARG004 - every rule is given a root
+        """Equation 2."""
+        return minus_learning_rate * g

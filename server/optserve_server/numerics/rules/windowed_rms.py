@@ -1,0 +1,83 @@
+"""A decaying window of squared gradients, the paper's "idea 1": equations 8 to 10."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+
+
+@dataclass(frozen=True)
+class WindowedRms(Rule):
+    """E[g²] ← ρ E[g²] + (1−ρ) g²;  Δx = −η g / RMS[g],  RMS[g] = √(E[g²] + ε) + ε_outer.
+
+    The paper has ε alone. torch.optim.RMSprop has ε_outer alone, and is this rule with eps=0.
+    """
+
+    name = "windowed_rms"
+    slots = ("square_avg",)
+    squares_gradient = True
+    gradient_square_slot = "square_avg"
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    rho: float = hyperparameter(0.9, "[0, 1)")
+    eps: float = hyperparameter(1e-6, "[0, inf)")
+    outer_eps: float = hyperparameter(0.0, "[0, inf)")
+
+    def check(self, dtype: np.dtype) -> None:
+        """As for every rule; besides, one of the two constants must be positive."""
+        super().check(dtype)
+        if dtype.type(self.eps) == 0 and dtype.type(self.outer_eps) == 0:
+            raise OptserveError(
+                Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                f"{self.name}.eps is {self.eps!r} and outer_eps {self.outer_eps!r}, both 0 in {dtype.name}; one must "
+                "be positive.",
+                field=f"optimizer.algorithm.{self.name}.eps",
+            )
+
+    def scalars(self) -> tuple[float, ...]:
+        """ρ, 1−ρ, ε, ε_outer, −η."""
+        return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
+
+    @classmethod
+    def bounds(
+        cls,
+        numbers: Numbers,
+        gradient: float,
+        curvature: float,  # noqa: ARG003
+        slots: Sequence[Interval],
+        scalars: Scalars,
+        steps: int,  # noqa: ARG003
+    ) -> tuple[float, Sequence[Interval]]:
+        """See Rule. E[g²] is at least (1−ρ) g²."""
+        _, one_minus_rho, eps, outer_eps, rate = scalars
+        square_avg = max(slots[0][1], gradient * gradient)
+        floor = math.sqrt(eps) + outer_eps
+        update = min(-rate * gradient / floor, -rate * (numbers.steepest(floor) / math.sqrt(one_minus_rho)))
+        whole = max(-rate * gradient, square_avg + eps) <= numbers.most
+        return update if whole else math.inf, ((0.0, square_avg),)
+
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+        """η / RMS[g]."""
+        return self.learning_rate / (np.sqrt(slots["square_avg"] + self.eps) + self.outer_eps)
+
+    @staticmethod
+    def update(
+        sqrt: Any,
+        g: Any,
+        square_avg: Any,
+        rho: Any,
+        one_minus_rho: Any,
+        eps: Any,
+        outer_eps: Any,
+        minus_learning_rate: Any,
+    ) -> Any:
+        """Equations 8 to 10; adding an ε of 0 changes no bit."""
+        square_avg = rho * square_avg + one_minus_rho * (g * g)
+        return minus_learning_rate * g / (sqrt(square_avg + eps) + outer_eps), square_avg

@@ -1,0 +1,160 @@
+"""What an optimizer is set to: its method, and what goes with it. It can change while the state stays."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.rules import RULES, Rule
+from optserve_server.numerics.schedule import Schedule, schedule_from
+
+PARAMETER = "parameter"
+"""Name of x among the arrays of a state; no rule has a slot of that name."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters whose hyper-parameters differ from the optimizer's.
+
+    Attributes:
+        parameters: Their indices.
+        overrides: Hyper-parameters by name; the others are the optimizer's.
+        weight_decay: None for the optimizer's.
+    """
+
+    parameters: tuple[int, ...]
+    overrides: dict[str, Any] = field(hash=False)
+    weight_decay: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written down."""
+        # Not `asdict`, which would copy every index by itself.
+        return {"parameters": self.parameters, "overrides": dict(self.overrides), "weight_decay": self.weight_decay}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one optimizer.
+
+    Attributes:
+        rule: The method, whose kind is fixed at creation, with its hyper-parameters.
+        schedule: Of its learning rate; None for a constant one.
+        clipping: Of the gradient; None for none.
+        groups: No parameter is in two.
+        hosted: Whether the server holds the parameters x as well; fixed at creation.
+        weight_decay: Of x per step, decoupled from the gradient.
+        consistency: How the gradients of several workers come together; None for one client at a time.
+    """
+
+    rule: Rule
+    schedule: Schedule | None = None
+    clipping: Clipping | None = None
+    groups: tuple[Group, ...] = ()
+    hosted: bool = False
+    weight_decay: float = 0.0
+    consistency: Consistency | None = None
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays of the state: the slots, then x where it is hosted."""
+        return (*self.rule.slots, PARAMETER) if self.hosted else self.rule.slots
+
+    def check(self) -> None:
+        """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD for what is impossible whatever the dtype."""
+        if self.schedule is not None:
+            self.schedule.check()
+            self._check_rate("follow a schedule", "optimizer.schedule")
+        if self.clipping is not None:
+            self.clipping.check()
+        if self.consistency is not None:
+            self.consistency.check()
+            if not self.hosted:
+                raise OptserveError(
+                    Reason.INVALID_FIELD,
+                    "Workers share the parameters that the server holds; create the optimizer in hosted mode.",
+                    field="optimizer.consistency",
+                )
+            if self.consistency.scale_by_staleness:
+                self._check_rate("be scaled by staleness", "optimizer.consistency.scale_by_staleness")
+        for decay in self.decays():
+            if not 0 <= decay < 1:
+                raise OptserveError(
+                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
+                    f"weight_decay is {decay!r}, but must lie in [0, 1).",
+                    field="optimizer.weight_decay",
+                )
+            if decay and not self.hosted:
+                raise OptserveError(
+                    Reason.INVALID_FIELD,
+                    "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
+                    field="optimizer.weight_decay",
+                )
+
+    def _check_rate(self, what: str, field: str) -> None:
+        if not hasattr(self.rule, "learning_rate"):
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"{self.rule.name} has no learning rate that could {what}.", field=field
+            )
+
+    def decays(self) -> list[float]:
+        """The weight decay of the parameters in no group, then that of each group."""
+        own = self.weight_decay
+        return [own, *(own if group.weight_decay is None else group.weight_decay for group in self.groups)]
+
+    def rules(self) -> list[Rule]:
+        """That of the parameters in no group, then that of each group."""
+        return [self.rule, *(replace(self.rule, **group.overrides) for group in self.groups)]
+
+    def at(self, rule: Rule, step: int, staleness: int = 0) -> Rule:
+        """One of `rules` with the learning rate that it has at a step, for a gradient so many steps old."""
+        if self.schedule is None and not staleness:
+            return rule
+        factor = 1.0 if self.schedule is None else self.schedule.factor(step)
+        rate = getattr(rule, "learning_rate") * factor / (1 + staleness)  # noqa: B009 - not every rule has one
+        return replace(rule, **{"learning_rate": rate})
+
+    @property
+    def summary(self) -> str:
+        """A line for the log, however many groups and milestones there are."""
+        parts = [f"{self.rule}"]
+        parts += [type(self.schedule).__name__] if self.schedule else []
+        parts += [f"{self.clipping}"] if self.clipping else []
+        parts += [f"{len(self.groups)} groups"] if self.groups else []
+        parts += [f"hosted, weight decay {self.weight_decay}"] if self.hosted else []
+        parts += [f"{self.consistency}"] if self.consistency else []
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written down."""
+        content: dict[str, Any] = {"rule": {"name": self.rule.name, **asdict(self.rule)}}
+        if self.schedule is not None:
+            content["schedule"] = self.schedule.to_json()
+        if self.clipping is not None:
+            content["clipping"] = asdict(self.clipping)
+        if self.groups:
+            content["groups"] = [group.to_json() for group in self.groups]
+        if self.hosted:
+            content |= {"hosted": True, "weight_decay": self.weight_decay}
+        if self.consistency is not None:
+            content["consistency"] = asdict(self.consistency)
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Settings:
+        """The reverse of `to_json`, from content that may hold more."""
+        rule = dict(content["rule"])
+        return cls(
+            RULES[rule.pop("name")](**rule),
+            schedule_from(content["schedule"]) if "schedule" in content else None,
+            Clipping(**content["clipping"]) if "clipping" in content else None,
+            tuple(
+                Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay"))
+                for group in content.get("groups", ())
+            ),
+            content.get("hosted", False),
+            content.get("weight_decay", 0.0),
+            Consistency(**content["consistency"]) if "consistency" in content else None,
+        )

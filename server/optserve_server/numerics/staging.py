@@ -1,0 +1,219 @@
+"""The staging buffer of an optimizer: takes the gradients of a step, checked, and then the updates in their place.
+
+Gradients come in chunks, or lie in a segment that the server shares with a client. Where nothing else reads the buffer,
+it is the segment, and nothing is copied. It knows nothing of steps as transactions; `engine/optimizer.py` decides what
+may happen to it and when.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from optserve._common import half_floats
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.numerics.layout import Arenas, Largest, Operand, Operands, Payload, Run
+from optserve_server.numerics.shared_segment import Segment
+from optserve_server.numerics.state import State
+
+_GRADIENT, _PARAMETER = Operand.GRADIENT, Operand.PARAMETER
+
+
+class Staging:
+    """The buffer, with as many parts as a step has operands.
+
+    Args:
+        state: Whose layout, limits and backend hold.
+
+    Attributes:
+        operands: Its arenas.
+        segment: What is shared with a client now.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._backend = state.backend
+        self.operands = self._fresh()
+        self.segment: Segment | None = None
+
+    def _fresh(self) -> Operands:
+        layout = self._state.layout
+        return {
+            operand: layout.arenas(self._backend.staging(layout.size_bytes)) for operand in self._state.operand_kinds
+        }
+
+    def release(self) -> None:
+        """Let go of the arrays; it is of no further use."""
+        self.operands = {operand: {} for operand in self.operands}
+        self.segment = None
+
+    @property
+    def updates(self) -> Arenas:
+        """The arenas that hold the updates once a step is applied, and its gradients before."""
+        return self.operands[_GRADIENT]
+
+    def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
+        """(arena that takes an operand, largest magnitude that it may have)."""
+        if operand is _PARAMETER:
+            return self.updates[dtype], float(np.finfo(dtype).max)
+        return self.operands[operand][dtype], self._state.limits[operand, dtype]
+
+    def copy_updates(self, source: Arenas, payload: Payload) -> None:
+        """Put what a source has for the tensors of a step where their updates are."""
+        for run in payload.runs:
+            part = slice(run.start, run.stop)
+            self._backend.copy(source[run.dtype][part], self.updates[run.dtype][part])
+
+    # Chunks.
+
+    def stage(
+        self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes, largest: Largest
+    ) -> None:
+        """Copy wire bytes of a step to their place.
+
+        Args:
+            payload: Of the step.
+            operand: What they are.
+            position: Of the first of them in the payload.
+            data: All of them within the payload.
+            largest: Takes note of their magnitudes.
+
+        Raises:
+            OptserveError: CHUNK_OUT_OF_BOUNDS, NON_FINITE_VALUE or GRADIENT_OVERFLOW.
+        """
+        end = position + len(data)
+        for run in payload.runs_between(position, end):
+            if run.begin <= position and end <= run.end:
+                self._stage_run(payload, operand, run, position, data, largest)
+            else:
+                low, high = max(position, run.begin), min(end, run.end)
+                part = memoryview(data)[low - position : high - position]
+                self._stage_run(payload, operand, run, low, part, largest)
+
+    def _stage_run(
+        self,
+        payload: Payload,
+        operand: Operand,
+        run: Run,
+        position: int,
+        data: memoryview | bytes,
+        largest: Largest,
+    ) -> None:
+        size = run.wire.itemsize
+        if (position - run.begin) % size or len(data) % size:
+            raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
+        elements = np.frombuffer(data, run.wire)
+        arena, limit = self._place(operand, run.dtype)
+        start = run.start + (position - run.begin) // size
+        staged = arena[start : start + elements.size]
+        found = self._backend.take(staged, elements)
+        # In this form it holds for NaN as well.
+        if not found <= limit:
+            bad = _first_beyond(staged, limit)
+            raise self._bad_value(
+                payload, operand, run, position + bad * size, half_floats.value(elements[bad : bad + 1])
+            )
+        key = (operand, run.dtype)
+        if found > largest.get(key, -1.0):
+            largest[key] = found
+
+    def give(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
+        """What a source has from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
+
+        A view of the source where that is its own.
+        """
+        size = run.wire.itemsize
+        part = source[run.dtype][run.start + (begin - run.begin) // size : run.start + (end - run.begin) // size]
+        return part if run.wire is run.dtype else self._backend.give(part, run.wire)
+
+    # Shared memory.
+
+    def share(self, *, in_place: bool) -> Segment:
+        """Make a segment, and let the buffer be in it if `in_place`.
+
+        Raises:
+            OSError: There is no room, or no shared memory here.
+        """
+        self.segment = Segment(self._state.layout, self.operands)
+        if in_place:
+            self._move_to(self.segment.operands)
+        return self.segment
+
+    def unshare(self) -> None:
+        """Let go of the segment; what was in the buffer stays."""
+        self.leave_segment()
+        self.segment = None
+
+    def leave_segment(self) -> None:
+        """Be in the segment no more, so that its client cannot write into the steps of others."""
+        if self.in_place:
+            self._move_to(self._fresh())
+
+    def _move_to(self, operands: Operands) -> None:
+        before, self.operands = self.operands, operands
+        for operand, arenas in operands.items():
+            for dtype, arena in arenas.items():
+                arena[...] = before[operand][dtype]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the buffer is the segment."""
+        return self.segment is not None and self.operands is self.segment.operands
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the segment, where it is not the buffer."""
+        # Read by others without a lock: looked at once.
+        segment = self.segment
+        return segment.size_bytes if segment is not None and self.operands is not segment.operands else 0
+
+    def take_from(self, segment: Segment, payload: Payload, largest: Largest) -> None:
+        """Take the gradients that a client has written into a segment, and note of their magnitudes.
+
+        Raises:
+            OptserveError: NON_FINITE_VALUE or GRADIENT_OVERFLOW.
+        """
+        here = segment.operands is self.operands
+        for operand, arenas in self.operands.items():
+            for run in payload.runs:
+                part = slice(run.start, run.stop)
+                staged, limit = arenas[run.dtype][part], self._state.limits[operand, run.dtype]
+                source = segment.operands[operand][run.dtype][part]
+                found = self._backend.largest(staged) if here else self._backend.take_all(staged, source)
+                if not found <= limit:
+                    bad = _first_beyond(staged, limit)
+                    position = run.begin + bad * run.dtype.itemsize
+                    raise self._bad_value(payload, operand, run, position, float(staged[bad]))
+                key = (operand, run.dtype)
+                largest[key] = max(found, largest.get(key, 0.0))
+
+    def give_to(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
+        """Put the reply of a step where a client has written its gradients."""
+        target = segment.operands[_GRADIENT]
+        if source is not target:
+            segment.replying(step)
+            for run in payload.runs:
+                part = slice(run.start, run.stop)
+                self._backend.copy(source[run.dtype][part], target[run.dtype][part])
+        segment.clean()
+
+    def _bad_value(self, payload: Payload, operand: Operand, run: Run, position: int, value: float) -> OptserveError:
+        """The error for an element at a position of the payload."""
+        tensor, byte = payload.locate(position)
+        name, index = payload.layout.parameters[tensor].name, byte // run.wire.itemsize
+        finite = math.isfinite(value)
+        wire = f", as {half_floats.name_of(run.wire)} on the wire" if run.wire != run.dtype else ""
+        return OptserveError(
+            Reason.GRADIENT_OVERFLOW if finite else Reason.NON_FINITE_VALUE,
+            f"The {operand.value} of {name!r} is {value:g} at flat index {index}{wire}"
+            + (f", too large for {run.dtype.name} or for its square to be finite there." if finite else "."),
+            field="data",
+            parameter=name,
+            index=index,
+        )
+
+
+def _first_beyond(staged: np.ndarray, limit: float) -> int:
+    """Index of the first element that is NaN, infinite or too large."""
+    return int(np.flatnonzero(~(np.abs(staged) <= limit))[0])

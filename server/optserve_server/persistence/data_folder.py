@@ -1,0 +1,360 @@
+"""The data folder: a lock, a journal, snapshots; and the recovery of all optimizers from them.
+
+With durability `journal`, every change is in the journal, on disk, before it is made and acknowledged, and from time
+to time a snapshot takes the place of what came before it. Recovery loads the last snapshot and replays the journal:
+the same kernels on the same gradients in the same order, so the same bits. With durability `snapshot` there are
+snapshots only, taken at intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason, disk_errors
+from optserve_server.engine.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
+from optserve_server.engine.registry import Optimizers
+from optserve_server.numerics.settings import Settings
+from optserve_server.persistence import recovery, snapshot
+from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
+from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths, set_newest
+from optserve_server.persistence.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
+
+_NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while it ran"
+
+TICK_S = 1.0
+"""How often it is looked whether the folder is still there, and whether a snapshot is due."""
+
+
+@dataclass
+class Recovered:
+    """What recovery found."""
+
+    optimizers: int = 0
+    snapshot_lsn: int = 0
+    records: int = 0
+    steps: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    torn: tuple[Path, int] | None = None
+
+
+class _Unjournalled:
+    """Stands in for the journal where there is none: numbers the changes and forgets them."""
+
+    def __init__(self, folder: Path, next_lsn: int) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self.last_lsn = next_lsn - 1
+        self.bytes_written = 0
+
+    def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
+        """The number of a change."""
+        with self._lock:
+            self.last_lsn += 1
+            return self.last_lsn
+
+    def cut_before(self, lsn: int) -> None:  # noqa: ARG002
+        """Remove what an earlier server with a journal has left; it has been recovered and is in the snapshot."""
+        if paths := segment_paths(self._folder):
+            set_newest(self._folder, None)
+            for path in paths:
+                path.unlink()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class DataFolder:
+    """Durability by journal or by snapshots. It is given to the optimizers first, then `recover` fills and opens it.
+
+    Args:
+        path: The folder; made if it is not there.
+        snapshot_bytes: Journal bytes after which a snapshot is due; never less than the state's own size.
+        segment_bytes: Size of a journal segment.
+        interval_s: Take snapshots so often, and keep no journal; 0 for a journal.
+
+    Raises:
+        JournalError: It cannot be used, or another server uses it.
+    """
+
+    reads_staging = True
+
+    def __init__(self, path: Path, snapshot_bytes: int, segment_bytes: int, interval_s: float = 0.0) -> None:
+        self._path = path
+        self._snapshot_bytes = snapshot_bytes
+        self._segment_bytes = segment_bytes
+        self._interval_s = interval_s
+        self._journal: Journal | _Unjournalled | None = None
+        # Of the journal: where the last snapshot left it, and what was read of it at the start.
+        self._snapshot_lsn = 0
+        self._bytes_at_snapshot = 0
+        self._upkeep = Upkeep()
+        self._wake = threading.Event()
+        self._asked = False
+        self._stopping = threading.Event()
+        self._snapshotter: threading.Thread | None = None
+        self._is_in_place = True
+        self._on_moved: Callable[[bool], None] = lambda _in_place: None
+        self._lock = FolderLock(path)
+
+    @property
+    def problem(self) -> str:
+        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        return self._upkeep.problem if self._is_in_place else _NOT_IN_PLACE
+
+    def check_in_place(self) -> None:
+        """Raise NOT_DURABLE if the folder was deleted, moved or replaced: what is written there nobody would find."""
+        if not self._lock.is_in_place:
+            self._wake.set()
+            raise OptserveError(Reason.NOT_DURABLE, f"Nothing was changed: {_NOT_IN_PLACE}. Restart the server.")
+
+    # --- Durability
+
+    def created(self, record: CreationRecord) -> int:
+        """Keep a creation."""
+        return self._append(recovery.CREATED, recovery.creation(record))
+
+    def updated(self, optimizer: str, settings: Settings, etag: str, time: datetime) -> int:
+        """Keep a change of hyper-parameters."""
+        return self._append(recovery.UPDATED, recovery.update(optimizer, settings, etag, time))
+
+    def replaced(self, record: ReplacementRecord) -> int:
+        """Keep a state that takes the place of another."""
+        arrays = [array for _, _, array in record.arrays]
+        return self._append(recovery.REPLACED, recovery.replacement(record), arrays)
+
+    def deleted(self, optimizer: str) -> int:
+        """Keep a deletion."""
+        return self._append(recovery.DELETED, {"optimizer": optimizer})
+
+    def placing(self, record: PlacementRecord) -> int:
+        """Keep the parameters."""
+        return self._append(recovery.PLACED, recovery.placement(record), record.parameters)
+
+    def stepping(self, record: StepRecord) -> int:
+        """Keep the gradients of a step."""
+        return self._append(recovery.STEPPED, recovery.step(record), record.operands)
+
+    def _append(self, kind: int, message: dict[str, Any], payload: Sequence[np.ndarray] = ()) -> int:
+        if self._journal is None:
+            raise OptserveError(Reason.DRAINING, "The data folder is not open.")
+        self.check_in_place()
+        parts = [array.data.cast("B") for array in payload if array.size]
+        with disk_errors():
+            try:
+                lsn = self._journal.append(kind, json.dumps(message).encode(), parts)
+            except OSError as error:
+                self._upkeep.refused(error)
+                self._wake.set()
+                raise
+        if self._interval_s:
+            if kind in (recovery.CREATED, recovery.PLACED, recovery.REPLACED, recovery.DELETED):
+                # These are rare, and worth having soon.
+                self._asked = True
+                self._wake.set()
+        else:
+            self._upkeep.accepted()
+            if self._has_grown() and self._upkeep.is_snapshot_due(grown=True):
+                self._wake.set()
+        return lsn
+
+    def _has_grown(self) -> bool:
+        """Whether the journal has as many bytes as it may: of headers, settings and gradients, all of them."""
+        if self._journal is None:
+            return False
+        grown = self._journal.bytes_written - self._bytes_at_snapshot
+        return grown > self._snapshot_bytes and grown > self._optimizers.memory_bytes
+
+    # --- Recovery
+
+    def recover(self, optimizers: Optimizers, on_progress: Callable[[int, int], None]) -> Recovered:
+        """Bring back all optimizers, and open the journal for what comes.
+
+        Args:
+            optimizers: Empty.
+            on_progress: Told (bytes done, bytes in all).
+
+        Raises:
+            JournalError: What had been acknowledged cannot be read. Nothing was changed.
+        """
+        start = time.perf_counter()
+        found = Recovered()
+        self._optimizers = optimizers
+        try:
+            snapshots = snapshot.paths(self._path)
+            reader = self._replay(snapshots, found, on_progress)
+            found.seconds = time.perf_counter() - start
+            self._snapshot_lsn, self._bytes_at_snapshot = found.snapshot_lsn, -reader.bytes_read
+            self._open(reader)
+            self._tell_of_lost_steps()
+            for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
+                if leftover.exists():
+                    _remove(leftover)
+        except OSError as error:
+            raise JournalError(f"The data folder {self._path} cannot be used: {error}.") from error
+        return found
+
+    def _replay(self, snapshots: list[Path], found: Recovered, on_progress: Callable[[int, int], None]) -> Reader:
+        replay = recovery.Replay(self._optimizers)
+        if snapshots:
+            found.snapshot_lsn, saved = snapshot.read(snapshots[-1])
+            for item in saved:
+                replay.load(item)
+        reader = Reader(self._path, found.snapshot_lsn)
+        total = reader.total_bytes
+        for record in reader:
+            found.steps += record.type == recovery.STEPPED
+            found.records += 1
+            try:
+                replay.redo(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise JournalError(
+                    f"{record.path}: the record at byte {record.offset} is whole, but means nothing to this server "
+                    f"({error!r}). Use the server that wrote it, or a newer one."
+                ) from error
+            on_progress(reader.bytes_read, total)
+        replay.finish()
+        found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(self._optimizers)
+        return reader
+
+    def _open(self, reader: Reader) -> None:
+        """Begin to number and keep what comes after what was read."""
+        if self._interval_s:
+            self._journal = _Unjournalled(self._path, reader.next_lsn)
+            if segment_paths(self._path):
+                self.snapshot()
+        else:
+            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes)
+
+    def _tell_of_lost_steps(self) -> None:
+        """Give every state a new lineage where steps may have been lost, so that clients that knew them are told."""
+        if (self._path / UNCLEAN).exists():
+            self._optimizers.renew_lineages()
+            self.snapshot()
+        # Without a journal, a crash loses steps again from here on.
+        set_unclean(self._path, unclean=bool(self._interval_s))
+
+    # --- Snapshots
+
+    def start_snapshots(self, on_moved: Callable[[bool], None]) -> None:
+        """Take snapshots in the background whenever one is due, and look after the folder.
+
+        Args:
+            on_moved: Told False when the folder is found to be deleted, moved or replaced, and True when it is back.
+        """
+        self._on_moved = on_moved
+        self._snapshotter = threading.Thread(target=self._take_snapshots, name="snapshots", daemon=True)
+        self._snapshotter.start()
+
+    def _take_snapshots(self) -> None:
+        made_at = time.monotonic()
+        while True:
+            self._wake.wait(min(TICK_S, self._interval_s or TICK_S))
+            # Cleared before the look at `stopping`, which `close` sets first: neither can be missed.
+            self._wake.clear()
+            if self._stopping.is_set():
+                return
+            self._look_for_the_folder()
+            if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
+                continue
+            self._asked = False
+            made_at = time.monotonic()
+            try:
+                self.snapshot()
+            # Whatever it was, this thread must go on: without snapshots the journal would grow for ever.
+            except Exception as error:  # noqa: BLE001
+                self._upkeep.snapshot_failed(error)
+
+    def _is_snapshot_due(self, last_at: float) -> bool:
+        if self._interval_s:
+            return self._asked or time.monotonic() - last_at >= self._interval_s
+        return self._upkeep.is_snapshot_due(grown=self._has_grown())
+
+    def _has_changed(self) -> bool:
+        """Whether there is anything that the last snapshot does not contain."""
+        return self._journal is not None and self._journal.last_lsn != self._snapshot_lsn
+
+    def _look_for_the_folder(self) -> None:
+        in_place = self._lock.is_in_place
+        if in_place == self._is_in_place:
+            return
+        self._is_in_place = in_place
+        if in_place:
+            logger.warning("the data folder %s is back; changes are taken again", self._path)
+        else:
+            logger.error("%s (%s); no change is taken until it is back", _NOT_IN_PLACE, self._path)
+        self._on_moved(in_place)
+
+    def snapshot(self) -> Path:
+        """Take a snapshot now, and cut what it makes superfluous."""
+        if self._journal is None:
+            raise JournalError("The data folder is not open.")
+        start = time.perf_counter()
+        # Counted first: what comes in between is counted once more, never forgotten.
+        before = self._journal.bytes_written
+        lsn = self._journal.last_lsn
+        old = snapshot.paths(self._path)
+        path = snapshot.write(self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s))
+        for leftover in old:
+            if leftover != path:
+                _remove(leftover)
+        self._journal.cut_before(lsn + 1)
+        self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
+        self._upkeep.snapshot_made(path.name, time.perf_counter() - start)
+        return path
+
+    def close(self, *, snapshot: bool = True) -> None:
+        """Let go of the folder, with a last snapshot by default, so that the next start is quick."""
+        self._stopping.set()
+        self._wake.set()
+        if self._snapshotter is not None:
+            self._snapshotter.join()
+        if self._journal is not None:
+            if not self._lock.is_in_place:
+                logger.error("%s (%s); nothing is written there", _NOT_IN_PLACE, self._path)
+            elif snapshot:
+                self._finish()
+            self._journal.close()
+            self._journal = None
+        self._lock.release()
+
+    def _finish(self) -> None:
+        try:
+            if self._has_changed():
+                self.snapshot()
+            set_unclean(self._path, unclean=False)
+        # Stopping goes on; a journal has everything.
+        except Exception:
+            logger.exception("the last snapshot could not be written")
+
+
+def describe(found: Recovered) -> str:
+    """What recovery found, in a line."""
+    rate = found.bytes_read / max(found.seconds, 1e-9) / 1e6
+    text = (
+        f"recovered {found.optimizers} optimizers: snapshot at {found.snapshot_lsn}, then {found.records} records with "
+        f"{found.steps} steps, {found.bytes_read / 1e6:.1f} MB in {found.seconds:.2f} s ({rate:.0f} MB/s)"
+    )
+    if found.torn:
+        text += f"; a torn record at byte {found.torn[1]} of {found.torn[0].name}, which nobody was promised, was cut"
+    return text
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

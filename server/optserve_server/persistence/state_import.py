@@ -1,0 +1,146 @@
+"""A state on its way in: checked as it arrives, kept in a temporary file, and put in place whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from optserve_server.domain.errors import OptserveError, Reason, disk_errors
+from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
+from optserve_server.engine.registry import Optimizer
+from optserve_server.numerics.layout import Layout, Parameter, Payload
+from optserve_server.numerics.settings import PARAMETER, Settings
+from optserve_server.persistence.checkpoints import Checkpoints
+from optserve_server.persistence.state_file import StateFile
+
+MAX_STEP = 1 << 62
+"""Leaves the counter room to count on."""
+
+
+class StateImport:
+    """All arrays of one optimizer, in pieces of any order.
+
+    Args:
+        checkpoints: Put it in place.
+        optimizer: Whose state is to be replaced.
+        staged: Takes the pieces.
+        change: Makes the settings that come with the state of the present ones.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        optimizer: Optimizer,
+        staged: StateFile,
+        change: Callable[[Settings, Layout], Settings],
+    ) -> None:
+        self._change = change
+        self._checkpoints = checkpoints
+        self._optimizer = optimizer
+        self._slots = optimizer.settings.arrays
+        self._payload = Payload(optimizer.layout, tuple(range(len(optimizer.layout.parameters))))
+        self._coverage = Coverage()
+        self._staged = staged
+
+    def stage(self, tensor: int, slot: int, offset: int, data: bytes | memoryview) -> None:
+        """Take a piece of one array of one parameter; `slot` is its position among `Settings.arrays`.
+
+        Raises:
+            OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
+                TOO_MANY_FRAGMENTS, NON_FINITE_VALUE or NOT_DURABLE.
+        """
+        parameters = self._optimizer.layout.parameters
+        if tensor >= len(parameters):
+            raise OptserveError(
+                Reason.UNKNOWN_PARAMETER,
+                f"There is no parameter {tensor}; {self._optimizer.id!r} has {len(parameters)}.",
+                field="tensor",
+                parameter=tensor,
+            )
+        parameter = parameters[tensor]
+        size = parameter.dtype.itemsize
+        if offset % size or len(data) % size or offset + len(data) > parameter.size * size:
+            raise OptserveError(
+                Reason.CHUNK_OUT_OF_BOUNDS,
+                f"{len(data)} bytes at byte {offset} of {parameter.name!r} do not fit into its {parameter.size * size} "
+                "bytes, or do not begin and end on an element.",
+                field="offset",
+                parameter=parameter.name,
+                offset=offset,
+            )
+        self._cover(tensor, slot, offset, len(data))
+        values = np.frombuffer(data, parameter.dtype)
+        self._check(parameter, slot, offset // size, values)
+        start = self._optimizer.layout.starts[tensor] + offset // size
+        with disk_errors():
+            self._staged.write(parameter.dtype, slot, start, values)
+
+    def commit(self, step: int, etag: str = "", request_id: str = "") -> None:
+        """Put the state in place, once per request id.
+
+        Raises:
+            OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE,
+                OPTIMIZER_NOT_FOUND or HYPERPARAMETER_OUT_OF_RANGE.
+        """
+        if step > MAX_STEP:
+            raise OptserveError(Reason.INVALID_FIELD, f"step must be at most {MAX_STEP}, not {step}.", field="step")
+        gap = self._coverage.first_gap(len(self._slots) * self._payload.size_bytes)
+        if gap is not None:
+            slot, position = divmod(gap, self._payload.size_bytes)
+            tensor, offset = self._payload.locate(position)
+            name = self._optimizer.layout.parameters[tensor].name
+            raise OptserveError(
+                Reason.MISSING_CHUNK,
+                f"{self._slots[slot]} of {name!r} is incomplete: byte {offset} has not arrived.",
+                field="chunk",
+                parameter=name,
+                offset=offset,
+            )
+        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id)
+
+    def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
+        begin = slot * self._payload.size_bytes + self._payload.places[tensor][0] + offset
+        name = self._optimizer.layout.parameters[tensor].name
+        try:
+            self._coverage.add(begin, begin + size)
+        except Overlap:
+            raise OptserveError(
+                Reason.OVERLAPPING_CHUNK,
+                f"A byte of {self._slots[slot]} of {name!r} has arrived twice.",
+                field="offset",
+                parameter=name,
+                offset=offset,
+            ) from None
+        except TooManyFragments as error:
+            raise OptserveError(
+                Reason.TOO_MANY_FRAGMENTS,
+                f"The state arrives in {error}; send neighbouring chunks one after the other.",
+                field="offset",
+                limit=MAX_FRAGMENTS,
+            ) from None
+
+    def _check(self, parameter: Parameter, slot: int, start: int, values: np.ndarray) -> None:
+        """Raise NON_FINITE_VALUE for what would poison the state: NaN, infinity, a negative mean of squares."""
+        good = np.isfinite(values)
+        name = self._slots[slot]
+        rule, negative = self._optimizer.rule, False
+        if name != PARAMETER:
+            if name not in rule.signed_slots:
+                good &= values >= 0
+                negative = True
+            impossible = rule.impossible(name, values)
+            if impossible is not None:
+                good &= ~impossible
+        if good.all():
+            return
+        index = start + int(np.argmin(good))
+        value = values[index - start]
+        raise OptserveError(
+            Reason.INVALID_FIELD if np.isfinite(value) else Reason.NON_FINITE_VALUE,
+            f"{name} of {parameter.name!r} is {value} at flat index {index}"
+            + (f", which {'is negative' if negative else 'no step leaves behind'}." if np.isfinite(value) else "."),
+            field="data",
+            parameter=parameter.name,
+            index=index,
+        )
