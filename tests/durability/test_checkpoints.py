@@ -11,6 +11,7 @@ import pytest
 import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta, Momentum
 from optserve_server.numerics.settings import Settings
@@ -270,7 +271,7 @@ def test_nobody_is_cut_off_in_the_middle_of_a_step(folder):
     item = server.create()
     step(item, 0)
     checkpoints.save("a", "one")
-    under_way = item.steps.begin("mine")
+    under_way = item.steps.begin(StepRequest("mine"))
     assert checkpoints.save("a", "two").step == 1  # what is staged is no part of it
     with pytest.raises(OptserveError) as caught:
         checkpoints.restore("a", "one")
@@ -591,7 +592,7 @@ def test_optimizers_of_any_rule_and_layout_can_be_saved(folder):
     ):
         name = f"o{position}"
         item = server.optimizers.create(name, Layout(parameters), Settings(rule))
-        under_way = item.steps.begin("request")
+        under_way = item.steps.begin(StepRequest("request"))
         for tensor, parameter in enumerate(parameters):
             under_way.stage(tensor, 0, np.full(parameter.size, 0.5, parameter.dtype).tobytes())
         under_way.commit()

@@ -18,6 +18,7 @@ import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.registry import Optimizers
+from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta, Momentum
 from optserve_server.numerics.settings import Settings
@@ -41,7 +42,7 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
     item = again.optimizers.get("a")
     assert fingerprint(item) == before
     assert again.recovered.steps == 5
-    replayed = item.steps.begin("request-4", 4)
+    replayed = item.steps.begin(StepRequest("request-4", 4))
     assert replayed.commit().replayed
     assert b"".join(replayed.reply(MIB, lambda piece: bytes(piece.data))) == reply
     replayed.close()
@@ -76,7 +77,7 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
     again = Server(tmp_path)
     item = again.optimizers.get("a")
     assert fingerprint(item) == before
-    replayed = item.steps.begin(item.steps.main.last_request_id)
+    replayed = item.steps.begin(StepRequest(item.steps.main.last_request_id))
     replayed.commit()
     assert b"".join(replayed.reply(MIB, lambda piece: bytes(piece.data))) == reply
     replayed.close()
@@ -87,13 +88,13 @@ def test_a_reply_that_was_being_overwritten_during_a_snapshot_is_not_promised_af
     server = Server(tmp_path)
     item = server.create()
     step(item, 0)
-    under_way = item.steps.begin("request-1")
+    under_way = item.steps.begin(StepRequest("request-1"))
     under_way.stage(1, 0, bytes(88))
     server.folder.snapshot()
     server.die()
     again = Server(tmp_path)
     with pytest.raises(OptserveError) as caught:
-        again.optimizers.get("a").steps.begin("request-0")
+        again.optimizers.get("a").steps.begin(StepRequest("request-0"))
     assert caught.value.reason is Reason.REPLY_GONE
     again.die()
 

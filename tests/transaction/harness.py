@@ -5,6 +5,7 @@ import numpy as np
 from optserve._common import sysv
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Operand, Parameter
 from optserve_server.numerics.rules import Adadelta, Rule
@@ -23,7 +24,7 @@ def make_steps(*parameters: Parameter, rule: Rule | None = None, durability=None
 
 def run_step(steps: Steps, request_id: str, chunks, **options) -> bytes:
     """One whole step; returns the payload of its reply."""
-    step = steps.begin(request_id, **options)
+    step = steps.begin(StepRequest(request_id, **options))
     try:
         for tensor, offset, data in chunks:
             step.stage(tensor, offset, data)

@@ -18,7 +18,7 @@ from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.transaction import Reply, Step
+from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Operand, Payload
 from optserve_server.numerics.settings import PARAMETER, Settings
@@ -157,7 +157,7 @@ class Play:
         ]
         before, was = arrays_of(self.state), digest(self.steps)
         refusal, got = None, b""
-        with closing(self.steps.begin(request_id, tensors=tensors, wire=wire, reply=reply)) as step:
+        with closing(self.steps.begin(StepRequest(request_id, tensors=tensors, wire=wire, reply=reply))) as step:
             try:
                 for operand, arenas in zip(self.state.operand_kinds, operands, strict=True):
                     for index in tensors:
@@ -214,7 +214,7 @@ class Play:
         """The reply once more, perhaps by another wire."""
         wire = pick(self.rng, (None, half_floats.FLOAT16, half_floats.BFLOAT16, F4))
         was = digest(self.steps)
-        with closing(self.steps.begin(request_id, wire=wire, reply=reply)) as step:
+        with closing(self.steps.begin(StepRequest(request_id, wire=wire, reply=reply))) as step:
             if all(holds(wire, part) for part in parts):
                 assert step.commit().replayed
                 assert self.read(step) == b"".join(sent(part, wire)[0] for part in parts)

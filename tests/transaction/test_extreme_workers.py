@@ -11,7 +11,7 @@ from extremes import Case, any_case, any_values, pick
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.transaction import Reply
+from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.engine.workers.merge import mean
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import Consistency
@@ -48,7 +48,7 @@ def gradients(made: Play, wire: np.dtype | None, share: float) -> tuple[Chunks, 
 def commit(steps: Steps, worker: str, number: int, chunks: Chunks, wire, reply: Reply, at_step: int | None = None):
     """A worker's whole step: its reply, or what it was refused with."""
     with closing(
-        steps.begin(f"{worker}-{number}", wire=wire, reply=reply, worker=worker, parameters_step=at_step)
+        steps.begin(StepRequest(f"{worker}-{number}", wire=wire, reply=reply, worker=worker, parameters_step=at_step))
     ) as step:
         try:
             for index, data, operand in chunks:

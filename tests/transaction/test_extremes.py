@@ -10,7 +10,7 @@ from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.transaction import Reply
+from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import Consistency
@@ -39,7 +39,7 @@ def together(steps: Steps, **gradients: np.ndarray) -> list[OptserveError]:
     refused: list[OptserveError] = []
 
     def work(worker: str, gradient: np.ndarray) -> None:
-        with closing(steps.begin(f"{worker}-{steps.step}", reply=Reply.NOTHING, worker=worker)) as step:
+        with closing(steps.begin(StepRequest(f"{worker}-{steps.step}", reply=Reply.NOTHING, worker=worker))) as step:
             step.stage(0, 0, gradient.tobytes())
             try:
                 step.commit()
@@ -83,7 +83,7 @@ def test_a_bound_that_is_rounded_up_counts_as_it_is_met(kind, rule):
     # Among the smallest numbers of float32 1.6 is 2.
     smallest = float(np.finfo(F4).smallest_subnormal)
     steps = optimizer(Settings(rule, clipping=Clipping(kind, 1.6 * smallest)))
-    with closing(steps.begin("a")) as step:
+    with closing(steps.begin(StepRequest("a"))) as step:
         step.stage(0, 0, np.array([0, 5 * smallest], F4).tobytes())
         if rule.takes_curvature:
             step.stage(0, 0, bytes(8), Operand.CURVATURE)
@@ -190,7 +190,7 @@ def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_appli
     if wire == F4:
         assert np.isfinite(np.frombuffer(step("a", most), wire)).all()
     before = steps.step
-    with closing(steps.begin("b", wire=None, reply=reply)) as native:
+    with closing(steps.begin(StepRequest("b", wire=None, reply=reply))) as native:
         native.stage(0, 0, np.array([0, most * 1.01 / 1e30], dtype).tobytes())
         native.commit()
     # The same reply by a narrower wire, which does not hold it.

@@ -8,7 +8,7 @@ import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.transaction import Reply
+from optserve_server.engine.transaction import Reply, StepRequest
 from transaction.harness import F4, write_shared
 from transaction.test_workers import ONES, shared_by, x_of
 
@@ -25,7 +25,9 @@ def enter(steps: Steps, worker: str = "w") -> int:
 
 
 def make(steps: Steps, request_id: str, life: int, worker: str = "w", **options) -> int:
-    with closing(steps.begin(request_id, reply=Reply.NOTHING, worker=worker, life=life, **options)) as step:
+    with closing(
+        steps.begin(StepRequest(request_id, reply=Reply.NOTHING, worker=worker, life=life, **options))
+    ) as step:
         step.stage(0, 0, ONES)
         return step.commit().step
 
@@ -66,7 +68,7 @@ def test_a_number_that_nobody_uses_ends_nothing():
 def test_what_a_life_has_under_way_is_not_made_once_the_next_has_begun():
     steps = shared_by("async")
     first = enter(steps)
-    step = steps.begin("a", worker="w", life=first)
+    step = steps.begin(StepRequest("a", worker="w", life=first))
     step.stage(0, 0, ONES)
     second = enter(steps)
     with refused(Reason.WORKER_REPLACED):
@@ -82,7 +84,7 @@ def test_gradients_of_a_life_before_are_not_taken_from_its_memory():
     first = enter(steps)
     segment = steps.share()
     assert segment is not None
-    with closing(steps.begin("a", segment=segment, worker="w", life=first)) as step:
+    with closing(steps.begin(StepRequest("a", segment=segment, worker="w", life=first))) as step:
         write_shared(segment, np.full(2, 5, F4))
         enter(steps)
         with refused(Reason.WORKER_REPLACED):
@@ -178,7 +180,9 @@ def test_a_unary_call_can_say_after_which_step_it_comes():
     assert make(steps, "a", life, last_request_id="") == 1
     assert make(steps, "b", life, last_request_id="a") == 2
     # The same once more, and what was given up before and comes late.
-    with closing(steps.begin("b", reply=Reply.NOTHING, worker="w", life=life, last_request_id="a")) as again:
+    with closing(
+        steps.begin(StepRequest("b", reply=Reply.NOTHING, worker="w", life=life, last_request_id="a"))
+    ) as again:
         assert again.commit().replayed
     with refused(Reason.WRONG_STEP):
         make(steps, "late", life, last_request_id="a")

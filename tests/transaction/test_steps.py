@@ -9,6 +9,7 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory, Replacement
 from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.layout import Parameter
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
@@ -29,7 +30,7 @@ def test_a_step_counts_and_answers_with_the_update(steps):
 def test_nothing_changes_before_the_commit(steps):
     run_step(steps, "a", [(0, 0, G.tobytes())])
     before = fingerprint(steps)
-    step = steps.begin("b")
+    step = steps.begin(StepRequest("b"))
     step.stage(0, 0, G.tobytes())
     assert fingerprint(steps) == before
     step.close()
@@ -39,7 +40,7 @@ def test_nothing_changes_before_the_commit(steps):
 def test_the_same_request_id_gets_the_same_bytes_and_changes_nothing(steps):
     first = run_step(steps, "a", [(0, 0, G.tobytes())])
     before = fingerprint(steps)
-    step = steps.begin("a", expected_step=0)
+    step = steps.begin(StepRequest("a", expected_step=0))
     step.stage(0, 0, (2 * G).tobytes())  # ignored: what was applied is what counts
     outcome = step.commit()
     again = b"".join(step.reply(8, lambda piece: bytes(piece.data)))
@@ -50,9 +51,9 @@ def test_the_same_request_id_gets_the_same_bytes_and_changes_nothing(steps):
 
 
 def test_a_retry_of_a_step_that_was_not_committed_starts_afresh(steps):
-    abandoned = steps.begin("a")
+    abandoned = steps.begin(StepRequest("a"))
     abandoned.stage(0, 0, G[:3].tobytes())
-    taken_over = steps.begin("a")
+    taken_over = steps.begin(StepRequest("a"))
     with refuse(Reason.STEP_TAKEN_OVER):
         abandoned.stage(0, 12, G[3:].tobytes())
     with refuse(Reason.STEP_TAKEN_OVER):
@@ -63,7 +64,7 @@ def test_a_retry_of_a_step_that_was_not_committed_starts_afresh(steps):
 
 
 def test_a_reply_that_is_overtaken_stops_instead_of_mixing_two_steps(steps):
-    slow = steps.begin("a")
+    slow = steps.begin(StepRequest("a"))
     slow.stage(0, 0, G.tobytes())
     slow.commit()
     pieces = slow.reply(8, lambda piece: bytes(piece.data))
@@ -75,30 +76,30 @@ def test_a_reply_that_is_overtaken_stops_instead_of_mixing_two_steps(steps):
 
 
 def test_another_request_waits_for_the_one_under_way(steps):
-    step = steps.begin("a")
+    step = steps.begin(StepRequest("a"))
     with refuse(Reason.STEP_IN_PROGRESS) as caught:
-        steps.begin("b")
+        steps.begin(StepRequest("b"))
     assert caught.value.retry_after_s
     step.close()
-    steps.begin("b").close()
+    steps.begin(StepRequest("b")).close()
 
 
 def test_a_wrong_expected_step_is_refused_with_the_current_one(steps):
     run_step(steps, "a", [(0, 0, G.tobytes())])
     before = fingerprint(steps)
     with refuse(Reason.WRONG_STEP) as caught:
-        steps.begin("b", expected_step=0)
+        steps.begin(StepRequest("b", expected_step=0))
     assert caught.value.metadata == {"current_step": "1", "expected_step": "0"}
     assert fingerprint(steps) == before
 
 
 def test_a_reply_that_a_later_gradient_has_overwritten_is_gone_and_says_so(steps):
     run_step(steps, "a", [(0, 0, G.tobytes())])
-    step = steps.begin("b")
+    step = steps.begin(StepRequest("b"))
     step.stage(0, 0, G[:1].tobytes())
     step.close()
     with refuse(Reason.REPLY_GONE):
-        steps.begin("a")
+        steps.begin(StepRequest("a"))
 
 
 def test_a_deleted_optimizer_refuses_without_keeping_anything(steps):
@@ -106,7 +107,7 @@ def test_a_deleted_optimizer_refuses_without_keeping_anything(steps):
     errors = []
     for _ in range(3):
         with refuse(Reason.OPTIMIZER_NOT_FOUND) as caught:
-            steps.begin("a")
+            steps.begin(StepRequest("a"))
         errors.append(caught.value)
     assert len({id(error) for error in errors}) == 3  # each with a traceback of its own
     assert not steps._state.slots
@@ -166,7 +167,7 @@ def test_a_bad_value_is_named_by_tensor_and_first_index(steps, bad):
 def test_too_many_fragments_are_refused():
     size = 40_000
     steps = make_steps(Parameter("x", (size,), F4))
-    step = steps.begin("a")
+    step = steps.begin(StepRequest("a"))
     with refuse(Reason.TOO_MANY_FRAGMENTS):
         for element in range(0, size, 2):
             step.stage(0, 4 * element, bytes(4))
@@ -175,18 +176,18 @@ def test_too_many_fragments_are_refused():
 @pytest.mark.parametrize("tensors", [(0, 0), (1, 0, 1)])
 def test_a_parameter_listed_twice_is_refused(steps, tensors):
     with refuse(Reason.DUPLICATE_PARAMETER):
-        steps.begin("a", tensors=tensors)
+        steps.begin(StepRequest("a", tensors=tensors))
 
 
 def test_an_unknown_parameter_is_refused(steps):
     with refuse(Reason.UNKNOWN_PARAMETER):
-        steps.begin("a", tensors=(3,))
+        steps.begin(StepRequest("a", tensors=(3,)))
 
 
 @pytest.mark.parametrize("request_id", ["", "x" * 65, "ü", "a\nb"])
 def test_an_unusable_request_id_is_refused(steps, request_id):
     with refuse(Reason.INVALID_FIELD):
-        steps.begin(request_id)
+        steps.begin(StepRequest(request_id))
 
 
 def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so(steps, monkeypatch):
@@ -198,7 +199,7 @@ def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so(steps, mo
         run_step(steps, "a", [(0, 0, G.tobytes())])
     monkeypatch.undo()
     with refuse(Reason.STATE_LOST):
-        steps.begin("b")
+        steps.begin(StepRequest("b"))
 
 
 def test_a_step_that_cannot_be_made_durable_is_not_applied():
@@ -244,9 +245,9 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
     segment = steps.share()
     assert segment is not None
     write_shared(segment, G)
-    with closing(steps.begin("a", segment=segment)) as step:
+    with closing(steps.begin(StepRequest("a", segment=segment))) as step:
         step.commit()
-    with closing(steps.begin("a", segment=segment)) as replay:
+    with closing(steps.begin(StepRequest("a", segment=segment))) as replay:
         # As when workers have stepped since.
         steps.main.retained = None
         before = fingerprint(steps)

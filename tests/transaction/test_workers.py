@@ -13,7 +13,7 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.transaction import Reply
+from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import Consistency
 from optserve_server.numerics.layout import Layout, Operand, Parameter
@@ -27,7 +27,7 @@ ONES = np.ones(2, np.float32).tobytes()
 
 def make_step(steps: Steps, worker: str) -> int:
     """A whole step of a worker; gives its number."""
-    step = steps.begin(str(uuid.uuid4()), reply=Reply.NOTHING, worker=worker)
+    step = steps.begin(StepRequest(str(uuid.uuid4()), reply=Reply.NOTHING, worker=worker))
     try:
         step.stage(0, 0, ONES)
         return step.commit().step
@@ -80,9 +80,9 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
     segment = steps.share()
     assert segment is not None
     write_shared(segment, np.ones(2, F4))
-    with closing(steps.begin("a", segment=segment, worker="w")) as step:
+    with closing(steps.begin(StepRequest("a", segment=segment, worker="w"))) as step:
         step.commit()
-    with closing(steps.begin("a", segment=segment, worker="w")) as replay:
+    with closing(steps.begin(StepRequest("a", segment=segment, worker="w"))) as replay:
         steps.workers.forget_replies()
         with pytest.raises(OptserveError, check=lambda error: error.reason is Reason.MISSING_CHUNK):
             replay.commit()
@@ -95,11 +95,11 @@ def test_what_lies_in_shared_memory_is_a_workers_gradient_once(reply):
     segment = steps.share()
     assert segment is not None
     write_shared(segment, np.ones(2, F4))
-    with closing(steps.begin("a", segment=segment, worker="w", reply=reply)) as step:
+    with closing(steps.begin(StepRequest("a", segment=segment, worker="w", reply=reply))) as step:
         step.commit()
     before = x_of(steps)
     with (
-        closing(steps.begin("b", segment=segment, worker="w", reply=reply)) as step,
+        closing(steps.begin(StepRequest("b", segment=segment, worker="w", reply=reply))) as step,
         pytest.raises(OptserveError, check=lambda error: error.reason is Reason.MISSING_CHUNK),
     ):
         step.commit()
@@ -112,7 +112,7 @@ def test_a_step_does_not_look_at_thousands_of_workers_that_have_been(kind):
         took = []
         for _ in range(30):
             begun = time.perf_counter()
-            with closing(steps.begin(str(uuid.uuid4()), reply=Reply.PARAMETERS, worker="w")) as step:
+            with closing(steps.begin(StepRequest(str(uuid.uuid4()), reply=Reply.PARAMETERS, worker="w"))) as step:
                 step.stage(0, 0, ONES)
                 step.commit()
             took.append(time.perf_counter() - begun)
@@ -132,22 +132,22 @@ def is_taken_over(error: OptserveError) -> bool:
 def test_a_stream_that_was_given_up_begins_nothing_and_disturbs_nothing():
     steps = shared_by("async", "w")
     steps.last("w", stream=1)
-    with closing(steps.begin("step-1", worker="w", stream=1)) as step:
+    with closing(steps.begin(StepRequest("step-1", worker="w", stream=1))) as step:
         step.stage(0, 0, ONES)
         step.commit()
     steps.last("w", stream=2)
     with pytest.raises(OptserveError, check=is_taken_over):
-        steps.begin("step-2", worker="w", stream=1)
+        steps.begin(StepRequest("step-2", worker="w", stream=1))
     # The reply of the last step is still there.
-    with closing(steps.begin("step-1", worker="w", stream=2)) as replay:
+    with closing(steps.begin(StepRequest("step-1", worker="w", stream=2))) as replay:
         assert replay.commit().replayed
         assert [np.frombuffer(part.data, F4).tolist() for part in replay.reply(1 << 20, lambda part: part)] == [
             [-1, -1]
         ]
-    with closing(steps.begin("step-2", worker="w", stream=2)) as step:
+    with closing(steps.begin(StepRequest("step-2", worker="w", stream=2))) as step:
         # The same step with another gradient, whose caller has been told that it has failed.
         with pytest.raises(OptserveError, check=is_taken_over):
-            steps.begin("step-2", worker="w", stream=1)
+            steps.begin(StepRequest("step-2", worker="w", stream=1))
         step.stage(0, 0, ONES)
         assert step.commit().step == 2
 
@@ -155,13 +155,13 @@ def test_a_stream_that_was_given_up_begins_nothing_and_disturbs_nothing():
 def test_what_a_given_up_stream_had_begun_is_not_applied_and_gives_way_at_once():
     steps = shared_by("async", "w")
     steps.last("w", stream=1)
-    given_up = steps.begin("step-1", worker="w", stream=1)
+    given_up = steps.begin(StepRequest("step-1", worker="w", stream=1))
     given_up.stage(0, 0, ONES)
     steps.last("w", stream=2)
     with pytest.raises(OptserveError, check=is_taken_over):
         given_up.commit()
     # Under another name, so not taken over for being the same.
-    with closing(steps.begin("another", worker="w", stream=2)) as step:
+    with closing(steps.begin(StepRequest("another", worker="w", stream=2))) as step:
         with pytest.raises(OptserveError, check=is_taken_over):
             given_up.stage(0, 0, ONES)
         given_up.close()
@@ -174,7 +174,7 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     segment = steps.share()
     assert segment is not None
     steps.last("w", stream=1)
-    given_up = steps.begin("step-1", segment=segment, worker="w", stream=1)
+    given_up = steps.begin(StepRequest("step-1", segment=segment, worker="w", stream=1))
     steps.last("w", stream=2)
     before = given_up._holder.staging.updates[F4].copy()
     write_shared(segment, np.full(2, 5, F4))
@@ -190,7 +190,7 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     monkeypatch.setattr(steps.workers, "_wait", lambda *them: (waits.set(), wait(*them)))
 
     def give(worker: str, value: int, stream: int) -> None:
-        with closing(steps.begin("step-1", reply=Reply.NOTHING, worker=worker, stream=stream)) as step:
+        with closing(steps.begin(StepRequest("step-1", reply=Reply.NOTHING, worker=worker, stream=stream))) as step:
             step.stage(0, 0, (value * np.ones(2, np.float32)).tobytes())
             try:
                 step.commit()
@@ -222,7 +222,7 @@ def share_by(steps: Steps, consistency: Consistency | None) -> None:
 def test_workers_do_not_come_into_the_middle_of_a_clients_step():
     steps = shared_by("async")
     share_by(steps, None)
-    with closing(steps.begin("mine")) as step:
+    with closing(steps.begin(StepRequest("mine"))) as step:
         step.stage(0, 0, ONES)
         with pytest.raises(OptserveError) as refused:
             share_by(steps, Consistency("sync", workers=1))
@@ -246,7 +246,7 @@ def test_a_mean_that_is_refused_takes_the_place_of_a_clients_last_reply():
     share_by(steps, Consistency("sync", workers=1))
     steps.workers.report("w", leaving=False)
     steps._state.write(F4, 0, 0, np.full(2, -3e38, F4))
-    with closing(steps.begin("w", reply=Reply.NOTHING, worker="w")) as step:
+    with closing(steps.begin(StepRequest("w", reply=Reply.NOTHING, worker="w"))) as step:
         step.stage(0, 0, np.full(2, 1e38, F4).tobytes())
         with pytest.raises(OptserveError, match="would be -inf"):
             step.commit()

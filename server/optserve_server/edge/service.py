@@ -25,7 +25,7 @@ from optserve_server.edge.upload_limiter import Turnstile
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.statistics import QUANTILES, Query, statistics
-from optserve_server.engine.transaction import Reply, Step
+from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics.backends import Choice
 from optserve_server.numerics.layout import Layout, Operand
 from optserve_server.numerics.rules import RULES
@@ -170,15 +170,17 @@ class Servicer:
         with self._admission.step():
             with fields_called({"tensors": "gradients"}):
                 step = item.steps.begin(
-                    request.request_id,
-                    expected,
-                    tensors,
-                    lineage=request.lineage,
-                    reply=reply,
-                    worker=request.worker,
-                    parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
-                    life=request.life,
-                    last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
+                    StepRequest(
+                        request.request_id,
+                        expected,
+                        tensors,
+                        lineage=request.lineage,
+                        reply=reply,
+                        worker=request.worker,
+                        parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
+                        life=request.life,
+                        last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
+                    )
                 )
             try:
                 for position, gradient in enumerate(request.gradients):

@@ -26,7 +26,7 @@ from optserve_server.edge.drain_gate import Admission
 from optserve_server.edge.places import NEXT_MESSAGE, current
 from optserve_server.edge.upload_limiter import Turnstile
 from optserve_server.engine.registry import Optimizer, Optimizers
-from optserve_server.engine.transaction import Outcome, ReplyChunk, Step
+from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
 from optserve_server.numerics.shared_segment import Segment
 
 logger = logging.getLogger(__name__)
@@ -247,17 +247,19 @@ class StepStream:
         self._admission.enter()
         try:
             self._step = self._optimizer.steps.begin(
-                request.request_id,
-                expected,
-                tuple(request.tensors),
-                self._wire,
-                self._lineage,
-                reply,
-                self._segment,
-                self._worker,
-                request.parameters_step if request.HasField("parameters_step") else None,
-                self._number,
-                self._life,
+                StepRequest(
+                    request.request_id,
+                    expected,
+                    tuple(request.tensors),
+                    self._wire,
+                    self._lineage,
+                    reply,
+                    self._segment,
+                    self._worker,
+                    request.parameters_step if request.HasField("parameters_step") else None,
+                    self._number,
+                    self._life,
+                )
             )
         finally:
             if self._step is None:

@@ -27,10 +27,9 @@ from optserve_server.engine.transaction import (
     PARAMETERS,
     UPDATES,
     Outcome,
-    Reply,
     Retained,
     Step,
-    Wanted,
+    StepRequest,
     check_request_id,
 )
 from optserve_server.engine.workers.buffer_budget import Room
@@ -116,83 +115,52 @@ class Steps:
                 field="worker",
             )
 
-    def begin(
-        self,
-        request_id: str,
-        expected_step: int | None = None,
-        tensors: tuple[int, ...] = (),
-        wire: np.dtype | None = None,
-        lineage: str = "",
-        reply: Reply = UPDATES,
-        segment: Segment | None = None,
-        worker: str = "",
-        parameters_step: int | None = None,
-        stream: int | None = None,
-        life: int = 0,
-        last_request_id: str | None = None,
-    ) -> Step:
+    def begin(self, request: StepRequest) -> Step:
         """Start a step and hold the staging buffer for it.
-
-        Args:
-            request_id: Identifies the step for retries.
-            expected_step: The step that the client believes is next; None to leave it unchecked.
-            tensors: Parameters that take part; none for all.
-            wire: Dtype of the payload; None for each parameter's own.
-            lineage: The state that the client knows; empty to leave it unchecked.
-            reply: What the reply carries.
-            segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
-            worker: Who makes it, where several share the optimizer.
-            parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
-            stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
-            life: Number of the worker's life; 0 where its client sends none.
-            last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
                 DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, WORKER_REPLACED,
                 GRADIENT_LATE, STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
-        check_request_id(request_id)
-        wanted = Wanted(
-            request_id, expected_step, tensors, wire, lineage, reply, segment, worker, parameters_step, stream, life,
-            last_request_id,
-        )  # fmt: skip
+        check_request_id(request.request_id)
+        worker = request.worker
         if worker:
             with self._lock:
                 self._check_worker(worker)
-                known = self.workers.act(worker, life)
-            return self.workers.hand_over(known, stream, life, lambda lane: self._make(lane, wanted))
+                known = self.workers.act(worker, request.life)
+            return self.workers.hand_over(known, request.stream, request.life, lambda lane: self._make(lane, request))
         with self._lock:
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)
-            step = self.main.holder = self._make(self.main, wanted)
+            step = self.main.holder = self._make(self.main, request)
             return step
 
-    def _make(self, lane: Lane, wanted: Wanted) -> Step:
+    def _make(self, lane: Lane, request: StepRequest) -> Step:
         """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
         self.check_usable()
         if self._state.settings.hosted:
             self.check_placed()
-        elif wanted.reply is not UPDATES:
+        elif request.reply is not UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
-        self.check_lineage(wanted.lineage)
-        worker, parameters_step = wanted.worker, wanted.parameters_step
-        repeated = lane.repeated(wanted.request_id, wanted.reply)
+        self.check_lineage(request.lineage)
+        worker, parameters_step = request.worker, request.parameters_step
+        repeated = lane.repeated(request.request_id, request.reply)
         if repeated is None:
-            if wanted.expected_step is not None and wanted.expected_step != self.step:
-                raise refusals.wrong_step(self._name, self.step, wanted.expected_step)
-            if wanted.last_request_id is not None and wanted.last_request_id != lane.last_request_id:
+            if request.expected_step is not None and request.expected_step != self.step:
+                raise refusals.wrong_step(self._name, self.step, request.expected_step)
+            if request.last_request_id is not None and request.last_request_id != lane.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, lane.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self._payloads.of(repeated.tensors if repeated else wanted.tensors, wanted.wire)
-        if wanted.segment is None and not worker and lane.staging.segment is not None:
+        payload = self._payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
+        if request.segment is None and not worker and lane.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
         step = Step(
-            lane, wanted.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
-            reply=wanted.reply, segment=wanted.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
-            stream=wanted.stream, life=wanted.life,
+            lane, request.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
+            reply=request.reply, segment=request.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
+            stream=request.stream, life=request.life,
         )  # fmt: skip
         lane.take_over(step)
         return step

@@ -31,21 +31,36 @@ class Reply(Enum):
 UPDATES, PARAMETERS, NOTHING = Reply
 
 
-class Wanted(NamedTuple):
-    """The step that a client wants to begin; see `Steps.begin`."""
+class StepRequest(NamedTuple):
+    """A step that a client asks for.
+
+    Attributes:
+        request_id: Identifies the step for retries.
+        expected_step: The step that the client believes is next; None to leave it unchecked.
+        tensors: Parameters that take part; none for all.
+        wire: Dtype of the payload; None for each parameter's own.
+        lineage: The state that the client knows; empty to leave it unchecked.
+        reply: What the reply carries.
+        segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
+        worker: Who makes it, where several share the optimizer.
+        parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
+        stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
+        life: Number of the worker's life; 0 where its client sends none.
+        last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
+    """
 
     request_id: str
-    expected_step: int | None
-    tensors: tuple[int, ...]
-    wire: np.dtype | None
-    lineage: str
-    reply: Reply
-    segment: Segment | None
-    worker: str
-    parameters_step: int | None
-    stream: int | None
-    life: int
-    last_request_id: str | None
+    expected_step: int | None = None
+    tensors: tuple[int, ...] = ()
+    wire: np.dtype | None = None
+    lineage: str = ""
+    reply: Reply = UPDATES
+    segment: Segment | None = None
+    worker: str = ""
+    parameters_step: int | None = None
+    stream: int | None = None
+    life: int = 0
+    last_request_id: str | None = None
 
 
 class Outcome(NamedTuple):
