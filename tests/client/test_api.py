@@ -1,8 +1,10 @@
 """What the package offers, and that it needs nothing of the server."""
 
+import ast
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import optserve.aio
 from optserve import algorithms
 from optserve._aio.awaiting import Threads
 from optserve.aio import AsyncOptimizer, AsyncWorker
+from optserve.v1 import errors_pb2
 from optserve_server.numerics.rules import RULES
 
 PUBLIC = [
@@ -136,3 +139,14 @@ def test_every_exception_is_drawn_in_the_tree_of_its_module():
 def test_settings_that_cannot_be_used_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         optserve.ClientConfig(**bad)
+
+
+SOURCES = [path for path in Path(optserve.__file__).parent.rglob("*.py") if "v1" not in path.parts]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(Path(optserve.__file__).parent)))
+def test_no_module_spells_out_a_reason(path):
+    """A misspelt literal would compare unequal and say nothing; a misspelt constant fails at the import."""
+    reasons = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.DESCRIPTOR.values_by_name}
+    literals = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert not reasons & literals

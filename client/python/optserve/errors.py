@@ -37,6 +37,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from optserve import _reasons
+
 logger = logging.getLogger(__name__)
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -215,14 +217,14 @@ _BY_CODE: dict[int, type[OptserveError]] = {
     code_pb2.DATA_LOSS: StateLostError,
 }
 _BY_REASON: dict[str, type[OptserveError]] = {
-    "GRADIENT_LATE": GradientLateError,
-    "TOO_FEW_WORKERS": TooFewWorkersError,
-    "WORKER_REPLACED": WorkerReplacedError,
-    "WRONG_STEP": WrongStepError,
-    "ETAG_MISMATCH": EtagMismatchError,
-    "STATE_REPLACED": StateReplacedError,
-    "STEP_IN_PROGRESS": StepInProgressError,
-    "CHECKPOINT_DAMAGED": CheckpointDamagedError,
+    _reasons.GRADIENT_LATE: GradientLateError,
+    _reasons.TOO_FEW_WORKERS: TooFewWorkersError,
+    _reasons.WORKER_REPLACED: WorkerReplacedError,
+    _reasons.WRONG_STEP: WrongStepError,
+    _reasons.ETAG_MISMATCH: EtagMismatchError,
+    _reasons.STATE_REPLACED: StateReplacedError,
+    _reasons.STEP_IN_PROGRESS: StepInProgressError,
+    _reasons.CHECKPOINT_DAMAGED: CheckpointDamagedError,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from optserve import _reasons
 from optserve._resources import replies
 from optserve._rpc.connection import Transport
 from optserve._rpc.deadline import Patience
@@ -180,7 +181,7 @@ class Worker:
                 patience, grads, curvature=curvature, out=out, reply=reply, partial=partial
             )
         except StepInDoubtError as error:
-            if reply != "parameters" or getattr(error.__cause__, "reason", "") != "REPLY_GONE":
+            if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
             # Applied, but the server has died since and no longer has the reply; newer parameters are as good.
             return self._newer(patience, list(grads), out)

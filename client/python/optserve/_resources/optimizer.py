@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from optserve import algorithms, settings
+from optserve import _reasons, algorithms, settings
 from optserve._common.wire import WIRE_DTYPES
 from optserve._resources import replies
 from optserve._resources.checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
@@ -162,14 +162,14 @@ class Resource(abc.ABC):
             # More steps than there are: it is only asked whether there is anything.
             self.pull_parameters(newer_than=MAX_STEP)
         except FailedPreconditionError as error:
-            if error.reason != "PARAMETERS_MISSING":
+            if error.reason != _reasons.PARAMETERS_MISSING:
                 raise
         else:
             return
         try:
             self.push_parameters(params)
         except FailedPreconditionError as error:
-            if error.reason != "PARAMETERS_IN_PLACE":
+            if error.reason != _reasons.PARAMETERS_IN_PLACE:
                 raise
 
     def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 
+from optserve import _reasons
 from optserve._common import wire
 from optserve._common.wire import DTYPES
 from optserve._resources import replies
@@ -166,7 +167,7 @@ def _persistently(connection: Transport, attempt: Callable[[float], _Result]) ->
         except grpc.RpcError as error:
             failure = connection.translate(error, connection.config.step_timeout_s)
         # What has not moved for long is discarded; under the same id it is the same upload.
-        if not (is_retryable(failure) or failure.reason == "STEP_TAKEN_OVER"):
+        if not (is_retryable(failure) or failure.reason == _reasons.STEP_TAKEN_OVER):
             raise failure
         patience.pause(backoff.next_s(failure), failure)
 

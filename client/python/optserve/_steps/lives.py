@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Callable
 
+from optserve import _reasons
 from optserve.errors import ClientUseError, OptserveError, StepInDoubtError, WorkerReplacedError
 
 _WORKER_STEP = re.compile(r"step-(\d{1,19})(?:-.*)?")
@@ -85,7 +86,7 @@ class Life:
         """Look whether an error says that this life is over, which it stays whatever a server says later."""
         if isinstance(error, WorkerReplacedError):
             message, metadata = error.message, error.metadata
-            self._ended = lambda: WorkerReplacedError(message, reason="WORKER_REPLACED", metadata=metadata)
+            self._ended = lambda: WorkerReplacedError(message, reason=_reasons.WORKER_REPLACED, metadata=metadata)
 
     def leave(self) -> None:
         """It makes no steps any more."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from optserve import _reasons
 from optserve._rpc.connection import Backoff, Transport, is_retryable
 from optserve._rpc.deadline import Patience, Turn
 from optserve._steps.error_feedback import ErrorFeedback
@@ -279,7 +280,7 @@ class StepSession:
                 self.life.note(error)
                 doubtful = before or isinstance(error, InternalError | StateLostError)
                 # Also a reply that was read too slowly is taken over.
-                doubtful |= error.reason == "STEP_TAKEN_OVER"
+                doubtful |= error.reason == _reasons.STEP_TAKEN_OVER
             except OptserveError as lost:
                 self._close_stream()
                 error = lost
@@ -292,7 +293,7 @@ class StepSession:
                 error = None
                 return
             # A step that has not moved for long is discarded; under the same id it is the same step.
-            if self._is_passing(error) or error.reason == "STEP_TAKEN_OVER":
+            if self._is_passing(error) or error.reason == _reasons.STEP_TAKEN_OVER:
                 backoff = backoff or Backoff(self._connection.config)
                 try:
                     self._pause(patience, backoff, error)
@@ -300,7 +301,7 @@ class StepSession:
                     raise ended if doubtful else _NotApplied(ended) from None
             elif not doubtful:
                 raise _NotApplied(error)
-            elif error.reason in ("WRONG_STEP", "REPLY_GONE", "WORKER_REPLACED"):
+            elif error.reason in (_reasons.WRONG_STEP, _reasons.REPLY_GONE, _reasons.WORKER_REPLACED):
                 raise StepInDoubtError(
                     f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
                     "Whether the step was applied is no longer known. Call refresh() to go on."
@@ -310,14 +311,14 @@ class StepSession:
 
     def _is_passing(self, error: OptserveError) -> bool:
         """Whether the same call may succeed after a pause."""
-        return is_retryable(error) or (error.reason == "WORKER_UNKNOWN" and self._register is not None)
+        return is_retryable(error) or (error.reason == _reasons.WORKER_UNKNOWN and self._register is not None)
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
-        if error.reason == "STEP_TAKEN_OVER":
+        if error.reason == _reasons.STEP_TAKEN_OVER:
             # Perhaps because a later stream was opened: then no step by this one counts any more.
             self._close_stream()
         patience.pause(backoff.next_s(error), error)
-        if error.reason == "WORKER_UNKNOWN" and self._register is not None:
+        if error.reason == _reasons.WORKER_UNKNOWN and self._register is not None:
             # The server was started anew, or has not heard of this worker for long.
             self._register()
 
@@ -401,7 +402,7 @@ class StepSession:
             raise StateReplacedError(
                 f"{self._name} has been deleted and made anew since this client last looked; it is at step "
                 f"{opened.step}. Get it anew from the client; or refresh() and go on, if its parameters are the same.",
-                reason="STATE_REPLACED",
+                reason=_reasons.STATE_REPLACED,
             )
         if opened.step < self.current_step:
             raise StepsLostError(

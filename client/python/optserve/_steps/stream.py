@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from optserve import _reasons
 from optserve._common import half_floats, wire
 from optserve._common.control import MAX_PACKET_BYTES, ControlConnection
 from optserve._rpc.connection import Transport, readable
@@ -330,7 +331,7 @@ class StepStream:
         if message.request_id not in ("", begin.request_id):
             return InternalError(f"The server's error is about another step: {error}")
         # The reply can be taken away. Anything else comes too late: what is replied to was applied.
-        if replied and error.reason not in ("STEP_TAKEN_OVER", "INTERNAL"):
+        if replied and error.reason not in (_reasons.STEP_TAKEN_OVER, _reasons.INTERNAL):
             return InternalError(f"The server refuses a step in the middle of its reply: {error}")
         return StepRefused(error)
 
