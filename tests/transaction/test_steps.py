@@ -1,5 +1,6 @@
 """A step is applied once, whole, or not at all."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 
@@ -8,12 +9,41 @@ import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory, Replacement
+from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import StepRequest
-from optserve_server.numerics.layout import Parameter
+from optserve_server.numerics.backends.base import Kernel
+from optserve_server.numerics.backends.numpy import NumpyBackend
+from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.rules import Adadelta, Rule
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.state import State
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
 G = np.arange(1, 8, dtype=np.float32)
+
+
+class DeviceError(RuntimeError):
+    """What a library of a device raises when it is gone."""
+
+
+class FailingBackend(NumpyBackend):
+    """NumPy on a device that can fail in the middle of a step: one slot is changed, the others are not."""
+
+    fails = False
+
+    def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
+        whole = super().compile(rule, dtype)
+
+        def kernel(
+            staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
+        ) -> None:
+            if self.fails:
+                slots[0][...] = 1
+                raise DeviceError("the device is gone")
+            whole(staged, slots, scalars, *inputs)
+
+        return kernel
 
 
 def refuse(reason: Reason):
@@ -190,16 +220,21 @@ def test_an_unusable_request_id_is_refused(steps, request_id):
         steps.begin(StepRequest(request_id))
 
 
-def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so(steps, monkeypatch):
-    def fail(_runs):
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(steps._state, "apply", fail)
+def test_a_device_that_fails_in_the_middle_loses_the_state_and_says_so():
+    backend = FailingBackend()
+    state = State(Layout((Parameter("w", (6,), F4), Parameter("b", (1,), F4))), Settings(Adadelta()), backend)
+    steps = Steps("test", state, InMemory())
+    run_step(steps, "a", [(0, 0, G.tobytes())])
+    backend.fails = True
+    with refuse(Reason.STATE_LOST) as caught:
+        run_step(steps, "b", [(0, 0, G.tobytes())])
+    assert isinstance(caught.value.__cause__, DeviceError)
+    assert caught.value.metadata == {"optimizer": "test"}
+    backend.fails = False
+    # The state may be half changed, so that it stays lost when the device works again.
     with refuse(Reason.STATE_LOST):
-        run_step(steps, "a", [(0, 0, G.tobytes())])
-    monkeypatch.undo()
-    with refuse(Reason.STATE_LOST):
-        steps.begin(StepRequest("b"))
+        steps.begin(StepRequest("c"))
+    assert steps.step == 1
 
 
 def test_a_step_that_cannot_be_made_durable_is_not_applied():
