@@ -252,7 +252,7 @@ def test_another_dtype_is_refused_by_name(client, name, param):
         ({"x": [1.0, 2.0]}, "'x' is of type list, which has no shape and dtype"),
         ({"x": None}, "'x' is of type NoneType"),
         ({3: np.ones(2)}, "cannot be made of these arguments"),
-        ({"x": optserve.TensorSpec((None, 2))}, "cannot be made of these arguments"),
+        ({"x": optserve.TensorSpec((None, 2))}, "cannot be made of these arguments"),  # pyright: ignore[reportArgumentType]
         ({"x": optserve.TensorSpec((-1,))}, "cannot be made of these arguments"),
     ],
 )
@@ -334,7 +334,8 @@ def test_a_group_takes_a_sequence_of_names():
     with refused(r"pass \['w'\]"):
         optserve.Group("w", {})
     assert optserve.Group(["w"], {}) == optserve.Group(("w",), {})
-    assert optserve.AtSteps(rate=0.5, milestones=[1, 2]) == optserve.AtSteps(rate=0.5, milestones=(1, 2))
+    listed = optserve.AtSteps(rate=0.5, milestones=[1, 2])  # pyright: ignore[reportArgumentType]
+    assert listed == optserve.AtSteps(rate=0.5, milestones=(1, 2))
 
 
 @pytest.mark.parametrize("transport", ["GRPC", "tcp", None])

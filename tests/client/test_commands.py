@@ -55,7 +55,7 @@ def commands(lines: Sequence[Sequence[object]]) -> list[subprocess.CompletedProc
     outputs, errors = done.stdout.split("\0")[:-1], done.stderr.split("\0")[:-1]
     assert len(outputs) == len(errors) == len(lines), done.stderr
     return [
-        subprocess.CompletedProcess(line, int(output[-1]), output[:-1], error)
+        subprocess.CompletedProcess([str(word) for word in line], int(output[-1]), output[:-1], error)
         for line, output, error in zip(lines, outputs, errors, strict=True)
     ]
 
@@ -66,8 +66,8 @@ def on_a_terminal(columns: int, *arguments: object) -> str:
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
     line = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    streams = {"stdin": writer, "stdout": writer, "stderr": writer}
-    with subprocess.Popen(line, **streams, env=environment | {"TERM": "xterm"}) as process:
+    environment["TERM"] = "xterm"
+    with subprocess.Popen(line, stdin=writer, stdout=writer, stderr=writer, env=environment) as process:
         os.close(writer)
         shown = b""
         while True:

@@ -162,7 +162,7 @@ def curvature_chunk(offset: int, data: bytes) -> Request:
     return message
 
 
-ONE, THREE = np.float32([1, 1]).tobytes(), np.float32([3, 3]).tobytes()
+ONE, THREE = np.array([1, 1], np.float32).tobytes(), np.array([3, 3], np.float32).tobytes()
 
 
 def test_both_operands_may_come_in_any_order(stub, resource):

@@ -416,7 +416,9 @@ def prepared(act: str, client: optserve.Client, out: dict[str, np.ndarray]) -> C
         opt.step(GRADIENTS)
     if act == "reopen":
         opt.close()
-    state = opt.export_state() if act == "import" else None
+    if act == "import":
+        state = opt.export_state()
+        return lambda: opt.import_state(state)
     return {
         "step": lambda: opt.step(GRADIENTS, out=out),
         "reopen": lambda: opt.step(GRADIENTS, out=out),
@@ -427,7 +429,6 @@ def prepared(act: str, client: optserve.Client, out: dict[str, np.ndarray]) -> C
         "checkpoints": opt.list_checkpoints,
         "restore": lambda: opt.restore_checkpoint("good"),
         "drop": lambda: opt.delete_checkpoint("good"),
-        "import": lambda: opt.import_state(state),
         "push": lambda: opt.push_parameters(GRADIENTS),
         "pull": lambda: opt.pull_parameters(out=out),
         "pull newer": lambda: opt.pull_parameters(out=out, newer_than=5),
@@ -562,7 +563,7 @@ def test_a_segment_that_cannot_be_is_a_typed_error_or_not_used(evil, label):
         assert is_right(client.optimizer("m", transport="grpc").step(GRADIENTS, out=out))
 
 
-def message(**parts: object) -> bytes:
+def message(**parts: Any) -> bytes:
     return steps_pb2.StreamStepsResponse(**parts).SerializeToString()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import optserve
 from client.proxy import proxy
+from optserve.optimizer import WireDtype
 
 SIZE = 3000
 HALF_ULP = {"bfloat16": 2.0**-8 + 2.0**-24, "float16": 2.0**-11}
@@ -48,7 +49,7 @@ class Ledger:
         return self._given.copy()
 
 
-def ledger(client: optserve.Client, through: optserve.Client, name: str, wire_dtype: str) -> Ledger:
+def ledger(client: optserve.Client, through: optserve.Client, name: str, wire_dtype: WireDtype) -> Ledger:
     client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), {"x": np.zeros(SIZE)}, hosted=True)
     return Ledger(client, through.optimizer(name, wire_dtype=wire_dtype, error_feedback=True), wire_dtype)
 

@@ -239,7 +239,7 @@ def test_a_result_tells_the_norm_that_clipping_has_seen(stub, name):
     )
     made = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer)).optimizer
     with stream(stub, made.name) as steps:
-        steps.send(begin(), chunk(0, 0, np.float32([3, 4]).tobytes()), commit())
+        steps.send(begin(), chunk(0, 0, np.array([3, 4], np.float32).tobytes()), commit())
         payload, result = steps.reply()
     assert result.gradient_norm == 5.0
     np.testing.assert_allclose(np.frombuffer(payload, "f4"), [-0.6, -0.8], rtol=1e-6)

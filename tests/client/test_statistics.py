@@ -76,6 +76,7 @@ def test_the_rates_of_every_method_are_the_factors_on_the_gradient(client, name,
     elements = opt.statistics(["b"], indices=[0, 8, 3]).parameters["b"].elements
     slots = {slot: array[[0, 8, 3]] for slot, array in opt.export_state().slots["b"].items()}
     assert elements.indices.tolist() == [0, 8, 3]
+    assert elements.rates is not None
     np.testing.assert_allclose(elements.rates, np.broadcast_to(expected(slots), 3), rtol=1e-9)
     for slot, array in slots.items():
         np.testing.assert_array_equal(elements.slots[slot], array)
@@ -163,6 +164,7 @@ def test_rates_are_the_same_after_a_restart_and_those_of_the_settings_after_a_re
         assert restored.rates_count_last_update
         # A quarter is the factor of the third step.
         expected = 0.25 * np.sqrt((slots["acc_delta"][0] + 1e-6) / (slots["square_avg"][0] + 1e-6))
+        assert restored.elements.rates is not None
         np.testing.assert_allclose(restored.elements.rates, [expected], rtol=1e-12)
 
 

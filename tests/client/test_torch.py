@@ -1,6 +1,7 @@
 """States between the service and torch.optim, whose optimizers go on with them."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ GROUPS = [
 ]
 
 
-def torch_class(method: optserve.Algorithm):
+def torch_class(method: optserve.Algorithm) -> Any:
     return type(torch_optimizer(method, [torch.nn.Parameter(torch.ones(1))]))
 
 

@@ -17,6 +17,7 @@ import optserve
 from client.proxy import Proxy
 from durability.doomed_worker import CONFIG, total, work
 from durability.test_kill import free_port
+from optserve.optimizer import TransportName
 
 WORKERS = int(os.environ.get("OPTSERVE_WORKERS", "200"))
 STEPS = 50
@@ -191,7 +192,7 @@ def run_lives(threads: int, live: Callable[[int], None]) -> None:
 
 
 @contextmanager
-def life_of(target: str, transport: str) -> Iterator[tuple[optserve.Client, optserve.Worker]]:
+def life_of(target: str, transport: TransportName) -> Iterator[tuple[optserve.Client, optserve.Worker]]:
     """A life of the one worker, in a client of its own."""
     with optserve.connect(target, CONFIG) as client, client.worker("a", "same", transport=transport) as worker:
         yield client, worker

@@ -19,6 +19,8 @@ WORKERS = ("alice", "bob")
 LARGE_BYTES = 4096
 """From this size on, an array is kept as a digest."""
 
+INFO: Any = error_details_pb2.ErrorInfo.DESCRIPTOR
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -127,7 +129,7 @@ def _worker(stub: service_pb2_grpc.OptimizerServiceStub, name: str, worker: str)
 def _reason(reply: steps_pb2.StreamStepsResponse) -> str:
     if not reply.HasField("error"):
         return "replayed"
-    infos = [detail for detail in reply.error.status.details if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
+    infos = [detail for detail in reply.error.status.details if detail.Is(INFO)]
     found = error_details_pb2.ErrorInfo()
     infos[0].Unpack(found)
     return found.reason

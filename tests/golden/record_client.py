@@ -69,7 +69,8 @@ class Recorder(grpc.GenericRpcHandler):
                 yield message
 
         try:
-            yield from kept("received", self._channel.stream_stream(method)(kept("sent", requests)))
+            received = self._channel.stream_stream(method, bytes, bytes)(kept("sent", requests))
+            yield from kept("received", iter(received))
         except grpc.RpcError as error:
             if not context.is_active():
                 # The client has ended its stream.

@@ -18,6 +18,8 @@ THREADS = 16
 def loops():
     """The module as it is in a process in which nothing has been compiled yet."""
     spec = importlib.util.spec_from_file_location("fresh_loops", numba_loops.__file__)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

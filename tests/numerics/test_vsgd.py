@@ -1,6 +1,7 @@
 """vSGD where its averages are nearly equal, very different in size, or at their limits."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ def _by_the_server(dtype: np.dtype, noise: np.ndarray) -> np.ndarray:
     slots = [np.zeros_like(h) for _ in Vsgd.slots]
     constants = [dtype.type(scalar) for scalar in Vsgd().scalars()[3:]]
     x, path = np.ones_like(h), []
+    rule: Any = Vsgd.update
     for row in noise.astype(dtype):
-        update, *slots = Vsgd.update(
+        update, *slots = rule(
             np.sqrt, h * (x - row), h, *slots, eps, overestimate - dtype.type(1), initial_steps, *constants
         )
         x = x + update

@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
+from optserve.optimizer import TransportName
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
 from optserve_server.domain.config import ServerConfig
 from optserve_server.edge.interceptors import ARRIVING, LEAVING, QUEUED_PER_THREAD
@@ -241,7 +242,8 @@ def test_a_stream_whose_steps_pass_its_control_socket_is_not_silent(tmp_path):
     gradient = {"x": np.ones(2, np.float32)}
     with serving(tmp_path, max_streams=2, idle_step_s=0.5) as server, ExitStack() as stack:
         made = []
-        for name, transport in (("active", "shm"), ("silent", "grpc"), ("newcomer", "grpc")):
+        transports: dict[str, TransportName] = {"active": "shm", "silent": "grpc", "newcomer": "grpc"}
+        for name, transport in transports.items():
             client = stack.enter_context(optserve.connect(server.target))
             client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), {"x": np.zeros(2, np.float32)})
             made.append(client.optimizer(name, transport=transport))
@@ -396,7 +398,7 @@ def test_messages_of_unknown_fields(tmp_path):
     message = steps_pb2.StreamStepsRequest(open=steps_pb2.Open(name="optimizers/none")).SerializeToString()
     unknown = b"\x48\x00" * 400_000
     with serving(tmp_path) as server, grpc.insecure_channel(server.target) as channel:
-        call = channel.stream_stream(SERVICE + "StreamSteps")
+        call = channel.stream_stream(SERVICE + "StreamSteps", bytes, bytes)
         attacked(server, lambda: list(call(iter([message + unknown]), timeout=5)))
 
 

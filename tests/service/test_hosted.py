@@ -242,7 +242,7 @@ def test_only_what_is_newer_and_only_what_is_wanted_is_pulled(client, name, para
 
 
 def test_parameters_travel_in_halves_if_the_client_wants(client, name):
-    x = {"x": np.float32([1.0, 1.00390625, 3.1415927])}
+    x = {"x": np.array([1.0, 1.00390625, 3.1415927], np.float32)}
     client.create_optimizer(name, optserve.Sgd(), x, hosted=True)
     opt = client.optimizer(name, wire_dtype="bfloat16")
     assert opt.pull_parameters().arrays["x"].tolist() == [1.0, 1.0, 3.140625]
@@ -290,7 +290,7 @@ def test_copies_on_their_way_are_bounded_and_whoever_comes_late_is_told_to_come_
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         request = replicas_pb2.PullParametersRequest(name="optimizers/a")
         unread = stub.PullParameters(request)
-        assert next(unread).step == 0
+        assert next(iter(unread)).step == 0
         # The same step shares the copy; another one has no room.
         assert len(list(stub.PullParameters(request))) > 1
         opt.step({"x": np.ones(size, np.float32)}, reply="nothing")
@@ -315,7 +315,7 @@ def test_a_client_that_does_not_read_its_pull_is_cut_off(tmp_path):
         opt = client.create_optimizer("a", optserve.Sgd(), {"x": np.zeros(size, np.float32)}, hosted=True)
         request = replicas_pb2.PullParametersRequest(name="optimizers/a")
         unread = service_pb2_grpc.OptimizerServiceStub(channel).PullParameters(request)
-        assert next(unread).step == 0
+        assert next(iter(unread)).step == 0
         opt.step({"x": np.ones(size, np.float32)}, reply="nothing")
         # There is no room for a second copy before the first is given up.
         assert opt.pull_parameters().step == 1

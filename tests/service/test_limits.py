@@ -24,6 +24,8 @@ from optserve.v1 import (
 from optserve.v1.steps_pb2 import StreamStepsRequest as Request
 from service.wire_client import begin, create, refused, stream
 
+DATA_TYPES = optimizer_pb2.DATA_TYPE_FLOAT32, optimizer_pb2.DATA_TYPE_FLOAT64
+
 MIB = 1 << 20
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -53,7 +55,7 @@ def test_statistics_are_counted_before_anything_is_made_for_them(stub, name):
 @pytest.mark.quiet
 def test_many_milestones_cost_what_they_take_on_the_wire(client, name):
     """An update with 400,000 took 5 s, and each step counted them."""
-    gradient, milestones = {"x": np.ones(3, np.float32)}, list(range(1 << 20, (1 << 20) + 400_000))
+    gradient, milestones = {"x": np.ones(3, np.float32)}, tuple(range(1 << 20, (1 << 20) + 400_000))
     opt = client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), gradient)
 
     def seconds(call: Callable[[], object]) -> float:
@@ -94,7 +96,7 @@ def time_of_a_step_and_statistics(stub, name: str, count: int) -> float:
     rate = algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd(learning_rate=0.5))
     optimizer = optimizer_pb2.Optimizer(
         algorithm=SGD,
-        parameters=[optimizer_pb2.Parameter(name=f"{i}", shape=[1], data_type=1 + i % 2) for i in range(count)],
+        parameters=[optimizer_pb2.Parameter(name=f"{i}", shape=[1], data_type=DATA_TYPES[i % 2]) for i in range(count)],
         groups=[optimizer_pb2.ParameterGroup(parameters=[f"{i}"], algorithm=rate) for i in range(count)],
     )
     created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
@@ -190,7 +192,7 @@ def test_fields_that_nobody_knows_are_not_looked_through_one_by_one():
 def test_compressed_messages_are_refused(server, algorithm):
     """A thousandth of a message's bytes would make the server hold it whole."""
     with grpc.insecure_channel(server.target, compression=algorithm) as channel:
-        call = channel.unary_unary("/optserve.v1.OptimizerService/GetServerInfo")
+        call = channel.unary_unary("/optserve.v1.OptimizerService/GetServerInfo", bytes, bytes)
         with pytest.raises(grpc.RpcError) as caught:
             call(bytes(10_000), timeout=10)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

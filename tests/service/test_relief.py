@@ -3,6 +3,7 @@
 import pytest
 
 import optserve
+from optserve_server.edge.places import Places
 from optserve_server.edge.relief import FIRST_PAUSE_S, Relief
 from service.attacks import SERVICE, raw, wait_until
 from service.worker_harness import config_of
@@ -11,13 +12,14 @@ STEPS = SERVICE + "StreamSteps"
 MIB = 1 << 20
 
 
-class Waiting:
+class Waiting(Places):
     """So many calls that wait."""
 
     def __init__(self, count: int) -> None:
+        super().__init__("calls wait", count)
         self.count = count
 
-    def end_some_who_wait(self, _waited_s: float) -> int:
+    def end_some_who_wait(self, waited_s: float) -> int:
         some = -(-self.count // 2)
         self.count -= some
         return some

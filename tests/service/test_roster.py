@@ -1,6 +1,7 @@
 """Which workers are remembered: all up to a limit, and beyond it those who have died last."""
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,9 @@ from optserve_server.engine.workers.registry import Roster
 
 
 def lane() -> Lane:
-    return Lane("a", None, threading.RLock(), lambda step: None, 60.0, lambda lane: None)
+    # No step is made in it.
+    nothing: Any = None
+    return Lane("a", nothing, threading.RLock(), nothing, 60.0, lambda lane: None)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from optserve_server.numerics.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
 MIB = 1 << 20
+DATA_TYPES = optimizer_pb2.DATA_TYPE_FLOAT32, optimizer_pb2.DATA_TYPE_FLOAT64
 
 
 def config_file(folder: Path, **settings) -> list[str]:
@@ -211,7 +212,7 @@ def test_a_step_is_not_kept_by_messages_that_bring_nothing(tmp_path, how):
 
 def test_a_client_that_has_stalled_goes_on_with_the_same_step(tmp_path):
     options = config_file(tmp_path, idle_step_s=0.2)
-    first, second = np.float32([1, 2]), np.float32([3])
+    first, second = np.array([1, 2], np.float32), np.array([3], np.float32)
     with optserve.local_server(options=options) as server, optserve.connect(server.target) as client:
         client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), {"x": first, "y": second})
         opt = client.optimizer("a", transport="grpc")
@@ -228,7 +229,7 @@ def test_a_step_of_many_small_tensors_takes_linear_time(stub, name):
     count = 8000
     optimizer = optimizer_pb2.Optimizer(
         algorithm=algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd()),
-        parameters=[optimizer_pb2.Parameter(name=f"{i}", data_type=1 + i % 2) for i in range(count)],
+        parameters=[optimizer_pb2.Parameter(name=f"{i}", data_type=DATA_TYPES[i % 2]) for i in range(count)],
     )
     stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=optimizer))
     with stream(stub, f"optimizers/{name}") as steps:

@@ -91,11 +91,11 @@ def test_settings_come_with_a_state_and_those_that_are_not_named_stay(stub, name
 def test_first_chunk_and_commit_may_share_a_message(stub, name):
     made = create(stub, name, {"x": (2,)})
     messages = [
-        chunk(0, 0, np.float32([1, 2]).tobytes(), name=made.name, step=3),
-        chunk(0, 1, np.float32([3, 4]).tobytes(), commit=steps_pb2.Commit()),
+        chunk(0, 0, np.array([1, 2], np.float32).tobytes(), name=made.name, step=3),
+        chunk(0, 1, np.array([3, 4], np.float32).tobytes(), commit=steps_pb2.Commit()),
     ]
     assert stub.ImportState(iter(messages)).optimizer.step == 3
-    assert exported(stub, made.name)[0, 1] == np.float32([3, 4]).tobytes()
+    assert exported(stub, made.name)[0, 1] == np.array([3, 4], np.float32).tobytes()
 
 
 def test_a_retried_import_is_made_once(stub, optimizer):
@@ -124,12 +124,17 @@ def test_a_retried_import_is_made_once(stub, optimizer):
         (lambda m: [m[0], chunk(1, 0, bytes(4), 2)], "INVALID_ARGUMENT", "CHUNK_OUT_OF_BOUNDS", "chunk.offset"),
         (lambda m: [m[0], chunk(1, 0, bytes(3))], "INVALID_ARGUMENT", "CHUNK_OUT_OF_BOUNDS", "chunk.offset"),
         (
-            lambda m: [m[0], chunk(1, 0, np.float32([np.inf]).tobytes(), 4)],
+            lambda m: [m[0], chunk(1, 0, np.array([np.inf], np.float32).tobytes(), 4)],
             "INVALID_ARGUMENT",
             "NON_FINITE_VALUE",
             "data",
         ),
-        (lambda m: [m[0], chunk(1, 0, np.float32([-1e-9]).tobytes(), 4)], "INVALID_ARGUMENT", "INVALID_FIELD", "data"),
+        (
+            lambda m: [m[0], chunk(1, 0, np.array([-1e-9], np.float32).tobytes(), 4)],
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "data",
+        ),
         (lambda m: [m[0], Import(data=b"1234")], "INVALID_ARGUMENT", "INVALID_FIELD", "chunk"),
         (
             lambda m: [m[0], Import(chunk=pb.SlotChunk(parameter=True))],
@@ -214,7 +219,7 @@ def test_an_import_that_stops_moving_is_cut_off(tmp_path):
 
 def test_a_message_that_is_none_is_refused(server):
     with grpc.insecure_channel(server.target) as channel:
-        call = channel.stream_unary("/optserve.v1.OptimizerService/ImportState")
+        call = channel.stream_unary("/optserve.v1.OptimizerService/ImportState", bytes, bytes)
         with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
             call(iter([b"\xff\xff"]))
 

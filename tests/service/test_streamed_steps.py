@@ -131,7 +131,7 @@ def test_a_retry_on_another_stream_gets_the_same_bytes(stub, optimizer):
         ([begin(reply=steps_pb2.REPLY_PARAMETERS), commit()], grpc.StatusCode.FAILED_PRECONDITION, "NOT_HOSTED"),
         ([begin(), Request(data=bytes(4)), commit()], grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
         (
-            [begin(), Request(chunk=steps_pb2.Chunk(operand=9), data=bytes(4)), commit()],
+            [begin(), Request(chunk=steps_pb2.Chunk(operand=9), data=bytes(4)), commit()],  # pyright: ignore[reportArgumentType]
             grpc.StatusCode.INVALID_ARGUMENT,
             "INVALID_FIELD",
         ),
@@ -223,9 +223,9 @@ def test_a_second_open_ends_the_stream(stub, optimizer):
 
 def test_bytes_that_are_no_message_end_the_stream(server, optimizer):
     with grpc.insecure_channel(server.target) as channel:
-        call = channel.stream_stream("/optserve.v1.OptimizerService/StreamSteps")(iter([b"\xff\xff\xff"]))
+        call = channel.stream_stream("/optserve.v1.OptimizerService/StreamSteps", bytes, bytes)(iter([b"\xff\xff\xff"]))
         with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
-            next(call)
+            next(iter(call))
 
 
 # --- the end of a stream is never a commit

@@ -20,7 +20,7 @@ from optserve_demo.mnist.train import BATCH, Plateau, Report, new_network, train
 from trainer.test_data import write_idx
 
 
-def optserve(*arguments: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+def optserve(*arguments: object, timeout: float = 100) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from optserve.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
