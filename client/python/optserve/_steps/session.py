@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import _reasons
-from optserve._rpc.connection import Backoff, Transport, is_retryable
+from optserve._rpc.connection import Backoff, Transport
 from optserve._rpc.deadline import Patience, Turn
 from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.lives import Life
@@ -24,13 +24,13 @@ from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.sharing import Sharing
 from optserve._steps.stream import Gradients, StepRefused, StepStream
 from optserve._steps.updates import Updates
+from optserve._steps.verdict import Action, Ending, Verdict, judge, next_try
 from optserve.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     NotFoundError,
     OptserveError,
-    StateLostError,
     StateReplacedError,
     StepInDoubtError,
     StepsLostError,
@@ -258,10 +258,11 @@ class StepSession:
             OptserveError: Anything else, after which that is open.
         """
         backoff: Backoff | None = None
-        # Whether the step may have been applied: before the present try, and now.
-        before = doubtful = False
+        # Whether a try before the present one may have applied the step.
+        in_doubt = False
         shared: SharedStaging | None = None
         while True:
+            sent = False
             try:
                 stream = self._stream or self._opened(patience)
                 # What has been applied is only asked for again; the gradients need not travel.
@@ -272,18 +273,15 @@ class StepSession:
                     # That of a stream which is gone; errors with their frames may keep the object itself for long.
                     shared.release()
                 updates.reset()
-                before, doubtful, shared = doubtful, True, stream.shared
+                sent, shared = True, stream.shared
                 result = stream.step(self._begin(request_id), None if applied else gradients, updates, patience)
-                self._take(result, known=before or gradients is None)
+                self._take(result, known=in_doubt or gradients is None)
             except StepRefused as refusal:
-                error = refusal.error
+                error, ending = refusal.error, Ending.REFUSED
                 self.life.note(error)
-                doubtful = before or isinstance(error, InternalError | StateLostError)
-                # Also a reply that was read too slowly is taken over.
-                doubtful |= error.reason == _reasons.STEP_TAKEN_OVER
             except OptserveError as lost:
                 self._close_stream()
-                error = lost
+                error, ending = lost, Ending.LOST if sent else Ending.NOT_SENT
             # KeyboardInterrupt above all: what is still on its way must not be taken for a later step's reply.
             except BaseException:
                 self._close_stream()
@@ -292,34 +290,35 @@ class StepSession:
                 # An error that is kept keeps the frames that it came through, and with them the caller's arrays.
                 error = None
                 return
-            # A step that has not moved for long is discarded; under the same id it is the same step.
-            if self._is_passing(error) or error.reason == _reasons.STEP_TAKEN_OVER:
-                backoff = backoff or Backoff(self._connection.config)
-                try:
-                    self._pause(patience, backoff, error)
-                except OptserveError as ended:
-                    raise ended if doubtful else _NotApplied(ended) from None
-            elif not doubtful:
+            verdict = judge(error, ending, in_doubt=in_doubt, can_register=self._register is not None)
+            in_doubt = verdict.in_doubt
+            backoff = backoff or Backoff(self._connection.config)
+            self._carry_out(verdict, error, patience, backoff)
+
+    def _carry_out(self, verdict: Verdict, error: OptserveError, patience: Patience, backoff: Backoff) -> None:
+        """Do what a verdict says: return for another try, or raise what the step ends with."""
+        if verdict.closes_stream:
+            self._close_stream()
+        match verdict.action:
+            case Action.NOT_APPLIED:
                 raise _NotApplied(error)
-            elif error.reason in (_reasons.WRONG_STEP, _reasons.REPLY_GONE, _reasons.WORKER_REPLACED):
+            case Action.IN_DOUBT:
                 raise StepInDoubtError(
                     f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
                     "Whether the step was applied is no longer known. Call refresh() to go on."
                 ) from error
-            else:
+            case Action.RAISE:
                 raise error
+            case Action.RETRY | Action.REGISTER as action:
+                try:
+                    self._pause(patience, backoff, error, action)
+                except OptserveError as ended:
+                    raise ended if verdict.in_doubt else _NotApplied(ended) from None
 
-    def _is_passing(self, error: OptserveError) -> bool:
-        """Whether the same call may succeed after a pause."""
-        return is_retryable(error) or (error.reason == _reasons.WORKER_UNKNOWN and self._register is not None)
-
-    def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError) -> None:
-        if error.reason == _reasons.STEP_TAKEN_OVER:
-            # Perhaps because a later stream was opened: then no step by this one counts any more.
-            self._close_stream()
+    def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError, action: Action) -> None:
+        """Do what is to be done before a step or a stream is tried again."""
         patience.pause(backoff.next_s(error), error)
-        if error.reason == _reasons.WORKER_UNKNOWN and self._register is not None:
-            # The server was started anew, or has not heard of this worker for long.
+        if action is Action.REGISTER and self._register is not None:
             self._register()
 
     def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
@@ -423,9 +422,10 @@ class StepSession:
             try:
                 return self._opened(patience)
             except OptserveError as error:
-                if not self._is_passing(error):
+                action = next_try(error, can_register=self._register is not None)
+                if action is None:
                     raise
-                self._pause(patience, backoff, error)
+                self._pause(patience, backoff, error, action)
 
     def _close_stream(self) -> None:
         stream, self._stream = self._stream, None
