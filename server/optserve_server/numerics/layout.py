@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,11 @@ FLOAT32 = np.dtype("<f4")
 FLOAT64 = np.dtype("<f8")
 STATE_DTYPES = (FLOAT64, FLOAT32)
 """Dtypes of state; the wider first, which keeps both arenas of a buffer aligned."""
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of state with that name, or raise ValueError."""
+    return STATE_DTYPES[[dtype.name for dtype in STATE_DTYPES].index(name)]
 
 
 class Operand(Enum):
@@ -87,6 +94,25 @@ class Layout:
             views[dtype] = buffer[begin:end].view(dtype)
             begin = end
         return views
+
+    def each_arena(self, arrays: int) -> Iterator[tuple[np.dtype, int, int]]:
+        """(dtype, array, elements) of the arenas of so many arrays, in the order in which they are written down.
+
+        Empty ones are left out.
+        """
+        for array in range(arrays):
+            for dtype, size in self.sizes.items():
+                if size:
+                    yield dtype, array, size
+
+    def to_json(self) -> list[list[Any]]:
+        """As it is written down."""
+        return [[item.name, list(item.shape), item.dtype.name] for item in self.parameters]
+
+    @classmethod
+    def from_json(cls, content: list[list[Any]]) -> Layout:
+        """The reverse of `to_json`."""
+        return cls(tuple(Parameter(name, tuple(shape), dtype_of(dtype)) for name, shape, dtype in content))
 
 
 @dataclass(frozen=True)
@@ -187,16 +213,20 @@ class Payload:
 
 
 class Payloads:
-    """The payloads of one model's steps; those of all parameters are made once."""
+    """The payloads of one model's steps; those of all parameters are made once.
+
+    Attributes:
+        layout: The model.
+    """
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self.layout = layout
         self._all = tuple(range(len(layout.parameters)))
         self._whole: dict[np.dtype | None, Payload] = {}
 
     def named(self, tensors: tuple[int, ...]) -> tuple[int, ...]:
         """The tensors as a step names them: none for all."""
-        return () if tensors == self._all else tensors
+        return () if tensors is self._all or tensors == self._all else tensors
 
     def of(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
         """The payload of a step.
@@ -210,7 +240,7 @@ class Payloads:
         """
         if not self.named(tensors):
             if wire not in self._whole:
-                self._whole[wire] = Payload(self._layout, self._all, wire)
+                self._whole[wire] = Payload(self.layout, self._all, wire)
             return self._whole[wire]
         seen: set[int] = set()
         for index in tensors:
@@ -222,7 +252,7 @@ class Payloads:
                     parameter=index,
                 )
             if index in seen:
-                name = self._layout.parameters[index].name
+                name = self.layout.parameters[index].name
                 raise OptserveError(
                     Reason.DUPLICATE_PARAMETER,
                     f"Parameter {name!r} is listed twice in one step.",
@@ -230,4 +260,4 @@ class Payloads:
                     parameter=name,
                 )
             seen.add(index)
-        return Payload(self._layout, tensors, wire)
+        return Payload(self.layout, tensors, wire)

@@ -27,7 +27,6 @@ from optserve_server.numerics.layout import Layout, Payload, Run
 from optserve_server.numerics.settings import PARAMETER, Settings
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Record
-from optserve_server.persistence.state_file import Plan, layout_from, layout_message
 
 CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
 """Record types of the journal."""
@@ -38,7 +37,7 @@ def creation(record: CreationRecord) -> dict[str, Any]:
     return {
         "optimizer": record.optimizer,
         **record.settings.to_json(),
-        "parameters": layout_message(record.layout),
+        "parameters": record.layout.to_json(),
         "etag": record.etag,
         "lineage": record.lineage,
         "request_id": record.request_id,
@@ -147,7 +146,7 @@ class Replay:
 
     def _create(self, message: dict[str, Any], lsn: int) -> None:
         created = CreationRecord(
-            message["optimizer"], layout_from(message["parameters"]), Settings.from_json(message), message["etag"],
+            message["optimizer"], Layout.from_json(message["parameters"]), Settings.from_json(message), message["etag"],
             message["lineage"], message["request_id"], datetime.fromisoformat(message["time"]),
         )  # fmt: skip
         self._optimizers.adopt(created, lsn)
@@ -257,7 +256,7 @@ def _replacement(item: Optimizer, message: dict[str, Any]) -> ReplacementRecord:
 def _arrays(layout: Layout, settings: Settings, payload: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:
     """The arenas of all arrays in the payload of a replacement, which are those of a state file."""
     begin = 0
-    for dtype, slot, _, size in Plan(layout, settings.arrays).arenas:
+    for dtype, slot, size in layout.each_arena(len(settings.arrays)):
         end = begin + size * dtype.itemsize
         yield dtype, slot, np.frombuffer(payload[begin:end], dtype)
         begin = end

@@ -27,19 +27,13 @@ import numpy as np
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import Retained
-from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.layout import Layout, dtype_of
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from optserve_server.persistence import files
 from optserve_server.persistence.journal import JournalError, sync_folder
-from optserve_server.persistence.state_file import (
-    Plan,
-    dtype_of,
-    layout_from,
-    layout_message,
-    write_all,
-)
+from optserve_server.persistence.state_file import Plan, write_all
 
 FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
@@ -172,7 +166,7 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "id": item.id,
             "file": file,
             **item.settings.to_json(),
-            "parameters": layout_message(item.layout),
+            "parameters": item.layout.to_json(),
             "etag": item.etag,
             "lineage": item.steps.lineage,
             "created_lsn": item.created_lsn,
@@ -241,7 +235,7 @@ class Saved:
     @property
     def layout(self) -> Layout:
         """Its parameters."""
-        return layout_from(self.header["parameters"])
+        return Layout.from_json(self.header["parameters"])
 
     @property
     def settings(self) -> Settings:

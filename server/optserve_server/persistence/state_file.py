@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from optserve._common import safetensors
-from optserve_server.numerics.layout import STATE_DTYPES, Layout, Parameter
+from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -33,21 +33,6 @@ class StateFileError(Exception):
     """A file that cannot be read as a state. The message says why."""
 
 
-def layout_message(layout: Layout) -> list[list[Any]]:
-    """A layout as JSON."""
-    return [[item.name, list(item.shape), item.dtype.name] for item in layout.parameters]
-
-
-def layout_from(message: list[list[Any]]) -> Layout:
-    """The reverse of `layout_message`."""
-    return Layout(tuple(Parameter(name, tuple(shape), dtype_of(dtype)) for name, shape, dtype in message))
-
-
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of state with that name, or raise ValueError."""
-    return STATE_DTYPES[[dtype.name for dtype in STATE_DTYPES].index(name)]
-
-
 class Plan:
     """Where each arena of each array is in a file, and the file's head."""
 
@@ -57,11 +42,9 @@ class Plan:
         self.arenas: list[tuple[np.dtype, int, int, int]] = []
         """(dtype, array, first byte, elements) of those that are not empty, in the order of the file."""
         offset = len(self.head)
-        for array in range(len(arrays)):
-            for dtype, size in layout.sizes.items():
-                if size:
-                    self.arenas.append((dtype, array, offset, size))
-                    offset += size * dtype.itemsize
+        for dtype, array, size in layout.each_arena(len(arrays)):
+            self.arenas.append((dtype, array, offset, size))
+            offset += size * dtype.itemsize
         self.size_bytes = offset
         self._begins = {(dtype, array): begin for dtype, array, begin, _ in self.arenas}
 
@@ -96,7 +79,7 @@ class Description:
                 "format": FORMAT_VERSION,
                 "optimizer": self.optimizer,
                 **self.settings.to_json(),
-                "parameters": layout_message(self.layout),
+                "parameters": self.layout.to_json(),
                 "slots": self.settings.arrays,
                 "step": self.step,
                 "create_time": self.create_time.isoformat(),
@@ -117,7 +100,7 @@ def _described_by(metadata: dict[str, str]) -> Description:
         if version > FORMAT_VERSION:
             raise StateFileError(f"it has format {version}; this server knows up to {FORMAT_VERSION}")
         return Description(
-            content["optimizer"], layout_from(content["parameters"]), Settings.from_json(content), content["step"],
+            content["optimizer"], Layout.from_json(content["parameters"]), Settings.from_json(content), content["step"],
             datetime.fromisoformat(content["create_time"]), content["request_id"],
             content.get("placed_by"), metadata["optserve"],
         )  # fmt: skip
