@@ -22,9 +22,9 @@ import optserve
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from golden.look import CONFIG, look, state, step
+from optserve_server.engine.records import STEPPED
 from optserve_server.persistence import journal, snapshot
 from optserve_server.persistence.journal import format as on_disk
-from optserve_server.persistence.recovery import STEPPED
 
 HERE = Path(__file__).parent
 SETTINGS = "segment_bytes = 1048576\nsnapshot_bytes = 1048576\n"

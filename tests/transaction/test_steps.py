@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.durability import InMemory, Replacement
+from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.records import Replacement
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.backends.base import Kernel
@@ -242,7 +243,7 @@ def test_a_step_that_cannot_be_made_durable_is_not_applied():
         reads_staging = True
         full = False
 
-        def stepping(self, record):
+        def write(self, record):
             if self.full:
                 raise OSError("no space left on device")
             self.seen = [gradient.tobytes() for gradient in record.operands]

@@ -14,7 +14,8 @@ from rich.progress import Progress
 
 from optserve.cli.as_json import Json, print_json
 from optserve.cli.console import errors, say, show_error, show_table, words
-from optserve_server.persistence import folder_lock, recovery, snapshot
+from optserve_server.engine import records
+from optserve_server.persistence import folder_lock, snapshot
 from optserve_server.persistence.journal import CorruptionError, JournalError, Reader, cut_at
 
 app = typer.Typer(
@@ -26,12 +27,12 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="The data folder.", exists=True, file_okay=False)]
 
 _KINDS = {
-    recovery.CREATED: "creations",
-    recovery.UPDATED: "updates",
-    recovery.DELETED: "deletions",
-    recovery.STEPPED: "steps",
-    recovery.REPLACED: "replaced states",
-    recovery.PLACED: "uploads",
+    records.CREATED: "creations",
+    records.UPDATED: "updates",
+    records.DELETED: "deletions",
+    records.STEPPED: "steps",
+    records.REPLACED: "replaced states",
+    records.PLACED: "uploads",
 }
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.durability import Durability, PlacementRecord, ReplacementRecord, StepRecord
+from optserve_server.engine.durability import Durability
+from optserve_server.engine.records import DeletionRecord, PlacementRecord, ReplacementRecord, StepRecord, UpdateRecord
 from optserve_server.engine.step_slot import Lane
 from optserve_server.engine.transaction import (
     NOTHING,
@@ -248,7 +249,7 @@ class Steps:
         with self._lock:
             self.check_usable()
             with self._set_to(settings):
-                self.lsn = self._durability.updated(self._name, settings, etag, time)
+                self.lsn = self._durability.write(UpdateRecord(self._name, settings, etag, time))
 
     @contextmanager
     def _set_to(self, settings: Settings) -> Iterator[None]:
@@ -280,7 +281,7 @@ class Steps:
                 raise self._fatal.again()
             self.main.evict_if_idle()
             with self._set_to(record.settings):
-                self.lsn = self._durability.replaced(record)
+                self.lsn = self._durability.write(record)
             self._fatal = None
             try:
                 for dtype, slot, values in record.arrays:
@@ -303,7 +304,7 @@ class Steps:
                 raise self._fatal.again()
             self.main.evict_if_idle()
             self.workers.evict_if_idle()
-            self._durability.deleted(self._name)
+            self._durability.write(DeletionRecord(self._name))
             self._fatal = reason
             self.workers.release()
             # Open streams may keep this object for long, but not its arrays.
@@ -359,7 +360,7 @@ class Steps:
         if not step.replay:
             step.check_complete()
             arrived = step.payload.parts(self.main.staging.updates)
-            self.lsn = self._durability.placing(PlacementRecord(self._name, step.request_id, arrived))
+            self.lsn = self._durability.write(PlacementRecord(self._name, step.request_id, arrived))
             self._state.place(step.payload.runs, arrived)
             self.placed_by, step.committed = step.request_id, True
         return Outcome(step.request_id, self.step, replayed=step.replay)
@@ -402,7 +403,7 @@ class Steps:
             operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
             tensors = self._payloads.named(payload.tensors)
             record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
-            lsn = self._durability.stepping(record)
+            lsn = self._durability.write(record)
         if segment and staging.in_place:
             segment.replying(self.step + 1)
         try:

@@ -18,8 +18,9 @@ from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import footprint
-from optserve_server.engine.durability import CreationRecord, Durability, Replacement, ReplacementRecord
+from optserve_server.engine.durability import Durability
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.records import CreationRecord, Replacement, ReplacementRecord
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.engine.workers.buffer_budget import Room
 from optserve_server.numerics.backends import Backend
@@ -219,7 +220,7 @@ class Optimizers:
     def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
         record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, datetime.now(UTC))
         optimizer = self._build(record)
-        optimizer.steps.lsn = optimizer.created_lsn = self._durability.created(record)
+        optimizer.steps.lsn = optimizer.created_lsn = self._durability.write(record)
         return optimizer
 
     def _build(self, record: CreationRecord) -> Optimizer:

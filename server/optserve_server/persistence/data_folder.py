@@ -15,16 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
-from optserve_server.engine.durability import CreationRecord, PlacementRecord, ReplacementRecord, StepRecord
+from optserve_server.engine import records
+from optserve_server.engine.records import Change
 from optserve_server.engine.registry import Optimizers
-from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import recovery, snapshot
 from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
 from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths, set_newest
@@ -36,6 +32,9 @@ _NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while i
 
 TICK_S = 1.0
 """How often it is looked whether the folder is still there, and whether a snapshot is due."""
+
+_RARE = frozenset((records.CREATED, records.DELETED, records.REPLACED, records.PLACED))
+"""Kinds of changes that are worth a snapshot soon, where there is no journal."""
 
 
 @dataclass
@@ -123,35 +122,12 @@ class DataFolder:
 
     # --- Durability
 
-    def created(self, record: CreationRecord) -> int:
-        """Keep a creation."""
-        return self._append(recovery.CREATED, recovery.creation(record))
-
-    def updated(self, optimizer: str, settings: Settings, etag: str, time: datetime) -> int:
-        """Keep a change of hyper-parameters."""
-        return self._append(recovery.UPDATED, recovery.update(optimizer, settings, etag, time))
-
-    def replaced(self, record: ReplacementRecord) -> int:
-        """Keep a state that takes the place of another."""
-        arrays = [array for _, _, array in record.arrays]
-        return self._append(recovery.REPLACED, recovery.replacement(record), arrays)
-
-    def deleted(self, optimizer: str) -> int:
-        """Keep a deletion."""
-        return self._append(recovery.DELETED, {"optimizer": optimizer})
-
-    def placing(self, record: PlacementRecord) -> int:
-        """Keep the parameters."""
-        return self._append(recovery.PLACED, recovery.placement(record), record.parameters)
-
-    def stepping(self, record: StepRecord) -> int:
-        """Keep the gradients of a step."""
-        return self._append(recovery.STEPPED, recovery.step(record), record.operands)
-
-    def _append(self, kind: int, message: dict[str, Any], payload: Sequence[np.ndarray] = ()) -> int:
+    def write(self, record: Change) -> int:
+        """Keep a change: in the journal, on disk, if there is one."""
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
         self.check_in_place()
+        kind, message, payload = record.encode()
         parts = [array.data.cast("B") for array in payload if array.size]
         with disk_errors():
             try:
@@ -161,8 +137,7 @@ class DataFolder:
                 self._wake.set()
                 raise
         if self._interval_s:
-            if kind in (recovery.CREATED, recovery.PLACED, recovery.REPLACED, recovery.DELETED):
-                # These are rare, and worth having soon.
+            if kind in _RARE:
                 self._asked = True
                 self._wake.set()
         else:
@@ -216,7 +191,7 @@ class DataFolder:
         reader = Reader(self._path, found.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
-            found.steps += record.type == recovery.STEPPED
+            found.steps += record.type == records.STEPPED
             found.records += 1
             try:
                 replay.redo(record)

@@ -1,0 +1,134 @@
+"""Records of the journal: what they look like, and that they are read as they were written."""
+
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from durability.folder import F4, F8
+from golden.test_folder import FOLDERS, golden
+from optserve_server.engine import records
+from optserve_server.engine.records import (
+    CreationRecord,
+    DeletionRecord,
+    PlacementRecord,
+    ReplacementRecord,
+    StepRecord,
+    UpdateRecord,
+)
+from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.layout import Layout, Parameter, Payloads
+from optserve_server.numerics.rules import Adadelta
+from optserve_server.numerics.settings import Group, Settings
+from optserve_server.persistence import snapshot
+from optserve_server.persistence.journal import Reader
+
+TIME = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+LAYOUT = Layout((Parameter("w", (2, 3), F4), Parameter("b", (2,), F8), Parameter("none", (0, 4), F4)))
+SETTINGS = Settings(
+    Adadelta(rho=0.9, eps=1e-5),
+    clipping=Clipping("norm", 0.5),
+    groups=(Group((1,), {"rho": 0.5}),),
+    hosted=True,
+    weight_decay=0.01,
+    consistency=Consistency("sync", workers=2),
+)
+W, B = np.arange(6, dtype=F4), np.arange(2, dtype=F8)
+ARENAS = [(dtype, array, np.full(size, array, dtype)) for array in range(3) for dtype, size in ((F8, 2), (F4, 6))]
+SETTINGS_TEXT = (
+    '"rule": {"name": "adadelta", "rho": 0.9, "eps": 1e-05, "learning_rate": 1.0}, '
+    '"clipping": {"kind": "norm", "bound": 0.5}, '
+    '"groups": [{"parameters": [1], "overrides": {"rho": 0.5}, "weight_decay": null}], '
+    '"hosted": true, "weight_decay": 0.01, '
+    '"consistency": {"kind": "sync", "staleness": 0, "workers": 2, "backup_workers": 0, "lease_s": 30.0, '
+    '"scale_by_staleness": false}'
+)
+TIME_TEXT = '"time": "2026-01-02T03:04:05.678901+00:00"'
+WRITTEN = [
+    (
+        CreationRecord("a", LAYOUT, SETTINGS, "etag", "lineage", "request", TIME),
+        1,
+        f'{{"optimizer": "a", {SETTINGS_TEXT}, '
+        '"parameters": [["w", [2, 3], "float32"], ["b", [2], "float64"], ["none", [0, 4], "float32"]], '
+        f'"etag": "etag", "lineage": "lineage", "request_id": "request", {TIME_TEXT}}}',
+    ),
+    (
+        UpdateRecord("a", SETTINGS, "etag", TIME),
+        2,
+        f'{{"optimizer": "a", {SETTINGS_TEXT}, "etag": "etag", {TIME_TEXT}}}',
+    ),
+    (DeletionRecord("a"), 3, '{"optimizer": "a"}'),
+    (
+        StepRecord("a", 7, "request", (), [W, B]),
+        4,
+        '{"optimizer": "a", "step": 7, "request_id": "request", "tensors": []}',
+    ),
+    (
+        StepRecord("a", 7, "", (1, 2), [B, -B], (("alice", "r-1", 3), ("bob", "r-2", 4)), 5),
+        4,
+        '{"optimizer": "a", "step": 7, "request_id": "", "tensors": [1, 2], '
+        '"workers": [["alice", "r-1", 3], ["bob", "r-2", 4]], "staleness": 5}',
+    ),
+    (StepRecord("a", 0, "r", (2,), []), 4, '{"optimizer": "a", "step": 0, "request_id": "r", "tensors": [2]}'),
+    (
+        ReplacementRecord("a", 7, SETTINGS, "etag", "lineage", "request", TIME, ARENAS, "upload", "checkpoint two"),
+        5,
+        f'{{"optimizer": "a", "step": 7, {SETTINGS_TEXT}, "etag": "etag", "lineage": "lineage", '
+        f'"request_id": "request", {TIME_TEXT}, "placed_by": "upload", "target": "checkpoint two"}}',
+    ),
+    (PlacementRecord("a", "request", [W, B]), 6, '{"optimizer": "a", "request_id": "request"}'),
+]
+
+
+def plain(value):
+    """Something that can be compared: arrays by dtype and bytes, layouts by their parameters."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.tobytes()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.parameters if isinstance(value, Layout) else value
+
+
+def fields(record):
+    content = record._asdict() if isinstance(record, StepRecord) else vars(record)
+    return type(record), {name: plain(value) for name, value in content.items()}
+
+
+@pytest.mark.parametrize(("record", "kind", "text"), WRITTEN, ids=lambda value: type(value).__name__)
+def test_a_record_is_read_as_it_was_written_and_its_form_stays(record, kind, text):
+    written = record.encode()
+    assert (written[0], json.dumps(written[1])) == (kind, text)
+    data = b"".join(array.tobytes() for array in written[2])
+    found = records.decode(kind, json.loads(text), memoryview(data), Payloads(LAYOUT))
+    assert found is not None
+    assert fields(found) == fields(record)
+
+
+def test_a_record_of_an_unknown_kind_is_none():
+    assert records.decode(99, {"optimizer": "a"}, memoryview(b"")) is None
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path, name):
+    folder, _ = golden(name, tmp_path)
+    lsn, saved = snapshot.read(snapshot.paths(folder)[-1])
+    payloads = {item.header["id"]: Payloads(item.layout) for item in saved}
+    seen = set()
+    for entry in Reader(folder, lsn):
+        message = json.loads(entry.meta)
+        optimizer = message["optimizer"]
+        record = records.decode(entry.type, message, entry.payload, payloads.get(optimizer, Payloads(Layout(()))))
+        if isinstance(record, CreationRecord):
+            payloads[optimizer] = Payloads(record.layout)
+        kind, again, arrays = record.encode()
+        if "target" not in message:
+            # Written down since.
+            again.pop("target", None)
+        assert (kind, json.dumps(again).encode()) == (entry.type, entry.meta)
+        assert b"".join(array.tobytes() for array in arrays) == bytes(entry.payload)
+        seen.add(kind)
+        # Views of the journal.
+        del record, arrays
+    assert seen == {1, 2, 3, 4, 5, 6}
