@@ -19,6 +19,7 @@ from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
+from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta, Momentum
 from optserve_server.numerics.settings import Settings
@@ -50,10 +51,15 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
     again.die()
 
 
-def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, monkeypatch):
-    """Steps, a change of rho and a partial step happen while the snapshot is being written."""
+@pytest.mark.parametrize("kind", [None, "value", "norm", "global_norm"])
+def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, monkeypatch, kind):
+    """Steps, a change of rho and a partial step happen while the snapshot is being written.
+
+    What is clipped in a piece depends on the whole tensor, or on the whole step.
+    """
     server = Server(tmp_path)
-    item = server.create()
+    clipping = Clipping(kind, 0.5) if kind else None
+    item = server.optimizers.create("a", Layout(PARAMETERS), Settings(Adadelta(), clipping=clipping), "creation")
     for index in range(3):
         step(item, index)
     turn = iter(range(3, 100))
@@ -64,7 +70,7 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
             yield stretch
             step(item, next(turn), (0,) if position % 2 else ())
             if position == 1:
-                server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.7)))
+                server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.7), clipping=clipping))
 
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "_stretches", stretches)

@@ -22,8 +22,11 @@ def clip(kind: str, bound: float, *gradients: np.ndarray) -> tuple[list[np.ndarr
     for parameter, start, gradient in zip(parameters, layout.starts, gradients, strict=True):
         views.append(arenas[parameter.dtype][start : start + parameter.size])
         views[-1][...] = gradient
-    norm = Clipping(kind, bound).clip(payload, payload.parts(arenas))
-    return views, norm
+    parts = payload.parts(arenas)
+    found = Clipping(kind, bound).measure(payload, parts)
+    for turn, part in enumerate(parts):
+        found.apply(turn, 0, part)
+    return views, found.norm
 
 
 HUGE = {F4: 3e38, F8: 1.7e308}
@@ -66,6 +69,30 @@ def test_values_are_clipped_in_a_dtype_that_does_not_hold_the_bound():
     assert clipped[1].tolist() == [1e300, -5.0]
     assert norm is None
     Clipping("value", 1e300).check()
+
+
+@pytest.mark.parametrize("kind", ["value", "norm", "global_norm"])
+def test_parts_of_a_step_are_clipped_as_they_are_in_the_whole_step(kind):
+    rng = np.random.default_rng(5)
+    sizes = (7, 1, 30, 4, 16)
+    # The middle tensor is within the bound, and two runs are of another dtype.
+    parameters = tuple(Parameter(str(i), (n,), F8 if i == 3 else F4) for i, n in enumerate(sizes))
+    layout = Layout(parameters)
+    payload = Payload(layout, (0, 1, 2, 3, 4))
+    arenas = {dtype: rng.standard_normal(size).astype(dtype) for dtype, size in layout.sizes.items()}
+    arenas[F4][8:38] *= 0.01
+    found = Clipping(kind, 0.5).measure(payload, payload.parts(arenas))
+    whole = [part.copy() for part in payload.parts(arenas)]
+    for turn, part in enumerate(whole):
+        found.apply(turn, 0, part)
+    for _ in range(200):
+        turns = sorted(rng.integers(len(whole), size=rng.integers(1, 5)).tolist())
+        parts = [(turn, *sorted(rng.integers(0, whole[turn].size + 1, size=2).tolist())) for turn in turns]
+        within = found.within(parts)
+        for place, (turn, start, stop) in enumerate(parts):
+            part = payload.parts(arenas)[turn][start:stop].copy()
+            within.apply(place, 0, part)
+            assert part.tobytes() == whole[turn][start:stop].tobytes()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])

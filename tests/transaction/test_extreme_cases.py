@@ -70,7 +70,9 @@ def plain(
     payload = Payload(layout, tensors)
     given = [{dtype: arena.copy() for dtype, arena in operand.items()} for operand in operands]
     if settings.clipping is not None:
-        settings.clipping.clip(payload, payload.parts(given[0]))
+        clip = settings.clipping.measure(payload, payload.parts(given[0]))
+        for turn, part in enumerate(payload.parts(given[0])):
+            clip.apply(turn, 0, part)
     rules, decays = settings.rules(), settings.decays()
     for index in tensors:
         parameter, start = layout.parameters[index], layout.starts[index]

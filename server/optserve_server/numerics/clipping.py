@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,25 @@ class Clip:
                     np.divide(part, part.dtype.type(scaled.divisor), out=part)
                 np.multiply(part, part.dtype.type(scaled.factor), out=part)
 
+    def within(self, parts: Iterable[tuple[int, int, int]]) -> Clip:
+        """The same, where only parts of the runs are there to be clipped, each in the place of a run.
+
+        Args:
+            parts: (number of the run, first element in it, element after the last) of each part.
+        """
+        return self if self.by_value else replace(self, scaled=[self._scaled_in(*part) for part in parts])
+
+    def _scaled_in(self, turn: int, start: int, stop: int) -> list[_Scaled]:
+        """What is scaled of a part of a run, as seen from its first element."""
+        found: list[_Scaled] = []
+        # A run has as many of them as tensors, and may be in as many parts.
+        for position in range(bisect_right(self.scaled[turn], start, key=lambda s: s.stop), len(self.scaled[turn])):
+            scaled = self.scaled[turn][position]
+            if scaled.start >= stop:
+                break
+            found.append(scaled._replace(start=scaled.start - start, stop=scaled.stop - start))
+        return found
+
 
 @dataclass(frozen=True)
 class Clipping:
@@ -111,13 +131,6 @@ class Clipping:
             if norm.value > self.bound:
                 scaled[turn].append(_Scaled(start, stop, *_factors(self.bound, norm, gradients[turn].dtype)))
         return Clip(min(total.value, _MOST), self.bound, False, scaled)
-
-    def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
-        """Keep a step's gradient within the bound, in place; see `measure`. Gives the norm, where it was needed."""
-        clip = self.measure(payload, gradients)
-        for turn, gradient in enumerate(gradients):
-            clip.apply(turn, 0, gradient)
-        return clip.norm
 
 
 def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:

@@ -178,11 +178,9 @@ class State:
         """Bytes that it occupies."""
         return self.required_bytes(self.layout, self.settings)
 
-    def clip(self, payload: Payload, gradients: Sequence[np.ndarray]) -> float | None:
-        """Keep a step's gradients, run by run, within the bound that is set, if there is one; see Clipping.clip."""
-        if self.settings.clipping is None:
-            return None
-        return self.settings.clipping.clip(payload, gradients)
+    def measure(self, payload: Payload, gradients: Sequence[np.ndarray]) -> Clip | None:
+        """What clipping does to a step's gradients, run by run; None where there is no clipping."""
+        return self.settings.clipping.measure(payload, gradients) if self.settings.clipping else None
 
     def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, answers: Answers) -> Prepared:
         """Look at a step that is about to be applied; changes nothing.
@@ -214,7 +212,7 @@ class State:
             runs: What takes part.
             step: Number of steps applied before, by which the learning rate is scheduled.
             staleness: By which it is scaled; 0 where it is not.
-            prepared: Of `prepare`; None for gradients that are clipped already.
+            prepared: Of `prepare`; None where nothing is clipped.
         """
         self._last = self.settings, self._rules, self._position_of, step, staleness
         scalars, clip = self._scalars(step, staleness), prepared.clip if prepared else None

@@ -22,6 +22,7 @@ from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Retained
 from optserve_server.numerics.layout import Payload, Payloads, Run
 from optserve_server.numerics.settings import PARAMETER
+from optserve_server.numerics.state import Prepared
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Record
 
@@ -100,18 +101,21 @@ class Replay:
         given = [
             record.operands[begin : begin + len(runs)] for begin in range(0, len(record.operands), max(len(runs), 1))
         ]
+        behind: list[Run] = []
+        parts: list[tuple[int, int, int]] = []
+        for turn, run in enumerate(runs):
+            for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, lsn):
+                behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
+                parts.append((turn, start - run.start, stop - run.start))
         with item.steps.held_still() as state:
             operands = item.steps.main.staging.operands
+            for arenas, arrays in zip(operands.values(), given, strict=bool(runs)):
+                for run, (turn, first, end) in zip(behind, parts, strict=True):
+                    arenas[run.dtype][run.start : run.stop] = arrays[turn][first:end]
             # A norm is that of the whole step, of which some parts may not be behind.
-            state.clip(payload, given[0] if given else ())
-            behind: list[Run] = []
-            for position, run in enumerate(runs):
-                stretches = self._behind(item.id, run.dtype, run.start, run.stop, lsn)
-                behind += [Run(0, 0, run.dtype, run.wire, start, stop) for start, stop in stretches]
-                for arenas, arrays in zip(operands.values(), given, strict=True):
-                    for start, stop in stretches:
-                        arenas[run.dtype][start:stop] = arrays[position][start - run.start : stop - run.start]
-            state.apply(operands, behind, record.step, record.staleness)
+            clip = state.measure(payload, given[0] if given else ())
+            prepared = Prepared(clip.within(parts) if clip else None, covered=False)
+            state.apply(operands, behind, record.step, record.staleness, prepared)
         if lsn > item.steps.lsn:
             item.steps.lsn, item.steps.step = lsn, record.step + 1
             for worker, request_id, clock in record.workers:
