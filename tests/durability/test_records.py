@@ -1,4 +1,4 @@
-"""Records of the journal: what they look like, and that they are read as they were written."""
+"""Records of the journal: what they look like, that they are read as they were written, and what they change."""
 
 import json
 from datetime import UTC, datetime
@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from durability.folder import F4, F8
+from durability.folder import F4, F8, Server, fingerprint, step
 from golden.test_folder import FOLDERS, golden
-from optserve_server.engine import records
+from optserve_server.engine import records, transition
 from optserve_server.engine.records import (
     CreationRecord,
     DeletionRecord,
@@ -17,9 +17,10 @@ from optserve_server.engine.records import (
     StepRecord,
     UpdateRecord,
 )
+from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import Consistency
-from optserve_server.numerics.layout import Layout, Parameter, Payloads
+from optserve_server.numerics.layout import Layout, Operand, Parameter, Payloads
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.persistence import snapshot
@@ -132,3 +133,68 @@ def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path,
         # Views of the journal.
         del record, arrays
     assert seen == {1, 2, 3, 4, 5, 6}
+
+
+HALVES = [name for name in dir(transition) if name.startswith(("apply_", "note_"))]
+
+
+def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, monkeypatch):
+    """Each half of each change is made by the same function, with the same record, in the same order."""
+    made = []
+
+    def watch(name):
+        real = getattr(transition, name)
+
+        def watched(*arguments, **options):
+            record = next(item for item in arguments if hasattr(item, "encode"))
+            kind, message, arrays = record.encode()
+            # By the time of the other half, the updates have taken the place of the gradients.
+            data = b"".join(array.tobytes() for array in arrays) if name.startswith("apply_") else b""
+            made.append((name, kind, json.dumps(message), data))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(transition, name, watched)
+
+    def step_of_workers():
+        item.steps.workers.report("alice", leaving=False)
+        under_way = item.steps.begin(StepRequest("first", worker="alice"))
+        for tensor, parameter in enumerate(LAYOUT.parameters):
+            under_way.stage(tensor, 0, np.full(parameter.size, 3, parameter.dtype).tobytes())
+        under_way.commit()
+        under_way.close()
+        item.steps.workers.report("alice", leaving=True)
+
+    for name in HALVES:
+        watch(name)
+    server = Server(tmp_path)
+    step(server.create("plain"), 0)
+    server.create("gone")
+    server.optimizers.delete("gone")
+    settings = Settings(Adadelta(), clipping=Clipping("global_norm", 0.5), hosted=True)
+    item = server.optimizers.create("a", LAYOUT, settings)
+    upload = item.steps.place("upload")
+    for tensor, parameter in enumerate(LAYOUT.parameters):
+        upload.stage(tensor, 0, np.ones(parameter.size, parameter.dtype).tobytes(), Operand.PARAMETER)
+    upload.commit()
+    upload.close()
+    shared = Settings(Adadelta(rho=0.5), clipping=Clipping("norm", 0.5), hosted=True, consistency=Consistency("async"))
+    server.optimizers.update("a", lambda _before, _layout: shared)
+    step_of_workers()
+    arenas = [(dtype, array, values + 1) for dtype, array, values in ARENAS]
+    server.optimizers.replace(
+        item, 5, lambda _before, _layout: settings, arenas, request_id="restore", placed_by="upload", target="two"
+    )
+    server.optimizers.update("a", lambda _before, _layout: shared)
+    step_of_workers()
+    before = [fingerprint(server.optimizers.get(name)) for name in ("plain", "a")]
+    workers, x = item.steps.workers.roster.to_json(), {k: v.tobytes() for k, v in item.state.parameters.items()}
+    live, made[:] = list(made), []
+    server.die()
+    again = Server(tmp_path)
+    assert made == live
+    assert {name for name, *_ in made} == set(HALVES)
+    found = again.optimizers.get("a")
+    assert [fingerprint(again.optimizers.get(name)) for name in ("plain", "a")] == before
+    assert found.steps.workers.roster.to_json() == workers
+    assert {k: v.tobytes() for k, v in found.state.parameters.items()} == x
+    again.die()

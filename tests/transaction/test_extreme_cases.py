@@ -18,6 +18,7 @@ from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Operand, Payload
@@ -146,7 +147,7 @@ class Play:
         """Other hyper-parameters."""
         settings = self.state.settings
         other = any_rule(self.rng, type(settings.rule), {p.dtype for p in self.layout.parameters})
-        self.steps.set(replace(settings, rule=other), "", datetime.now(UTC))
+        self.steps.update(UpdateRecord("test", replace(settings, rule=other), "", datetime.now(UTC)))
 
     def step(self, request_id: str) -> None:
         count = len(self.layout.parameters)

@@ -10,9 +10,9 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.records import Replacement
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import StepRequest
+from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.backends.base import Kernel
 from optserve_server.numerics.backends.numpy import NumpyBackend
 from optserve_server.numerics.layout import Layout, Parameter
@@ -293,8 +293,7 @@ def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_mem
 
 
 def test_a_request_is_looked_for_while_another_one_is_noted(steps):
-    now = datetime.now(UTC)
-    optimizer = Optimizer("a", steps._state, steps, "", "", now, now)
+    optimizer = Optimizer("a", steps._state, steps, "", datetime.now(UTC))
     optimizer.replacements.extend([Replacement("first", ""), Replacement("second", "")])
 
     class Wanted(str):

@@ -13,6 +13,7 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import Consistency
@@ -216,7 +217,8 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
 
 def share_by(steps: Steps, consistency: Consistency | None) -> None:
     """Let other workers share an optimizer, or none."""
-    steps.set(replace(steps._state.settings, consistency=consistency), "etag", datetime.now(UTC))
+    settings = replace(steps._state.settings, consistency=consistency)
+    steps.update(UpdateRecord("test", settings, "etag", datetime.now(UTC)))
 
 
 def test_workers_do_not_come_into_the_middle_of_a_clients_step():

@@ -12,14 +12,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy as np
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import DeletionRecord, PlacementRecord, ReplacementRecord, StepRecord, UpdateRecord
 from optserve_server.engine.step_slot import Lane
@@ -28,11 +30,11 @@ from optserve_server.engine.transaction import (
     PARAMETERS,
     UPDATES,
     Outcome,
-    Retained,
     Step,
     StepRequest,
     check_request_id,
 )
+from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import Room
 from optserve_server.engine.workers.coordinator import Workers
 from optserve_server.numerics.headroom import Answers
@@ -45,6 +47,9 @@ from optserve_server.numerics.trial import try_out
 
 logger = logging.getLogger(__name__)
 
+MAX_REPLACEMENT_REQUESTS = 32
+"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
+
 _PARAMETER = Operand.PARAMETER
 
 
@@ -54,15 +59,21 @@ class Steps:
     Args:
         name: The optimizer's, for messages and records.
         state: Its arrays.
-        durability: Told of every step before it is applied; `lsn` is the number that it gave to the last change.
-        lineage: Says which state this is; changes when it is replaced.
+        durability: Told of every change before it is made.
         idle_step_s: After so many seconds without a move, a step is discarded.
         room: For the buffers of workers.
 
     Attributes:
         main: Where its client makes steps, if it has one.
         workers: Those who share it otherwise.
+        step: Steps that were applied.
+        lsn: Number that the last change was given.
+        lineage: Says which state this is; changes when it is replaced.
         placed_by: Request id that put the hosted parameters in place; None while nobody has.
+        etag: Changes with settings and state.
+        update_time: When they were changed last.
+        replacements: The last restores and imports.
+        payloads: Of its steps.
     """
 
     def __init__(
@@ -70,7 +81,6 @@ class Steps:
         name: str,
         state: State,
         durability: Durability,
-        lineage: str = "",
         idle_step_s: float = 60.0,
         room: Room | None = None,
     ) -> None:
@@ -81,13 +91,15 @@ class Steps:
         self._lock = threading.RLock()
         self.lock = threading.Condition(self._lock)
         self._fatal: OptserveError | None = None
-        self._payloads = Payloads(state.layout)
+        self.payloads = Payloads(state.layout)
         self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
         self.workers = Workers(name, state, self, room or Room(1 << 62, 1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
-        self.lineage = lineage
+        self.lineage = ""
+        self.etag, self.update_time = "", datetime.fromtimestamp(0, UTC)
+        self.replacements: deque[Replacement] = deque(maxlen=MAX_REPLACEMENT_REQUESTS)
 
     def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, tuple[int, ...], str]:
         """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
@@ -103,7 +115,7 @@ class Steps:
             lane = self.workers.attach(worker, stream, life).lane if worker else self.main
             retained = lane.retained
             tensors = retained.tensors if retained else ()
-            return self.step, lane.last_request_id, self._payloads.named(tensors), self.lineage
+            return self.step, lane.last_request_id, self.payloads.named(tensors), self.lineage
 
     def _check_worker(self, worker: str) -> None:
         """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
@@ -154,7 +166,7 @@ class Steps:
             if request.last_request_id is not None and request.last_request_id != lane.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, lane.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self._payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
+        payload = self.payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
         if request.segment is None and not worker and lane.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
             lane.staging.leave_segment()
@@ -196,7 +208,7 @@ class Steps:
             if self.main.holder and self.main.holder.request_id != request_id:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
-            payload, operands = self._payloads.of((), wire), (Operand.PARAMETER,)
+            payload, operands = self.payloads.of((), wire), (Operand.PARAMETER,)
             step = Step(self.main, request_id, payload, operands, replay=placed, reply=NOTHING)
             self.main.take_over(step)
             self.main.holder = step
@@ -212,7 +224,7 @@ class Steps:
     def payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
         """The payload of some of the parameters, none for all; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
         with self._lock:
-            return self._payloads.of(tensors, wire)
+            return self.payloads.of(tensors, wire)
 
     def share(self) -> Segment | None:
         """Share memory with a client on this host; None if another client has that, or there is no room for it.
@@ -244,30 +256,28 @@ class Steps:
                 self.main.note_overwritten()
                 self.main.staging.unshare()
 
-    def set(self, settings: Settings, etag: str, time: datetime) -> None:
-        """Change the hyper-parameters from the next commit on, and with them the optimizer's etag."""
+    def update(self, record: UpdateRecord) -> None:
+        """Have other settings from the next commit on.
+
+        Raises:
+            OptserveError: HYPERPARAMETER_OUT_OF_RANGE, STEP_IN_PROGRESS, NOT_DURABLE, that workers are alive whose
+                consistency would change, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
+        """
         with self._lock:
             self.check_usable()
-            with self._set_to(settings):
-                self.lsn = self._durability.write(UpdateRecord(self._name, settings, etag, time))
+            self._make_ready_for(record.settings)
+            transition.note_update(self, record, self._durability.write(record))
 
-    @contextmanager
-    def _set_to(self, settings: Settings) -> Iterator[None]:
-        """Take other settings, if they are good and the block succeeds."""
-        before = self._state.settings
-        if settings.consistency != before.consistency:
+    def _make_ready_for(self, settings: Settings) -> None:
+        """Check settings that are about to be set, and let go what would be in their way."""
+        if settings.consistency != self._state.settings.consistency:
             if self.workers.roster.alive:
                 raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
             # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
             self.main.evict_if_idle()
         if settings.consistency is not None:
             self.main.staging.leave_segment()
-        self._state.set(settings)
-        try:
-            yield
-        except Exception:
-            self._state.set(before)
-            raise
+        self._state.check(settings)
 
     def replace(self, record: ReplacementRecord) -> None:
         """Put another state in the place of this one. That also mends a state that a device has lost.
@@ -280,18 +290,14 @@ class Steps:
             if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
                 raise self._fatal.again()
             self.main.evict_if_idle()
-            with self._set_to(record.settings):
-                self.lsn = self._durability.write(record)
+            self._make_ready_for(record.settings)
+            lsn = self._durability.write(record)
             self._fatal = None
             try:
-                for dtype, slot, values in record.arrays:
-                    self._state.write(dtype, slot, 0, values)
+                transition.apply_replacement(self._state, record)
             except Exception as error:
                 raise self._lose("while the state was replaced") from error
-            self._state.forget_last_step()
-            self.step, self.lineage = record.step, record.lineage
-            self.main.retained, self.placed_by = None, record.placed_by
-            self.workers.forget_replies()
+            transition.note_replacement(self, record, lsn)
 
     def retire(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
@@ -350,7 +356,6 @@ class Steps:
                 staging, step.payload, step.largest, step.answers, request_id=step.request_id, segment=step.segment
             )
             step.committed = True
-            lane.retained = Retained(step.request_id, self.step, step.payload.tensors)
             if step.segment:
                 lane.give_shared(step, self.step)
             step.moved_at = time.monotonic()
@@ -360,9 +365,11 @@ class Steps:
         if not step.replay:
             step.check_complete()
             arrived = step.payload.parts(self.main.staging.updates)
-            self.lsn = self._durability.write(PlacementRecord(self._name, step.request_id, arrived))
-            self._state.place(step.payload.runs, arrived)
-            self.placed_by, step.committed = step.request_id, True
+            record = PlacementRecord(self._name, step.request_id, arrived)
+            lsn = self._durability.write(record)
+            transition.apply_placement(self._state, step.payload.runs, record)
+            transition.note_placement(self, record, lsn)
+            step.committed = True
         return Outcome(step.request_id, self.step, replayed=step.replay)
 
     def advance(
@@ -398,23 +405,21 @@ class Steps:
         prepared = self._state.prepare(payload, staging.updates, largest, answers)
         if not prepared.covered:
             try_out(self._state, staging.operands, payload, prepared, answers, self.step, staleness)
-        lsn = self.lsn
-        if self._durability.reads_staging:
+        lsn, operands = self.lsn, []
+        is_read = self._durability.reads_staging
+        if is_read:
             operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
-            tensors = self._payloads.named(payload.tensors)
-            record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+        tensors = self.payloads.named(payload.tensors)
+        record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+        if is_read:
             lsn = self._durability.write(record)
         if segment and staging.in_place:
             segment.replying(self.step + 1)
         try:
-            self._state.apply(staging.operands, payload.runs, self.step, staleness, prepared)
+            transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
         except Exception as error:
             raise self._lose(f"in step {self.step}") from error
-        self.lsn = lsn
-        self.step += 1
-        if workers:
-            # Its reply is no longer that of the last step, and may be overwritten.
-            self.main.retained = None
+        transition.note_step(self, record, payload.tensors, lsn)
         return prepared.clip.norm if prepared.clip else None
 
     def _lose(self, what: str) -> OptserveError:

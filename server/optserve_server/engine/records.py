@@ -213,17 +213,6 @@ class ReplacementRecord:
         )  # fmt: skip
 
 
-class Replacement(NamedTuple):
-    """A restore or an import that was made.
-
-    Attributes:
-        target: What it has put in place, in words; empty where an earlier version has not written it down.
-    """
-
-    request_id: str
-    target: str
-
-
 @dataclass(frozen=True)
 class PlacementRecord:
     """Parameters x that are about to be in place, run by run."""

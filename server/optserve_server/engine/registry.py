@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -17,11 +17,12 @@ import numpy as np
 from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine import footprint
+from optserve_server.engine import footprint, transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.optimizer import Steps
-from optserve_server.engine.records import CreationRecord, Replacement, ReplacementRecord
+from optserve_server.engine.records import CreationRecord, ReplacementRecord, UpdateRecord
 from optserve_server.engine.transaction import check_request_id
+from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import Room
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.layout import Layout
@@ -34,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 CREATION_WAIT_S = 60.0
 """How long a retried creation waits for the first call, which is compiling or allocating."""
-
-MAX_REPLACEMENT_REQUESTS = 32
-"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -59,11 +57,23 @@ class Optimizer:
     state: State
     steps: Steps
     creation_request_id: str
-    etag: str
     create_time: datetime
-    update_time: datetime
     created_lsn: int = 0
-    replacements: deque[Replacement] = field(default_factory=lambda: deque(maxlen=MAX_REPLACEMENT_REQUESTS))
+
+    @property
+    def etag(self) -> str:
+        """Changes with settings and state."""
+        return self.steps.etag
+
+    @property
+    def update_time(self) -> datetime:
+        """When settings or state were changed last."""
+        return self.steps.update_time
+
+    @property
+    def replacements(self) -> deque[Replacement]:
+        """The last restores and imports."""
+        return self.steps.replacements
 
     @property
     def settings(self) -> Settings:
@@ -84,12 +94,6 @@ class Optimizer:
     def memory_bytes(self) -> int:
         """Bytes that it occupies."""
         return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
-
-    def replaced(self, record: ReplacementRecord) -> None:
-        """Take over what a replacement of the state changes outside the steps."""
-        self.etag, self.update_time = record.etag, record.time
-        if record.request_id:
-            self.replacements.append(Replacement(record.request_id, record.target))
 
     def was_replaced_by(self, request_id: str, target: str) -> bool:
         """Whether a restore or an import of that request id, which may be empty, has been made.
@@ -198,8 +202,6 @@ class Optimizers:
         # Compiling and allocating take their time, so not under the lock.
         try:
             optimizer = self._make(optimizer_id, layout, settings, request_id)
-            with self._lock:
-                self._by_id[optimizer_id] = optimizer
         except MemoryError as error:
             raise OptserveError(
                 Reason.SERVER_FULL, f"There is no memory for the state of {optimizer_id!r}.", limit="memory"
@@ -219,24 +221,26 @@ class Optimizers:
 
     def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
         record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, datetime.now(UTC))
+        # What takes memory comes first: once it is written down, it exists.
         optimizer = self._build(record)
-        optimizer.steps.lsn = optimizer.created_lsn = self._durability.write(record)
-        return optimizer
+        return self._enter(optimizer, record, self._durability.write(record))
 
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.settings, self.backend)
-        steps = Steps(record.optimizer, state, self._durability, record.lineage, self._config.idle_step_s, self._room)
-        return Optimizer(
-            record.optimizer, state, steps, record.request_id, record.etag, record.create_time, record.create_time
-        )
+        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s, self._room)
+        return Optimizer(record.optimizer, state, steps, record.request_id, record.create_time)
+
+    def _enter(self, optimizer: Optimizer, record: CreationRecord, lsn: int) -> Optimizer:
+        """Let an optimizer exist whose creation has that number."""
+        transition.note_creation(optimizer.steps, record, lsn)
+        optimizer.created_lsn = lsn
+        with self._lock:
+            self._by_id[optimizer.id] = optimizer
+        return optimizer
 
     def adopt(self, record: CreationRecord, created_lsn: int) -> Optimizer:
         """Bring an optimizer back that existed before; nobody is told of it."""
-        optimizer = self._build(record)
-        optimizer.steps.lsn = optimizer.created_lsn = created_lsn
-        with self._lock:
-            self._by_id[record.optimizer] = optimizer
-        return optimizer
+        return self._enter(self._build(record), record, created_lsn)
 
     def forget(self, optimizer_id: str) -> None:
         """The reverse of `adopt`."""
@@ -288,15 +292,13 @@ class Optimizers:
         optimizer = self.get(optimizer_id)
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
-            new_etag, now = _token(), datetime.now(UTC)
             settings = change(optimizer.settings, optimizer.layout)
             self._check_workers(optimizer.layout, settings)
             growth = footprint.description_bytes(optimizer.layout, settings)
             growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
             if growth > 0:
                 self._check_room(optimizer_id, growth)
-            optimizer.steps.set(settings, new_etag, now)
-            optimizer.etag, optimizer.update_time = new_etag, now
+            optimizer.steps.update(UpdateRecord(optimizer_id, settings, _token(), datetime.now(UTC)))
         logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
         return optimizer
 
@@ -338,7 +340,6 @@ class Optimizers:
                 datetime.now(UTC), arrays, placed_by, target,
             )  # fmt: skip
             optimizer.steps.replace(record)
-            optimizer.replaced(record)
         logger.info("replaced the state of %s: step %d", optimizer.id, step)
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:

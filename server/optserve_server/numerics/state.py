@@ -92,13 +92,18 @@ class State:
         """The method with its present hyper-parameters."""
         return self.settings.rule
 
-    def set(self, settings: Settings) -> None:
-        """Change the settings; refused as a whole where one is out of range."""
+    def check(self, settings: Settings) -> list[Rule]:
+        """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD unless it can have these settings; gives their rules."""
         settings.check()
         rules = settings.rules()
         for dtype in self._dtypes or list(self.layout.sizes):
             for rule in rules:
                 rule.check(dtype)
+        return rules
+
+    def set(self, settings: Settings) -> None:
+        """Change the settings; refused as a whole where one is out of range."""
+        rules = self.check(settings)
         self.settings = settings
         self._rules = rules
         self._position_of = {
@@ -272,12 +277,6 @@ class State:
             parts.append((slice(max(start, run.start), min(stop, run.stop)), position))
         return parts
 
-    def place(self, runs: Iterable[Run], arrays: Iterable[np.ndarray]) -> None:
-        """Put x in place, run by run."""
-        self._headroom.forget()
-        for run, array in zip(runs, arrays, strict=True):
-            self.backend.copy(array, self.parameters[run.dtype][run.start : run.stop])
-
     def copy_of_parameters(self) -> Arenas:
         """X as it is now."""
         copies = {dtype: np.empty_like(arena) for dtype, arena in self.parameters.items()}
@@ -318,7 +317,7 @@ class State:
         """The reverse of `read`."""
         self._headroom.forget()
         if array == len(self.rule.slots):
-            self.parameters[dtype][start : start + values.size] = values
+            self.backend.copy(values, self.parameters[dtype][start : start + values.size])
         else:
             self.backend.fill(self.slots[dtype][array][start : start + values.size], values)
 

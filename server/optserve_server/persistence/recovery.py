@@ -1,27 +1,30 @@
-"""How optimizers are brought back from a snapshot and the journal: each change of its records is made once more."""
+"""How optimizers are brought back from a snapshot and the journal: which changes are to be made once more, and where.
+
+What a change changes is not known here, see `engine/transition.py`.
+"""
 
 from __future__ import annotations
 
 import bisect
 import json
+from functools import partial
 from itertools import repeat
 
 import numpy as np
 
-from optserve_server.engine import records
+from optserve_server.engine import records, transition
 from optserve_server.engine.records import (
     CreationRecord,
     DeletionRecord,
     PlacementRecord,
-    Replacement,
     ReplacementRecord,
     StepRecord,
     UpdateRecord,
 )
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Retained
-from optserve_server.numerics.layout import Payload, Payloads, Run
-from optserve_server.numerics.settings import PARAMETER
+from optserve_server.engine.transition import Replacement
+from optserve_server.numerics.layout import Run
 from optserve_server.numerics.state import Prepared
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Record
@@ -46,7 +49,7 @@ class Replay:
             header["creation_request_id"], saved.time("create_time"),
         )  # fmt: skip
         item = self._optimizers.adopt(record, header["created_lsn"])
-        item.update_time = saved.time("update_time")
+        item.steps.update_time = saved.time("update_time")
         item.replacements.extend(map(Replacement, header["replacement_request_ids"], header.get("targets", repeat(""))))
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
         item.steps.placed_by = header.get("placed_by")
@@ -73,21 +76,21 @@ class Replay:
         if lsn <= item.created_lsn:
             # Of one that bore the name before.
             return
-        record = records.decode(entry.type, message, entry.payload, Payloads(item.layout))
-        match record:
-            case StepRecord():
-                self._step(item, record, lsn)
-            case ReplacementRecord():
-                self._replace(item, record, lsn)
-            case PlacementRecord():
-                self._place(item, record, lsn)
-            case CreationRecord() if lsn > item.steps.lsn:
-                self._optimizers.adopt(record, lsn)
-            case UpdateRecord() if lsn > item.steps.lsn:
-                item.state.set(record.settings)
-                item.etag, item.update_time, item.steps.lsn = record.etag, record.time, lsn
-            case DeletionRecord() if lsn > item.steps.lsn:
-                self._forget(item.id)
+        record = records.decode(entry.type, message, entry.payload, item.steps.payloads)
+        with item.steps.held_still():
+            match record:
+                case StepRecord():
+                    self._step(item, record, lsn)
+                case ReplacementRecord():
+                    self._replace(item, record, lsn)
+                case PlacementRecord():
+                    self._place(item, record, lsn)
+                case CreationRecord() if lsn > item.steps.lsn:
+                    self._optimizers.adopt(record, lsn)
+                case UpdateRecord() if lsn > item.steps.lsn:
+                    transition.note_update(item.steps, record, lsn)
+                case DeletionRecord() if lsn > item.steps.lsn:
+                    self._forget(item.id)
 
     def _forget(self, name: str) -> None:
         self._optimizers.forget(name)
@@ -96,61 +99,40 @@ class Replay:
         self._newest_piece.pop(name, None)
 
     def _step(self, item: Optimizer, record: StepRecord, lsn: int) -> None:
-        payload = Payload(item.layout, record.tensors or tuple(range(len(item.layout.parameters))))
-        runs = payload.runs
+        payload = item.steps.payloads.of(record.tensors, None)
+        operands, runs = item.steps.main.staging.operands, payload.runs
         given = [
             record.operands[begin : begin + len(runs)] for begin in range(0, len(record.operands), max(len(runs), 1))
         ]
         behind: list[Run] = []
         parts: list[tuple[int, int, int]] = []
         for turn, run in enumerate(runs):
-            for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, lsn):
+            for start, stop in self._behind(item.id, lsn, run.dtype, run.start, run.stop):
                 behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
                 parts.append((turn, start - run.start, stop - run.start))
-        with item.steps.held_still() as state:
-            operands = item.steps.main.staging.operands
-            for arenas, arrays in zip(operands.values(), given, strict=bool(runs)):
-                for run, (turn, first, end) in zip(behind, parts, strict=True):
-                    arenas[run.dtype][run.start : run.stop] = arrays[turn][first:end]
-            # A norm is that of the whole step, of which some parts may not be behind.
-            clip = state.measure(payload, given[0] if given else ())
-            prepared = Prepared(clip.within(parts) if clip else None, covered=False)
-            state.apply(operands, behind, record.step, record.staleness, prepared)
+        for arenas, arrays in zip(operands.values(), given, strict=bool(runs)):
+            for run, (turn, first, end) in zip(behind, parts, strict=True):
+                arenas[run.dtype][run.start : run.stop] = arrays[turn][first:end]
+        # A norm is that of the whole step, of which some parts may not be behind.
+        clip = item.state.measure(payload, given[0] if given else ())
+        prepared = Prepared(clip.within(parts) if clip else None, covered=False)
+        transition.apply_step(item.state, operands, behind, record, prepared)
         if lsn > item.steps.lsn:
-            item.steps.lsn, item.steps.step = lsn, record.step + 1
-            for worker, request_id, clock in record.workers:
-                made = Retained(request_id, item.steps.step, payload.tensors, intact=False)
-                item.steps.workers.roster.made_step(worker, made, clock)
-            own = Retained(record.request_id, item.steps.step, payload.tensors)
-            item.steps.main.retained = None if record.workers else own
+            transition.note_step(item.steps, record, payload.tensors, lsn)
         self._last_step[item.id] = lsn
 
     def _place(self, item: Optimizer, record: PlacementRecord, lsn: int) -> None:
-        payload = Payload(item.layout, tuple(range(len(item.layout.parameters))))
-        with item.steps.held_still() as state:
-            array = item.settings.arrays.index(PARAMETER)
-            for run, values in zip(payload.runs, record.parameters, strict=True):
-                for start, stop in self._behind(item.id, run.dtype, run.start, run.stop, lsn):
-                    state.write(run.dtype, array, start, values[start - run.start : stop - run.start])
+        runs = item.steps.payloads.of((), None).runs
+        transition.apply_placement(item.state, runs, record, partial(self._behind, item.id, lsn))
         if lsn > item.steps.lsn:
-            item.steps.lsn, item.steps.placed_by = lsn, record.request_id
+            transition.note_placement(item.steps, record, lsn)
 
     def _replace(self, item: Optimizer, record: ReplacementRecord, lsn: int) -> None:
-        """Put the state in place, in each piece that does not contain it yet."""
-        with item.steps.held_still() as state:
-            for dtype, slot, values in record.arrays:
-                for start, stop in self._behind(item.id, dtype, 0, values.size, lsn):
-                    state.write(dtype, slot, start, values[start:stop])
+        transition.apply_replacement(item.state, record, partial(self._behind, item.id, lsn))
         if lsn > item.steps.lsn:
-            item.state.set(record.settings)
-            item.state.forget_last_step()
-            item.steps.lsn, item.steps.step = lsn, record.step
-            item.steps.lineage, item.steps.main.retained = record.lineage, None
-            item.steps.workers.forget_replies()
-            item.steps.placed_by = record.placed_by
-            item.replaced(record)
+            transition.note_replacement(item.steps, record, lsn)
 
-    def _behind(self, name: str, dtype: np.dtype, start: int, stop: int, lsn: int) -> list[tuple[int, int]]:
+    def _behind(self, name: str, lsn: int, dtype: np.dtype, start: int, stop: int) -> list[tuple[int, int]]:
         """The stretches of a part of an arena that do not contain the change `lsn` yet."""
         if lsn > self._newest_piece.get(name, 0):
             return [(start, stop)]

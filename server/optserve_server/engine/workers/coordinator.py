@@ -18,7 +18,7 @@ from typing import Protocol
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.step_slot import Lane
-from optserve_server.engine.transaction import Outcome, Reply, Retained, Step
+from optserve_server.engine.transaction import Outcome, Reply, Step
 from optserve_server.engine.workers.buffer_budget import LOOK_EVERY_S, Room
 from optserve_server.engine.workers.merge import merge
 from optserve_server.engine.workers.registry import Roster, Standing, Worker
@@ -424,15 +424,14 @@ class Workers:
         self._tell()
 
     def _answer(self, worker: Worker, step: Step, outcome: Outcome) -> None:
-        """A worker's step has been applied."""
+        """A worker's step has been applied, and its buffer takes the reply."""
         lane = worker.lane
         if step.replies is Reply.PARAMETERS:
             lane.staging.copy_updates(self._state.parameters, step.payload)
             worker.at_step = outcome.step
         step.reply_source = lane.staging.updates
-        lane.retained = Retained(step.request_id, outcome.step, step.payload.tensors, holds=step.replies)
-        worker.clock += 1
-        worker.seen_at = time.monotonic()
+        if lane.retained is not None:
+            lane.retained.intact, lane.retained.holds = True, step.replies
         step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
 
     def forget_replies(self) -> None:

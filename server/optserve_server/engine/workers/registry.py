@@ -201,7 +201,7 @@ class Roster:
     # What outlives the process.
 
     def made_step(self, name: str, retained: Retained, clock: int) -> None:
-        """A worker has made a step in an earlier life of this server, after which its clock stood there."""
+        """A worker has made a step, in this life of the server or an earlier one, after which its clock stood there."""
         worker = self._known.get(name) or self._remember(name)
         worker.lane.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
 
