@@ -34,7 +34,7 @@ from optserve_server.engine.transaction import (
     StepRequest,
     check_request_id,
 )
-from optserve_server.engine.transition import Replacement
+from optserve_server.engine.transition import Replacement, WrittenStep
 from optserve_server.engine.workers.buffer_budget import Room
 from optserve_server.engine.workers.coordinator import Workers
 from optserve_server.numerics.headroom import Answers
@@ -352,9 +352,8 @@ class Steps:
                 return Outcome(step.request_id, lane.retained.step, replayed=True)
             lane.take_shared(step)
             step.check_complete()
-            norm = self.advance(
-                staging, step.payload, step.largest, step.answers, request_id=step.request_id, segment=step.segment
-            )
+            written = self.prepare(staging, step.payload, step.largest, step.answers, request_id=step.request_id)
+            norm = self.apply(written, step.segment)
             step.committed = True
             if step.segment:
                 lane.give_shared(step, self.step)
@@ -372,7 +371,7 @@ class Steps:
             step.committed = True
         return Outcome(step.request_id, self.step, replayed=step.replay)
 
-    def advance(
+    def prepare(
         self,
         staging: Staging,
         payload: Payload,
@@ -382,9 +381,8 @@ class Steps:
         *,
         staleness: int = 0,
         request_id: str = "",
-        segment: Segment | None = None,
-    ) -> float | None:
-        """Write down and apply what a buffer holds, under the lock, one step.
+    ) -> WrittenStep:
+        """Check the complete step that a buffer holds, and write it down, under the lock; nothing changes.
 
         Args:
             staging: The buffer.
@@ -394,13 +392,9 @@ class Steps:
             workers: See StepRecord, where several share the optimizer.
             staleness: By which the learning rate is scaled; 0 where it is not.
             request_id: Of the step, where they do not.
-            segment: In which the gradients are, if a client shares them.
-
-        Returns:
-            The norm, where clipping needed it.
 
         Raises:
-            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE: nothing has changed; or STATE_LOST.
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE.
         """
         prepared = self._state.prepare(payload, staging.updates, largest, answers)
         if not prepared.covered:
@@ -413,12 +407,28 @@ class Steps:
         record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
         if is_read:
             lsn = self._durability.write(record)
+        return WrittenStep(record, lsn, payload, staging, prepared)
+
+    def apply(self, written: WrittenStep, segment: Segment | None = None) -> float | None:
+        """Apply a step that was prepared, with no other change in between, under the lock.
+
+        Args:
+            written: The step.
+            segment: In which the gradients are, if a client shares them.
+
+        Returns:
+            The norm, where clipping needed it.
+
+        Raises:
+            OptserveError: STATE_LOST.
+        """
+        record, lsn, payload, staging, prepared = written
         if segment and staging.in_place:
-            segment.replying(self.step + 1)
+            segment.replying(record.step + 1)
         try:
             transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
         except Exception as error:
-            raise self._lose(f"in step {self.step}") from error
+            raise self._lose(f"in step {record.step}") from error
         transition.note_step(self, record, payload.tensors, lsn)
         return prepared.clip.norm if prepared.clip else None
 

@@ -20,7 +20,8 @@ from optserve_server.engine.records import (
     UpdateRecord,
 )
 from optserve_server.engine.transaction import Retained
-from optserve_server.numerics.layout import Operands, Run
+from optserve_server.numerics.layout import Operands, Payload, Run
+from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import Prepared, State
 
 if TYPE_CHECKING:
@@ -39,6 +40,23 @@ class Replacement(NamedTuple):
 
     request_id: str
     target: str
+
+
+class WrittenStep(NamedTuple):
+    """A step that is complete, checked and written down. Nothing has changed yet, and it may be applied.
+
+    Attributes:
+        lsn: Its number.
+        payload: What takes part.
+        staging: The buffer that holds the operands, and will hold the updates.
+        prepared: How it is clipped, and whether bounds cover it.
+    """
+
+    record: StepRecord
+    lsn: int
+    payload: Payload
+    staging: Staging
+    prepared: Prepared
 
 
 def everywhere(_dtype: np.dtype, start: int, stop: int) -> Iterable[tuple[int, int]]:

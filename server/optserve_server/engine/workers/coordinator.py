@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
@@ -21,44 +20,13 @@ from optserve_server.engine.step_slot import Lane
 from optserve_server.engine.transaction import Outcome, Reply, Step
 from optserve_server.engine.workers.buffer_budget import LOOK_EVERY_S, Room
 from optserve_server.engine.workers.merge import merge
+from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import Roster, Standing, Worker
 from optserve_server.numerics.consistency import Consistency
-from optserve_server.numerics.headroom import Answers
-from optserve_server.numerics.layout import Largest, Payload
 from optserve_server.numerics.shared_segment import Segment
-from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 
 logger = logging.getLogger(__name__)
-
-
-class Owner(Protocol):
-    """The optimizer's steps, as seen from here; all of it under `lock`."""
-
-    lock: threading.Condition
-    step: int
-    main: Lane
-
-    def check_usable(self) -> None:
-        """Raise what every step is refused with."""
-        ...
-
-    def check_lineage(self, lineage: str) -> None:
-        """Raise STATE_REPLACED if the state is another one."""
-        ...
-
-    def advance(
-        self,
-        staging: Staging,
-        payload: Payload,
-        largest: Largest,
-        answers: Answers,
-        workers: Sequence[tuple[str, str, int]],
-        *,
-        staleness: int = 0,
-    ) -> float | None:
-        """Write down and apply what a buffer holds, one step; gives the norm where clipping needed it."""
-        ...
 
 
 class Workers:
@@ -388,7 +356,8 @@ class Workers:
         staleness = self._owner.step - step.parameters_step
         made = [(worker.name, step.request_id, worker.clock + 1)]
         scaled_by = staleness if self._consistency.scale_by_staleness else 0
-        norm = self._owner.advance(staging, payload, step.largest, step.answers, made, staleness=scaled_by)
+        written = self._owner.prepare(staging, payload, step.largest, step.answers, made, staleness=scaled_by)
+        norm = self._owner.apply(written)
         self._answer(worker, step, Outcome(step.request_id, self._owner.step, False, norm, staleness))
         if self._consistency.waits and self.roster.slowest(worker.clock) >= worker.clock:
             # It was the last of the slowest, for which others may wait.
@@ -404,11 +373,12 @@ class Workers:
         merged = merge(steps, [worker.lane.staging for worker in there], mean)
         made = [(w.name, step.request_id, w.clock + 1) for w, step in zip(there, steps, strict=True)]
         try:
-            norm = self._owner.advance(mean, payload, *merged, made)
+            written = self._owner.prepare(mean, payload, *merged, made)
         except OptserveError as error:
             if error.reason in (Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW):
                 self._refuse_all(there, steps, error)
             raise
+        norm = self._owner.apply(written)
         for worker, step in zip(there, steps, strict=True):
             if step.replies is Reply.UPDATES:
                 worker.lane.staging.copy_updates(mean.updates, payload)
