@@ -284,12 +284,14 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
     item = server.create()
     step(item, 0)
     before = fingerprint(item)
+    zeros = [(dtype, slot, np.zeros(size, dtype)) for dtype, slot, size in item.layout.each_arena(2)]
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
         for change in (
             lambda: step(item, 1),
             lambda: server.create("b"),
             lambda: server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.5))),
+            lambda: server.optimizers.replace(item, 5, lambda _before, _layout: Settings(Adadelta(rho=0.5)), zeros),
             lambda: server.optimizers.delete("a"),
         ):
             with pytest.raises(OptserveError, match="No space left") as caught:
