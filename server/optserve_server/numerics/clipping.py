@@ -90,6 +90,10 @@ class Clip:
         return found
 
 
+CLIPPINGS = ("value", "norm", "global_norm")
+"""The kinds of it."""
+
+
 @dataclass(frozen=True)
 class Clipping:
     """A bound.

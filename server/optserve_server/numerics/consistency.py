@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from optserve_server.domain.errors import OptserveError, Reason
 
+CONSISTENCIES = ("async", "bounded", "sync")
+"""The kinds of it."""
+
 LEASE_S = 30.0
 MAX_WORKERS = 4096
 """Most that one step can need."""

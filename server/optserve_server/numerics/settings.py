@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.clipping import Clipping
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.clipping import CLIPPINGS, Clipping
+from optserve_server.numerics.consistency import CONSISTENCIES, Consistency
 from optserve_server.numerics.rules import RULES, Rule
-from optserve_server.numerics.schedule import Schedule, schedule_from
+from optserve_server.numerics.schedule import SCHEDULES, Schedule, schedule_from
 
 PARAMETER = "parameter"
 """Name of x among the arrays of a state; no rule has a slot of that name."""
+
+T = TypeVar("T")
+
+
+class UnknownSettingError(ValueError):
+    """Settings that were written down have something that this server does not know. The message says what."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +151,62 @@ class Settings:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Settings:
-        """The reverse of `to_json`, from content that may hold more."""
+        """The reverse of `to_json`.
+
+        What stands beside the settings in `content` is its caller's. Within a setting everything is read: what a newer
+        server has put there would change the steps, and must not be left out.
+
+        Raises:
+            UnknownSettingError: There is a setting, or a kind of one, that this server does not know.
+        """
         rule = dict(content["rule"])
+        kind = _kind_of("method", RULES, rule.pop("name"))
+        groups = content.get("groups", ())
+        for group in groups:
+            _check_names("group", _names(Group), group)
+            _check_names(f"{kind.name} in a group", _names(kind), group["overrides"])
         return cls(
-            RULES[rule.pop("name")](**rule),
-            schedule_from(content["schedule"]) if "schedule" in content else None,
-            Clipping(**content["clipping"]) if "clipping" in content else None,
-            tuple(
-                Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay"))
-                for group in content.get("groups", ())
-            ),
+            _read(kind.name, kind, rule),
+            _schedule(content["schedule"]) if "schedule" in content else None,
+            _read_kind("clipping", CLIPPINGS, Clipping, content["clipping"]) if "clipping" in content else None,
+            tuple(Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay")) for group in groups),
             content.get("hosted", False),
             content.get("weight_decay", 0.0),
-            Consistency(**content["consistency"]) if "consistency" in content else None,
+            _read_kind("consistency", CONSISTENCIES, Consistency, content["consistency"])
+            if "consistency" in content
+            else None,
         )
+
+
+def _names(kind: Any) -> set[str]:
+    return {item.name for item in fields(kind)}
+
+
+def _check_names(what: str, known: Collection[str], values: Mapping[str, Any]) -> None:
+    for name in values:
+        if name not in known:
+            raise UnknownSettingError(f"this server knows no {name!r} of {what}, which a newer one may have written")
+
+
+def _read(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
+    _check_names(what, _names(kind), values)
+    return kind(**values)
+
+
+def _kind_of(what: str, kinds: Mapping[str, T], name: str) -> T:
+    if name not in kinds:
+        raise UnknownSettingError(f"this server knows no {what} {name!r}, which a newer one may have written")
+    return kinds[name]
+
+
+def _read_kind(what: str, kinds: Collection[str], kind: type[T], values: Mapping[str, Any]) -> T:
+    """A setting that has its kind in a field."""
+    read = _read(what, kind, values)
+    _kind_of(what, dict.fromkeys(kinds, True), values["kind"])
+    return read
+
+
+def _schedule(values: Mapping[str, Any]) -> Schedule:
+    kind = _kind_of("schedule", SCHEDULES, values["kind"])
+    _check_names(f"the {kind.kind} schedule", _names(kind) | {"kind"}, values)
+    return schedule_from(dict(values))

@@ -28,7 +28,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import Retained
 from optserve_server.numerics.layout import Layout, dtype_of
-from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.settings import Settings, UnknownSettingError
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from optserve_server.persistence import files
@@ -239,8 +239,18 @@ class Saved:
 
     @property
     def settings(self) -> Settings:
-        """Its method and what it is set to."""
-        return Settings.from_json(self.header)
+        """Its method and what it is set to.
+
+        Raises:
+            JournalError: It is set to something that this server does not know.
+        """
+        try:
+            return Settings.from_json(self.header)
+        except UnknownSettingError as error:
+            raise JournalError(
+                f"{self.path.parent} cannot be read: {error}, in the settings of {self.header['id']!r}. Use the server "
+                "that wrote it, or a newer one."
+            ) from error
 
     def time(self, name: str) -> datetime:
         """`create_time` or `update_time`."""
