@@ -118,6 +118,22 @@ def test_the_first_snapshot_after_failures_is_told_to_every_log(caplog):
     assert told == [("WARNING", "snapshot first was written; 2 before it had failed")]
 
 
+def test_a_snapshot_that_failed_is_tried_again_where_nothing_is_refused_and_nothing_has_grown():
+    """Else server info went on to say that snapshots cannot be written, of a disk that takes them."""
+    clock = Clock()
+    upkeep = Upkeep(clock)
+    upkeep.refused(NO_ROOM)
+    upkeep.snapshot_failed(NO_ROOM)
+    upkeep.accepted()
+    assert not upkeep.is_snapshot_due(grown=False)
+    clock.now += 1.0
+    assert upkeep.is_snapshot_due(grown=False)
+    assert upkeep.problem
+    upkeep.snapshot_made("later", 0.1)
+    assert not upkeep.problem
+    assert not upkeep.is_snapshot_due(grown=False)
+
+
 def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer_and_longer_pauses():
     clock = Clock()
     upkeep = Upkeep(clock)

@@ -62,13 +62,14 @@ class Upkeep:
 
         Args:
             grown: Whether the journal has grown by as much as it may. Where the disk refuses changes, one is written
-                before that, since it is what makes room.
+                before that, since it is what makes room; and where the last one has failed, since nobody could tell
+                otherwise that the disk takes it again.
         """
         now = self._clock()
         with self._lock:
             if now < self._pause_until:
                 return False
-            return grown or (self._refused > 0 and now >= self._pause_when_refused_until)
+            return grown or self._failures > 0 or (self._refused > 0 and now >= self._pause_when_refused_until)
 
     def snapshot_made(self, name: str, seconds: float) -> None:
         """A snapshot of that name was written, in so many seconds."""
