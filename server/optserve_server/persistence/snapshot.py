@@ -32,8 +32,9 @@ from optserve_server.numerics.settings import Settings, UnknownSettingError
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from optserve_server.persistence import files
+from optserve_server.persistence.files import write_all
 from optserve_server.persistence.journal import JournalError, sync_folder
-from optserve_server.persistence.state_file import Plan, write_all
+from optserve_server.persistence.state_file import Plan
 
 FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
@@ -195,7 +196,7 @@ def _retained(retained: Retained) -> dict[str, Any]:
 def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool) -> list[Piece] | None:
     """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
     arrays = item.settings.arrays
-    write_all(descriptor, plan.head, 0)
+    write_all(descriptor, [plan.head], 0)
     pieces: list[Piece] = []
     unsynced = 0
     for dtype, start, stop in _stretches(item.layout):
@@ -207,7 +208,7 @@ def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool) -
             number = item.steps.lsn
             intact = item.steps.main.retained is not None and item.steps.main.retained.intact
         for array, part in enumerate(parts):
-            write_all(descriptor, part, plan.offset(dtype, array, start))
+            write_all(descriptor, [part], plan.offset(dtype, array, start))
         pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))
         unsynced += sum(len(part) for part in parts)
         if sync and unsynced > _SYNC_EVERY_BYTES:

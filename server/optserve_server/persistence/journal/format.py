@@ -9,6 +9,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from optserve_server.persistence.files import Buffer
+
 FORMAT_VERSION = 2
 MARK = 0
 """Record type of the journal's own: it says what is durable, and has no lsn of its own."""
@@ -28,8 +30,6 @@ ALIGNMENT = 8
 MAX_ATTEMPTS = 9999
 """Segments with the same first lsn; their names have four digits for it."""
 _NAME = re.compile(r"(\d{20})-(\d{4})\.journal")
-
-Buffer = bytes | memoryview
 
 
 class JournalError(Exception):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from optserve_server.persistence.files import write_all
 from optserve_server.persistence.journal.format import (
     MARK,
     MAX_ATTEMPTS,
@@ -29,9 +30,6 @@ from optserve_server.persistence.journal.format import (
 from optserve_server.persistence.journal.newest import newest_name, set_newest
 
 logger = logging.getLogger(__name__)
-
-_IOV_MAX = 512
-"""Parts per write; the least that POSIX systems take is 16, Linux takes 1024."""
 
 
 class Journal:
@@ -255,7 +253,7 @@ class _OpenSegment:
         self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(self._descriptor, 0, size_bytes)
-            _write_all(self._descriptor, [self.form.segment_header(first_lsn)], 0)
+            write_all(self._descriptor, [self.form.segment_header(first_lsn)], 0)
             os.fsync(self._descriptor)
             temporary.rename(self.path)
             sync_folder(folder)
@@ -284,7 +282,7 @@ class _OpenSegment:
         size = sum(len(part) for part in parts)
         self.cut()
         try:
-            _write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
+            write_all(self._descriptor, [*parts, bytes(padding(size))], self.end)
         except OSError:
             # A part of a record is no record; zeros instead keep it from being taken for a torn one.
             self.take_back(self.end)
@@ -359,17 +357,3 @@ def _is_nameless(descriptor: int) -> bool:
 
 def _deleted(path: Path) -> OSError:
     return FileNotFoundError(errno.ENOENT, "the journal was deleted", str(path))
-
-
-def _write_all(descriptor: int, parts: Sequence[Buffer], position: int) -> None:
-    """Write all of the parts, however few bytes the disk takes at a time."""
-    pending = [memoryview(part).cast("B") for part in parts if len(part)]
-    while pending:
-        written = os.pwritev(descriptor, pending[:_IOV_MAX], position)
-        if written == 0:
-            raise OSError("the disk took no bytes")
-        position += written
-        while pending and written >= len(pending[0]):
-            written -= len(pending.pop(0))
-        if written:
-            pending[0] = pending[0][written:]
