@@ -257,7 +257,7 @@ def test_a_state_that_is_refused_leaves_no_optimizer_behind(client, name):
 OLD_SERVER = """
 import sys
 from optserve.v1 import service_pb2
-from optserve_server import features
+from optserve_server.edge import features
 features.AVAILABLE -= {service_pb2.FEATURE_IMPORTED_SETTINGS}
 from optserve_server.__main__ import main
 main()

@@ -537,7 +537,7 @@ def test_chunks_as_large_as_the_limits_leave_room_for_their_headers(tmp_path, si
 def test_a_log_does_not_steer_the_terminal_that_shows_it():
     """Whatever a path, a client or a library puts into it."""
     program = (
-        "import logging, sys; from optserve_server import command_line; command_line.log_to_stderr('info'); "
+        "import logging, sys; from optserve_server.cli import serve; serve.log_to_stderr('info'); "
         "logging.getLogger('optserve_server.x').info('%s', '\\x1b]0;title\\x07\\x9b31m\\rline [/b]')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
