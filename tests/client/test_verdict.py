@@ -80,6 +80,7 @@ TABLE = {
     "TOO_MANY_STREAMS": PASSES,
     "TOO_MANY_FRAGMENTS": FINAL,
     "STAGING_FULL": PASSES,
+    "REPLIES_FULL": PASSES,
     "FEATURE_UNAVAILABLE": FINAL,
     "DRAINING": PASSES,
     "STATE_LOST": AFTER_ALL,
@@ -100,6 +101,11 @@ def from_the_server(reason: str) -> OptserveError:
         # The only one without a code: nobody sends it.
         comment = "// UNKNOWN: it."
     ((code, retried),) = re.findall(r"^ *// ([A-Z_]+)(, to be retried)?: ", comment)
+    return refusal(code, reason, retried=bool(retried))
+
+
+def refusal(code: str, reason: str, *, retried: bool) -> OptserveError:
+    """The error for a status with this code and reason."""
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=reason, domain="optserve.v1", metadata={"current_step": "7"})
     ]
@@ -110,6 +116,15 @@ def from_the_server(reason: str) -> OptserveError:
         status.details.append(any_pb2.Any())
         status.details[-1].Pack(detail)
     return from_status(status)
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "ABORTED", "FAILED_PRECONDITION"])
+def test_a_reason_of_a_newer_server_is_judged_by_what_comes_with_it(code):
+    for retried in (True, False):
+        error = refusal(code, "OF_TOMORROW", retried=retried)
+        assert error.reason == "OF_TOMORROW"
+        action = judge(error, Ending.REFUSED, in_doubt=False, can_register=False).action
+        assert action is (Action.RETRY if retried else Action.NOT_APPLIED)
 
 
 def test_every_reason_of_the_contract_has_its_row():

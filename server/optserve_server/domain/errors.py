@@ -65,6 +65,7 @@ class Reason(Enum):
     TOO_FEW_WORKERS = auto()
     WORKER_REPLACED = auto()
     STAGING_FULL = auto()
+    REPLIES_FULL = auto()
     NOT_OPEN = auto()
     ALREADY_OPEN = auto()
     NO_STEP = auto()
@@ -118,6 +119,7 @@ CODES: dict[Reason, Code] = {
     Reason.TOO_FEW_WORKERS: Code.UNAVAILABLE,
     Reason.WORKER_REPLACED: Code.ABORTED,
     Reason.STAGING_FULL: Code.RESOURCE_EXHAUSTED,
+    Reason.REPLIES_FULL: Code.RESOURCE_EXHAUSTED,
     Reason.NOT_OPEN: Code.FAILED_PRECONDITION,
     Reason.ALREADY_OPEN: Code.FAILED_PRECONDITION,
     Reason.NO_STEP: Code.FAILED_PRECONDITION,
@@ -139,6 +141,7 @@ RETRY_AFTER_S: dict[Reason, float] = {
     Reason.TOO_MANY_STREAMS: 1.0,
     Reason.TOO_FEW_WORKERS: 0.5,
     Reason.STAGING_FULL: 0.5,
+    Reason.REPLIES_FULL: 1.0,
     Reason.DRAINING: 1.0,
     Reason.NOT_DURABLE: 1.0,
 }

@@ -62,7 +62,7 @@ class Replies:
             What is to be called when it has been taken, or is gone.
 
         Raises:
-            OptserveError: TOO_MANY_STREAMS.
+            OptserveError: REPLIES_FULL.
         """
         reply = _Reply(size + CALL_BYTES, peer, cancel)
         until = time.monotonic() + WAIT_S
@@ -70,10 +70,10 @@ class Replies:
             while not self._fits(reply):
                 if time.monotonic() >= until:
                     raise OptserveError(
-                        Reason.TOO_MANY_STREAMS,
+                        Reason.REPLIES_FULL,
                         f"{self._bytes} bytes of replies wait for clients to take them, and {self._max_bytes} are all "
                         "that this server has room for; try again later.",
-                        limit=self._max_bytes,
+                        limit_bytes=self._max_bytes,
                     )
                 self._make_room(reply)
                 if not self._fits(reply):

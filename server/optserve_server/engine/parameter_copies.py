@@ -37,7 +37,7 @@ class Copies:
         """(number of steps applied, x of that moment); no x if the number is at most `newer_than`.
 
         Raises:
-            OptserveError: NOT_HOSTED, PARAMETERS_MISSING, TOO_MANY_STREAMS, or what steps are refused with.
+            OptserveError: NOT_HOSTED, PARAMETERS_MISSING, REPLIES_FULL, or what steps are refused with.
         """
         steps, size = optimizer.steps, optimizer.layout.size_bytes
         with steps.held_still():
@@ -80,10 +80,10 @@ class Copies:
         with self._room:
             if not self._room.wait_for(lambda: not self._bytes or self._bytes + size <= self._max_bytes, WAIT_S):
                 raise OptserveError(
-                    Reason.TOO_MANY_STREAMS,
+                    Reason.REPLIES_FULL,
                     f"{self._bytes} bytes of parameters are on their way to clients, and {self._max_bytes} are the "
                     "most that this server has room for; try again later.",
-                    limit=self._max_bytes,
+                    limit_bytes=self._max_bytes,
                 )
             self._bytes += size
 

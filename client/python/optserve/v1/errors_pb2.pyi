@@ -52,6 +52,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_TOO_MANY_STREAMS: _ClassVar[ErrorReason]
     ERROR_REASON_TOO_MANY_FRAGMENTS: _ClassVar[ErrorReason]
     ERROR_REASON_STAGING_FULL: _ClassVar[ErrorReason]
+    ERROR_REASON_REPLIES_FULL: _ClassVar[ErrorReason]
     ERROR_REASON_FEATURE_UNAVAILABLE: _ClassVar[ErrorReason]
     ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
     ERROR_REASON_STATE_LOST: _ClassVar[ErrorReason]
@@ -103,6 +104,7 @@ ERROR_REASON_SERVER_FULL: ErrorReason
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason
 ERROR_REASON_TOO_MANY_FRAGMENTS: ErrorReason
 ERROR_REASON_STAGING_FULL: ErrorReason
+ERROR_REASON_REPLIES_FULL: ErrorReason
 ERROR_REASON_FEATURE_UNAVAILABLE: ErrorReason
 ERROR_REASON_DRAINING: ErrorReason
 ERROR_REASON_STATE_LOST: ErrorReason
