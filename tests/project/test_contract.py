@@ -1,5 +1,6 @@
 """The contract, its generated code and the server's catalogues say the same."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from optserve_server.edge.status import to_status
 from optserve_server.numerics.rules import RULES
 
 ROOT = Path(__file__).parents[2]
+SERVER = ROOT / "server/optserve_server"
 
 
 def test_the_committed_stubs_are_those_that_the_contract_generates(tmp_path):
@@ -34,8 +36,15 @@ def test_every_reason_of_the_server_is_in_the_contract_with_its_code():
         assert (reason in RETRY_AFTER_S) == ("to be retried" in described.rsplit(";", 1)[-1]), reason
 
 
+@pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.name)
+def test_every_reason_is_given_somewhere(reason):
+    """One that no server gives is a promise of the contract that nobody keeps."""
+    given = [path for path in SERVER.rglob("*.py") if path.name != "errors.py" or path.parent.name != "domain"]
+    assert any(re.search(rf"\bReason\.{reason.name}\b", path.read_text()) for path in given)
+
+
 def test_every_feature_has_a_standing():
-    assert set(service_pb2.Feature.values()) >= features.AVAILABLE
+    assert set(service_pb2.Feature.values()) >= features.available()
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from optserve._common import sysv, wire
+from optserve._common import wire
 from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
@@ -81,7 +81,7 @@ class Servicer:
             features=features.statuses(),
             methods=list(RULES),
             optimizer_count=len(self._optimizers),
-            host_id=sysv.host_id(),
+            host_id=features.host_id(),
             durability_problem=self._optimizers.durability_problem,
         )
         response.start_time.FromDatetime(self._start_time)

@@ -17,10 +17,10 @@ import numpy as np
 from google.rpc import status_pb2
 
 from optserve._common.wire import RequestFrame, decode_request, encode
-from optserve.v1 import steps_pb2
+from optserve.v1 import service_pb2, steps_pb2
 from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
-from optserve_server.edge import messages
+from optserve_server.edge import features, messages
 from optserve_server.edge.control_socket import ControlSocket
 from optserve_server.edge.drain_gate import Admission
 from optserve_server.edge.places import NEXT_MESSAGE, current
@@ -177,6 +177,8 @@ class StepStream:
         if self._phase is not _CLOSED:
             raise OptserveError(Reason.ALREADY_OPEN, "This stream is open already.", field="open")
         messages.check_known(request, "transport", "open")
+        if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY:
+            features.check(service_pb2.FEATURE_SHARED_MEMORY, "open.transport")
         # Of many streams together the fewest messages cost least; of one, whose ends take turns, smaller ones do.
         preferred = self._config.max_chunk_bytes if request.worker else self._config.preferred_chunk_bytes
         wanted = request.max_chunk_bytes or min(preferred, UNASKED_CHUNK_BYTES)
