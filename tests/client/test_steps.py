@@ -207,3 +207,15 @@ def test_an_old_handle_says_that_its_optimizer_was_made_anew(client, name, trans
     old.refresh()
     old.step({"x": np.ones(3)})
     assert old.current_step == 1
+
+
+def test_an_object_that_was_closed_for_good_interrupts_its_step_and_makes_no_other(client, name):
+    params = {"x": np.ones(3, np.float32)}
+    opt = client.create_optimizer(name, optserve.Sgd(), params)
+    # The second where the step has not begun yet.
+    with pytest.raises((optserve.StepCancelledError, optserve.ClientUseError)), opt.begin_step():
+        opt.close(for_good=True)
+    with pytest.raises(optserve.ClientUseError, match="was closed for good; get the optimizer anew"):
+        opt.step(params)
+    client.optimizer(name).step(params)
+    assert client.optimizer(name).current_step == 1

@@ -91,4 +91,9 @@ class Life:
     def leave(self) -> None:
         """It makes no steps any more."""
         if self._ended is None:
-            self._ended = lambda: ClientUseError(f"Worker {self._worker!r} has left; enter it anew to make steps.")
+            message = (
+                f"Worker {self._worker!r} has left; enter it anew to make steps."
+                if self._worker
+                else "This object was closed for good; get the optimizer anew from the client to make steps."
+            )
+            self._ended = lambda: ClientUseError(message)
