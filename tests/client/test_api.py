@@ -1,10 +1,12 @@
 """What the package offers, and that it needs nothing of the server."""
 
 import ast
+import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints, is_typeddict
 
 import numpy as np
 import pytest
@@ -20,14 +22,14 @@ from optserve_server.numerics.rules import RULES
 PUBLIC = [
     "AbortedError", "Adadelta", "Adagrad", "Algorithm", "AlreadyExistsError", "Async", "AtSteps", "Bounded",
     "Checkpoint", "CheckpointDamagedError", "Client", "ClientConfig", "ClientUseError", "Clipping", "Consistency",
-    "Constant", "Cosine", "DeadlineExceededError", "DiagonalHessian", "EtagMismatchError", "Exponential",
-    "FailedPreconditionError", "FeatureUnavailableError", "GradientLateError", "Group", "HostedParameters",
-    "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "Momentum", "NotFoundError", "Optimizer",
-    "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "Sgd", "StateLostError",
-    "StateReplacedError", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepsLostError", "Sync",
-    "TensorSpec", "TooFewWorkersError", "UnavailableError", "UnreachableError", "Vsgd", "WindowedRms", "Worker",
-    "WorkerReplacedError", "WrongStepError", "connect", "local_server",
-    "with_weight_decay",
+    "Constant", "Cosine", "DeadlineExceededError", "DiagonalHessian", "ElementStatistics", "EtagMismatchError",
+    "Exponential", "FailedPreconditionError", "FeatureUnavailableError", "GradientLateError", "Group",
+    "HostedParameters", "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "Momentum",
+    "NotFoundError", "Optimizer", "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError",
+    "Schedule", "Sgd", "StateLostError", "StateReplacedError", "Statistics", "StepCancelledError", "StepInDoubtError",
+    "StepInProgressError", "StepUnderWay", "StepsLostError", "Sync", "TensorSpec", "TensorStatistics",
+    "TooFewWorkersError", "UnavailableError", "UnreachableError", "Vsgd", "WindowedRms", "Worker",
+    "WorkerReplacedError", "WrongStepError", "connect", "local_server", "with_weight_decay",
 ]  # fmt: skip
 
 
@@ -42,16 +44,16 @@ MEMBERS = {
         "target", "worker",
     ],
     optserve.Optimizer: [
-        "algorithm", "at_step", "begin_step", "buffers", "cancel", "clipping", "close", "consistency", "count_from",
-        "current_step", "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state",
-        "list_checkpoints", "outcomes", "patience", "pull_parameters", "push_parameters", "refresh", "replay",
-        "restore_checkpoint", "save_checkpoint", "schedule", "staleness", "start_step", "statistics", "step",
-        "step_patiently", "steps_made", "takes_curvature", "transport", "update", "weight_decay",
+        "algorithm", "begin_step", "buffers", "cancel", "clipping", "close", "consistency", "current_step",
+        "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state", "list_checkpoints",
+        "pull_parameters", "push_parameters", "refresh", "replay", "restore_checkpoint", "save_checkpoint", "schedule",
+        "statistics", "step", "steps_made", "takes_curvature", "transport", "update", "weight_decay",
     ],
     optserve.Worker: [
         "at_step", "cancel", "current_step", "gradient_norm", "pull", "refresh", "staleness", "step", "steps_made",
         "transport",
     ],
+    optserve.StepUnderWay: ["send"],
     optserve.OptimizerState: [
         "clipping", "consistency", "groups", "hosted", "hosted_parameters", "load", "save", "schedule", "settings",
         "size_bytes", "weight_decay", "without",
@@ -64,6 +66,29 @@ MEMBERS = {
 @pytest.mark.parametrize(("kind", "members"), MEMBERS.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_the_public_members_are_these(kind, members):
     assert [name for name in dir(kind) if not name.startswith("_")] == members
+
+
+def kinds_in(hint: object) -> set[type]:
+    """This package's classes in the type of a value, and in the types of their fields; a TypedDict is a dict."""
+    found = set().union(*map(kinds_in, get_args(hint)))
+    is_ours = isinstance(hint, type) and hint.__module__.startswith("optserve.") and ".v1." not in hint.__module__
+    if is_ours and not is_typeddict(hint):
+        found.add(hint)
+        if is_dataclass(hint):
+            for field in get_type_hints(hint).values():
+                found |= kinds_in(field)
+    return found
+
+
+@pytest.mark.parametrize("kind", MEMBERS, ids=lambda kind: kind.__name__)
+def test_whatever_a_call_gives_has_a_public_name(kind):
+    given = kinds_in(kind)
+    for name in MEMBERS[kind]:
+        member = getattr(kind, name)
+        call = member.fget if isinstance(member, property) else member
+        if inspect.isroutine(call):
+            given |= kinds_in(get_type_hints(inspect.unwrap(call)).get("return"))
+    assert [item for item in given if getattr(optserve, item.__name__, None) is not item] == []
 
 
 def test_every_object_says_what_it_is(client, name):

@@ -80,7 +80,7 @@ def test_a_block_that_is_left_by_an_exception_applies_nothing_though_all_gradien
             step.send("x", G["x"])
             with pytest.raises(TimeoutError):
                 # Long enough for a step that does not wait for the end of its block.
-                step.ended.result(timeout=0.2)
+                step._ended.result(timeout=0.2)
             raise ZeroDivisionError
         opt.refresh()
         assert opt.current_step == 0
@@ -94,7 +94,7 @@ def test_a_replay_whose_updates_do_not_arrive_can_be_made_again(server, name):
         async with optserve.aio.connect(server.target) as client:
             opt = await client.create_optimizer(name, optserve.Sgd(1.0), G)
             for make in (lambda: opt.step(G), opt.replay, opt.refresh, opt.replay):
-                outcomes = opt._optimizer.outcomes
+                outcomes = opt._optimizer._outcomes
                 before = outcomes.unsettled
                 task = asyncio.create_task(make())
                 await asyncio.sleep(0)

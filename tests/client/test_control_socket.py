@@ -139,12 +139,12 @@ def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(own_server, o
 def test_a_step_that_waits_can_be_cancelled(own_server, opt):
     opt.step(gradients(0))
     with stopped(own_server):
-        patience = opt.patience()
+        patience = opt._connection.patience(None)
         failures = []
 
         def step():
             try:
-                opt.step_patiently(patience, gradients(1))
+                opt._step(patience, gradients(1))
             except optserve.OptserveError as error:
                 failures.append(error)
 

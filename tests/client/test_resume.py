@@ -156,10 +156,10 @@ def test_an_interrupted_step_that_was_not_applied_leaves_no_trace(server, client
 def test_cancelling_hits_the_step_under_way_and_no_other(client, name):
     opt = client.create_optimizer(name, optserve.Sgd(), gradient(0))
     opt.cancel()  # there is none
-    cancelled = opt.patience()
+    cancelled = opt._connection.patience(None)
     cancelled.cancel()
     with pytest.raises(optserve.StepCancelledError):
-        opt.step_patiently(cancelled, gradient(0))
+        opt._step(cancelled, gradient(0))
     opt.step(gradient(0))
     assert opt.current_step == 1
 

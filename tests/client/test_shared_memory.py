@@ -266,7 +266,7 @@ def test_a_client_that_scribbles_all_the_time_harms_nobody_else(near, machine, t
     good = near.create_optimizer("good", optserve.Adadelta(), gradients(0))
     bad = near.create_optimizer("bad", optserve.Sgd(learning_rate=1.0), {"x": optserve.TensorSpec((500_000,))})
     words = bad.buffers()["x"].view(np.uint32)
-    whole = bad._session.stream(bad.patience()).shared
+    whole = bad._session.stream(bad._connection.patience(None)).shared
     stop = threading.Event()
 
     def scribble() -> None:

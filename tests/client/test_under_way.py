@@ -158,7 +158,7 @@ def test_ctrl_c_while_the_block_is_left_ends_the_step_and_nothing_is_lost(server
             hit.start()
         hit.join()
         # Its thread has ended, and holds no turn.
-        assert step.ended.done()
+        assert step._ended.done()
         wire.flow()
         try:
             updates = opt.step(gradients(1))

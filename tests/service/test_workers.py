@@ -389,8 +389,8 @@ def test_a_restore_in_the_middle_of_a_workers_step_refuses_it_and_the_worker_can
             opt.restore_checkpoint("start")
             step.send("b", full(-1)["b"])
             with pytest.raises(optserve.StateReplacedError):
-                step.finish()
-            step.abort()
+                step._finish()
+            step._abort()
             step._failure = None
         found = opt.pull_parameters()
         assert found.step == 0

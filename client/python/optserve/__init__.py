@@ -6,6 +6,7 @@ with optserve.connect("127.0.0.1:50051") as client:
         params[name] += update
 """
 
+from optserve._steps.incremental import StepUnderWay
 from optserve.algorithms import (
     Adadelta,
     Adagrad,
@@ -63,6 +64,7 @@ from optserve.settings import (
     Sync,
 )
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, TensorSpec
+from optserve.statistics import ElementStatistics, Statistics, TensorStatistics
 from optserve.weight_decay import with_weight_decay
 from optserve.worker import Worker
 
@@ -86,6 +88,7 @@ __all__ = [
     "Cosine",
     "DeadlineExceededError",
     "DiagonalHessian",
+    "ElementStatistics",
     "EtagMismatchError",
     "Exponential",
     "FailedPreconditionError",
@@ -108,12 +111,15 @@ __all__ = [
     "Sgd",
     "StateLostError",
     "StateReplacedError",
+    "Statistics",
     "StepCancelledError",
     "StepInDoubtError",
     "StepInProgressError",
+    "StepUnderWay",
     "StepsLostError",
     "Sync",
     "TensorSpec",
+    "TensorStatistics",
     "TooFewWorkersError",
     "UnavailableError",
     "UnreachableError",

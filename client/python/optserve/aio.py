@@ -257,19 +257,19 @@ class AsyncOptimizer:
         timeout_s: float | None = None,
     ) -> AsyncIterator[StepUnderWay]:
         """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
-        patience = self._optimizer.patience(timeout_s)
+        patience = self._optimizer._connection.patience(timeout_s)
         async with self._turns.turn(patience):
-            step = self._optimizer.start_step(patience, names, out=out, reply=reply)
+            step = self._optimizer._start_step(patience, names, out=out, reply=reply)
             try:
                 yield step
-                step.complete()
-                await signal(step.ended)
-                step.raise_failure()
+                step._complete()
+                await signal(step._ended)
+                step._raise_failure()
             except BaseException:
-                step.cancel()
-                await ended(step.ended)
-                if step.request_id:
-                    self._optimizer.outcomes.undelivered(step.request_id)
+                step._cancel()
+                await ended(step._ended)
+                if step._request_id:
+                    self._optimizer._outcomes.undelivered(step._request_id)
                 raise
 
     async def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:

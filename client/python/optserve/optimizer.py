@@ -102,28 +102,9 @@ class Optimizer(Resource):
         return self._session.current_step
 
     @property
-    def at_step(self) -> int | None:
-        """The step of the parameters that gradients are taken at, for a worker."""
-        return self._session.at_step
-
-    @at_step.setter
-    def at_step(self, step: int) -> None:
-        self._session.at_step = step
-
-    @property
     def steps_made(self) -> int:
-        """Steps that this object has made; for a worker, all that have been made under its name."""
+        """Steps that this object has made."""
         return self._session.life.steps_made
-
-    def count_from(self, last_request_id: str, life: int) -> None:
-        """Go on behind the last step that was made under a worker's name, as a life with that number."""
-        self._session.open_request.life = life
-        self._session.life.go_on_after(last_request_id)
-
-    @property
-    def staleness(self) -> int:
-        """Steps of other workers between the parameters of the last gradient and that gradient."""
-        return self._session.staleness
 
     @property
     def gradient_norm(self) -> float | None:
@@ -206,15 +187,11 @@ class Optimizer(Resource):
             DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became of the step.
                 An UnreachableError where no server was reached, which is a DeadlineExceededError as well.
         """
-        return self.step_patiently(
+        return self._step(
             self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
         )
 
-    def patience(self, timeout_s: float | None = None) -> Patience:
-        """A patience for `step_patiently`, which ends after `timeout_s` or when it is cancelled."""
-        return self._connection.patience(timeout_s)
-
-    def step_patiently(
+    def _step(
         self,
         patience: Patience,
         grads: Mapping[str, np.ndarray],
@@ -224,7 +201,7 @@ class Optimizer(Resource):
         reply: ReplyName = "updates",
         partial: bool = False,
     ) -> dict[str, np.ndarray]:
-        """`step` with a patience that the caller can end; what `optserve.aio` is made of."""
+        """What `step` does, with a patience that its caller goes on with."""
         indices = self._model.taking_part(grads, partial=partial)
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
@@ -296,17 +273,17 @@ class Optimizer(Resource):
             ...         step.send(name, gradient)
             ... updates = step.updates
         """
-        step = self.start_step(self.patience(timeout_s), names, out=out, reply=reply)
+        step = self._start_step(self._connection.patience(timeout_s), names, out=out, reply=reply)
         try:
             yield step
-            step.finish()
+            step._finish()
         except BaseException:
-            applied = step.abort()
+            applied = step._abort()
             if applied:
-                self.outcomes.undelivered(applied)
+                self._outcomes.undelivered(applied)
             raise
 
-    def start_step(
+    def _start_step(
         self,
         patience: Patience,
         names: Iterable[str] | None = None,
@@ -314,7 +291,7 @@ class Optimizer(Resource):
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
     ) -> StepUnderWay:
-        """What `begin_step` does at its beginning; what `optserve.aio` is made of."""
+        """What `begin_step` does at its beginning, here and in `optserve.aio`."""
         indices = self._model.indices_of(self._model.names if names is None else names)
         gradients = GrowingGradients(
             indices,
@@ -341,8 +318,8 @@ class Optimizer(Resource):
         return StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
 
     @property
-    def outcomes(self) -> Outcomes:
-        """What became of steps whose callers do not know it; what `optserve.aio` is made of."""
+    def _outcomes(self) -> Outcomes:
+        """What became of steps whose callers do not know it; `optserve.aio` adds to it."""
         return self._session.outcomes
 
     def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
@@ -360,7 +337,7 @@ class Optimizer(Resource):
             made.append(self._taking(tensors or list(range(len(self._model))), None, reply))
             return made[-1]
 
-        self._session.replay(make_updates, self.patience(timeout_s))
+        self._session.replay(make_updates, self._connection.patience(timeout_s))
         return self._named(made[-1])
 
     def refresh(self) -> None:

@@ -15,7 +15,7 @@ _MAX_INDEX = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
-class Elements:
+class ElementStatistics:
     """Single elements of one parameter, in the order in which they were asked for; arrays are float64.
 
     Attributes:
@@ -49,7 +49,7 @@ class TensorStatistics:
     rms_gradient: float | None
     rms_update: float | None
     rates: dict[float, float]
-    elements: Elements
+    elements: ElementStatistics
     rates_count_last_update: bool = False
 
 
@@ -129,12 +129,12 @@ def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], 
             raise InternalError(f"The server's statistics have too few or too many slots; there are {len(slots)}.")
 
 
-def _elements(messages: Sequence[statistics_pb2.ElementStatistics], slots: Sequence[str]) -> Elements:
+def _elements(messages: Sequence[statistics_pb2.ElementStatistics], slots: Sequence[str]) -> ElementStatistics:
     def values(field: str) -> np.ndarray | None:
         there = all(message.HasField(field) for message in messages)
         return np.array([getattr(message, field) for message in messages]) if there else None
 
-    return Elements(
+    return ElementStatistics(
         np.array([message.index for message in messages], np.int64),
         values("effective_rate"),
         values("update"),

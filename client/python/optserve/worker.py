@@ -64,6 +64,7 @@ class Worker:
         self._optimizer = Optimizer(
             connection, message, transport=transport, wire_dtype=wire_dtype, worker=self.name, register=self._register
         )
+        self._session = self._optimizer._session
         self._done = threading.Event()
         self._beating = threading.Thread(target=self._beat, name=f"optserve {self.name}", daemon=True)
         self._beat_s = 10.0
@@ -74,7 +75,7 @@ class Worker:
     def __enter__(self) -> Self:
         # Only the first use of the number ends other lives, so a report that was lost or comes twice ends nobody.
         self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
-        self._optimizer.count_from(self._register().last_request_id, self._life)
+        self._go_on_after(self._register().last_request_id)
         self._beating.start()
         return self
 
@@ -97,17 +98,17 @@ class Worker:
     @property
     def at_step(self) -> int | None:
         """The step of the parameters that this worker has; None before it has pulled."""
-        return self._optimizer.at_step
+        return self._session.at_step
 
     @property
     def steps_made(self) -> int:
         """Steps that were applied under this worker's name, those of earlier lives of it included."""
-        return self._optimizer.steps_made
+        return self._session.life.steps_made
 
     @property
     def staleness(self) -> int:
         """Steps that had been applied between the parameters of this worker's last gradient and that gradient."""
-        return self._optimizer.staleness
+        return self._session.staleness
 
     @property
     def gradient_norm(self) -> float | None:
@@ -137,7 +138,7 @@ class Worker:
         """
         found = self._optimizer.pull_parameters(names, newer_than=newer_than, out=out)
         if found is not None:
-            self._optimizer.at_step = found.step
+            self._session.at_step = found.step
         return found
 
     def refresh(self) -> None:
@@ -147,7 +148,7 @@ class Worker:
             WorkerReplacedError: This life of the worker is over.
         """
         self._optimizer.refresh()
-        self._optimizer.count_from(self._register().last_request_id, self._life)
+        self._go_on_after(self._register().last_request_id)
 
     def cancel(self) -> None:
         """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
@@ -177,16 +178,14 @@ class Worker:
         """
         patience = self._connection.patience(timeout_s)
         try:
-            arrays = self._optimizer.step_patiently(
-                patience, grads, curvature=curvature, out=out, reply=reply, partial=partial
-            )
+            arrays = self._optimizer._step(patience, grads, curvature=curvature, out=out, reply=reply, partial=partial)
         except StepInDoubtError as error:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
             # Applied, but the server has died since and no longer has the reply; newer parameters are as good.
             return self._newer(patience, list(grads), out)
         if reply == "parameters":
-            self._optimizer.at_step = self.current_step
+            self._session.at_step = self.current_step
         return arrays
 
     def _newer(
@@ -196,6 +195,11 @@ class Worker:
         self.refresh()
         found = self.pull(names, out=out)
         return found.arrays if found else {}
+
+    def _go_on_after(self, last_request_id: str) -> None:
+        """Count on from the last step that was made under this worker's name, as the life that was begun."""
+        self._session.open_request.life = self._life
+        self._session.life.go_on_after(last_request_id)
 
     def _register(self) -> replicas_pb2.ReportWorkerResponse:
         response = self._report(replicas_pb2.WORKER_STATE_ALIVE)

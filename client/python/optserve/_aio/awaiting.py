@@ -170,8 +170,8 @@ class Turns:
             grace_s: How long it may still take when this is cancelled.
         """
         self._threads.check_usable()
-        patience = self._optimizer.patience(timeout_s)
-        outcomes = self._optimizer.outcomes
+        patience = self._optimizer._connection.patience(timeout_s)
+        outcomes = self._optimizer._outcomes
         # What `turn` does; every step goes through this.
         waited = await self._take(patience)
         unsettled = outcomes.unsettled

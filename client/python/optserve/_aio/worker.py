@@ -90,7 +90,7 @@ class AsyncWorker:
         # Only parameters that have arrived are those that the next gradient is taken at.
         found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
         if found is not None:
-            self._optimizer.at_step = found.step
+            self._worker._session.at_step = found.step
         return found
 
     async def refresh(self) -> None:

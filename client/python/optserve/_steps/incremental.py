@@ -116,8 +116,10 @@ class StepUnderWay:
         self._names = names
         self._patience = patience
         self._failure: BaseException | None = None
+        # Of the step, once its reply was received.
         self._request_id = ""
-        # What is waited for: a join that Ctrl-C has interrupted takes the thread for ended (CPython 3.11).
+        # Done when nothing of the step goes on any more. Nobody joins the thread: a join that Ctrl-C has interrupted
+        # takes it for ended (CPython 3.11).
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
         self._thread.start()
@@ -147,13 +149,13 @@ class StepUnderWay:
             raise InvalidArgumentError(f"The gradient of {name!r} has been sent already.", metadata={"parameter": name})
         self._gradients.add(index, array, diagonal)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Wait for the updates, or raise what the step has failed with."""
-        self.complete()
+        self._complete()
         self._ended.result()
-        self.raise_failure()
+        self._raise_failure()
 
-    def complete(self) -> None:
+    def _complete(self) -> None:
         """All gradients have been sent, and the step is to be made of them.
 
         Raises:
@@ -167,31 +169,21 @@ class StepUnderWay:
             )
         self._gradients.complete()
 
-    def raise_failure(self) -> None:
+    def _raise_failure(self) -> None:
         """Raise what the step has failed with, if it has."""
         if self._failure is not None:
             raise self._failure
 
-    def abort(self) -> str:
+    def _abort(self) -> str:
         """Give the step up; the server discards it. Gives its request id if it was applied all the same, or nothing."""
-        self.cancel()
+        self._cancel()
         self._ended.result()
         return self._request_id
 
-    def cancel(self) -> None:
-        """What `abort` does, without waiting until the step has ended."""
+    def _cancel(self) -> None:
+        """What `_abort` does, without waiting until the step has ended."""
         self._gradients.abort()
         self._patience.cancel()
-
-    @property
-    def request_id(self) -> str:
-        """Of the step, once its reply was received."""
-        return self._request_id
-
-    @property
-    def ended(self) -> Future[None]:
-        """Done when nothing of the step goes on any more."""
-        return self._ended
 
     def _run(self, run: Callable[[], tuple[str, dict[str, np.ndarray]]]) -> None:
         try:
