@@ -2,6 +2,8 @@
 
 import asyncio
 import inspect
+from collections.abc import AsyncIterator, Iterator
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -160,21 +162,125 @@ def test_workers_can_be_awaited(server, name):
     run(train())
 
 
-@pytest.mark.parametrize(
-    ("sync", "asynchronous"),
-    [
-        (optserve.Client, optserve.aio.AsyncClient),
-        (optserve.Optimizer, optserve.aio.AsyncOptimizer),
-        (optserve.Worker, optserve.aio.AsyncWorker),
-    ],
-)
-def test_every_call_of_the_synchronous_client_can_be_awaited(sync, asynchronous):
-    left_out = {"close", "target", "cancel", "algorithm", "begin_step"}
-    for name, member in inspect.getmembers(sync, inspect.isfunction):
-        if name.startswith("_") or name in left_out:
+TWINS = {
+    optserve.Client: optserve.aio.AsyncClient,
+    optserve.Optimizer: optserve.aio.AsyncOptimizer,
+    optserve.Worker: optserve.aio.AsyncWorker,
+}
+WITHOUT_TWIN = {
+    "Client.close": "an `async with` closes it",
+    "Optimizer.cancel": "tasks are cancelled",
+    "Worker.cancel": "tasks are cancelled",
+}
+ASK_THE_SERVER = {
+    "algorithm", "clipping", "consistency", "groups", "schedule", "transport", "weight_decay",
+}  # fmt: skip
+"""Properties whose twins are awaited."""
+
+SAME_TYPES = {
+    **TWINS,
+    Iterator[optserve.OptimizerInfo]: list[optserve.OptimizerInfo],
+    Iterator[optserve.StepUnderWay]: AsyncIterator[optserve.StepUnderWay],
+}
+"""What a call gives, and what its twin gives; the same for all that are not named here."""
+
+
+def public(kind: type) -> dict[str, object]:
+    return {name: member for name, member in inspect.getmembers(kind) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("sync", "asynchronous"), TWINS.items())
+def test_every_public_name_has_its_twin_and_no_twin_is_alone(sync, asynchronous):
+    left_out = {name for name in public(sync) if f"{sync.__name__}.{name}" in WITHOUT_TWIN}
+    # Attributes of instances are properties of their twins.
+    attributes = {"Optimizer": {"hosted", "name"}, "Worker": {"live_workers", "name"}}.get(sync.__name__, set())
+    assert (set(public(sync)) | attributes) - left_out == set(public(asynchronous))
+
+
+@pytest.mark.parametrize(("sync", "asynchronous"), TWINS.items())
+def test_twins_have_the_same_parameters_and_give_the_same(sync, asynchronous):
+    for name, twin in public(asynchronous).items():
+        if isinstance(twin, property):
+            # An attribute of the instance has no annotation to be compared with.
+            member = getattr(sync, name, None)
+            assert name not in ASK_THE_SERVER
+            assert member is None or hints(twin.fget) == hints(member.fget), name
             continue
-        twin = getattr(asynchronous, name)
-        assert inspect.iscoroutinefunction(twin), name
-        assert list(inspect.signature(twin).parameters) == [
-            parameter for parameter in inspect.signature(member).parameters if parameter != "timeout_s"
-        ] or list(inspect.signature(twin).parameters) == list(inspect.signature(member).parameters)
+        member = getattr(sync, name)
+        is_block = name == "begin_step"
+        assert is_block or inspect.iscoroutinefunction(twin), name
+        assert isinstance(member, property) == (name in ASK_THE_SERVER), name
+        call = member.fget if isinstance(member, property) else member
+        assert [(p.name, p.kind, p.default) for p in parameters(twin)] == [
+            (p.name, p.kind, p.default) for p in parameters(call)
+        ], name
+        expected = hints(call)
+        expected["return"] = SAME_TYPES.get(expected["return"], expected["return"])
+        assert hints(twin) == expected, name
+
+
+def parameters(call) -> list[inspect.Parameter]:
+    return list(inspect.signature(call).parameters.values())
+
+
+def hints(call) -> dict[str, object]:
+    return get_type_hints(inspect.unwrap(call))
+
+
+def test_twins_say_the_same(server, client, name):
+    """Whatever can be asked, both are asked; dataclasses are compared as a whole."""
+    client.create_optimizer(
+        name, optserve.Adadelta(rho=0.5), G, hosted=True, weight_decay=0.25, schedule=optserve.InverseTime(decay=0.5),
+        clipping=optserve.Clipping(norm=1.0), groups=[optserve.Group(("x",), {"rho": 0.25})],
+    )  # fmt: skip
+    shared = client.create_optimizer(f"{name}-2", optserve.Sgd(), G, hosted=True, consistency=optserve.Async())
+    # Memory is shared with one of them at a time.
+    opt = client.optimizer(name, transport="grpc")
+    opt.step(G)
+
+    async def compare() -> None:
+        async with optserve.aio.connect(server.target) as aclient:
+            twin = await aclient.optimizer(name, transport="grpc")
+            assert twin.steps_made == 0
+            await twin.refresh()
+            await twin.step(G)
+            assert twin.steps_made == opt.steps_made == 1
+            opt.refresh()
+            for attribute in sorted(public(optserve.aio.AsyncOptimizer)):
+                said = getattr(twin, attribute)
+                if attribute in ASK_THE_SERVER:
+                    assert await said() == getattr(opt, attribute), attribute
+                elif not callable(said):
+                    assert said == getattr(opt, attribute), attribute
+            assert await (await aclient.optimizer(shared.name)).consistency() == shared.consistency
+            assert (aclient.target, aclient.shares_memory) == (client.target, client.shares_memory)
+            assert (await aclient.server_info(timeout_s=10)).version == client.server_info().version
+            assert await aclient.list_optimizers() == list(client.list_optimizers())
+            assert repr(await twin.statistics()) == repr(opt.statistics())
+            assert await twin.save_checkpoint("tag") == opt.list_checkpoints()[0]
+            assert await twin.list_checkpoints() == opt.list_checkpoints()
+            assert await twin.export_state() == opt.export_state()
+            pulled = await twin.pull_parameters()
+            assert type(pulled) is optserve.HostedParameters
+            assert pulled.step == opt.pull_parameters().step
+            async with await aclient.worker(shared.name, "w") as worker:
+                await worker.pull()
+                await worker.step(G)
+                assert (worker.at_step, worker.current_step, worker.live_workers) == (1, 1, 1)
+                assert (worker.staleness, worker.steps_made) == (0, 1)
+
+    run(compare())
+
+
+def test_an_object_that_is_closed_for_good_does_not_wait_for_its_step(server, name):
+    async def train() -> None:
+        async with optserve.aio.connect(server.target) as client:
+            opt = await client.create_optimizer(name, optserve.Sgd(), G)
+            # The second where the step has not begun yet.
+            with pytest.raises((optserve.StepCancelledError, optserve.ClientUseError)):
+                async with opt.begin_step():
+                    await opt.close(for_good=True)
+            with pytest.raises(optserve.ClientUseError, match="closed for good"):
+                await opt.step(G)
+
+    run(train())

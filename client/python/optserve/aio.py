@@ -92,10 +92,21 @@ class AsyncClient:
             raise ClientUseError("Use this client inside `async with`.")
         return self._client, self._threads
 
-    async def server_info(self) -> service_pb2.GetServerInfoResponse:
+    @property
+    def target(self) -> str:
+        """See `optserve.Client.target`."""
+        return self._target
+
+    @property
+    def shares_memory(self) -> bool:
+        """See `optserve.Client.shares_memory`."""
+        client, _ = self._connected
+        return client.shares_memory
+
+    async def server_info(self, *, timeout_s: float | None = None) -> service_pb2.GetServerInfoResponse:
         """See `optserve.Client.server_info`."""
         client, threads = self._connected
-        return await threads.run(client.server_info)
+        return await threads.run(bound(client.server_info, timeout_s=timeout_s))
 
     async def create_optimizer(
         self,
@@ -196,7 +207,10 @@ class AsyncClient:
 
 
 class AsyncOptimizer:
-    """See `optserve.Optimizer`; every method is awaited. Steps come one after the other, also from several tasks."""
+    """See `optserve.Optimizer`; every method is awaited, and so is every property that asks the server.
+
+    Steps come one after the other, also from several tasks.
+    """
 
     def __init__(self, optimizer: sync.Optimizer, threads: Threads) -> None:
         self._optimizer = optimizer
@@ -213,14 +227,29 @@ class AsyncOptimizer:
         return self._optimizer.name
 
     @property
+    def hosted(self) -> bool:
+        """Whether the server holds the parameters as well."""
+        return self._optimizer.hosted
+
+    @property
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
         return self._optimizer.current_step
 
     @property
+    def steps_made(self) -> int:
+        """See `optserve.Optimizer.steps_made`."""
+        return self._optimizer.steps_made
+
+    @property
     def gradient_norm(self) -> float | None:
         """See `optserve.Optimizer.gradient_norm`."""
         return self._optimizer.gradient_norm
+
+    @property
+    def takes_curvature(self) -> bool:
+        """See `optserve.Optimizer.takes_curvature`."""
+        return self._optimizer.takes_curvature
 
     def __repr__(self) -> str:
         return f"Async{self._optimizer!r}"
@@ -298,6 +327,30 @@ class AsyncOptimizer:
         )  # fmt: skip
         await self._threads.run(update, grace_s=SETTLE_S)
 
+    async def algorithm(self) -> algorithms.Algorithm:
+        """See `optserve.Optimizer.algorithm`."""
+        return await self._threads.run(lambda: self._optimizer.algorithm)
+
+    async def schedule(self) -> settings.Schedule | None:
+        """See `optserve.Optimizer.schedule`."""
+        return await self._threads.run(lambda: self._optimizer.schedule)
+
+    async def clipping(self) -> settings.Clipping | None:
+        """See `optserve.Optimizer.clipping`."""
+        return await self._threads.run(lambda: self._optimizer.clipping)
+
+    async def groups(self) -> tuple[settings.Group, ...]:
+        """See `optserve.Optimizer.groups`."""
+        return await self._threads.run(lambda: self._optimizer.groups)
+
+    async def weight_decay(self) -> float:
+        """See `optserve.Optimizer.weight_decay`."""
+        return await self._threads.run(lambda: self._optimizer.weight_decay)
+
+    async def consistency(self) -> settings.Consistency | None:
+        """See `optserve.Optimizer.consistency`."""
+        return await self._threads.run(lambda: self._optimizer.consistency)
+
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """See `optserve.Optimizer.push_parameters`."""
         await self._threads.run(bound(self._optimizer.push_parameters, params), grace_s=SETTLE_S)
@@ -355,6 +408,11 @@ class AsyncOptimizer:
         load = bound(self._optimizer.import_state, state, on_progress=on_progress)
         await self._turns.run(lambda _: load(), grace_s=SETTLE_S)
 
-    async def close(self) -> None:
+    async def close(self, *, for_good: bool = False) -> None:
         """See `optserve.Optimizer.close`."""
-        await self._turns.run(lambda _: self._optimizer.close(), self._config.timeout_s)
+        if for_good:
+            # With a thread of its own, and not in turn: it ends the step whose turn it is.
+            close = bound(self._optimizer.close, for_good=True)
+            await self._threads.run(close, own=True, grace_s=LEAVE_S)
+        else:
+            await self._turns.run(lambda _: self._optimizer.close(), self._config.timeout_s)

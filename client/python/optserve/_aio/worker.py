@@ -58,6 +58,21 @@ class AsyncWorker:
         return self._worker.name
 
     @property
+    def live_workers(self) -> int:
+        """How many the server counted when it last heard of this one."""
+        return self._worker.live_workers
+
+    @property
+    def at_step(self) -> int | None:
+        """See `optserve.Worker.at_step`."""
+        return self._worker.at_step
+
+    @property
+    def current_step(self) -> int:
+        """See `optserve.Worker.current_step`."""
+        return self._worker.current_step
+
+    @property
     def steps_made(self) -> int:
         """See `optserve.Worker.steps_made`."""
         return self._worker.steps_made
