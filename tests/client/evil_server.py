@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import numpy as np
@@ -34,7 +35,7 @@ SIZE = sum(SIZES.values())
 NONCE, DIRTY, REPLIED, FIRST = 0, 64, 128, 192
 TAG = f"{NAME}/checkpoints/good"
 
-Answers = Iterable[object]
+Answers = Iterable[Any]
 """Messages or their bytes; End and Refusal end the call; None waits until the client gives up."""
 
 

@@ -19,6 +19,7 @@ import pytest
 import optserve
 from optserve._common import control, sysv
 from optserve._common.wire import encode
+from optserve._steps import stream as stream_module
 from optserve.v1 import steps_pb2
 from service.wire_client import begin, commit, create, details, stream
 
@@ -69,14 +70,14 @@ def expected(client, name):
 def sent_over_grpc(monkeypatch, expected):
     """The messages that take the stream itself, the `open` of each included."""
     messages = []
-    put = optserve._steps.stream._Outgoing.put
+    put = stream_module._Outgoing.put
 
     def record(outgoing, step):
         step = list(step)
         messages.extend(steps_pb2.StreamStepsRequest.FromString(message) for message in step)
         put(outgoing, iter(step))
 
-    monkeypatch.setattr(optserve._steps.stream._Outgoing, "put", record)
+    monkeypatch.setattr(stream_module._Outgoing, "put", record)
     return messages
 
 

@@ -35,7 +35,9 @@ def torch_optimizer(method: optserve.Algorithm, parameters: list[torch.nn.Parame
             return torch.optim.SGD(parameters, lr=method.learning_rate, momentum=method.rho)
         case optserve.WindowedRms():
             return torch.optim.RMSprop(parameters, lr=method.learning_rate, alpha=method.rho, eps=method.outer_eps)
-    return torch.optim.SGD(parameters, lr=method.learning_rate)
+        case optserve.Sgd():
+            return torch.optim.SGD(parameters, lr=method.learning_rate)
+    raise NotImplementedError(method)
 
 
 class TorchRun:
@@ -235,6 +237,7 @@ def test_a_group_of_all_parameters_needs_no_other(client, name):
     ]
     params = {key: torch.nn.Parameter(torch.ones(shape)) for key, shape in PARAMETERS.items()}
     back = optserve.torch.from_state_dict(saved, params)
+    assert isinstance(back.algorithm, optserve.Adadelta)
     assert (back.algorithm.rho, back.groups) == (0.5, (optserve.Group(("scale", "nothing"), {"rho": 0.25}),))
     with pytest.raises(optserve.InvalidArgumentError, match="no parameter 'b'"):
         optserve.torch.param_groups(state, {"w": params["w"]})
@@ -289,6 +292,7 @@ def test_the_state_dict_of_a_run_with_a_scheduler_has_the_present_rate(scheduler
     before = param.detach().clone()
     optimizer.step()
     expected = (param - before).detach().numpy()
+    assert isinstance(state.algorithm, optserve.Momentum)
     ours = state.algorithm.rho * state.slots["x"]["momentum"] - state.algorithm.learning_rate
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optserve
+from optserve._common import wire
 from optserve.v1 import optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
@@ -324,7 +325,7 @@ def test_a_client_that_does_not_read_its_pull_is_cut_off(tmp_path):
 
 
 def test_an_upload_that_was_taken_over_is_made_again(server, client, stub, name, monkeypatch):
-    x, encode, chunks = {"x": np.arange(2_000_000, dtype=np.float32)}, optserve._common.wire.encode, itertools.count()
+    x, encode, chunks = {"x": np.arange(2_000_000, dtype=np.float32)}, wire.encode, itertools.count()
     begun = []
 
     def disturbed(header, *parts):
@@ -337,7 +338,7 @@ def test_an_upload_that_was_taken_over_is_made_again(server, client, stub, name,
         return encode(header, *parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optserve._common.wire, "encode", disturbed)
+        patch.setattr(wire, "encode", disturbed)
         opt = client.create_optimizer(name, optserve.Sgd(), x, hosted=True)
     assert bits(opt.pull_parameters().arrays) == bits(x)
 

@@ -10,6 +10,7 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.records import StepRecord
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.engine.transition import Replacement
@@ -246,6 +247,7 @@ def test_a_step_that_cannot_be_made_durable_is_not_applied():
         def write(self, record):
             if self.full:
                 raise OSError("no space left on device")
+            assert isinstance(record, StepRecord)
             self.seen = [gradient.tobytes() for gradient in record.operands]
             return 1
 

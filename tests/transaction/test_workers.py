@@ -14,6 +14,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import UpdateRecord
+from optserve_server.engine.step_slot import Lane
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import Consistency
@@ -177,6 +178,7 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     steps.last("w", stream=1)
     given_up = steps.begin(StepRequest("step-1", segment=segment, worker="w", stream=1))
     steps.last("w", stream=2)
+    assert isinstance(given_up._holder, Lane)
     before = given_up._holder.staging.updates[F4].copy()
     write_shared(segment, np.full(2, 5, F4))
     with pytest.raises(OptserveError, check=is_taken_over):
