@@ -23,7 +23,7 @@ from rich.progress import Progress
 from optserve._common import malloc, wire
 from optserve_server.domain.config import ConfigError, ServerConfig
 from optserve_server.domain.descriptors import room_for_connections
-from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.drain_gate import DrainGate
 from optserve_server.edge.health import Health
 from optserve_server.edge.interceptors import Gate
 from optserve_server.edge.service import SERVICE, Servicer, handlers
@@ -56,7 +56,7 @@ class App:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._admission = Admission()
+        self._drain_gate = DrainGate()
         self._stopping = threading.Event()
         choice = backends.choose(config.backend, config.threads)
         self._folder = _data_folder(config)
@@ -66,7 +66,7 @@ class App:
         checkpoints = Checkpoints(optimizers, _checkpoint_store(config, self._folder), config.max_checkpoints)
         self._gate = Gate(config)
         self._server = grpc.server(self._gate.refusals, interceptors=[self._gate], options=_options(config))
-        servicer = Servicer(optimizers, checkpoints, self._admission, choice, config)
+        servicer = Servicer(optimizers, checkpoints, self._drain_gate, choice, config)
         self._server.add_generic_rpc_handlers((handlers(servicer),))
         self._health = Health(("", SERVICE.full_name))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -126,14 +126,14 @@ class App:
         """
         self._stopping.set()
         # First, so that who is told finds it so.
-        self._admission.close()
+        self._drain_gate.close()
         self._health.close()
         until = time.monotonic() + self._config.drain_s
         # Each optimizer is told under its lock, which a step may hold.
         telling = threading.Thread(target=self._optimizers.drain, name="drain", daemon=True)
         telling.start()
         telling.join(self._config.drain_s)
-        if not self._admission.drain(max(0.0, until - time.monotonic())):
+        if not self._drain_gate.drain(max(0.0, until - time.monotonic())):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         if not self._server.stop(grace=CLOSING_S).wait(2 * CLOSING_S):
             logger.warning("some calls have not ended %s s after they were told to", CLOSING_S)

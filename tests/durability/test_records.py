@@ -187,7 +187,7 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
     before = [fingerprint(server.optimizers.get(name)) for name in ("plain", "a")]
-    workers, x = item.steps.workers.roster.to_json(), {k: v.tobytes() for k, v in item.state.parameters.items()}
+    workers, x = item.steps.workers.registry.to_json(), {k: v.tobytes() for k, v in item.state.parameters.items()}
     live, made[:] = list(made), []
     server.die()
     again = Server(tmp_path)
@@ -195,6 +195,6 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     assert {name for name, *_ in made} == set(HALVES)
     found = again.optimizers.get("a")
     assert [fingerprint(again.optimizers.get(name)) for name in ("plain", "a")] == before
-    assert found.steps.workers.roster.to_json() == workers
+    assert found.steps.workers.registry.to_json() == workers
     assert {k: v.tobytes() for k, v in found.state.parameters.items()} == x
     again.die()

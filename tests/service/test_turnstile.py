@@ -1,4 +1,4 @@
-"""The turnstile that the announced steps of workers pass."""
+"""The upload limiter that the announced steps of workers pass."""
 
 import threading
 import time
@@ -7,55 +7,55 @@ from contextlib import ExitStack
 import numpy as np
 
 import optserve
-from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.edge.upload_limiter import UploadLimiter
 
 
-def entering(turnstile: Turnstile, who: str, order: list[str]) -> threading.Thread:
+def entering(upload_limiter: UploadLimiter, who: str, order: list[str]) -> threading.Thread:
     """A thread that goes in; returns when it waits, or is in."""
 
     def enter() -> None:
-        turnstile.enter(who)
+        upload_limiter.enter(who)
         order.append(who)
 
     thread = threading.Thread(target=enter)
-    waiting = len(turnstile._waiting)
+    waiting = len(upload_limiter._waiting)
     thread.start()
-    while thread.is_alive() and len(turnstile._waiting) == waiting:
+    while thread.is_alive() and len(upload_limiter._waiting) == waiting:
         time.sleep(0.0005)
     return thread
 
 
 def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_inside():
-    turnstile, order = Turnstile(2, patience_s=60), list[str]()
-    threads = [entering(turnstile, who, order) for who in "abcdef"]
+    upload_limiter, order = UploadLimiter(2, patience_s=60), list[str]()
+    threads = [entering(upload_limiter, who, order) for who in "abcdef"]
     assert order == ["a", "b"]
     for leaver, inside in (("b", "abc"), ("a", "abcd"), ("a", "abcd"), ("c", "abcde"), ("d", "abcdef")):
-        turnstile.leave(leaver)
+        upload_limiter.leave(leaver)
         threads[len(inside) - 1].join(10)
         assert order == list(inside)
 
 
 def test_those_who_do_not_come_out_are_not_waited_for():
-    turnstile, order = Turnstile(1, patience_s=0.02), list[str]()
-    for thread in [entering(turnstile, who, order) for who in "abcdef"]:
+    upload_limiter, order = UploadLimiter(1, patience_s=0.02), list[str]()
+    for thread in [entering(upload_limiter, who, order) for who in "abcdef"]:
         thread.join(10)
     assert order == list("abcdef")
 
 
 def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
     """Empty chunks every 5 ms held the turn of all optimizers."""
-    turnstile, over = Turnstile(1, patience_s=0.05), threading.Event()
-    turnstile.enter("attacker")
+    upload_limiter, over = UploadLimiter(1, patience_s=0.05), threading.Event()
+    upload_limiter.enter("attacker")
 
     def attack() -> None:
         while not over.wait(0.002):
-            turnstile.moved("attacker", 1)
+            upload_limiter.moved("attacker", 1)
 
     attacker = threading.Thread(target=attack)
     attacker.start()
     try:
         order: list[str] = []
-        entering(turnstile, "other", order).join(10)
+        entering(upload_limiter, "other", order).join(10)
         assert order == ["other"]
     finally:
         over.set()
@@ -63,15 +63,15 @@ def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
 
 
 def test_who_brings_much_is_waited_for():
-    turnstile, order = Turnstile(1, patience_s=1.0), list[str]()
-    turnstile.enter("first")
-    second = entering(turnstile, "second", order)
+    upload_limiter, order = UploadLimiter(1, patience_s=1.0), list[str]()
+    upload_limiter.enter("first")
+    second = entering(upload_limiter, "second", order)
     until = time.monotonic() + 2.0
     while time.monotonic() < until:
-        turnstile.moved("first", 64 << 10)
+        upload_limiter.moved("first", 64 << 10)
         time.sleep(0.001)
     assert order == []
-    turnstile.leave("first")
+    upload_limiter.leave("first")
     second.join(10)
     assert order == ["second"]
 

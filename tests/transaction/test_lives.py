@@ -116,7 +116,7 @@ def test_a_step_that_waits_is_refused_when_the_next_life_begins_and_does_not_cou
     thread.join(5)
     assert refusals == [Reason.WORKER_REPLACED]
     assert steps.step == before
-    assert steps.workers.roster.get("a").contribution is None
+    assert steps.workers.registry.get("a").contribution is None
 
 
 def test_a_life_that_has_left_is_not_brought_back_by_its_own_late_report():
@@ -125,20 +125,20 @@ def test_a_life_that_has_left_is_not_brought_back_by_its_own_late_report():
     steps.workers.report("w", leaving=True, life=life)
     with refused(Reason.WORKER_REPLACED):
         steps.workers.report("w", leaving=False, life=life)
-    assert steps.workers.roster.alive == []
+    assert steps.workers.registry.alive == []
     assert make(steps, "a", enter(steps)) == 1
 
 
 def test_a_life_whose_lease_has_run_out_is_over_when_another_has_begun_and_else_goes_on():
     steps = shared_by("async")
     first = enter(steps)
-    steps.workers.roster.get("w").lease_until = 1e-9
+    steps.workers.registry.get("w").lease_until = 1e-9
     with refused(Reason.WORKER_UNKNOWN):
         make(steps, "a", first)
     steps.workers.report("w", leaving=False, life=first)
     assert make(steps, "a", first) == 1
     second = enter(steps)
-    steps.workers.roster.get("w").lease_until = 1e-9
+    steps.workers.registry.get("w").lease_until = 1e-9
     with refused(Reason.WORKER_REPLACED):
         steps.workers.report("w", leaving=False, life=first)
     steps.workers.report("w", leaving=False, life=second)
@@ -163,9 +163,9 @@ def test_a_client_without_numbers_goes_on_as_before_but_not_beside_a_life_that_h
     assert make(steps, "step-1", 0) == 1
     life = enter(steps)
     # It reports as if nothing had happened, which ends nobody and keeps nobody alive.
-    lease_until = steps.workers.roster.get("w").lease_until
+    lease_until = steps.workers.registry.get("w").lease_until
     steps.workers.report("w", leaving=False)
-    assert steps.workers.roster.get("w").lease_until == lease_until
+    assert steps.workers.registry.get("w").lease_until == lease_until
     for attempt in (lambda: make(steps, "step-2", 0), lambda: steps.workers.report("w", leaving=True)):
         with refused(Reason.WORKER_REPLACED):
             attempt()

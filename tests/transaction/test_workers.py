@@ -14,7 +14,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import UpdateRecord
-from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import Consistency
@@ -178,12 +178,12 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     steps.last("w", stream=1)
     given_up = steps.begin(StepRequest("step-1", segment=segment, worker="w", stream=1))
     steps.last("w", stream=2)
-    assert isinstance(given_up._holder, Lane)
+    assert isinstance(given_up._holder, StepSlot)
     before = given_up._holder.staging.updates[F4].copy()
     write_shared(segment, np.full(2, 5, F4))
     with pytest.raises(OptserveError, check=is_taken_over):
         given_up.commit()
-    assert np.array_equal(steps.workers.roster.get("w").lane.staging.updates[F4], before)
+    assert np.array_equal(steps.workers.registry.get("w").step_slot.staging.updates[F4], before)
 
 
 def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
@@ -206,7 +206,7 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     assert waits.wait(5)
     steps.last("a", stream=2)
     # From now on, and not from when the one that waits has noticed.
-    assert steps.workers.roster.get("a").contribution is None
+    assert steps.workers.registry.get("a").contribution is None
     thread.join(5)
     assert refused == [Reason.STEP_TAKEN_OVER]
     others = threading.Thread(target=give, args=("b", 3, 3), daemon=True)

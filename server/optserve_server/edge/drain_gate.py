@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from optserve_server.domain.errors import OptserveError, Reason
 
 
-class Admission:
+class DrainGate:
     """Counts the steps under way."""
 
     def __init__(self) -> None:

@@ -18,10 +18,10 @@ from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream
-from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.drain_gate import DrainGate
 from optserve_server.edge.status import to_status
 from optserve_server.edge.step_stream import StepStream, set_result
-from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.edge.upload_limiter import UploadLimiter
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.statistics import QUANTILES, Query, statistics
@@ -54,14 +54,14 @@ class Servicer:
         self,
         optimizers: Optimizers,
         checkpoints: Checkpoints,
-        admission: Admission,
+        drain_gate: DrainGate,
         choice: Choice,
         config: ServerConfig,
     ) -> None:
         self._optimizers = optimizers
         self._checkpoints = checkpoints
-        self._admission = admission
-        self._turnstile = Turnstile()
+        self._drain_gate = drain_gate
+        self._upload_limiter = UploadLimiter()
         self._choice = choice
         self._config = config
         self._copies = Copies(config.max_pull_bytes)
@@ -167,7 +167,7 @@ class Servicer:
                 actual_bytes=size,
             )
         expected = request.expected_step if request.HasField("expected_step") else None
-        with self._admission.step():
+        with self._drain_gate.step():
             with fields_called({"tensors": "gradients"}):
                 step = item.steps.begin(
                     StepRequest(
@@ -198,7 +198,7 @@ class Servicer:
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""
-        stream = StepStream(self._optimizers, self._admission, self._turnstile, self._config, to_status)
+        stream = StepStream(self._optimizers, self._drain_gate, self._upload_limiter, self._config, to_status)
         context.add_callback(stream.interrupt)
         try:
             # A half-close ends the loop and commits nothing.
@@ -261,7 +261,7 @@ class Servicer:
 
     def push_parameters(self, requests: Iterator[parameter_stream.PushFrame]) -> replicas_pb2.PushParametersResponse:
         """Put hosted parameters in place."""
-        with self._admission.step():
+        with self._drain_gate.step():
             return replicas_pb2.PushParametersResponse(step=parameter_stream.push(self._optimizers, requests).step)
 
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest) -> Iterator[bytes]:

@@ -22,9 +22,9 @@ from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import features, messages
 from optserve_server.edge.control_socket import ControlSocket
-from optserve_server.edge.drain_gate import Admission
+from optserve_server.edge.drain_gate import DrainGate
 from optserve_server.edge.places import NEXT_MESSAGE, current
-from optserve_server.edge.upload_limiter import Turnstile
+from optserve_server.edge.upload_limiter import UploadLimiter
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
 from optserve_server.numerics.shared_segment import Segment
@@ -54,8 +54,8 @@ class StepStream:
 
     Args:
         optimizers: Where `open` looks its optimizer up.
-        admission: Asked before each step.
-        turnstile: Passed by the steps of workers that announce them.
+        drain_gate: Asked before each step.
+        upload_limiter: Passed by the steps of workers that announce them.
         config: For the limits.
         to_status: Turns any exception of a step into the status that the client gets.
     """
@@ -63,14 +63,14 @@ class StepStream:
     def __init__(
         self,
         optimizers: Optimizers,
-        admission: Admission,
-        turnstile: Turnstile,
+        drain_gate: DrainGate,
+        upload_limiter: UploadLimiter,
         config: ServerConfig,
         to_status: Callable[[Exception], status_pb2.Status],
     ) -> None:
         self._optimizers = optimizers
-        self._admission = admission
-        self._turnstile = turnstile
+        self._drain_gate = drain_gate
+        self._upload_limiter = upload_limiter
         self._config = config
         self._to_status = to_status
         self._phase = _CLOSED
@@ -246,7 +246,7 @@ class StepStream:
         self._optimizers.check_is_same(self._optimizer)
         messages.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
-        self._admission.enter()
+        self._drain_gate.enter()
         try:
             self._step = self._optimizer.steps.begin(
                 StepRequest(
@@ -265,14 +265,14 @@ class StepStream:
             )
         finally:
             if self._step is None:
-                self._admission.leave()
+                self._drain_gate.leave()
         if self._gone and self._step is not None:
             # Before there was a step to be given up.
             self._step.given_up = True
         self._phase = _STAGING
         if announced and self._worker:
             # With its buffer: one that waited for room in here would keep others out who have theirs.
-            self._turnstile.enter(self)
+            self._upload_limiter.enter(self)
 
     def _check_nonce(self, nonce: bytes) -> None:
         """At the first step, look whether the client has found the segment that it was offered."""
@@ -332,7 +332,7 @@ class StepStream:
             )
         self._step.stage(chunk.tensor, chunk.offset, data, operand)
         if self._worker:
-            self._turnstile.moved(self, len(data))
+            self._upload_limiter.moved(self, len(data))
 
     def _commit(self) -> Iterable[bytes]:
         """Apply the step; gives the messages that answer it."""
@@ -344,7 +344,7 @@ class StepStream:
             consistency = self._optimizer.settings.consistency
             if consistency is not None and consistency.waits:
                 # Those that it may wait for have to come in first.
-                self._turnstile.leave(self)
+                self._upload_limiter.leave(self)
         outcome = self._step.commit()
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse()
@@ -362,12 +362,12 @@ class StepStream:
         step, self._step, self._phase = self._step, None, phase
         self._request_id = ""
         if self._worker:
-            self._turnstile.leave(self)
+            self._upload_limiter.leave(self)
         if step is not None:
             try:
                 step.close()
             finally:
-                self._admission.leave()
+                self._drain_gate.leave()
 
 
 def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:

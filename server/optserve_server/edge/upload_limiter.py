@@ -19,7 +19,7 @@ MOVED_BYTES = 64 << 10
 """What it takes to have moved: messages of a few bytes, or of none, could keep the others out for ever."""
 
 
-class Turnstile:
+class UploadLimiter:
     """Lets in as many as may be inside, in the order in which they came.
 
     Args:
@@ -45,7 +45,7 @@ class Turnstile:
                 self._let_in(who)
                 return
             if not self._watching:
-                threading.Thread(target=self._watch, name="turnstile", daemon=True).start()
+                threading.Thread(target=self._watch, name="upload limiter", daemon=True).start()
                 self._watching = True
             turn = threading.Lock()
             turn.acquire()

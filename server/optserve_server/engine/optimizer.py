@@ -1,6 +1,6 @@
 """The transaction: begin, stage, commit, reply, replay. Knows nothing of protobuf or gRPC.
 
-One `Steps` guards one optimizer, and decides when a step is applied; who may make one is decided by its `Lane`. Errors
+One `Steps` guards one optimizer, and decides when a step is applied; its `StepSlot` decides who may make one. Errors
 name their field by itself (`tensors`, `offset`); the edges add the path.
 
     begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
@@ -24,7 +24,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import DeletionRecord, PlacementRecord, ReplacementRecord, StepRecord, UpdateRecord
-from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import (
     NOTHING,
     PARAMETERS,
@@ -35,7 +35,7 @@ from optserve_server.engine.transaction import (
     check_request_id,
 )
 from optserve_server.engine.transition import Replacement, WrittenStep
-from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.coordinator import Workers
 from optserve_server.numerics.headroom import Answers
 from optserve_server.numerics.layout import Largest, Operand, Payload, Payloads
@@ -61,7 +61,7 @@ class Steps:
         state: Its arrays.
         durability: Told of every change before it is made.
         idle_step_s: After so many seconds without a move, a step is discarded.
-        room: For the buffers of workers.
+        buffer_budget: For the buffers of workers.
 
     Attributes:
         main: Where its client makes steps, if it has one.
@@ -82,7 +82,7 @@ class Steps:
         state: State,
         durability: Durability,
         idle_step_s: float = 60.0,
-        room: Room | None = None,
+        buffer_budget: BufferBudget | None = None,
     ) -> None:
         self._name = name
         self._state = state
@@ -92,8 +92,8 @@ class Steps:
         self.lock = threading.Condition(self._lock)
         self._fatal: OptserveError | None = None
         self.payloads = Payloads(state.layout)
-        self.main = Lane(name, state, self._lock, self._commit, idle_step_s)
-        self.workers = Workers(name, state, self, room or Room(1 << 62, 1 << 62), idle_step_s)
+        self.main = StepSlot(name, state, self._lock, self._commit, idle_step_s)
+        self.workers = Workers(name, state, self, buffer_budget or BufferBudget(1 << 62, 1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
@@ -112,10 +112,10 @@ class Steps:
         """
         with self._lock:
             self._check_worker(worker)
-            lane = self.workers.attach(worker, stream, life).lane if worker else self.main
-            retained = lane.retained
+            step_slot = self.workers.attach(worker, stream, life).step_slot if worker else self.main
+            retained = step_slot.retained
             tensors = retained.tensors if retained else ()
-            return self.step, lane.last_request_id, self.payloads.named(tensors), self.lineage
+            return self.step, step_slot.last_request_id, self.payloads.named(tensors), self.lineage
 
     def _check_worker(self, worker: str) -> None:
         """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
@@ -142,15 +142,17 @@ class Steps:
             with self._lock:
                 self._check_worker(worker)
                 known = self.workers.act(worker, request.life)
-            return self.workers.hand_over(known, request.stream, request.life, lambda lane: self._make(lane, request))
+            return self.workers.hand_over(
+                known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
+            )
         with self._lock:
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)
             step = self.main.holder = self._make(self.main, request)
             return step
 
-    def _make(self, lane: Lane, request: StepRequest) -> Step:
-        """A step that may hold a lane. A holder with the same request id is lost to it; nothing can fail any more."""
+    def _make(self, step_slot: StepSlot, request: StepRequest) -> Step:
+        """A step that may hold a step slot; a holder with the same request id loses it. Nothing can fail any more."""
         self.check_usable()
         if self._state.settings.hosted:
             self.check_placed()
@@ -159,28 +161,28 @@ class Steps:
             raise refusals.not_hosted(self._name, "reply")
         self.check_lineage(request.lineage)
         worker, parameters_step = request.worker, request.parameters_step
-        repeated = lane.repeated(request.request_id, request.reply)
+        repeated = step_slot.repeated(request.request_id, request.reply)
         if repeated is None:
             if request.expected_step is not None and request.expected_step != self.step:
                 raise refusals.wrong_step(self._name, self.step, request.expected_step)
-            if request.last_request_id is not None and request.last_request_id != lane.last_request_id:
-                raise refusals.wrong_last_request(self._name, self.step, lane.last_request_id)
+            if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
+                raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
         payload = self.payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
-        if request.segment is None and not worker and lane.staging.segment is not None:
+        if request.segment is None and not worker and step_slot.staging.segment is not None:
             # Others step as well, and must not stage where a client writes as it likes.
-            lane.staging.leave_segment()
+            step_slot.staging.leave_segment()
         step = Step(
-            lane, request.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
+            step_slot, request.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
             reply=request.reply, segment=request.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
             stream=request.stream, life=request.life,
         )  # fmt: skip
-        lane.take_over(step)
+        step_slot.take_over(step)
         return step
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
         if given is None:
-            return self.workers.roster.get(worker).at_step if worker else self.step
+            return self.workers.registry.get(worker).at_step if worker else self.step
         if not worker:
             raise refusals.no_other_step(self._name)
         if given > self.step:
@@ -271,8 +273,8 @@ class Steps:
     def _make_ready_for(self, settings: Settings) -> None:
         """Check settings that are about to be set, and let go what would be in their way."""
         if settings.consistency != self._state.settings.consistency:
-            if self.workers.roster.alive:
-                raise refusals.workers_attached(self._name, len(self.workers.roster.alive))
+            if self.workers.registry.alive:
+                raise refusals.workers_attached(self._name, len(self.workers.registry.alive))
             # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
             self.main.evict_if_idle()
         if settings.consistency is not None:
@@ -339,24 +341,24 @@ class Steps:
             yield self._state
 
     def _commit(self, step: Step) -> Outcome:
-        """Apply the step that holds the main lane."""
-        lane = self.main
+        """Apply the step that holds the main step slot."""
+        step_slot = self.main
         with self._lock:
-            staging = lane.hold(step)
+            staging = step_slot.hold(step)
             if _PARAMETER in step.coverage:
                 return self._commit_placement(step)
             step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
-            if step.replay and lane.retained:
-                lane.check_replay(step)
-                lane.give_shared(step, self.step)
-                return Outcome(step.request_id, lane.retained.step, replayed=True)
-            lane.take_shared(step)
+            if step.replay and step_slot.retained:
+                step_slot.check_replay(step)
+                step_slot.give_shared(step, self.step)
+                return Outcome(step.request_id, step_slot.retained.step, replayed=True)
+            step_slot.take_shared(step)
             step.check_complete()
             written = self.prepare(staging, step.payload, step.largest, step.answers, request_id=step.request_id)
             norm = self.apply(written, step.segment)
             step.committed = True
             if step.segment:
-                lane.give_shared(step, self.step)
+                step_slot.give_shared(step, self.step)
             step.moved_at = time.monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
 

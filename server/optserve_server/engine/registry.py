@@ -23,7 +23,7 @@ from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import CreationRecord, ReplacementRecord, UpdateRecord
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.engine.transition import Replacement
-from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Rule
@@ -124,7 +124,7 @@ class Optimizers:
         self.backend = backend
         self._durability = durability
         self._config = config
-        self._room = Room(config.max_staged_bytes, config.max_optimizer_staged_bytes)
+        self._buffer_budget = BufferBudget(config.max_staged_bytes, config.max_optimizer_staged_bytes)
         self._lock = threading.Condition()
         self._by_id: dict[str, Optimizer] = {}
         # What is being made: (request id, bytes) by optimizer id.
@@ -227,7 +227,7 @@ class Optimizers:
 
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.settings, self.backend)
-        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s, self._room)
+        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s, self._buffer_budget)
         return Optimizer(record.optimizer, state, steps, record.request_id, record.create_time)
 
     def _enter(self, optimizer: Optimizer, record: CreationRecord, lsn: int) -> Optimizer:

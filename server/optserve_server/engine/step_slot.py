@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _Used = TypeVar("_Used")
 
 
-class Lane:
+class StepSlot:
     """One such place. What it does happens under its lock; its methods without a `step` are called with it held.
 
     Args:
@@ -35,14 +35,14 @@ class Lane:
         lock: Guards it.
         commit: Applies a step that holds it.
         idle_step_s: After so many seconds without a move, a step is discarded.
-        on_free: Of a lane beside others: told when a step ends, with the lock held or not. None for the only lane,
-            which always has a buffer, and from which alone x is changed.
+        on_free: Of a step slot beside others: called when a step ends, with the lock held or not. None for the only
+            one, which always has a buffer, and from which alone x is changed.
 
     Attributes:
         optimizer: Its name.
         holder: The step that has it.
         retained: The last step that was applied from here.
-        bearer: Name of the worker that has it, of a lane beside others.
+        worker_name: Name of the worker that has it, of a step slot beside others.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Lane:
         lock: threading.RLock,
         commit: Callable[[Step], Outcome],
         idle_step_s: float,
-        on_free: Callable[[Lane], None] | None = None,
+        on_free: Callable[[StepSlot], None] | None = None,
     ) -> None:
         self.optimizer = name
         self._state = state
@@ -63,11 +63,11 @@ class Lane:
         self._staging = Staging(state) if on_free is None else None
         self.holder: Step | None = None
         self.retained: Retained | None = None
-        self.bearer = ""
+        self.worker_name = ""
 
     @property
     def staging(self) -> Staging:
-        """The buffer, of a lane that is equipped."""
+        """The buffer, of a step slot that is equipped."""
         if self._staging is None:
             raise OptserveError(Reason.STEP_TAKEN_OVER, "The step's buffer was taken back.")
         return self._staging
@@ -174,7 +174,7 @@ class Lane:
                 self.lock.release()
 
     def overwrite(self) -> Staging:
-        """The buffer, for something else than a step of this lane; the reply that it keeps is lost."""
+        """The buffer, for something else than a step of this step slot; the reply that it keeps is lost."""
         if self.retained:
             self.retained.intact = False
         return self.staging

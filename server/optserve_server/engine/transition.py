@@ -102,7 +102,7 @@ def note_step(steps: Steps, record: StepRecord, tensors: tuple[int, ...], lsn: i
     if record.workers:
         for name, request_id, clock in record.workers:
             # Whoever has its reply says so afterwards.
-            steps.workers.roster.made_step(name, Retained(request_id, steps.step, tensors, intact=False), clock)
+            steps.workers.registry.made_step(name, Retained(request_id, steps.step, tensors, intact=False), clock)
         # The reply that lies there is no longer that of the last step, and may be overwritten.
         steps.main.retained = None
     else:

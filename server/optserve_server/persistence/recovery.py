@@ -53,7 +53,7 @@ class Replay:
         item.replacements.extend(map(Replacement, header["replacement_request_ids"], header.get("targets", repeat(""))))
         item.steps.step, item.steps.lsn = header["step"], header["lsn"]
         item.steps.placed_by = header.get("placed_by")
-        item.steps.workers.roster.from_json(header.get("workers", {}))
+        item.steps.workers.registry.from_json(header.get("workers", {}))
         if header["retained"]:
             retained = header["retained"]
             item.steps.main.retained = Retained(

@@ -180,7 +180,7 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "lsn": item.steps.lsn,
             "placed_by": item.steps.placed_by,
             "retained": _retained(retained) if retained else None,
-            "workers": item.steps.workers.roster.to_json(),
+            "workers": item.steps.workers.registry.to_json(),
         }
 
 

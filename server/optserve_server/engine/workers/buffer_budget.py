@@ -7,7 +7,7 @@ import time
 from collections import Counter, OrderedDict
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.step_slot import StepSlot
 
 WAIT_S = 5.0
 """How long a step waits for room before it is refused; its stream is not read meanwhile, which slows the client."""
@@ -18,17 +18,17 @@ LOOK_EVERY_S = 1.0
 
 
 class _Waiting:
-    """A step that waits for a buffer of its lane."""
+    """A step that waits for a buffer of its step slot."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self, step_slot: StepSlot) -> None:
+        self.step_slot = step_slot
         self.since = time.monotonic()
         self.granted = threading.Event()
         self.failure: Exception | None = None
 
 
-class Room:
-    """Gives lanes their buffers, and takes them back from those that only keep a reply, the oldest first.
+class BufferBudget:
+    """Gives step slots their buffers, and takes them back from those that only keep a reply, the oldest first.
 
     Args:
         max_bytes: Of all buffers together; one alone may be larger.
@@ -44,18 +44,18 @@ class Room:
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         # Lanes whose buffer keeps a reply and nothing else.
-        self._resting: OrderedDict[Lane, None] = OrderedDict()
+        self._resting: OrderedDict[StepSlot, None] = OrderedDict()
 
-    def equip(self, lane: Lane) -> None:
-        """See to it that a lane has a buffer, waiting for room if need be, in the order of those who came.
+    def equip(self, step_slot: StepSlot) -> None:
+        """See to it that a step slot has a buffer, waiting for room if need be, in the order of those who came.
 
         Raises:
             OptserveError: STAGING_FULL.
         """
         with self._lock:
-            if lane.equipped:
+            if step_slot.equipped:
                 return
-            waiting = _Waiting(lane)
+            waiting = _Waiting(step_slot)
             self._waiting.append(waiting)
             self._serve()
         until = time.monotonic() + self._wait_s
@@ -64,96 +64,96 @@ class Room:
                 self._serve()
                 if not waiting.granted.is_set() and time.monotonic() >= until:
                     self._waiting.remove(waiting)
-                    raise self._full(lane)
+                    raise self._full(step_slot)
         if waiting.failure is not None:
-            raise self._full(lane) from waiting.failure
+            raise self._full(step_slot) from waiting.failure
 
     def _serve(self) -> None:
         """Give buffers to those who wait, the first ones first; an optimizer at its own limit holds up no other."""
         full: set[str] = set()
         for waiting in list(self._waiting):
-            lane = waiting.lane
-            if lane.optimizer in full:
+            step_slot = waiting.step_slot
+            if step_slot.optimizer in full:
                 continue
-            if not lane.equipped:
-                if not self._make_room(lane, lane.optimizer):
-                    full.add(lane.optimizer)
+            if not step_slot.equipped:
+                if not self._make_room(step_slot, step_slot.optimizer):
+                    full.add(step_slot.optimizer)
                     continue
-                if not self._make_room(lane):
+                if not self._make_room(step_slot):
                     # Smaller ones that come later would take each free piece, and this one would never have enough.
                     break
                 try:
-                    lane.equip()
+                    step_slot.equip()
                 # Whichever thread has made room, it is for this one that there is no memory.
                 except Exception as error:  # noqa: BLE001
                     waiting.failure = error
                 else:
-                    self._bytes[lane.optimizer] += lane.buffer_bytes
+                    self._bytes[step_slot.optimizer] += step_slot.buffer_bytes
             self._waiting.remove(waiting)
             waiting.granted.set()
 
-    def is_wanted(self, lane: Lane) -> bool:
-        """Whether somebody has waited for long for what this lane has, which itself waits for others."""
+    def is_wanted(self, step_slot: StepSlot) -> bool:
+        """Whether somebody has waited for long for what this step slot has, which itself waits for others."""
         with self._lock:
             long_ago = time.monotonic() - LOOK_EVERY_S
             return any(
                 waiting.since < long_ago
-                and (waiting.lane.optimizer == lane.optimizer or self._is_in_the_way(waiting.lane))
+                and (waiting.step_slot.optimizer == step_slot.optimizer or self._is_in_the_way(waiting.step_slot))
                 for waiting in self._waiting
             )
 
-    def use(self, lane: Lane) -> None:
-        """A step holds the lane's buffer."""
+    def use(self, step_slot: StepSlot) -> None:
+        """A step holds the step slot's buffer."""
         with self._lock:
-            self._resting.pop(lane, None)
+            self._resting.pop(step_slot, None)
 
-    def rest(self, lane: Lane) -> None:
-        """The lane's step has ended; its buffer may be taken back if somebody needs the room."""
+    def rest(self, step_slot: StepSlot) -> None:
+        """The step slot's step has ended; its buffer may be taken back if somebody needs the room."""
         with self._lock:
-            if lane.equipped:
-                self._resting[lane] = None
+            if step_slot.equipped:
+                self._resting[step_slot] = None
                 self._serve()
 
-    def refusal(self, lane: Lane) -> OptserveError:
+    def refusal(self, step_slot: StepSlot) -> OptserveError:
         """What a step is refused with that gives its buffer up for others."""
         with self._lock:
-            return self._full(lane)
+            return self._full(step_slot)
 
-    def strip(self, lane: Lane) -> None:
-        """Take a lane's buffer back at once."""
+    def strip(self, step_slot: StepSlot) -> None:
+        """Take a step slot's buffer back at once."""
         with self._lock:
-            self._strip(lane)
+            self._strip(step_slot)
             self._serve()
 
-    def _make_room(self, lane: Lane, optimizer: str = "") -> bool:
-        """Whether a lane's buffer fits into the room of one optimizer, or of all; takes others back if that helps."""
+    def _make_room(self, step_slot: StepSlot, optimizer: str = "") -> bool:
+        """Whether a buffer fits into the room of one optimizer, or of all; takes others back if that helps."""
         resting = [other for other in self._resting if other.optimizer == optimizer or not optimizer]
-        if self._is_in_the_way(lane, optimizer, free=sum(other.buffer_bytes for other in resting)):
+        if self._is_in_the_way(step_slot, optimizer, free=sum(other.buffer_bytes for other in resting)):
             return False
         for oldest in resting:
-            if not self._is_in_the_way(lane, optimizer):
+            if not self._is_in_the_way(step_slot, optimizer):
                 break
             self._strip(oldest)
-        return not self._is_in_the_way(lane, optimizer)
+        return not self._is_in_the_way(step_slot, optimizer)
 
-    def _is_in_the_way(self, lane: Lane, optimizer: str = "", free: int = 0) -> bool:
-        """Whether what is used, apart from what is `free`, leaves too little for a lane's buffer."""
+    def _is_in_the_way(self, step_slot: StepSlot, optimizer: str = "", free: int = 0) -> bool:
+        """Whether what is used, apart from what is `free`, leaves too little for a step slot's buffer."""
         used, limit = (
             (self._bytes[optimizer], self._max_optimizer_bytes) if optimizer else (self._bytes.total(), self._max_bytes)
         )
-        return used > free and used - free + lane.buffer_bytes > limit
+        return used > free and used - free + step_slot.buffer_bytes > limit
 
-    def _strip(self, lane: Lane) -> None:
+    def _strip(self, step_slot: StepSlot) -> None:
         """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
-        if lane.equipped and lane.strip():
-            self._resting.pop(lane, None)
-            self._bytes[lane.optimizer] -= lane.buffer_bytes
-            if not self._bytes[lane.optimizer]:
-                del self._bytes[lane.optimizer]
+        if step_slot.equipped and step_slot.strip():
+            self._resting.pop(step_slot, None)
+            self._bytes[step_slot.optimizer] -= step_slot.buffer_bytes
+            if not self._bytes[step_slot.optimizer]:
+                del self._bytes[step_slot.optimizer]
 
-    def _full(self, lane: Lane) -> OptserveError:
-        whose, used, limit = f"{lane.optimizer} has", self._bytes[lane.optimizer], self._max_optimizer_bytes
-        if not self._is_in_the_way(lane, lane.optimizer):
+    def _full(self, step_slot: StepSlot) -> OptserveError:
+        whose, used, limit = f"{step_slot.optimizer} has", self._bytes[step_slot.optimizer], self._max_optimizer_bytes
+        if not self._is_in_the_way(step_slot, step_slot.optimizer):
             whose, used, limit = "this server has", self._bytes.total(), self._max_bytes
         return OptserveError(
             Reason.STAGING_FULL,

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.step_slot import Lane
+from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Retained, Step
-from optserve_server.engine.workers.buffer_budget import Room
+from optserve_server.engine.workers.buffer_budget import BufferBudget
 
 MAX_NAMED = 8
 """Workers that an error names."""
@@ -35,7 +35,7 @@ class Worker:
     """
 
     name: str
-    lane: Lane
+    step_slot: StepSlot
     clock: int = 0
     at_step: int = 0
     lease_until: float = 0.0
@@ -47,7 +47,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether its lease holds; one in the middle of a step is alive."""
-        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.lane.holder is not None)
+        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.step_slot.holder is not None)
 
     def renew(self, lease_s: float) -> None:
         """Let it live for so many seconds at least."""
@@ -70,19 +70,19 @@ class Standing(NamedTuple):
     life: int
 
 
-class Roster:
+class WorkerRegistry:
     """All workers of one optimizer that are remembered, to be used under the optimizer's lock.
 
     Args:
         name: The optimizer's, for messages.
-        make_lane: Makes the lane of a new one.
+        make_lane: Makes the step slot of a new one.
         room: Takes the buffers of those who are forgotten.
     """
 
-    def __init__(self, name: str, make_lane: Callable[[], Lane], room: Room) -> None:
+    def __init__(self, name: str, make_lane: Callable[[], StepSlot], buffer_budget: BufferBudget) -> None:
         self._name = name
-        self._make_lane = make_lane
-        self._room = room
+        self._make_step_slot = make_lane
+        self._buffer_budget = buffer_budget
         self._known: dict[str, Worker] = {}
         # Those that may be alive: each step looks at these, and not at thousands that have been.
         self._living: dict[str, Worker] = {}
@@ -185,16 +185,16 @@ class Roster:
                     Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
                 )
             oldest = min(dead, key=lambda worker: worker.seen_at)
-            self._room.strip(oldest.lane)
+            self._buffer_budget.strip(oldest.step_slot)
             del self._known[oldest.name]
             self._living.pop(oldest.name, None)
-        worker = self._known[name] = Worker(name, self._make_lane())
+        worker = self._known[name] = Worker(name, self._make_step_slot())
         return worker
 
     def clear(self) -> None:
         """Forget all, and give their room back."""
         for worker in self:
-            self._room.strip(worker.lane)
+            self._buffer_budget.strip(worker.step_slot)
         self._known.clear()
         self._living.clear()
 
@@ -203,14 +203,14 @@ class Roster:
     def made_step(self, name: str, retained: Retained, clock: int) -> None:
         """A worker has made a step, in this life of the server or an earlier one, after which its clock stood there."""
         worker = self._known.get(name) or self._remember(name)
-        worker.lane.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
+        worker.step_slot.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
 
     def to_json(self) -> dict[str, Any]:
         """What is known of all workers, as it is written down."""
         return {
             worker.name: [worker.clock, retained.request_id, retained.step, retained.tensors]
             for worker in self
-            if (retained := worker.lane.retained) is not None
+            if (retained := worker.step_slot.retained) is not None
         }
 
     def from_json(self, content: dict[str, Any]) -> None:

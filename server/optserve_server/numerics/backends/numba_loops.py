@@ -2,7 +2,7 @@
 
 A magnitude is compared as the integer that its bits are without the sign: in that order infinity and NaN come last, and
 integers are compared without branches. Arrays are seen as those integers within the loops, where it costs nothing.
-Numba makes 64 bits of what an operation on 32 gives, which fill half as many lanes, so it is made 32 again.
+Numba makes 64 bits of what an operation on 32 gives, which fill half as many step slots, so it is made 32 again.
 """
 
 from __future__ import annotations
