@@ -330,8 +330,7 @@ def test_the_client_has_to_prove_that_it_sees_the_segment(stub, name):
         assert steps.reply()[1].step == 1
     with stream(stub) as steps:
         steps.open(optimizer, **options)
-        steps.send(begin(), chunk(0, 0, bytes(8)), commit())
-        assert steps.reply()[1].step == 2
+        assert steps.step_when_free(begin(), chunk(0, 0, bytes(8)), commit())[1].step == 2
     with stream(stub) as steps:
         offer = steps.open(optimizer, **options).shared_memory
         memory = sysv.attach(int(offer.segment.removeprefix("sysv:")), offer.size_bytes)

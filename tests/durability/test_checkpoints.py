@@ -504,7 +504,7 @@ def test_their_number_is_bounded(folder):
     assert (rest.tag, more) == ("c", "")
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwritev", "fsync"])
 def test_a_full_disk_refuses_a_checkpoint_and_leaves_nothing(tmp_path, folder, monkeypatch, call):
     server, checkpoints = folder
     item = server.create()

@@ -54,11 +54,22 @@ class Stream:
         self.send(Request(open=steps_pb2.Open(name=name, **options)))
         return self.receive().opened
 
-    def reply(self) -> tuple[bytes, steps_pb2.Result]:
-        """The payload of a step's reply, and its result."""
+    def step_when_free(self, *requests: Request) -> tuple[bytes, steps_pb2.Result]:
+        """`reply` to a step that is sent until the one before, by another stream, has ended.
+
+        It has not quite when its reply has arrived; clients are told to try again.
+        """
+        while True:
+            self.send(*requests)
+            response = self.receive()
+            if not response.HasField("error") or details(response.error.status)[0] != "STEP_IN_PROGRESS":
+                return self.reply(response)
+
+    def reply(self, first: Response | None = None) -> tuple[bytes, steps_pb2.Result]:
+        """The payload of a step's reply, of which `first` may have been received, and its result."""
         payload = b""
         while True:
-            response = self.receive()
+            response, first = first or self.receive(), None
             assert not response.HasField("error"), response.error
             payload += response.data
             if response.HasField("result"):
