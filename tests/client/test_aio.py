@@ -276,10 +276,15 @@ def test_an_object_that_is_closed_for_good_does_not_wait_for_its_step(server, na
     async def train() -> None:
         async with optserve.aio.connect(server.target) as client:
             opt = await client.create_optimizer(name, optserve.Sgd(), G)
+
+            async def close_within_a_step() -> None:
+                async with opt.begin_step() as step:
+                    step.send("x", G["x"])
+                    await opt.close(for_good=True)
+
             # The second where the step has not begun yet.
             with pytest.raises((optserve.StepCancelledError, optserve.ClientUseError)):
-                async with opt.begin_step():
-                    await opt.close(for_good=True)
+                await close_within_a_step()
             with pytest.raises(optserve.ClientUseError, match="closed for good"):
                 await opt.step(G)
 

@@ -258,7 +258,8 @@ OLD_SERVER = """
 import sys
 from optserve.v1 import service_pb2
 from optserve_server.edge import features
-features.AVAILABLE -= {service_pb2.FEATURE_IMPORTED_SETTINGS}
+old = features.available() - {service_pb2.FEATURE_IMPORTED_SETTINGS}
+features.available = lambda: old
 from optserve_server.__main__ import main
 main()
 """

@@ -23,7 +23,6 @@ from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
-from optserve_server.persistence import files
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 20
@@ -186,18 +185,18 @@ class StateFile:
             for start in range(0, size, stride):
                 block = state.read(dtype, slot, start, min(start + stride, size)).data.cast("B")
                 checksum = zlib.crc32(block, checksum)
-                files.write_all(self.file.fileno(), [block], begin + start * dtype.itemsize)
+                write_all(self.file.fileno(), block, begin + start * dtype.itemsize)
         # The digits have a fixed place, so the head keeps its length.
         self._checksum = f"{checksum:08x}"
         self._plan = Plan(
             self.description.layout, self.description.settings.arrays, self.description.metadata(self._checksum)
         )
-        files.write_all(self.file.fileno(), [self._plan.head], 0)
+        write_all(self.file.fileno(), self._plan.head, 0)
 
     def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
         """Write a stretch of one arena of one slot."""
         if values.size:
-            files.write_all(self.file.fileno(), [values.data.cast("B")], self._plan.offset(dtype, slot, start))
+            write_all(self.file.fileno(), values.data.cast("B"), self._plan.offset(dtype, slot, start))
 
     def verify(self) -> None:
         """Compare the content with the checksum, or raise StateFileError."""
@@ -231,3 +230,13 @@ class StateFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Write all bytes at a position of a file, however few the disk takes at a time."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        if not written:
+            raise OSError("the disk took no bytes")
+        view, position = view[written:], position + written
