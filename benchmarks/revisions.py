@@ -71,9 +71,10 @@ class Tree:
 @contextmanager
 def _trees(base: str) -> Iterator[tuple[Tree, Tree]]:
     """The base's and this tree's."""
-    archive = subprocess.run(
-        ["git", "archive", "--format=tar", base, *SOURCES], cwd=ROOT, check=True, capture_output=True
-    )
+    command = ["git", "archive", "--format=tar", base, *SOURCES]
+    archive = subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
+    if archive.returncode:
+        raise typer.BadParameter(f"git has no such tree: {archive.stderr.decode(errors='replace').strip()}")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optserve-base-")))
         with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
@@ -87,6 +88,8 @@ def _trees(base: str) -> Iterator[tuple[Tree, Tree]]:
 def compare(base: str, rounds: int, starts: int, only: str = "") -> dict[str, tuple[Timing, Timing]]:
     """Timings of the base and of this tree, by case; of those cases that have `only` in their names."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in CASES if only in name}
+    if not seconds:
+        raise typer.BadParameter(f"no step has {only!r} in its name; there are: {'; '.join(CASES)}")
     with console.status("") as status:
         for start in range(1, starts + 1):
             with _trees(base) as trees:

@@ -84,6 +84,20 @@ def test_who_comes_right_after_another_object_was_dropped_or_closed_shares_memor
             opt.close()
 
 
+def test_buffers_are_fresh_where_a_user_has_made_another_kind_of_array_of_one(near):
+    near.create_optimizer("a", optserve.Adadelta(), gradients(0))
+    opt = near.optimizer("a", transport="shm")
+    arrays = opt.buffers()
+    assert all(array is opt.buffers()[name] for name, array in arrays.items())
+    arrays["w"].flags.writeable = False
+    arrays["b"].dtype = np.uint8
+    again = opt.buffers()
+    for name, gradient in gradients(0).items():
+        np.copyto(again[name], gradient)
+    assert again["b"].dtype == gradients(0)["b"].dtype
+    assert opt.step(again, out=again)["w"] is again["w"]
+
+
 def test_who_must_share_what_another_has_is_told_after_a_moment(near):
     near.create_optimizer("a", optserve.Adadelta(), gradients(0))
     holder = near.optimizer("a", transport="shm")

@@ -53,9 +53,9 @@ class SharedStaging:
         return self._memory[offset : offset + _WORD.itemsize].view(_WORD)
 
     def array(self, operand: Operand, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """The place of one parameter, always the same array, unless its user has given it another shape."""
+        """The place of one parameter, always the same array, unless its user has made another kind of array of it."""
         array, shape = self._arrays.get((operand, index)), tuple(shape)
-        if array is None or array.shape != shape:
+        if array is None or array.shape != shape or array.dtype != dtype or not array.flags.carray:
             array = self._place(operand, index, math.prod(shape), dtype).reshape(shape)
             self._arrays[operand, index] = array
         return array
