@@ -48,6 +48,15 @@ def test_nobody_is_ended_where_freed_memory_can_be_given_back():
     assert (relief.look(), used_mib, calls.count) == (0, 500, 16)
 
 
+def test_freed_memory_is_not_looked_through_again_and_again_where_that_does_not_help():
+    trims, now = [], 100.0
+    relief = Relief(1000 * MIB, [Waiting(0)], lambda: 990 * MIB, lambda: trims.append(now), lambda: now)
+    for _ in range(2):
+        assert [relief.look() for _ in range(20)] == [0] * 20
+        now += FIRST_PAUSE_S
+    assert trims == [100.0, 100.0 + FIRST_PAUSE_S]
+
+
 def test_calls_are_ended_for_memory_again_after_pauses_or_once_it_has_grown():
     calls, now, used_mib = Waiting(1024), 100.0, 960
     relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, no_trim, lambda: now)

@@ -6,6 +6,7 @@ What else takes memory is none of its business: where ending calls does not help
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -50,6 +51,8 @@ class Relief:
         self._places = places
         self._own_bytes = own_bytes
         self._trim = trim
+        # It goes through all freed memory, so not at every look.
+        self._trim_at = -math.inf
         self._clock = clock
         self._forget()
 
@@ -79,9 +82,11 @@ class Relief:
         return self._end_some(used, now)
 
     def _end_some(self, used: int, now: float) -> int:
-        self._trim()
-        if self._own_bytes() <= self._full_bytes:
-            return 0
+        if now >= self._trim_at:
+            self._trim_at = now + FIRST_PAUSE_S
+            self._trim()
+            if self._own_bytes() <= self._full_bytes:
+                return 0
         ended = sum(places.end_some_who_wait(WAITED_S) for places in self._places)
         if not ended:
             return 0
