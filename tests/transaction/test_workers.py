@@ -223,6 +223,19 @@ def share_by(steps: Steps, consistency: Consistency | None) -> None:
     steps.update(UpdateRecord("test", settings, "etag", datetime.now(UTC)))
 
 
+def test_settings_that_are_refused_discard_no_step_though_it_is_idle():
+    state = State(Layout((Parameter("x", (2,), F4),)), Settings(Sgd(learning_rate=1.0)), backends.load("numpy", 1))
+    steps = Steps("test", state, InMemory(), idle_step_s=0.0)
+    # Workers need parameters that the server holds.
+    impossible = replace(state.settings, consistency=Consistency("async"))
+    with closing(steps.begin(StepRequest("idle"))) as step:
+        step.stage(0, 0, ONES)
+        with pytest.raises(OptserveError) as refused:
+            steps.update(UpdateRecord("test", impossible, "etag", datetime.now(UTC)))
+        assert refused.value.reason is Reason.INVALID_FIELD
+        assert step.commit().step == 1
+
+
 def test_workers_do_not_come_into_the_middle_of_a_clients_step():
     steps = shared_by("async")
     share_by(steps, None)

@@ -271,7 +271,8 @@ class Steps:
             transition.note_update(self, record, self._durability.write(record))
 
     def _make_ready_for(self, settings: Settings) -> None:
-        """Check settings that are about to be set, and let go what would be in their way."""
+        """Check settings that are about to be set, and then let go what would be in their way."""
+        self._state.check(settings)
         if settings.consistency != self._state.settings.consistency:
             if self.workers.registry.alive:
                 raise refusals.workers_attached(self._name, len(self.workers.registry.alive))
@@ -279,7 +280,6 @@ class Steps:
             self.main.evict_if_idle()
         if settings.consistency is not None:
             self.main.staging.leave_segment()
-        self._state.check(settings)
 
     def replace(self, record: ReplacementRecord) -> None:
         """Put another state in the place of this one. That also mends a state that a device has lost.
