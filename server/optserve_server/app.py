@@ -23,9 +23,9 @@ from rich.progress import Progress
 from optserve._common import malloc, wire
 from optserve_server.domain.config import ConfigError, ServerConfig
 from optserve_server.domain.descriptors import room_for_connections
-from optserve_server.edge.drain_gate import DrainGate
+from optserve_server.edge.gate.drain_gate import DrainGate
+from optserve_server.edge.gate.interceptors import Gate
 from optserve_server.edge.health import Health
-from optserve_server.edge.interceptors import Gate
 from optserve_server.edge.service import SERVICE, Servicer, handlers
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.registry import Optimizers

@@ -20,7 +20,7 @@ import optserve
 from optserve.optimizer import TransportName
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
 from optserve_server.domain.config import ServerConfig
-from optserve_server.edge.interceptors import ARRIVING, LEAVING, QUEUED_PER_THREAD
+from optserve_server.edge.gate.interceptors import ARRIVING, LEAVING, QUEUED_PER_THREAD
 from service.attacks import (
     CHECK,
     SERVICE,

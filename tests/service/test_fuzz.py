@@ -10,10 +10,10 @@ import pytest
 from optserve.v1 import steps_pb2
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError
-from optserve_server.edge.drain_gate import DrainGate
+from optserve_server.edge.gate.drain_gate import DrainGate
+from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.status import to_status
 from optserve_server.edge.step_stream import StepStream
-from optserve_server.edge.upload_limiter import UploadLimiter
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.registry import Optimizers
 from optserve_server.numerics import backends

@@ -3,8 +3,8 @@
 import pytest
 
 import optserve
-from optserve_server.edge.places import Places
-from optserve_server.edge.relief import FIRST_PAUSE_S, Relief
+from optserve_server.edge.gate.places import Places
+from optserve_server.edge.gate.relief import FIRST_PAUSE_S, Relief
 from service.attacks import SERVICE, raw, wait_until
 from service.worker_harness import config_of
 

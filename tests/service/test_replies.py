@@ -4,7 +4,7 @@ import pytest
 
 from optserve_server.domain.errors import Code, OptserveError, Reason
 from optserve_server.edge import replies as module
-from optserve_server.edge.replies import CALL_BYTES, Replies
+from optserve_server.edge.gate.replies import CALL_BYTES, Replies
 
 
 def test_whoever_finds_no_room_is_told_that_and_not_that_there_are_too_many_streams(monkeypatch):

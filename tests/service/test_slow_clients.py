@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack
 
 import optserve
-from optserve_server.edge.interceptors import ARRIVING, LASTING
+from optserve_server.edge.gate.interceptors import ARRIVING, LASTING
 from service.attacks import SERVICE, Raw, attempted, framed, raw, used, wait_until
 from service.worker_harness import config_of
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 
 import optserve
-from optserve_server.edge.upload_limiter import UploadLimiter
+from optserve_server.edge.gate.upload_limiter import UploadLimiter
 
 
 def entering(upload_limiter: UploadLimiter, who: str, order: list[str]) -> threading.Thread:

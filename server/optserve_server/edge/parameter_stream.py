@@ -9,7 +9,7 @@ from optserve._common import wire
 from optserve.v1 import replicas_pb2, steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import messages
-from optserve_server.edge.places import progress
+from optserve_server.edge.gate.places import progress
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome

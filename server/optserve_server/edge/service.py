@@ -18,10 +18,10 @@ from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream
-from optserve_server.edge.drain_gate import DrainGate
+from optserve_server.edge.gate.drain_gate import DrainGate
+from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.status import to_status
 from optserve_server.edge.step_stream import StepStream, set_result
-from optserve_server.edge.upload_limiter import UploadLimiter
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.statistics import QUANTILES, Query, statistics

@@ -22,9 +22,9 @@ from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import features, messages
 from optserve_server.edge.control_socket import ControlSocket
-from optserve_server.edge.drain_gate import DrainGate
-from optserve_server.edge.places import NEXT_MESSAGE, current
-from optserve_server.edge.upload_limiter import UploadLimiter
+from optserve_server.edge.gate.drain_gate import DrainGate
+from optserve_server.edge.gate.places import NEXT_MESSAGE, current
+from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
 from optserve_server.numerics.shared_segment import Segment

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from optserve_server.edge.places import Places
+from optserve_server.edge.gate.places import Places
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 from optserve._common import machine, malloc
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.edge.places import (
+from optserve_server.edge.gate.places import (
     FIRST_MESSAGE,
     MIN_BYTES_PER_S,
     NEXT_MESSAGE,
@@ -32,8 +32,8 @@ from optserve_server.edge.places import (
     Place,
     Places,
 )
-from optserve_server.edge.relief import Relief
-from optserve_server.edge.replies import Replies
+from optserve_server.edge.gate.relief import Relief
+from optserve_server.edge.gate.replies import Replies
 from optserve_server.edge.status import to_status
 
 logger = logging.getLogger(__name__)
