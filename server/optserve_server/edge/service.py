@@ -12,22 +12,20 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from optserve._common import wire
 from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
-from optserve_server.domain.errors import OptserveError, Reason, fields_called
-from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream, unary_step
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.status import to_status
-from optserve_server.edge.step_stream import StepStream, set_result
+from optserve_server.edge.step_stream import StepStream
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.statistics import QUANTILES, Query, statistics
-from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics.backends import Choice
-from optserve_server.numerics.layout import Layout, Operand
+from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import RULES
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence.checkpoints import Checkpoints
@@ -36,9 +34,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
 ALL_OPTIMIZERS = "optimizers/-"
 """As the parent of checkpoints: those of all optimizers."""
-
-RESULT_BYTES = 256
-"""What a unary reply takes beside its tensors, at most."""
 
 PAGE_MARGIN_BYTES = 256
 """Of a page, for its token."""
@@ -143,58 +138,7 @@ class Servicer:
 
     def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
         """One step in one message."""
-        reply = messages.reply(request.reply, "reply")
-        messages.check_life(request.life, "life")
-        item = self._find(request.name)
-        if item.settings.consistency is not None and item.settings.consistency.kind != "async":
-            # Those who wait must not keep the threads from those whom they wait for.
-            raise OptserveError(
-                Reason.INVALID_FIELD, "A step that waits for other workers takes a stream.", field="worker"
-            )
-        tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
-        if not tensors:
-            raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")
-        size = RESULT_BYTES
-        size += sum(_reply_bytes(item, index) for index in tensors) if reply is not Reply.NOTHING else 0
-        limit = self._config.max_message_bytes
-        if size > limit:
-            # Refused before the step is applied, not found out after.
-            raise OptserveError(
-                Reason.MESSAGE_TOO_LARGE,
-                f"The reply would have {size} bytes; {limit} are the most. Use StreamSteps for larger models.",
-                field="gradients",
-                limit_bytes=limit,
-                actual_bytes=size,
-            )
-        expected = request.expected_step if request.HasField("expected_step") else None
-        with self._drain_gate.step():
-            with fields_called({"tensors": "gradients"}):
-                step = item.steps.begin(
-                    StepRequest(
-                        request.request_id,
-                        expected,
-                        tensors,
-                        lineage=request.lineage,
-                        reply=reply,
-                        worker=request.worker,
-                        parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
-                        life=request.life,
-                        last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
-                    )
-                )
-            try:
-                for position, gradient in enumerate(request.gradients):
-                    path = f"gradients[{position}]"
-                    with fields_called({"data": f"{path}.data"}):
-                        _stage(step, item, tensors[position], gradient, path)
-                outcome = step.commit()
-                wanted = step.payload.tensors if reply is not Reply.NOTHING else ()
-                updates = [_reply(step, item, index) for index in wanted]
-            finally:
-                step.close()
-        response = steps_pb2.ApplyGradientsResponse(updates=updates)
-        set_result(response.result, outcome)
-        return response
+        return unary_step.apply(self._find(request.name), request, self._drain_gate, self._config.max_message_bytes)
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""
@@ -343,73 +287,3 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
 
 def _snake(method: str) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in method).lstrip("_")
-
-
-def _tensor_index(item: Optimizer, name: str, position: int) -> int:
-    index = item.layout.indices.get(name)
-    if index is None:
-        raise OptserveError(
-            Reason.UNKNOWN_PARAMETER,
-            f"{item.id!r} has no parameter {name[:100]!r}.",
-            field=f"gradients[{position}].name",
-            parameter=name,
-        )
-    return index
-
-
-def _stage(step: Step, item: Optimizer, index: int, gradient: steps_pb2.Tensor, path: str) -> None:
-    """Check one gradient of a unary step against its parameter and stage it."""
-    parameter = item.layout.parameters[index]
-    if gradient.shape and tuple(gradient.shape) != parameter.shape:
-        raise OptserveError(
-            Reason.WRONG_SHAPE,
-            f"{parameter.name!r} has shape {list(parameter.shape)}, not {list(gradient.shape)[:16]}.",
-            field=f"{path}.shape",
-            parameter=parameter.name,
-            expected=list(parameter.shape),
-            actual=list(gradient.shape)[:16],
-        )
-    dtype = messages.wire_dtype(gradient.data_type, f"{path}.data_type")
-    # Not `dtype in (None, …)`: to NumPy, None is another name of float64.
-    if dtype is not None and dtype != parameter.dtype:
-        raise OptserveError(
-            Reason.WRONG_DATA_TYPE,
-            f"{parameter.name!r} is {parameter.dtype.name}; a unary step takes gradients in the same data type.",
-            field=f"{path}.data_type",
-            parameter=parameter.name,
-        )
-    size = parameter.size * parameter.dtype.itemsize
-    curvature_size = size if item.rule.takes_curvature else 0
-    for name, data, expected, operand in (
-        ("data", gradient.data, size, Operand.GRADIENT),
-        ("curvature", gradient.curvature, curvature_size, Operand.CURVATURE),
-    ):
-        if len(data) != expected:
-            raise OptserveError(
-                Reason.WRONG_BYTE_COUNT,
-                f"{item.rule.name} needs {expected} bytes of {parameter.dtype.name} in the {operand.value} of "
-                f"{parameter.name!r}, not {len(data)}.",
-                field=f"{path}.{name}",
-                parameter=parameter.name,
-                expected=expected,
-                actual=len(data),
-            )
-        if expected:
-            step.stage(index, 0, data, operand)
-
-
-def _reply_bytes(item: Optimizer, index: int) -> int:
-    """A bound on what one tensor adds to a unary reply."""
-    parameter = item.layout.parameters[index]
-    framing = 32 + len(parameter.name.encode()) + 10 * len(parameter.shape)
-    return framing + parameter.size * parameter.dtype.itemsize
-
-
-def _reply(step: Step, item: Optimizer, index: int) -> steps_pb2.Tensor:
-    parameter = item.layout.parameters[index]
-    return steps_pb2.Tensor(
-        name=parameter.name,
-        shape=parameter.shape,
-        data_type=wire.DATA_TYPES[parameter.dtype],  # pyright: ignore[reportArgumentType]
-        data=step.whole(index),
-    )

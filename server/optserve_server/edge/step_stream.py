@@ -8,7 +8,6 @@ closed ──open──> idle ──begin──> staging ──commit──> idl
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from enum import Enum, auto
@@ -21,15 +20,12 @@ from optserve.v1 import service_pb2, steps_pb2
 from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason, fields_called
 from optserve_server.edge import features, messages
-from optserve_server.edge.control_socket import ControlSocket
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.places import NEXT_MESSAGE, current
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
+from optserve_server.edge.segment_offer import SegmentOffer
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
-from optserve_server.numerics.shared_segment import Segment
-
-logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 """Of streams, as they are opened."""
@@ -81,11 +77,7 @@ class StepStream:
         # Messages come through the stream, or through its control socket.
         self._one_at_a_time = threading.Lock()
         self._place = current()
-        self._control: ControlSocket | None = None
-        self._segment: Segment | None = None
-        self._proven = False
-        self._withdrawal: threading.Timer | None = None
-        self._withdrawn = False
+        self._offer: SegmentOffer | None = None
         self._reply_chunk_bytes = config.sent_chunk_bytes
         self._step: Step | None = None
         self._request_id = ""
@@ -119,44 +111,52 @@ class StepStream:
             yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
         elif self._phase is _CLOSED:
             raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
-        # What errors from below call their fields, and the paths that these have in this message.
-        paths: dict[str, str] = {}
+        commits = header.HasField("commit")
         try:
-            if header.HasField("begin"):
-                paths = _BEGIN_FIELDS
-                self._begin(header.begin, announced=not (header.HasField("chunk") or header.HasField("commit")))
-            if header.HasField("chunk"):
-                paths = _CHUNK_FIELDS
-                self._chunk(header.chunk, frame.data or b"")
-            elif header.data and self._phase is not _FAILED:
-                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
-            if header.HasField("commit"):
-                paths = {}
+            self._take(frame, commits=commits)
+            if commits:
                 yield from self._commit()
                 self._end(_IDLE)
         except GeneratorExit:
             # Nobody takes the answer any more; a step that was committed has ended nevertheless.
-            if header.HasField("commit"):
+            if commits:
                 self._end(_IDLE)
             raise
         # Every failure is answered in the stream, which lives on.
         except Exception as error:  # noqa: BLE001
-            if isinstance(error, OptserveError):
-                error.field = paths.get(error.field, error.field)
             yield self._fail(error)
-            if header.HasField("commit"):
+            if commits:
                 self._phase = _IDLE
         if header.HasField("abort"):
             self._end(_IDLE)
 
+    def _take(self, frame: RequestFrame, *, commits: bool) -> None:
+        """Begin a step and stage a chunk, where the message has them."""
+        header = frame.header
+        # What errors from below call their fields, and the paths that these have in this message.
+        paths = _BEGIN_FIELDS
+        try:
+            has_chunk = header.HasField("chunk")
+            if header.HasField("begin"):
+                self._begin(header.begin, announced=not (has_chunk or commits))
+            paths = _CHUNK_FIELDS
+            if has_chunk:
+                self._chunk(header.chunk, frame.data or b"")
+            elif header.data and self._phase is not _FAILED:
+                raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
+        except OptserveError as error:
+            error.field = paths.get(error.field, error.field)
+            raise
+
     def close(self) -> None:
         """Discard what is under way."""
-        if self._control is not None:
+        if self._offer is not None:
             # First, so that nothing new comes from there.
-            self._control.close()
+            self._offer.close_control()
         with self._one_at_a_time:
             self._end(_CLOSED)
-            self._unshare()
+            if self._offer is not None:
+                self._offer.end()
 
     def _answer_packet(self, packet: bytes) -> Generator[bytes]:
         """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
@@ -200,9 +200,17 @@ class StepStream:
             )
         self._worker, self._life = request.worker, request.life
         if request.transport == steps_pb2.TRANSPORT_SHARED_MEMORY and self._wire is None:
-            self._segment = self._optimizers.share(optimizer)
+            segment = self._optimizers.share(optimizer)
+            if segment is not None:
+                self._offer = SegmentOffer(
+                    segment,
+                    self._one_at_a_time,
+                    self._answer_packet,
+                    optimizer.steps.unshare,
+                    self._config.receive_s,
+                )
         return steps_pb2.Opened(
-            shared_memory=self._offer(self._segment) if self._segment else None,
+            shared_memory=self._offer.message if self._offer else None,
             step=step,
             last_request_id=last_request_id,
             last_tensors=last_tensors,
@@ -211,16 +219,6 @@ class StepStream:
             lineage=self._lineage,
             create_time=messages.timestamp(optimizer.create_time.timestamp()),
         )
-
-    def _offer(self, segment: Segment) -> steps_pb2.SharedMemory:
-        self._withdrawal = threading.Timer(self._config.receive_s, self._withdraw_offer)
-        self._withdrawal.daemon = True
-        self._withdrawal.start()
-        try:
-            self._control = ControlSocket(segment.nonce, self._answer_packet)
-        except OSError as error:
-            logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
-        return messages.shared_memory(segment, self._control.name if self._control else "")
 
     def _begin(self, request: steps_pb2.Begin, *, announced: bool) -> None:
         interrupted = self._phase is _STAGING
@@ -239,10 +237,7 @@ class StepStream:
                 field="begin.with_curvature",
             )
         reply = messages.reply(request.reply, "begin.reply")
-        if self._segment is not None and not self._proven:
-            self._check_nonce(request.shared_memory_nonce)
-        elif self._withdrawn and request.shared_memory_nonce:
-            raise self._offer_is_gone()
+        segment = self._offer.take_up(request.shared_memory_nonce) if self._offer is not None else None
         self._optimizers.check_is_same(self._optimizer)
         messages.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
@@ -256,7 +251,7 @@ class StepStream:
                     self._wire,
                     self._lineage,
                     reply,
-                    self._segment,
+                    segment,
                     self._worker,
                     request.parameters_step if request.HasField("parameters_step") else None,
                     self._number,
@@ -274,50 +269,12 @@ class StepStream:
             # With its buffer: one that waited for room in here would keep others out who have theirs.
             self._upload_limiter.enter(self)
 
-    def _check_nonce(self, nonce: bytes) -> None:
-        """At the first step, look whether the client has found the segment that it was offered."""
-        self._proven = self._segment is not None and nonce == self._segment.nonce
-        if self._proven and self._withdrawal is not None:
-            self._withdrawal.cancel()
-        if not self._proven:
-            self._unshare()
-        if nonce and not self._proven:
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                "This is not the nonce of the segment that was offered.",
-                field="begin.shared_memory_nonce",
-            )
-
-    def _offer_is_gone(self) -> OptserveError:
-        return OptserveError(
-            Reason.STEP_TAKEN_OVER,
-            f"The segment that was offered has waited {self._config.receive_s:g} s for its proof and is gone; open "
-            "another stream.",
-        )
-
-    def _withdraw_offer(self) -> None:
-        """Nobody has proven to see the segment, which takes as much memory as a gradient."""
-        with self._one_at_a_time:
-            if self._proven or self._segment is None or (self._control is not None and self._control.proven):
-                return
-            self._withdrawn = True
-            self._unshare()
-        if self._control is not None:
-            self._control.close()
-
-    def _unshare(self) -> None:
-        if self._withdrawal is not None:
-            self._withdrawal.cancel()
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            self._optimizer.steps.unshare(segment)
-
     def _chunk(self, chunk: steps_pb2.Chunk, data: bytes | memoryview) -> None:
         if self._phase is _FAILED:
             return
         if self._step is None:
             raise OptserveError(Reason.NO_STEP, "A chunk came outside a step; begin one first.", field="chunk")
-        if self._segment is not None:
+        if self._step.segment is not None:
             raise OptserveError(
                 Reason.INVALID_FIELD, "A chunk came for a step whose gradients are in shared memory.", field="chunk"
             )
@@ -349,7 +306,7 @@ class StepStream:
         # The last chunk and the result share a message, so a small step is answered by one.
         last = steps_pb2.StreamStepsResponse()
         set_result(last.result, outcome)
-        if self._segment is not None or not self._step.reply_bytes:
+        if self._step.segment is not None or not self._step.reply_bytes:
             return (encode(last),)
         return self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
 

@@ -1,0 +1,110 @@
+"""Memory that a stream offers to share with its client, until the client proves to see it or has waited too long."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Generator
+
+from optserve.v1 import steps_pb2
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.edge import messages
+from optserve_server.edge.control_socket import ControlSocket
+from optserve_server.numerics.shared_segment import Segment
+
+logger = logging.getLogger(__name__)
+
+
+class SegmentOffer:
+    """A segment for one stream, and the socket for the messages about it. It takes as much memory as a gradient.
+
+    Args:
+        segment: What is offered.
+        one_at_a_time: The stream's lock, held by whoever calls `take_up` and `end`.
+        answer: Answers a message that comes through the socket.
+        unshare: Gives the segment back.
+        receive_s: The offer ends after so many seconds without proof.
+
+    Attributes:
+        segment: None once it was given back.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        one_at_a_time: threading.Lock,
+        answer: Callable[[bytes], Generator[bytes]],
+        unshare: Callable[[Segment], None],
+        receive_s: float,
+    ) -> None:
+        self.segment: Segment | None = segment
+        self._one_at_a_time = one_at_a_time
+        self._unshare = unshare
+        self._receive_s = receive_s
+        self._is_proven = False
+        self._is_withdrawn = False
+        self._withdrawal = threading.Timer(receive_s, self._withdraw)
+        self._withdrawal.daemon = True
+        self._withdrawal.start()
+        self._control: ControlSocket | None = None
+        try:
+            self._control = ControlSocket(segment.nonce, answer)
+        except OSError as error:
+            logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
+        self.message: steps_pb2.SharedMemory = messages.shared_memory(
+            segment, self._control.name if self._control else ""
+        )
+        """As the client gets it."""
+
+    def take_up(self, nonce: bytes) -> Segment | None:
+        """The segment for a step that begins; the first has to prove that its client has found it.
+
+        Args:
+            nonce: What the client has read there; empty if it has not found it, and sends gradients in messages.
+
+        Raises:
+            OptserveError: INVALID_FIELD for another nonce; STEP_TAKEN_OVER if the offer has ended.
+        """
+        if self.segment is not None and not self._is_proven:
+            self._check(self.segment, nonce)
+        elif self._is_withdrawn and nonce:
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER,
+                f"The segment that was offered has waited {self._receive_s:g} s for its proof and is gone; open "
+                "another stream.",
+            )
+        return self.segment
+
+    def _check(self, segment: Segment, nonce: bytes) -> None:
+        self._is_proven = nonce == segment.nonce
+        if self._is_proven:
+            self._withdrawal.cancel()
+            return
+        self.end()
+        if nonce:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                "This is not the nonce of the segment that was offered.",
+                field="begin.shared_memory_nonce",
+            )
+
+    def _withdraw(self) -> None:
+        """Nobody has proven to see the segment."""
+        with self._one_at_a_time:
+            if self._is_proven or self.segment is None or (self._control is not None and self._control.proven):
+                return
+            self._is_withdrawn = True
+            self.end()
+        self.close_control()
+
+    def end(self) -> None:
+        """Give the segment back."""
+        self._withdrawal.cancel()
+        segment, self.segment = self.segment, None
+        if segment is not None:
+            self._unshare(segment)
+
+    def close_control(self) -> None:
+        """Take no message through the socket any more. Not with the stream's lock held: one may be on its way."""
+        if self._control is not None:
+            self._control.close()
