@@ -3,7 +3,7 @@
 import pytest
 
 from optserve_server.domain.errors import Code, OptserveError, Reason
-from optserve_server.edge import replies as module
+from optserve_server.edge.gate import replies as module
 from optserve_server.edge.gate.replies import CALL_BYTES, Replies
 
 
