@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 
 from optserve_server.domain.errors import OptserveError
-from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Retained
 from optserve_server.engine.workers import registry as roster_module
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.registry import WorkerRegistry
+from optserve_server.engine.workers.worker_slot import WorkerSlot
 
 
-def step_slot() -> StepSlot:
+def step_slot() -> WorkerSlot:
     # No step is made in it.
     nothing: Any = None
-    return StepSlot("a", nothing, threading.RLock(), nothing, 60.0, lambda step_slot: None)
+    return WorkerSlot("a", nothing, threading.RLock(), nothing, 60.0, lambda step_slot: None)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import DeletionRecord, PlacementRecord, ReplacementRecord, StepRecord, UpdateRecord
-from optserve_server.engine.step_slot import StepSlot
+from optserve_server.engine.step_slot import ClientSlot, StepSlot
 from optserve_server.engine.transaction import (
     NOTHING,
     PARAMETERS,
@@ -92,7 +92,7 @@ class Steps:
         self.lock = threading.Condition(self._lock)
         self._fatal: OptserveError | None = None
         self.payloads = Payloads(state.layout)
-        self.main = StepSlot(name, state, self._lock, self._commit, idle_step_s)
+        self.main = ClientSlot(name, state, self._lock, self._commit, idle_step_s)
         self.workers = Workers(name, state, self, buffer_budget or BufferBudget(1 << 62, 1 << 62), idle_step_s)
         self.placed_by: str | None = None
         self.step = 0
@@ -169,9 +169,8 @@ class Steps:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
         payload = self.payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
-        if request.segment is None and not worker and step_slot.staging.segment is not None:
-            # Others step as well, and must not stage where a client writes as it likes.
-            step_slot.staging.leave_segment()
+        if request.segment is None:
+            step_slot.stage_apart()
         step = Step(
             step_slot, request.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
             reply=request.reply, segment=request.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
@@ -255,7 +254,7 @@ class Steps:
         with self._lock:
             self.workers.unshare(segment)
             if self.main.staging.segment is segment:
-                self.main.note_overwritten()
+                self.main.look_for_overwriting()
                 self.main.staging.unshare()
 
     def update(self, record: UpdateRecord) -> None:

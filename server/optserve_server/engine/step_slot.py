@@ -1,5 +1,8 @@
 """The place where one client at a time makes its steps: a staging buffer, who holds it, and what was last answered.
 
+There are two kinds: the `ClientSlot` of an optimizer, and the `WorkerSlot` of each worker that shares it, see
+`workers/worker_slot.py`.
+
 At any time at most one `Step` holds the buffer: from its begin until the reply has been read or the step is closed. The
 same request id on another connection takes the step over, because it means that the client has given the first
 connection up; any other is told to come back later, unless the holder has not moved for long.
@@ -7,6 +10,7 @@ connection up; any other is told to come back later, unless the holder has not m
 
 from __future__ import annotations
 
+import abc
 import logging
 import threading
 import time
@@ -26,8 +30,8 @@ logger = logging.getLogger(__name__)
 _Used = TypeVar("_Used")
 
 
-class StepSlot:
-    """One such place. What it does happens under its lock; its methods without a `step` are called with it held.
+class StepSlot(abc.ABC):
+    """What both kinds share. What it does happens under its lock; methods without a `step` are called with it held.
 
     Args:
         name: The optimizer's, for messages.
@@ -35,70 +39,44 @@ class StepSlot:
         lock: Guards it.
         commit: Applies a step that holds it.
         idle_step_s: After so many seconds without a move, a step is discarded.
-        on_free: Of a step slot beside others: called when a step ends, with the lock held or not. None for the only
-            one, which always has a buffer, and from which alone x is changed.
 
     Attributes:
         optimizer: Its name.
         holder: The step that has it.
         retained: The last step that was applied from here.
-        worker_name: Name of the worker that has it, of a step slot beside others.
     """
 
     def __init__(
-        self,
-        name: str,
-        state: State,
-        lock: threading.RLock,
-        commit: Callable[[Step], Outcome],
-        idle_step_s: float,
-        on_free: Callable[[StepSlot], None] | None = None,
+        self, name: str, state: State, lock: threading.RLock, commit: Callable[[Step], Outcome], idle_step_s: float
     ) -> None:
         self.optimizer = name
         self._state = state
         self._idle_step_s = idle_step_s
         self.lock = lock
         self.commit = commit
-        self._on_free = on_free
-        self._staging = Staging(state) if on_free is None else None
         self.holder: Step | None = None
         self.retained: Retained | None = None
-        self.worker_name = ""
 
     @property
+    @abc.abstractmethod
     def staging(self) -> Staging:
-        """The buffer, of a step slot that is equipped."""
-        if self._staging is None:
-            raise OptserveError(Reason.STEP_TAKEN_OVER, "The step's buffer was taken back.")
-        return self._staging
+        """The buffer; raises STEP_TAKEN_OVER where there is none at the moment."""
 
-    @property
-    def equipped(self) -> bool:
-        """Whether it has a buffer."""
-        return self._staging is not None
+    @abc.abstractmethod
+    def _keeps(self, retained: Retained, reply: Reply) -> bool:
+        """Whether the reply of the last step can still be given."""
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of a buffer."""
-        return len(self._state.operand_kinds) * self._state.layout.size_bytes
+    @abc.abstractmethod
+    def _became_free(self) -> None:
+        """The step that held the buffer has ended; called with the lock held or not."""
 
-    def equip(self) -> None:
-        """Have a buffer. The lock need not be held: nobody else gives or takes one."""
-        self._staging = Staging(self._state)
+    @abc.abstractmethod
+    def stage_apart(self) -> None:
+        """A step is about to stage chunks, where no other client may write."""
 
-    def strip(self) -> bool:
-        """Give the buffer up, with the reply that it keeps, unless a step holds it."""
-        if not self.lock.acquire(blocking=False):
-            return False
-        try:
-            if self.holder is not None:
-                return False
-            self._staging = None
-            if self.retained:
-                self.retained.intact = False
-            return True
-        finally:
-            self.lock.release()
+    @abc.abstractmethod
+    def look_for_overwriting(self) -> None:
+        """Look whether a client has overwritten the retained reply."""
 
     @property
     def last_request_id(self) -> str:
@@ -111,12 +89,11 @@ class StepSlot:
         Raises:
             OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
         """
-        if self._staging is not None and self._staging.segment is not None:
-            self.note_overwritten()
+        self.look_for_overwriting()
         repeated = self.retained if self.last_request_id == request_id else None
         if self.holder and self.holder.request_id != request_id:
             self.evict_if_idle()
-        if repeated and not self._is_kept(repeated, reply):
+        if repeated and reply is not NOTHING and not self._keeps(repeated, reply):
             raise OptserveError(
                 Reason.REPLY_GONE,
                 f"Step {repeated.step} of {self.optimizer} was applied, but another step has been begun since, and its "
@@ -124,14 +101,6 @@ class StepSlot:
                 step=repeated.step,
             )
         return repeated
-
-    def _is_kept(self, retained: Retained, reply: Reply) -> bool:
-        if reply is NOTHING:
-            return True
-        if reply is PARAMETERS and self._on_free is None:
-            # Still those after the step.
-            return True
-        return retained.intact and retained.holds is reply
 
     def evict_if_idle(self) -> None:
         """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has moved lately."""
@@ -158,8 +127,7 @@ class StepSlot:
             return False
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self.optimizer)
         self.holder = None
-        if self._on_free is not None:
-            self._on_free(self)
+        self._became_free()
         return True
 
     def discard_idle(self) -> None:
@@ -172,25 +140,6 @@ class StepSlot:
                     self._discard_if_idle(self.holder)
             finally:
                 self.lock.release()
-
-    def overwrite(self) -> Staging:
-        """The buffer, for something else than a step of this step slot; the reply that it keeps is lost."""
-        if self.retained:
-            self.retained.intact = False
-        return self.staging
-
-    def note_overwritten(self) -> None:
-        """Look whether the client has overwritten the retained reply, which lies where it writes."""
-        segment = self.staging.segment
-        if segment and self.retained and self.staging.in_place and segment.dirty:
-            self.retained.intact = False
-
-    def keeps_updates(self, tensor: int) -> bool:
-        """Whether the staging buffer holds the updates that the last step made of a parameter."""
-        if self._staging is not None and self._staging.segment is not None:
-            self.note_overwritten()
-        retained = self.retained
-        return retained is not None and retained.intact and tensor in retained.tensors
 
     def take_shared(self, step: Step) -> None:
         """Take the gradients of a step that a client has put into the memory that it shares.
@@ -226,21 +175,18 @@ class StepSlot:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
         if step.segment and step.replies is not NOTHING:
             self.staging.give_to(step.segment, step.payload, number, step.reply_source)
-            if self.retained and self.staging.in_place and step.replies is PARAMETERS:
-                # x has taken the place of the updates.
-                self.retained.intact = False
 
     # What the step that holds the buffer asks for.
 
     def hold(self, step: Step) -> Staging:
         """Check, with the lock held, that the step still holds the buffer; gives that."""
-        if self.holder is not step or self._staging is None:
+        if self.holder is not step:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
                 f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
             )
         step.moved_at = time.monotonic()
-        return self._staging
+        return self.staging
 
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
@@ -276,5 +222,59 @@ class StepSlot:
             if self.holder is not step:
                 return
             self.holder = None
-        if self._on_free is not None:
-            self._on_free(self)
+        self._became_free()
+
+
+class ClientSlot(StepSlot):
+    """That of an optimizer: it always has its buffer, and from here alone x is changed.
+
+    A client on the same host may share memory with it.
+    """
+
+    def __init__(
+        self, name: str, state: State, lock: threading.RLock, commit: Callable[[Step], Outcome], idle_step_s: float
+    ) -> None:
+        super().__init__(name, state, lock, commit, idle_step_s)
+        self._staging = Staging(state)
+
+    @property
+    def staging(self) -> Staging:
+        """The buffer."""
+        return self._staging
+
+    def _keeps(self, retained: Retained, reply: Reply) -> bool:
+        # x is still that after the step.
+        return reply is PARAMETERS or (retained.intact and retained.holds is reply)
+
+    def _became_free(self) -> None:
+        """Nobody waits for it."""
+
+    def stage_apart(self) -> None:
+        """See StepSlot. What a client shares it writes as it likes, while others step as well."""
+        if self._staging.segment is not None:
+            self._staging.leave_segment()
+
+    def look_for_overwriting(self) -> None:
+        """See StepSlot. Where the buffer is the segment, a reply lies where the client writes."""
+        segment = self._staging.segment
+        if segment and self.retained and self._staging.in_place and segment.dirty:
+            self.retained.intact = False
+
+    def overwrite(self) -> Staging:
+        """The buffer, for something else than a step from here; the reply that it keeps is lost."""
+        if self.retained:
+            self.retained.intact = False
+        return self._staging
+
+    def keeps_updates(self, tensor: int) -> bool:
+        """Whether the buffer holds the updates that the last step made of a parameter."""
+        self.look_for_overwriting()
+        retained = self.retained
+        return retained is not None and retained.intact and tensor in retained.tensors
+
+    def give_shared(self, step: Step, number: int) -> None:
+        """See StepSlot."""
+        super().give_shared(step, number)
+        if step.segment and self.retained and self._staging.in_place and step.replies is PARAMETERS:
+            # x has taken the place of the updates.
+            self.retained.intact = False

@@ -7,7 +7,7 @@ import time
 from collections import Counter, OrderedDict
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.step_slot import StepSlot
+from optserve_server.engine.workers.worker_slot import WorkerSlot
 
 WAIT_S = 5.0
 """How long a step waits for room before it is refused; its stream is not read meanwhile, which slows the client."""
@@ -20,7 +20,7 @@ LOOK_EVERY_S = 1.0
 class _Waiting:
     """A step that waits for a buffer of its step slot."""
 
-    def __init__(self, step_slot: StepSlot) -> None:
+    def __init__(self, step_slot: WorkerSlot) -> None:
         self.step_slot = step_slot
         self.since = time.monotonic()
         self.granted = threading.Event()
@@ -43,10 +43,10 @@ class BufferBudget:
         self._bytes: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
-        # Lanes whose buffer keeps a reply and nothing else.
-        self._resting: OrderedDict[StepSlot, None] = OrderedDict()
+        # Step slots whose buffer keeps a reply and nothing else.
+        self._resting: OrderedDict[WorkerSlot, None] = OrderedDict()
 
-    def equip(self, step_slot: StepSlot) -> None:
+    def equip(self, step_slot: WorkerSlot) -> None:
         """See to it that a step slot has a buffer, waiting for room if need be, in the order of those who came.
 
         Raises:
@@ -92,7 +92,7 @@ class BufferBudget:
             self._waiting.remove(waiting)
             waiting.granted.set()
 
-    def is_wanted(self, step_slot: StepSlot) -> bool:
+    def is_wanted(self, step_slot: WorkerSlot) -> bool:
         """Whether somebody has waited for long for what this step slot has, which itself waits for others."""
         with self._lock:
             long_ago = time.monotonic() - LOOK_EVERY_S
@@ -102,30 +102,30 @@ class BufferBudget:
                 for waiting in self._waiting
             )
 
-    def use(self, step_slot: StepSlot) -> None:
+    def use(self, step_slot: WorkerSlot) -> None:
         """A step holds the step slot's buffer."""
         with self._lock:
             self._resting.pop(step_slot, None)
 
-    def rest(self, step_slot: StepSlot) -> None:
+    def rest(self, step_slot: WorkerSlot) -> None:
         """The step slot's step has ended; its buffer may be taken back if somebody needs the room."""
         with self._lock:
             if step_slot.equipped:
                 self._resting[step_slot] = None
                 self._serve()
 
-    def refusal(self, step_slot: StepSlot) -> OptserveError:
+    def refusal(self, step_slot: WorkerSlot) -> OptserveError:
         """What a step is refused with that gives its buffer up for others."""
         with self._lock:
             return self._full(step_slot)
 
-    def strip(self, step_slot: StepSlot) -> None:
+    def strip(self, step_slot: WorkerSlot) -> None:
         """Take a step slot's buffer back at once."""
         with self._lock:
             self._strip(step_slot)
             self._serve()
 
-    def _make_room(self, step_slot: StepSlot, optimizer: str = "") -> bool:
+    def _make_room(self, step_slot: WorkerSlot, optimizer: str = "") -> bool:
         """Whether a buffer fits into the room of one optimizer, or of all; takes others back if that helps."""
         resting = [other for other in self._resting if other.optimizer == optimizer or not optimizer]
         if self._is_in_the_way(step_slot, optimizer, free=sum(other.buffer_bytes for other in resting)):
@@ -136,14 +136,14 @@ class BufferBudget:
             self._strip(oldest)
         return not self._is_in_the_way(step_slot, optimizer)
 
-    def _is_in_the_way(self, step_slot: StepSlot, optimizer: str = "", free: int = 0) -> bool:
+    def _is_in_the_way(self, step_slot: WorkerSlot, optimizer: str = "", free: int = 0) -> bool:
         """Whether what is used, apart from what is `free`, leaves too little for a step slot's buffer."""
         used, limit = (
             (self._bytes[optimizer], self._max_optimizer_bytes) if optimizer else (self._bytes.total(), self._max_bytes)
         )
         return used > free and used - free + step_slot.buffer_bytes > limit
 
-    def _strip(self, step_slot: StepSlot) -> None:
+    def _strip(self, step_slot: WorkerSlot) -> None:
         """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
         if step_slot.equipped and step_slot.strip():
             self._resting.pop(step_slot, None)
@@ -151,7 +151,7 @@ class BufferBudget:
             if not self._bytes[step_slot.optimizer]:
                 del self._bytes[step_slot.optimizer]
 
-    def _full(self, step_slot: StepSlot) -> OptserveError:
+    def _full(self, step_slot: WorkerSlot) -> OptserveError:
         whose, used, limit = f"{step_slot.optimizer} has", self._bytes[step_slot.optimizer], self._max_optimizer_bytes
         if not self._is_in_the_way(step_slot, step_slot.optimizer):
             whose, used, limit = "this server has", self._bytes.total(), self._max_bytes

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Outcome, Reply, Step
 from optserve_server.engine.workers.buffer_budget import LOOK_EVERY_S, BufferBudget
 from optserve_server.engine.workers.merge import merge
 from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import Standing, Worker, WorkerRegistry
+from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.numerics.consistency import Consistency
 from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.state import State
@@ -71,8 +71,8 @@ class Workers:
             )
         return consistency
 
-    def _make_step_slot(self) -> StepSlot:
-        return StepSlot(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
+    def _make_step_slot(self) -> WorkerSlot:
+        return WorkerSlot(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
 
     def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
         """Register a life of a worker, renew its lease, or let it go; without its number, give it one.
@@ -160,7 +160,7 @@ class Workers:
 
     # Steps.
 
-    def hand_over(self, worker: Worker, stream: int | None, life: int, make: Callable[[StepSlot], Step]) -> Step:
+    def hand_over(self, worker: Worker, stream: int | None, life: int, make: Callable[[WorkerSlot], Step]) -> Step:
         """Give a worker's step slot to a new step of a life, by a stream, which `make` makes with all locks held."""
         while True:
             self._buffer_budget.equip(worker.step_slot)
@@ -194,7 +194,7 @@ class Workers:
         if holder.life != worker.life or (holder.stream is not None and holder.stream < worker.stream):
             worker.step_slot.holder = None
 
-    def _given_back(self, step_slot: StepSlot) -> None:
+    def _given_back(self, step_slot: WorkerSlot) -> None:
         """A step has ended."""
         with self._owner.lock:
             worker = self.registry.find(step_slot.worker_name)

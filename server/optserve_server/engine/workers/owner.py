@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-from optserve_server.engine.step_slot import StepSlot
+from optserve_server.engine.step_slot import ClientSlot
 from optserve_server.engine.transition import WrittenStep
 from optserve_server.numerics.headroom import Answers
 from optserve_server.numerics.layout import Largest, Payload
@@ -18,7 +18,7 @@ class Owner(Protocol):
 
     lock: threading.Condition
     step: int
-    main: StepSlot
+    main: ClientSlot
 
     def check_usable(self) -> None:
         """Raise what every step is refused with."""

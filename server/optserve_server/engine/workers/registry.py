@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Retained, Step
 from optserve_server.engine.workers.buffer_budget import BufferBudget
+from optserve_server.engine.workers.worker_slot import WorkerSlot
 
 MAX_NAMED = 8
 """Workers that an error names."""
@@ -35,7 +35,7 @@ class Worker:
     """
 
     name: str
-    step_slot: StepSlot
+    step_slot: WorkerSlot
     clock: int = 0
     at_step: int = 0
     lease_until: float = 0.0
@@ -75,13 +75,13 @@ class WorkerRegistry:
 
     Args:
         name: The optimizer's, for messages.
-        make_lane: Makes the step slot of a new one.
+        make_step_slot: Makes the step slot of a new one.
         room: Takes the buffers of those who are forgotten.
     """
 
-    def __init__(self, name: str, make_lane: Callable[[], StepSlot], buffer_budget: BufferBudget) -> None:
+    def __init__(self, name: str, make_step_slot: Callable[[], WorkerSlot], buffer_budget: BufferBudget) -> None:
         self._name = name
-        self._make_step_slot = make_lane
+        self._make_step_slot = make_step_slot
         self._buffer_budget = buffer_budget
         self._known: dict[str, Worker] = {}
         # Those that may be alive: each step looks at these, and not at thousands that have been.
