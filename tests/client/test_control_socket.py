@@ -70,14 +70,14 @@ def expected(client, name):
 def sent_over_grpc(monkeypatch, expected):
     """The messages that take the stream itself, the `open` of each included."""
     messages = []
-    put = stream_module._Outgoing.put
+    put = stream_module.Outgoing.put
 
     def record(outgoing, step):
         step = list(step)
         messages.extend(steps_pb2.StreamStepsRequest.FromString(message) for message in step)
         put(outgoing, iter(step))
 
-    monkeypatch.setattr(stream_module._Outgoing, "put", record)
+    monkeypatch.setattr(stream_module.Outgoing, "put", record)
     return messages
 
 

@@ -13,11 +13,11 @@ from optserve._resources.parameter_table import empty
 from optserve._rpc.connection import Transport
 from optserve._rpc.deadline import Patience
 from optserve._steps.error_feedback import ErrorFeedback
+from optserve._steps.gradients import Gradients
 from optserve._steps.incremental import GrowingGradients, StepUnderWay
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.shared_memory import GRADIENT, Lent
-from optserve._steps.stream import Gradients
 from optserve._steps.updates import Updates
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2

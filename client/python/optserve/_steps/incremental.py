@@ -9,8 +9,8 @@ from concurrent.futures import Future
 import numpy as np
 
 from optserve._rpc.deadline import Patience
+from optserve._steps.gradients import Gradients
 from optserve._steps.shared_memory import CURVATURE, GRADIENT, Arrival
-from optserve._steps.stream import Gradients
 from optserve.errors import InvalidArgumentError, StepCancelledError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optserve._steps.error_feedback import ErrorFeedback
-from optserve._steps.stream import Gradients
+from optserve._steps.gradients import Gradients
 
 
 class Outcomes:

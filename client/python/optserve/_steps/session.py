@@ -18,11 +18,12 @@ from optserve import _reasons
 from optserve._rpc.connection import Backoff, Transport
 from optserve._rpc.deadline import Patience, Turn
 from optserve._steps.error_feedback import ErrorFeedback
+from optserve._steps.gradients import Gradients
 from optserve._steps.lives import Life
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.sharing import Sharing
-from optserve._steps.stream import Gradients, StepRefused, StepStream
+from optserve._steps.stream import StepRefused, StepStream
 from optserve._steps.updates import Updates
 from optserve._steps.verdict import Action, Ending, Verdict, judge, next_try
 from optserve.errors import (

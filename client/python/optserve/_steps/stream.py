@@ -2,199 +2,28 @@
 
 from __future__ import annotations
 
-import queue
 import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from optserve import _reasons
-from optserve._common import half_floats, wire
+from optserve._common import wire
 from optserve._common.control import MAX_PACKET_BYTES, ControlConnection
 from optserve._rpc.connection import Transport, readable
 from optserve._rpc.deadline import Patience
-from optserve._steps.error_feedback import Attempt, Rounding
-from optserve._steps.shared_memory import CURVATURE, GRADIENT, Arrival, Operand, SharedStaging
+from optserve._steps.gradients import Gradients
+from optserve._steps.outgoing import Outgoing
+from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.updates import Updates
 from optserve.config import ClientConfig
 from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
-ANNOUNCED_BYTES = 1 << 16
-"""Steps of workers from this size on are announced."""
-
 MIN_CHUNK_BYTES = 1024
 """The contract has no chunk limits below this."""
-
-
-class Gradients:
-    """The gradients of one step as it travels.
-
-    Args:
-        indices: The parameters that take part, ascending.
-        arrays: Their gradients, C-contiguous, little-endian.
-        whole: Whether these are all parameters of the optimizer.
-        wire: Dtype of the payload; None for each array's own.
-        curvature: The diagonals of the Hessian, like `arrays`, for the methods that take them.
-
-    Attributes:
-        rounding: Adds to the gradients what rounding has left out of those before, where that is wanted.
-    """
-
-    grow = False
-    """Whether some may have to be waited for."""
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        arrays: Sequence[np.ndarray],
-        *,
-        whole: bool,
-        wire: np.dtype | None = None,
-        curvature: Sequence[np.ndarray] | None = None,
-    ) -> None:
-        self.indices = indices
-        self._curvature = curvature
-        self.arrays = arrays
-        self.whole = whole
-        self.rounding: Rounding | None = None
-        self._wire = wire
-
-    def messages(
-        self, request: steps_pb2.StreamStepsRequest, max_chunk_bytes: int, *, announce: bool
-    ) -> Iterator[bytes]:
-        """`request`, which has begin, then chunks and commit; a step that fits into one chunk is one message.
-
-        Where many workers share a server, begin is better sent ahead: the server reads on when it is its turn, and what
-        it has not read it need not keep.
-        """
-        pending: list[memoryview] = []
-        if announce and sum(array.nbytes for array in self.arrays) >= ANNOUNCED_BYTES:
-            yield wire.encode(request)
-            request = steps_pb2.StreamStepsRequest()
-        attempt = self.rounding.attempt() if self.rounding else None
-        for chunk in self._chunks(max_chunk_bytes, attempt):
-            if pending:
-                yield wire.encode(request, *pending)
-                request, pending = steps_pb2.StreamStepsRequest(), []
-            if chunk is None:
-                continue
-            header = request.chunk
-            header.operand, header.tensor, header.offset, pending = chunk
-        if attempt is not None:
-            attempt.finish()
-        request.commit.SetInParent()
-        yield wire.encode(request, *pending)
-
-    def _chunks(
-        self, max_chunk_bytes: int, attempt: Attempt | None
-    ) -> Iterator[tuple[Operand, int, int, list[memoryview]] | None]:
-        """(operand, tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
-
-        None where the next one may be long in coming, and what there is should be sent.
-        """
-        parts: list[memoryview] = []
-        operand, index, tensor, offset, size = GRADIENT, 0, 0, 0, 0
-        for arrival in self.arrivals():
-            # A chunk runs on into the next tensor of the step, and into no other.
-            if parts and (arrival is None or arrival[:2] != (operand, self._after(index))):
-                yield operand, tensor, offset, parts
-                parts, size = [], 0
-            if arrival is None:
-                yield None
-                continue
-            operand, index, array = arrival
-            item, begin = (self._wire or array.dtype).itemsize, 0
-            while begin < array.size:
-                # Chunks end between elements.
-                room = (max_chunk_bytes - size) // item
-                if room == 0:
-                    yield operand, tensor, offset, parts
-                    parts, size = [], 0
-                    continue
-                if not parts:
-                    tensor, offset = index, begin * item
-                elements = array.reshape(-1)[begin : begin + room] if begin or room < array.size else array
-                if self._wire is None or self._wire == array.dtype:
-                    part = elements.data.cast("B")
-                elif attempt is not None and operand == GRADIENT:
-                    part = self._rounded(attempt, index, array, begin, elements.size)
-                else:
-                    part = self._on_the_wire(elements)
-                parts.append(part)
-                begin, size = begin + room, size + len(part)
-        if parts:
-            yield operand, tensor, offset, parts
-
-    @property
-    def with_curvature(self) -> bool:
-        """Whether there is a diagonal of the Hessian as well."""
-        return self._curvature is not None
-
-    def arrivals(self) -> Iterator[Arrival | None]:
-        """Each parameter's gradient, then each one's curvature; None before one that is waited for."""
-        for index, array in zip(self.indices, self.arrays, strict=True):
-            yield GRADIENT, index, array
-        for index, array in zip(self.indices, self._curvature or (), strict=False):
-            yield CURVATURE, index, array
-
-    def _after(self, index: int) -> int | None:
-        """The parameter after that one in the step."""
-        position = bisect_right(self.indices, index)
-        return self.indices[position] if position < len(self.indices) else None
-
-    def _on_the_wire(self, elements: np.ndarray) -> memoryview:
-        converted = np.empty(elements.size, self._wire)
-        half_floats.convert(elements.reshape(-1), converted)
-        return converted.data.cast("B")
-
-    def _rounded(self, attempt: Attempt, index: int, array: np.ndarray, begin: int, size: int) -> memoryview:
-        converted = np.empty(size, self._wire)
-        attempt.convert(index, array.reshape(-1), begin, converted)
-        return converted.data.cast("B")
-
-
-class _Outgoing:
-    """What gRPC's sending thread iterates: step after step, each message made when the wire is ready for it.
-
-    It knows nothing of the stream, so that a stream that nobody uses any more can be collected and closed.
-    """
-
-    def __init__(self) -> None:
-        self._steps: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
-        self._stop_step = False
-        self.fault: Exception | None = None
-
-    def put(self, messages: Iterator[bytes]) -> None:
-        """Send the messages of a step."""
-        self._stop_step = False
-        self._steps.put(messages)
-
-    def stop_step(self) -> None:
-        """What has not been sent of the present step need not be."""
-        self._stop_step = True
-
-    def end(self) -> None:
-        """Send nothing any more."""
-        self._stop_step = True
-        self._steps.put(None)
-
-    def __iter__(self) -> Iterator[bytes]:
-        while (messages := self._steps.get()) is not None:
-            try:
-                for message in messages:
-                    yield message
-                    if self._stop_step:
-                        yield wire.encode(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
-                        break
-            # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
-            except Exception as error:  # noqa: BLE001
-                self.fault = error
-                return
 
 
 class StepStream:
@@ -228,7 +57,7 @@ class StepStream:
         self._transport = transport
         self._takes_curvature = takes_curvature
         self._worker = request.worker
-        self._outgoing = _Outgoing()
+        self._outgoing = Outgoing()
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
         # The shorter way for messages, where memory is shared.
@@ -429,6 +258,6 @@ def _shared(
         return None, f"the server's shared memory cannot be reached: {error}"
 
 
-def _close(outgoing: _Outgoing, call: grpc.Call) -> None:
+def _close(outgoing: Outgoing, call: grpc.Call) -> None:
     outgoing.end()
     call.cancel()
