@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import numpy as np
 
+from optserve._resources.choices import ReplyName, TransportName, WireDtype, reply_of, shares_memory, wire_type
 from optserve._resources.optimizer import Resource
 from optserve._resources.parameter_table import empty
 from optserve._rpc.connection import Transport
@@ -19,25 +19,8 @@ from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.shared_memory import GRADIENT, Lent
 from optserve._steps.updates import Updates
-from optserve.errors import FeatureUnavailableError, InvalidArgumentError
+from optserve.errors import InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
-
-WireDtype = Literal["native", "float32", "float64", "float16", "bfloat16"]
-TransportName = Literal["auto", "grpc", "shm"]
-ReplyName = Literal["updates", "parameters", "nothing"]
-
-_WIRE_TYPES = {
-    "float32": optimizer_pb2.DATA_TYPE_FLOAT32,
-    "float64": optimizer_pb2.DATA_TYPE_FLOAT64,
-    "float16": optimizer_pb2.DATA_TYPE_FLOAT16,
-    "bfloat16": optimizer_pb2.DATA_TYPE_BFLOAT16,
-}
-_TRANSPORTS = get_args(TransportName)
-_REPLIES = {
-    "updates": steps_pb2.REPLY_UPDATES,
-    "parameters": steps_pb2.REPLY_PARAMETERS,
-    "nothing": steps_pb2.REPLY_NOTHING,
-}
 
 
 class Optimizer(Resource):
@@ -59,18 +42,8 @@ class Optimizer(Resource):
         worker: str = "",
         register: Callable[[], object] | None = None,
     ) -> None:
-        super().__init__(connection, message, _wire_type(wire_dtype))
-        if transport not in _TRANSPORTS:
-            raise InvalidArgumentError(f"transport is one of {', '.join(_TRANSPORTS)}, not {transport!r}.")
-        if transport == "auto":
-            transport = connection.config.transport
-        if transport == "shm" and wire_dtype != "native":
-            raise InvalidArgumentError("In shared memory tensors are not converted; leave wire_dtype at 'native'.")
-        if transport == "shm" and not connection.same_host:
-            raise FeatureUnavailableError(
-                f"Shared memory cannot be used: {connection.target} is not on this host, or belongs to another user."
-            )
-        share = connection.same_host and transport != "grpc" and wire_dtype == "native"
+        super().__init__(connection, message, wire_type(wire_dtype))
+        share, must_share = shares_memory(connection, transport, wire_dtype)
         open_request = steps_pb2.Open(
             name=message.name,
             wire_type=self._wire_type,
@@ -85,7 +58,7 @@ class Optimizer(Resource):
             message.lineage,
             self._model.sizes,
             create_time=message.create_time,
-            must_share=transport == "shm",
+            must_share=must_share,
             takes_curvature=self._model.takes_curvature,
             register=register,
             feedback=ErrorFeedback() if error_feedback and self._wire is not None else None,
@@ -221,13 +194,12 @@ class Optimizer(Resource):
 
     def _taking(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:
         """What takes the reply of a step."""
-        if reply not in _REPLIES:
-            raise InvalidArgumentError(f"reply is one of {', '.join(_REPLIES)}, not {reply!r}.")
-        wanted = indices if reply != "nothing" else []
+        wanted_reply = reply_of(reply)
+        wanted = indices if wanted_reply != steps_pb2.REPLY_NOTHING else []
         arrays = self._model.outputs(wanted, out)
         if out is not None:
             self._check_lent(wanted, arrays)
-        return Updates(wanted, arrays, self._layouts, _REPLIES[reply])
+        return Updates(wanted, arrays, self._layouts, wanted_reply)
 
     def _check_lent(self, indices: list[int], arrays: list[np.ndarray]) -> None:
         """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
@@ -368,11 +340,3 @@ class Optimizer(Resource):
             self._session.leave()
         else:
             self._session.close()
-
-
-def _wire_type(wire_dtype: WireDtype) -> optimizer_pb2.DataType:
-    if wire_dtype == "native":
-        return optimizer_pb2.DATA_TYPE_UNSPECIFIED
-    if wire_dtype not in _WIRE_TYPES:
-        raise InvalidArgumentError(f"wire_dtype must be native, {', '.join(_WIRE_TYPES)}, not {wire_dtype!r}.")
-    return _WIRE_TYPES[wire_dtype]

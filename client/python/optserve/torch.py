@@ -24,85 +24,18 @@ no steps; where a schedule goes on in the service, tell `from_state_dict` how ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from optserve.algorithms import Adadelta, Adagrad, Algorithm, Momentum, Sgd, WindowedRms
+from optserve._values.torch_methods import NEUTRAL, STEP, kind_of, recognise
+from optserve.algorithms import Adagrad, Algorithm, Momentum
 from optserve.errors import InvalidArgumentError
 from optserve.settings import Constant, Group
 from optserve.state import OptimizerState, TensorSpec
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How one of torch's optimizers corresponds to one of the service's methods.
-
-    Attributes:
-        slots: Our slots with torch's names for them.
-        group: Our method as torch's hyper-parameters.
-        algorithm: The reverse.
-        neutral: Further hyper-parameters of torch, with the only value that the service has too.
-        counts_steps: Whether torch keeps a step counter per parameter.
-    """
-
-    slots: Mapping[str, str]
-    group: Callable[[Any], dict[str, Any]]
-    algorithm: Callable[[Mapping[str, Any]], Algorithm]
-    neutral: Mapping[str, Any]
-    counts_steps: bool = True
-
-
-_NEUTRAL = {"weight_decay": 0, "maximize": False, "differentiable": False, "foreach": None}
-
-_KINDS: dict[type[Algorithm], _Kind] = {
-    Adadelta: _Kind(
-        {"square_avg": "square_avg", "acc_delta": "acc_delta"},
-        lambda own: {"lr": own.learning_rate, "rho": own.rho, "eps": own.eps},
-        lambda group: Adadelta(rho=group["rho"], eps=group["eps"], learning_rate=group["lr"]),
-        {"capturable": False},
-    ),
-    Adagrad: _Kind(
-        {"sum": "sum"},
-        lambda own: {"lr": own.learning_rate, "eps": own.eps},
-        lambda group: Adagrad(learning_rate=group["lr"], eps=group["eps"]),
-        {"lr_decay": 0, "initial_accumulator_value": 0, "fused": None},
-    ),
-    WindowedRms: _Kind(
-        {"square_avg": "square_avg"},
-        lambda own: {"lr": own.learning_rate, "alpha": own.rho, "eps": own.outer_eps},
-        lambda group: WindowedRms(learning_rate=group["lr"], rho=group["alpha"], eps=0.0, outer_eps=group["eps"]),
-        {"momentum": 0, "centered": False, "capturable": False},
-    ),
-    Momentum: _Kind(
-        {"momentum": "momentum_buffer"},
-        lambda own: {"lr": own.learning_rate, "momentum": own.rho},
-        lambda group: Momentum(learning_rate=group["lr"], rho=group["momentum"]),
-        {"dampening": 0, "nesterov": False, "fused": None},
-        counts_steps=False,
-    ),
-    Sgd: _Kind(
-        {},
-        lambda own: {"lr": own.learning_rate, "momentum": 0},
-        lambda group: Sgd(learning_rate=group["lr"]),
-        {"dampening": 0, "nesterov": False, "fused": None},
-        counts_steps=False,
-    ),
-}
-
-# Settings of how torch computes, not of what.
-_IMPLEMENTATION = frozenset({"foreach", "fused", "capturable"})
-
-# What torch's schedulers note in the groups for themselves; `lr` and `momentum` are the present ones.
-_SCHEDULERS = frozenset(
-    {"initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "initial_momentum", "max_momentum", "base_momentum"}
-)
-
-_STEP = "optserve_step"
-"""The step, in a group, where torch's own counter cannot hold it exactly."""
 
 
 def param_groups(state: OptimizerState, params: Mapping[str, torch.Tensor]) -> list[dict[str, list[torch.Tensor]]]:
@@ -144,7 +77,7 @@ def to_state_dict(state: OptimizerState) -> dict[str, Any]:
     entries: dict[int, dict[str, Any]] = {}
     made: list[dict[str, Any]] = []
     for algorithm, names in groups:
-        kind = _kind_of(algorithm)
+        kind = kind_of(algorithm)
         first = sum(len(group["params"]) for group in made)
         for index, name in enumerate(names, first):
             arrays = {
@@ -155,12 +88,12 @@ def to_state_dict(state: OptimizerState) -> dict[str, Any]:
                 arrays["step"] = counter.clone()
             if arrays:
                 entries[index] = arrays
-        group = {**_NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(first, first + len(names)))}
+        group = {**NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(first, first + len(names)))}
         if len(groups) > 1:
             # Their order is no longer that of the state.
             group["param_names"] = list(names)
         if kind.counts_steps and int(counter) != state.step:
-            group[_STEP] = state.step
+            group[STEP] = state.step
         made.append(group)
     return {"state": entries, "param_groups": made}
 
@@ -191,7 +124,7 @@ def from_state_dict(
     for name, parameter in params.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
-    algorithms = _recognise(groups)
+    algorithms = recognise(groups)
     names_of = _names_of(groups, list(params))
     steps = {0} if step is None else {step}
     slots: dict[str, dict[str, np.ndarray]] = {}
@@ -203,7 +136,7 @@ def from_state_dict(
                 steps.add(counted)
             slots[name] = {
                 own: _array(group, algorithm, entry.get(theirs), params[name], f"{theirs} of {name!r}")
-                for own, theirs in _kind_of(algorithm).slots.items()
+                for own, theirs in kind_of(algorithm).slots.items()
             }
     specs = {name: TensorSpec(tuple(item.shape), str(item.dtype).rpartition(".")[2]) for name, item in params.items()}
     base = algorithms[0]
@@ -225,7 +158,7 @@ def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
     if "step" not in entry:
         return None
     counted = torch.as_tensor(entry["step"])
-    exact = group.get(_STEP)
+    exact = group.get(STEP)
     if exact is not None and torch.equal(torch.tensor(float(exact), dtype=counted.dtype), counted.cpu()):
         return int(exact)
     return int(counted)
@@ -266,16 +199,6 @@ def _groups_of(state: OptimizerState) -> list[tuple[Algorithm, list[str]]]:
     rest = [name for name in state.parameters if name not in grouped]
     all_of_them = [(state.algorithm, rest)] if rest or not groups else []
     return all_of_them + [(replace(state.algorithm, **group.overrides), list(group.parameters)) for group in groups]
-
-
-def _kind_of(algorithm: Algorithm) -> _Kind:
-    if type(algorithm) not in _KINDS:
-        raise InvalidArgumentError(f"torch.optim has no {type(algorithm).__name__}.")
-    if isinstance(algorithm, WindowedRms) and algorithm.eps != 0:
-        raise InvalidArgumentError(
-            "torch.optim.RMSprop adds eps outside the root; only a WindowedRms(eps=0, outer_eps=…) can continue there."
-        )
-    return _KINDS[type(algorithm)]
 
 
 def _to_torch(algorithm: Algorithm, array: np.ndarray) -> np.ndarray:
@@ -331,43 +254,3 @@ def _names_of(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
             f"The names in the state_dict are not those of `params`: {strangers[0]!r} is in one of the two only."
         )
     return known
-
-
-def _recognise(groups: Sequence[Mapping[str, Any]]) -> list[Algorithm]:
-    """The method of each param group; it is the same for all."""
-    kinds = [_kind_in(group) for group in groups]
-    if _KINDS[Momentum] in kinds:
-        # A group whose momentum is 0 is one of SGD with momentum as well.
-        kinds = [_KINDS[Momentum] if kind is _KINDS[Sgd] else kind for kind in kinds]
-    if any(kind is not kinds[0] for kind in kinds):
-        raise InvalidArgumentError("The parameter groups are of different methods.")
-    return [_algorithm_in(group, kind) for group, kind in zip(groups, kinds, strict=True)]
-
-
-def _kind_in(group: Mapping[str, Any]) -> _Kind:
-    """The method of a param group, which torch's state_dict does not name, by its settings."""
-    if {"rho", "eps", "lr"} <= group.keys():
-        return _KINDS[Adadelta]
-    if {"lr_decay", "eps", "lr"} <= group.keys():
-        return _KINDS[Adagrad]
-    if {"alpha", "centered", "eps", "lr"} <= group.keys():
-        return _KINDS[WindowedRms]
-    if {"dampening", "momentum", "lr"} <= group.keys():
-        return _KINDS[Momentum if group["momentum"] else Sgd]
-    raise InvalidArgumentError(
-        f"A state_dict with the settings {sorted(group)} is of none of Adadelta, Adagrad, RMSprop and SGD."
-    )
-
-
-def _algorithm_in(group: Mapping[str, Any], kind: _Kind) -> Algorithm:
-    """Our method with the settings of a param group, if it has all of them."""
-    algorithm = kind.algorithm({key: float(value) if key == "lr" else value for key, value in group.items()})
-    neutral = {**_NEUTRAL, **kind.neutral}
-    own = {*kind.group(algorithm), *_IMPLEMENTATION, *_SCHEDULERS, "params", "param_names", _STEP}
-    if isinstance(algorithm, Adagrad):
-        # The sums begin with it, and hold it.
-        own.add("initial_accumulator_value")
-    for name, value in group.items():
-        if name not in own and (name not in neutral or value != neutral[name]):
-            raise InvalidArgumentError(f"The service has no {name}; it is {value!r} in the state_dict.")
-    return algorithm
