@@ -1,4 +1,4 @@
-"""The ranges that the contract's comments promise are those that a server enforces."""
+"""The ranges and defaults that the contract promises, in comments or as options, are those of a server."""
 
 import math
 import re
@@ -14,11 +14,15 @@ from optserve.v1 import (
     algorithms_pb2,
     checkpoints_pb2,
     optimizer_pb2,
+    options_pb2,
     service_pb2,
     statistics_pb2,
 )
 
 CONTRACT = Path(__file__).parents[2] / "proto/optserve/v1"
+
+# Its stub has the type of a plain field.
+HYPERPARAMETER: Any = options_pb2.hyperparameter
 
 _FIELD = re.compile(
     r"(?P<comment>(?:^ *//.*\n)+)"
@@ -30,7 +34,7 @@ _UNITS = {" s": 1.0, " h": 3600.0}
 
 
 class Ranged(NamedTuple):
-    """A field of the contract whose comment gives a range."""
+    """A field of the contract whose comment or option gives a range."""
 
     message: str
     field: str
@@ -74,7 +78,25 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _ranged_fields() -> Iterator[Ranged]:
+def _hyperparameters() -> Iterator[Ranged]:
+    """Those of the methods, whose options give the range."""
+    for method in METHODS:
+        for field in method.message_type.fields:
+            option = field.GetOptions().Extensions[HYPERPARAMETER]
+            lower, upper = option.WhichOneof("lower"), option.WhichOneof("upper")
+            yield Ranged(
+                method.message_type.name,
+                field.name,
+                {field.TYPE_DOUBLE: "double", field.TYPE_UINT32: "uint32"}[field.type],
+                "[" if lower == "gte" else "(",
+                getattr(option, lower),
+                getattr(option, upper) if upper else math.inf,
+                "]" if upper == "lte" else ")",
+                absent_at_0=False,
+            )
+
+
+def _commented_fields() -> Iterator[Ranged]:
     for path in sorted(CONTRACT.glob("*.proto")):
         # A oneof is no message of its own: its fields are its message's.
         for message, body in re.findall(r"^message (\w+) \{\n(.*?)^\}", path.read_text(), re.MULTILINE | re.DOTALL):
@@ -90,7 +112,9 @@ def _ranged_fields() -> Iterator[Ranged]:
                 )
 
 
-RANGED = list(_ranged_fields())
+METHODS = list(algorithms_pb2.Algorithm.DESCRIPTOR.fields)
+COMMENTED = list(_commented_fields())
+RANGED = [*COMMENTED, *_hyperparameters()]
 
 
 def _create(stub: Any, name: str, **settings: Any) -> None:
@@ -103,7 +127,7 @@ def _create(stub: Any, name: str, **settings: Any) -> None:
 def _algorithm(stub: Any, name: str, message: str, field: str, value: Any) -> None:
     # One of the two conditioning constants must be positive.
     others = {"eps": 1e-6} if field == "outer_eps" else {"outer_eps": 1e-6} if message == "WindowedRms" else {}
-    method = next(item for item in algorithms_pb2.Algorithm.DESCRIPTOR.fields if item.message_type.name == message)
+    method = next(item for item in METHODS if item.message_type.name == message)
     algorithm = algorithms_pb2.Algorithm()
     settings: Message = getattr(algorithm, method.name)
     for key, one in {**others, field: value}.items():
@@ -200,7 +224,19 @@ def _make(stub: Any, ranged: Ranged, name: str, value: float) -> None:
 
 def test_the_contract_has_as_many_ranges_as_it_mentions():
     mentioned = sum(len(re.findall(r"Range|Each in \[", path.read_text())) for path in CONTRACT.glob("*.proto"))
-    assert len(RANGED) == mentioned > 30
+    assert len(COMMENTED) == mentioned > 15
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_hyperparameter_that_is_absent_is_the_default_of_the_contract(stub, name, method):
+    algorithm = algorithms_pb2.Algorithm()
+    getattr(algorithm, method.name).SetInParent()
+    parameters = [optimizer_pb2.Parameter(name="w", shape=[3])]
+    message = optimizer_pb2.Optimizer(parameters=parameters, algorithm=algorithm)
+    created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message))
+    assert {field.name: value for field, value in getattr(created.optimizer.algorithm, method.name).ListFields()} == {
+        field.name: field.GetOptions().Extensions[HYPERPARAMETER].default_value for field in method.message_type.fields
+    }
 
 
 @pytest.mark.parametrize("ranged", RANGED, ids=lambda ranged: f"{ranged.message}.{ranged.field}")

@@ -22,41 +22,80 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from optserve.v1 import options_pb2 as optserve_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coptserve/v1/algorithms.proto\x12\x0boptserve.v1\"\xc4\x02\n\tAlgorithm\x12)\n\x08\x61\x64\x61\x64\x65lta\x18\x01 \x01(\x0b\x32\x15.optserve.v1.AdadeltaH\x00\x12\x1f\n\x03sgd\x18\x02 \x01(\x0b\x32\x10.optserve.v1.SgdH\x00\x12)\n\x08momentum\x18\x03 \x01(\x0b\x32\x15.optserve.v1.MomentumH\x00\x12\'\n\x07\x61\x64\x61grad\x18\x04 \x01(\x0b\x32\x14.optserve.v1.AdagradH\x00\x12\x30\n\x0cwindowed_rms\x18\x05 \x01(\x0b\x32\x18.optserve.v1.WindowedRmsH\x00\x12\x38\n\x10\x64iagonal_hessian\x18\x06 \x01(\x0b\x32\x1c.optserve.v1.DiagonalHessianH\x00\x12!\n\x04vsgd\x18\x07 \x01(\x0b\x32\x11.optserve.v1.VsgdH\x00\x42\x08\n\x06method\"l\n\x08\x41\x64\x61\x64\x65lta\x12\x10\n\x03rho\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x06\n\x04_rhoB\x06\n\x04_epsB\x10\n\x0e_learning_rate\"3\n\x03Sgd\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_learning_rate\"R\n\x08Momentum\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03rho\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_rho\"Q\n\x07\x41\x64\x61grad\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_eps\"\x95\x01\n\x0bWindowedRms\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03rho\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\touter_eps\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_rhoB\x06\n\x04_epsB\x0c\n\n_outer_eps\"W\n\x0f\x44iagonalHessian\x12\x0f\n\x02mu\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x05\n\x03_muB\x10\n\x0e_learning_rate\"\x8a\x01\n\x04Vsgd\x12\x10\n\x03\x65ps\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14initial_overestimate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rinitial_steps\x18\x03 \x01(\rH\x02\x88\x01\x01\x42\x06\n\x04_epsB\x17\n\x15_initial_overestimateB\x10\n\x0e_initial_steps\"\xa8\x02\n\x08Schedule\x12\x31\n\x08\x63onstant\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ConstantScheduleH\x00\x12\x38\n\x0cinverse_time\x18\x02 \x01(\x0b\x32 .optserve.v1.InverseTimeScheduleH\x00\x12\x37\n\x0b\x65xponential\x18\x03 \x01(\x0b\x32 .optserve.v1.ExponentialScheduleH\x00\x12)\n\x04step\x18\x04 \x01(\x0b\x32\x19.optserve.v1.StepScheduleH\x00\x12-\n\x06\x63osine\x18\x05 \x01(\x0b\x32\x1b.optserve.v1.CosineScheduleH\x00\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\x04\x42\x06\n\x04kind\"\x12\n\x10\x43onstantSchedule\"$\n\x13InverseTimeSchedule\x12\r\n\x05\x64\x65\x63\x61y\x18\x01 \x01(\x01\"9\n\x13\x45xponentialSchedule\x12\x0c\n\x04rate\x18\x01 \x01(\x01\x12\x14\n\x0cperiod_steps\x18\x02 \x01(\x04\"0\n\x0cStepSchedule\x12\x0c\n\x04rate\x18\x01 \x01(\x01\x12\x12\n\nmilestones\x18\x02 \x03(\x04\"5\n\x0e\x43osineSchedule\x12\x14\n\x0cperiod_steps\x18\x01 \x01(\x04\x12\r\n\x05\x66loor\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coptserve/v1/algorithms.proto\x12\x0boptserve.v1\x1a\x19optserve/v1/options.proto\"\xc4\x02\n\tAlgorithm\x12)\n\x08\x61\x64\x61\x64\x65lta\x18\x01 \x01(\x0b\x32\x15.optserve.v1.AdadeltaH\x00\x12\x1f\n\x03sgd\x18\x02 \x01(\x0b\x32\x10.optserve.v1.SgdH\x00\x12)\n\x08momentum\x18\x03 \x01(\x0b\x32\x15.optserve.v1.MomentumH\x00\x12\'\n\x07\x61\x64\x61grad\x18\x04 \x01(\x0b\x32\x14.optserve.v1.AdagradH\x00\x12\x30\n\x0cwindowed_rms\x18\x05 \x01(\x0b\x32\x18.optserve.v1.WindowedRmsH\x00\x12\x38\n\x10\x64iagonal_hessian\x18\x06 \x01(\x0b\x32\x1c.optserve.v1.DiagonalHessianH\x00\x12!\n\x04vsgd\x18\x07 \x01(\x0b\x32\x11.optserve.v1.VsgdH\x00\x42\x08\n\x06method\"\xbd\x01\n\x08\x41\x64\x61\x64\x65lta\x12\x31\n\x03rho\x18\x01 \x01(\x01\x42\x1f\x92\xb5\x18\x1b\tffffff\xee?\x11\x00\x00\x00\x00\x00\x00\x00\x00)\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12(\n\x03\x65ps\x18\x02 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x8d\xed\xb5\xa0\xf7\xc6\xb0>\x19\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x12\x32\n\rlearning_rate\x18\x03 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x00\x00\x00\x00\x00\x00\xf0?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x02\x88\x01\x01\x42\x06\n\x04_rhoB\x06\n\x04_epsB\x10\n\x0e_learning_rate\"K\n\x03Sgd\x12\x32\n\rlearning_rate\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t{\x14\xaeG\xe1z\x84?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x42\x10\n\x0e_learning_rate\"\x8b\x01\n\x08Momentum\x12\x32\n\rlearning_rate\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t{\x14\xaeG\xe1z\x84?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x31\n\x03rho\x18\x02 \x01(\x01\x42\x1f\x92\xb5\x18\x1b\t\xcd\xcc\xcc\xcc\xcc\xcc\xec?\x11\x00\x00\x00\x00\x00\x00\x00\x00)\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_rho\"\x81\x01\n\x07\x41\x64\x61grad\x12\x32\n\rlearning_rate\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t{\x14\xaeG\xe1z\x84?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12(\n\x03\x65ps\x18\x02 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\xbb\xbd\xd7\xd9\xdf|\xdb=\x19\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_eps\"\xfe\x01\n\x0bWindowedRms\x12\x32\n\rlearning_rate\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t{\x14\xaeG\xe1z\x84?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x31\n\x03rho\x18\x02 \x01(\x01\x42\x1f\x92\xb5\x18\x1b\t\xcd\xcc\xcc\xcc\xcc\xcc\xec?\x11\x00\x00\x00\x00\x00\x00\x00\x00)\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12(\n\x03\x65ps\x18\x03 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x8d\xed\xb5\xa0\xf7\xc6\xb0>\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x02\x88\x01\x01\x12.\n\touter_eps\x18\x04 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x03\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x06\n\x04_rhoB\x06\n\x04_epsB\x0c\n\n_outer_eps\"\x8f\x01\n\x0f\x44iagonalHessian\x12\'\n\x02mu\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x00\x00\x00\x00\x00\x00\x08@\x19\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x32\n\rlearning_rate\x18\x02 \x01(\x01\x42\x16\x92\xb5\x18\x12\t\x00\x00\x00\x00\x00\x00\xf0?\x11\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01:\x06\x8a\xb5\x18\x02\x08\x01\x42\x05\n\x03_muB\x10\n\x0e_learning_rate\"\xec\x01\n\x04Vsgd\x12(\n\x03\x65ps\x18\x01 \x01(\x01\x42\x16\x92\xb5\x18\x12\t{\x14\xaeG\xe1z\x84?\x19\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12\x42\n\x14initial_overestimate\x18\x02 \x01(\x01\x42\x1f\x92\xb5\x18\x1b\t\x00\x00\x00\x00\x00\x00Y@\x11\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x80\x84.AH\x01\x88\x01\x01\x12;\n\rinitial_steps\x18\x03 \x01(\rB\x1f\x92\xb5\x18\x1b\t\x00\x00\x00\x00\x00\x00$@\x11\x00\x00\x00\x00\x00\x00\x00@!\x00\x00\x00\x00\x80\x84.AH\x02\x88\x01\x01:\x06\x8a\xb5\x18\x02\x08\x01\x42\x06\n\x04_epsB\x17\n\x15_initial_overestimateB\x10\n\x0e_initial_steps\"\xa8\x02\n\x08Schedule\x12\x31\n\x08\x63onstant\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.ConstantScheduleH\x00\x12\x38\n\x0cinverse_time\x18\x02 \x01(\x0b\x32 .optserve.v1.InverseTimeScheduleH\x00\x12\x37\n\x0b\x65xponential\x18\x03 \x01(\x0b\x32 .optserve.v1.ExponentialScheduleH\x00\x12)\n\x04step\x18\x04 \x01(\x0b\x32\x19.optserve.v1.StepScheduleH\x00\x12-\n\x06\x63osine\x18\x05 \x01(\x0b\x32\x1b.optserve.v1.CosineScheduleH\x00\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\x04\x42\x06\n\x04kind\"\x12\n\x10\x43onstantSchedule\"$\n\x13InverseTimeSchedule\x12\r\n\x05\x64\x65\x63\x61y\x18\x01 \x01(\x01\"9\n\x13\x45xponentialSchedule\x12\x0c\n\x04rate\x18\x01 \x01(\x01\x12\x14\n\x0cperiod_steps\x18\x02 \x01(\x04\"0\n\x0cStepSchedule\x12\x0c\n\x04rate\x18\x01 \x01(\x01\x12\x12\n\nmilestones\x18\x02 \x03(\x04\"5\n\x0e\x43osineSchedule\x12\x14\n\x0cperiod_steps\x18\x01 \x01(\x04\x12\r\n\x05\x66loor\x18\x02 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.algorithms_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ALGORITHM']._serialized_start=46
-  _globals['_ALGORITHM']._serialized_end=370
-  _globals['_ADADELTA']._serialized_start=372
-  _globals['_ADADELTA']._serialized_end=480
-  _globals['_SGD']._serialized_start=482
-  _globals['_SGD']._serialized_end=533
-  _globals['_MOMENTUM']._serialized_start=535
-  _globals['_MOMENTUM']._serialized_end=617
-  _globals['_ADAGRAD']._serialized_start=619
-  _globals['_ADAGRAD']._serialized_end=700
-  _globals['_WINDOWEDRMS']._serialized_start=703
-  _globals['_WINDOWEDRMS']._serialized_end=852
-  _globals['_DIAGONALHESSIAN']._serialized_start=854
-  _globals['_DIAGONALHESSIAN']._serialized_end=941
-  _globals['_VSGD']._serialized_start=944
-  _globals['_VSGD']._serialized_end=1082
-  _globals['_SCHEDULE']._serialized_start=1085
-  _globals['_SCHEDULE']._serialized_end=1381
-  _globals['_CONSTANTSCHEDULE']._serialized_start=1383
-  _globals['_CONSTANTSCHEDULE']._serialized_end=1401
-  _globals['_INVERSETIMESCHEDULE']._serialized_start=1403
-  _globals['_INVERSETIMESCHEDULE']._serialized_end=1439
-  _globals['_EXPONENTIALSCHEDULE']._serialized_start=1441
-  _globals['_EXPONENTIALSCHEDULE']._serialized_end=1498
-  _globals['_STEPSCHEDULE']._serialized_start=1500
-  _globals['_STEPSCHEDULE']._serialized_end=1548
-  _globals['_COSINESCHEDULE']._serialized_start=1550
-  _globals['_COSINESCHEDULE']._serialized_end=1603
+  _globals['_ADADELTA'].fields_by_name['rho']._loaded_options = None
+  _globals['_ADADELTA'].fields_by_name['rho']._serialized_options = b'\222\265\030\033\tffffff\356?\021\000\000\000\000\000\000\000\000)\000\000\000\000\000\000\360?'
+  _globals['_ADADELTA'].fields_by_name['eps']._loaded_options = None
+  _globals['_ADADELTA'].fields_by_name['eps']._serialized_options = b'\222\265\030\022\t\215\355\265\240\367\306\260>\031\000\000\000\000\000\000\000\000'
+  _globals['_ADADELTA'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_ADADELTA'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t\000\000\000\000\000\000\360?\021\000\000\000\000\000\000\000\000'
+  _globals['_SGD'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_SGD'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t{\024\256G\341z\204?\021\000\000\000\000\000\000\000\000'
+  _globals['_MOMENTUM'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_MOMENTUM'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t{\024\256G\341z\204?\021\000\000\000\000\000\000\000\000'
+  _globals['_MOMENTUM'].fields_by_name['rho']._loaded_options = None
+  _globals['_MOMENTUM'].fields_by_name['rho']._serialized_options = b'\222\265\030\033\t\315\314\314\314\314\314\354?\021\000\000\000\000\000\000\000\000)\000\000\000\000\000\000\360?'
+  _globals['_ADAGRAD'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_ADAGRAD'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t{\024\256G\341z\204?\021\000\000\000\000\000\000\000\000'
+  _globals['_ADAGRAD'].fields_by_name['eps']._loaded_options = None
+  _globals['_ADAGRAD'].fields_by_name['eps']._serialized_options = b'\222\265\030\022\t\273\275\327\331\337|\333=\031\000\000\000\000\000\000\000\000'
+  _globals['_WINDOWEDRMS'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_WINDOWEDRMS'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t{\024\256G\341z\204?\021\000\000\000\000\000\000\000\000'
+  _globals['_WINDOWEDRMS'].fields_by_name['rho']._loaded_options = None
+  _globals['_WINDOWEDRMS'].fields_by_name['rho']._serialized_options = b'\222\265\030\033\t\315\314\314\314\314\314\354?\021\000\000\000\000\000\000\000\000)\000\000\000\000\000\000\360?'
+  _globals['_WINDOWEDRMS'].fields_by_name['eps']._loaded_options = None
+  _globals['_WINDOWEDRMS'].fields_by_name['eps']._serialized_options = b'\222\265\030\022\t\215\355\265\240\367\306\260>\021\000\000\000\000\000\000\000\000'
+  _globals['_WINDOWEDRMS'].fields_by_name['outer_eps']._loaded_options = None
+  _globals['_WINDOWEDRMS'].fields_by_name['outer_eps']._serialized_options = b'\222\265\030\022\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\000\000\000'
+  _globals['_DIAGONALHESSIAN'].fields_by_name['mu']._loaded_options = None
+  _globals['_DIAGONALHESSIAN'].fields_by_name['mu']._serialized_options = b'\222\265\030\022\t\000\000\000\000\000\000\010@\031\000\000\000\000\000\000\000\000'
+  _globals['_DIAGONALHESSIAN'].fields_by_name['learning_rate']._loaded_options = None
+  _globals['_DIAGONALHESSIAN'].fields_by_name['learning_rate']._serialized_options = b'\222\265\030\022\t\000\000\000\000\000\000\360?\021\000\000\000\000\000\000\000\000'
+  _globals['_DIAGONALHESSIAN']._loaded_options = None
+  _globals['_DIAGONALHESSIAN']._serialized_options = b'\212\265\030\002\010\001'
+  _globals['_VSGD'].fields_by_name['eps']._loaded_options = None
+  _globals['_VSGD'].fields_by_name['eps']._serialized_options = b'\222\265\030\022\t{\024\256G\341z\204?\031\000\000\000\000\000\000\000\000'
+  _globals['_VSGD'].fields_by_name['initial_overestimate']._loaded_options = None
+  _globals['_VSGD'].fields_by_name['initial_overestimate']._serialized_options = b'\222\265\030\033\t\000\000\000\000\000\000Y@\021\000\000\000\000\000\000\360?!\000\000\000\000\200\204.A'
+  _globals['_VSGD'].fields_by_name['initial_steps']._loaded_options = None
+  _globals['_VSGD'].fields_by_name['initial_steps']._serialized_options = b'\222\265\030\033\t\000\000\000\000\000\000$@\021\000\000\000\000\000\000\000@!\000\000\000\000\200\204.A'
+  _globals['_VSGD']._loaded_options = None
+  _globals['_VSGD']._serialized_options = b'\212\265\030\002\010\001'
+  _globals['_ALGORITHM']._serialized_start=73
+  _globals['_ALGORITHM']._serialized_end=397
+  _globals['_ADADELTA']._serialized_start=400
+  _globals['_ADADELTA']._serialized_end=589
+  _globals['_SGD']._serialized_start=591
+  _globals['_SGD']._serialized_end=666
+  _globals['_MOMENTUM']._serialized_start=669
+  _globals['_MOMENTUM']._serialized_end=808
+  _globals['_ADAGRAD']._serialized_start=811
+  _globals['_ADAGRAD']._serialized_end=940
+  _globals['_WINDOWEDRMS']._serialized_start=943
+  _globals['_WINDOWEDRMS']._serialized_end=1197
+  _globals['_DIAGONALHESSIAN']._serialized_start=1200
+  _globals['_DIAGONALHESSIAN']._serialized_end=1343
+  _globals['_VSGD']._serialized_start=1346
+  _globals['_VSGD']._serialized_end=1582
+  _globals['_SCHEDULE']._serialized_start=1585
+  _globals['_SCHEDULE']._serialized_end=1881
+  _globals['_CONSTANTSCHEDULE']._serialized_start=1883
+  _globals['_CONSTANTSCHEDULE']._serialized_end=1901
+  _globals['_INVERSETIMESCHEDULE']._serialized_start=1903
+  _globals['_INVERSETIMESCHEDULE']._serialized_end=1939
+  _globals['_EXPONENTIALSCHEDULE']._serialized_start=1941
+  _globals['_EXPONENTIALSCHEDULE']._serialized_end=1998
+  _globals['_STEPSCHEDULE']._serialized_start=2000
+  _globals['_STEPSCHEDULE']._serialized_end=2048
+  _globals['_COSINESCHEDULE']._serialized_start=2050
+  _globals['_COSINESCHEDULE']._serialized_end=2103
 # @@protoc_insertion_point(module_scope)
