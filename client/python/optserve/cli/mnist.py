@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from optserve_demo.mnist.replicas import Together
     from optserve_demo.mnist.train import Report
 
-MethodName = Literal["adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd"]
+    MethodName = str
+else:
+    # Every one that the package has; a type checker wants them spelled out.
+    MethodName = Literal[tuple(algorithms.ALGORITHMS)]
 AnnealName = Literal["none", "plateau"]
 ActivationName = Literal["tanh", "relu", "logistic"]
 
