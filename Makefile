@@ -37,7 +37,7 @@ test-newest: ## Run the fast tests on the newest release of everything
 	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" safetensors pytest pytest-xdist pytest-timeout hypothesis \
 		psutil h2 torch==2.13.0
 	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet" --deselect \
-		tests/project/test_contract.py::test_the_committed_stubs_are_those_that_the_contract_generates
+		tests/project/test_contract.py::test_what_is_committed_is_what_the_contract_generates
 
 check: .venv/.dev ## Check format, lint, types, import layers and the contract
 	$(BIN)/ruff format --check --quiet
@@ -53,7 +53,7 @@ format: .venv/.dev ## Format the code and mend what can be mended
 	$(BIN)/ruff format
 	$(BIN)/buf format --write
 
-generate: .venv/.dev ## Generate the Python stubs from the contract
+generate: .venv/.dev ## Generate the Python stubs, and what follows from each method, from the contract
 	scripts/generate.sh
 
 pins: .venv/.dev ## Resolve requirements/*.in anew

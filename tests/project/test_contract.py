@@ -1,7 +1,10 @@
 """The contract, its generated code and the server's catalogues say the same."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +19,48 @@ ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server/optserve_server"
 
 
-def test_the_committed_stubs_are_those_that_the_contract_generates(tmp_path):
+def test_what_is_committed_is_what_the_contract_generates(tmp_path):
     subprocess.run([ROOT / "scripts/generate.sh", tmp_path], check=True, capture_output=True)
-    generated = {path.name: path.read_bytes() for path in (tmp_path / "optserve/v1").iterdir()}
-    committed = {
-        path.name: path.read_bytes() for path in (ROOT / "client/python/optserve/v1").iterdir() if path.is_file()
+    generated = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    stubs = {path.relative_to(ROOT) for path in (ROOT / "client/python/optserve/v1").iterdir() if path.is_file()}
+    assert generated - stubs == {
+        Path("client/python/optserve/algorithms.py"),
+        Path("docs/methods.md"),
+        Path("server/optserve_server/numerics/rules/__init__.py"),
+        Path("server/optserve_server/numerics/rules/contract.py"),
     }
-    assert generated == committed
+    assert stubs <= generated
+    for path in generated:
+        assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("said", "instead", "message"),
+    [
+        ("    gte: 0\n    lt: 1\n", "    lt: 1\n", "Adadelta.rho needs a (hyperparameter) with default_value and gte"),
+        ("    default_value: 0.95\n", "", "Adadelta.rho needs a (hyperparameter)"),
+        ("default_value: 0.95", "default_value: 1", "The default of Adadelta.rho, 1, does not lie in [0, 1)"),
+        (
+            "default_value: 1e-6\n    gt: 0",
+            "default_value: 0\n    gt: 0",
+            "The default of Adadelta.eps, 0, does not lie",
+        ),
+        ("optional double rho = 1", "double rho = 1", "Adadelta.rho is not optional"),
+        ("optional double rho = 1", "optional string rho = 1", "Adadelta.rho is neither a double nor"),
+    ],
+)
+def test_a_hyperparameter_that_does_not_say_all_is_refused(tmp_path, said, instead, message):
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    contract = tmp_path / "proto/optserve/v1/algorithms.proto"
+    assert said in contract.read_text()
+    contract.write_text(contract.read_text().replace(said, instead, 1))
+    done = subprocess.run(
+        [tmp_path / "scripts/generate.sh"], env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"algorithms.proto: {message}" in done.stderr
 
 
 def test_every_reason_of_the_server_is_in_the_contract_with_its_code():

@@ -6,17 +6,11 @@ with optserve.connect("127.0.0.1:50051") as client:
         params[name] += update
 """
 
+from optserve import algorithms
 from optserve._steps.incremental import StepUnderWay
-from optserve.algorithms import (
-    Adadelta,
-    Adagrad,
-    Algorithm,
-    DiagonalHessian,
-    Momentum,
-    Sgd,
-    Vsgd,
-    WindowedRms,
-)
+
+# Every method, so that one that is added needs no line here.
+from optserve.algorithms import *  # noqa: F403
 from optserve.client import Client, connect
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -70,9 +64,6 @@ from optserve.worker import Worker
 
 __all__ = [
     "AbortedError",
-    "Adadelta",
-    "Adagrad",
-    "Algorithm",
     "AlreadyExistsError",
     "Async",
     "AtSteps",
@@ -87,7 +78,6 @@ __all__ = [
     "Constant",
     "Cosine",
     "DeadlineExceededError",
-    "DiagonalHessian",
     "ElementStatistics",
     "EtagMismatchError",
     "Exponential",
@@ -100,7 +90,6 @@ __all__ = [
     "InvalidArgumentError",
     "InverseTime",
     "LocalServer",
-    "Momentum",
     "NotFoundError",
     "Optimizer",
     "OptimizerInfo",
@@ -108,7 +97,6 @@ __all__ = [
     "OptserveError",
     "ResourceExhaustedError",
     "Schedule",
-    "Sgd",
     "StateLostError",
     "StateReplacedError",
     "Statistics",
@@ -123,8 +111,6 @@ __all__ = [
     "TooFewWorkersError",
     "UnavailableError",
     "UnreachableError",
-    "Vsgd",
-    "WindowedRms",
     "Worker",
     "WorkerReplacedError",
     "WrongStepError",
@@ -132,3 +118,4 @@ __all__ = [
     "local_server",
     "with_weight_decay",
 ]
+__all__ += algorithms.__all__

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class Adadelta(Rule):
+class Adadelta(contract.Adadelta):
     """E[g²] ← ρ E[g²] + (1−ρ) g²;  Δx ← −(RMS[Δx] / RMS[g]) g;  E[Δx²] ← ρ E[Δx²] + (1−ρ) Δx²."""
 
-    name = "adadelta"
     slots = ("square_avg", "acc_delta")
     squares_gradient = True
     gradient_square_slot = "square_avg"
     update_square_slot = "acc_delta"
-
-    rho: float = hyperparameter(0.95, "[0, 1)")
-    eps: float = hyperparameter(1e-6, "(0, inf)")
-    learning_rate: float = hyperparameter(1.0, "[0, inf)")
 
     def scalars(self) -> tuple[float, ...]:
         """ρ, 1−ρ, ε, learning rate."""

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class Adagrad(Rule):
+class Adagrad(contract.Adagrad):
     """Δx = −η g / (√(Σ g²) + ε).
 
     Equation 5 has no ε and is 0 / 0 where every gradient so far was 0. ε stands outside the root, as in
     torch.optim.Adagrad.
     """
 
-    name = "adagrad"
     slots = ("sum",)
     squares_gradient = True
-
-    learning_rate: float = hyperparameter(0.01, "[0, inf)")
-    eps: float = hyperparameter(1e-10, "(0, inf)")
 
     def scalars(self) -> tuple[float, ...]:
         """−η, ε."""

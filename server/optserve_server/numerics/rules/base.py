@@ -45,11 +45,20 @@ class Range:
 
     text: str
 
+    @property
+    def low(self) -> float:
+        """The lower end."""
+        return float(self.text[1:-1].split(",")[0])
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+        return float(self.text[1:-1].split(",")[1])
+
     def __contains__(self, value: float) -> bool:
         """Whether `value` lies in the interval; NaN lies in none."""
-        low, high = (float(bound) for bound in self.text[1:-1].split(","))
-        above = value >= low if self.text[0] == "[" else value > low
-        below = value <= high if self.text[-1] == "]" else value < high
+        above = value >= self.low if self.text[0] == "[" else value > self.low
+        below = value <= self.high if self.text[-1] == "]" else value < self.high
         return above and below
 
 
@@ -60,7 +69,7 @@ def hyperparameter(default: Any, interval: str) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One method with its hyper-parameters. Subclasses are frozen dataclasses, one per file.
+    """One method with its hyper-parameters, which `rules.contract` has from the contract; the rest is in a file each.
 
     Attributes:
         name: The method's field in `optserve.v1.Algorithm`.
@@ -84,6 +93,11 @@ class Rule:
     update_square_slot: ClassVar[str | None] = None
     eps_in_root: ClassVar[bool] = True
     update: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def range_of(cls, name: str) -> Range:
+        """That of a hyper-parameter."""
+        return cls.__dataclass_fields__[name].metadata["range"]
 
     def scalars(self) -> tuple[float, ...]:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
@@ -144,7 +158,7 @@ class Rule:
             OptserveError: HYPERPARAMETER_OUT_OF_RANGE, with the field's path.
         """
         for item in fields(self):
-            value, interval = getattr(self, item.name), item.metadata["range"]
+            value, interval = getattr(self, item.name), self.range_of(item.name)
             path = f"optimizer.algorithm.{self.name}.{item.name}"
             if value not in interval or not math.isfinite(value):
                 raise OptserveError(

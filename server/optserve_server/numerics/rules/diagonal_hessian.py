@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class DiagonalHessian(Rule):
+class DiagonalHessian(contract.DiagonalHessian):
     """Δx = −η g / (|h| + μ), h = diag(H).
 
     h may be of either sign or 0; μ keeps the quotient finite.
     """
 
-    name = "diagonal_hessian"
-    takes_curvature = True
     slots = ()
     squares_gradient = False
-
-    mu: float = hyperparameter(3.0, "(0, inf)")
-    learning_rate: float = hyperparameter(1.0, "[0, inf)")
 
     def scalars(self) -> tuple[float, ...]:
         """−η, μ and 1, each times a power of two by which η becomes at most 1.

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class Momentum(Rule):
+class Momentum(contract.Momentum):
     """Δx_t = ρ Δx_{t−1} − η g_t.
 
     torch.optim.SGD keeps Δx / −η instead. The two agree while the learning rate is constant; when it changes, here
     the past updates keep their size, as in the paper.
     """
 
-    name = "momentum"
     slots = ("momentum",)
     signed_slots = ("momentum",)
     squares_gradient = False
-
-    learning_rate: float = hyperparameter(0.01, "[0, inf)")
-    rho: float = hyperparameter(0.9, "[0, 1)")
 
     def scalars(self) -> tuple[float, ...]:
         """ρ, η."""

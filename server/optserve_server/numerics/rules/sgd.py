@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class Sgd(Rule):
+class Sgd(contract.Sgd):
     """Δx = −η g."""
 
-    name = "sgd"
     slots = ()
     squares_gradient = False
-
-    learning_rate: float = hyperparameter(0.01, "[0, inf)")
 
     def scalars(self) -> tuple[float, ...]:
         """−η."""

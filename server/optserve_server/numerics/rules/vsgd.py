@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
-
-_MOST_INITIAL_STEPS = 1e6
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 _TINY = 1e-30
 """Keeps 0 / 0 out where every gradient so far was 0; far below any square of a gradient that matters."""
 
 
-@dataclass(frozen=True)
-class Vsgd(Rule):
+class Vsgd(contract.Vsgd):
     """Δx = −(1 / E[|h|]) (E[g]² / E[g²]) g, h = diag(H), over a window of τ steps that adapts per dimension.
 
     Each average y takes y ← (1 − 1/τ) E[y] + y / τ, and then τ ← (1 − E[g]² / E[g²]) τ + 1. The signal E[g]² / E[g²] is
@@ -33,17 +30,11 @@ class Vsgd(Rule):
     While it makes its first estimates, the slot τ holds minus the number of steps so far.
     """
 
-    name = "vsgd"
-    takes_curvature = True
     slots = ("grad_avg", "square_avg", "curvature_avg", "tau")
     signed_slots = ("grad_avg", "tau")
     squares_gradient = True
     gradient_square_slot = "square_avg"
     eps_in_root = False
-
-    eps: float = hyperparameter(1e-2, "(0, inf)")
-    initial_overestimate: float = hyperparameter(100.0, "[1, 1e6]")
-    initial_steps: int = hyperparameter(10, "[2, 1e6]")
 
     def scalars(self) -> tuple[float, ...]:
         """ε, the overestimate less 1, the initial steps, 1, 1/2 and a tiny number."""
@@ -95,7 +86,8 @@ class Vsgd(Rule):
         if slot != "tau":
             return None
         most = 2.0 / np.finfo(values.dtype).eps
-        steps = (values <= 0) & (values > -_MOST_INITIAL_STEPS) & (values == np.rint(values))
+        most_initial_steps = self.range_of("initial_steps").high
+        steps = (values <= 0) & (values > -most_initial_steps) & (values == np.rint(values))
         return ~(steps | ((values >= 1) & (values <= most)))
 
     @staticmethod

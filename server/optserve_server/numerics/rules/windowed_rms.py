@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, hyperparameter
+from optserve_server.numerics.rules import contract
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
 
-@dataclass(frozen=True)
-class WindowedRms(Rule):
+class WindowedRms(contract.WindowedRms):
     """E[g²] ← ρ E[g²] + (1−ρ) g²;  Δx = −η g / RMS[g],  RMS[g] = √(E[g²] + ε) + ε_outer.
 
     The paper has ε alone. torch.optim.RMSprop has ε_outer alone, and is this rule with eps=0.
     """
 
-    name = "windowed_rms"
     slots = ("square_avg",)
     squares_gradient = True
     gradient_square_slot = "square_avg"
-
-    learning_rate: float = hyperparameter(0.01, "[0, inf)")
-    rho: float = hyperparameter(0.9, "[0, 1)")
-    eps: float = hyperparameter(1e-6, "[0, inf)")
-    outer_eps: float = hyperparameter(0.0, "[0, inf)")
 
     def check(self, dtype: np.dtype) -> None:
         """As for every rule; besides, one of the two constants must be positive."""

@@ -1,0 +1,40 @@
+"""What the value objects of all methods have in common; they themselves, in `optserve.algorithms`, are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
+
+from optserve.v1 import algorithms_pb2
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One method with its hyper-parameters. Use a subclass."""
+
+    name: ClassVar[str]
+    takes_curvature: ClassVar[bool] = False
+
+    def to_message(self) -> algorithms_pb2.Algorithm:
+        """The contract's form."""
+        message = algorithms_pb2.Algorithm()
+        settings = getattr(message, self.name)
+        settings.SetInParent()
+        for field, value in asdict(self).items():
+            setattr(settings, field, value)
+        return message
+
+
+def read(message: algorithms_pb2.Algorithm, known: Mapping[str, type[Algorithm]]) -> Algorithm:
+    """The method that a message holds, as one of those that are known by their names in the contract.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    name = message.WhichOneof("method")
+    if name not in known:
+        raise ValueError(f"This client does not know the method {name!r}; a newer one may.")
+    kind = known[name]
+    settings = getattr(message, name)
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
