@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from durability.folder import MIB, Server, fingerprint, step
+from optserve._common import clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.schedule import AtSteps
 from optserve_server.persistence import journal, snapshot
@@ -19,14 +20,14 @@ from optserve_server.persistence.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
 
 
-class Clock:
+class StoppedClock(clock.Clock):
     """Time that passes when it is told to."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.seconds = 1000.0
 
-    def __call__(self) -> float:
-        return self.now
+    def monotonic(self) -> float:
+        return self.seconds
 
 
 class Disk:
@@ -107,7 +108,7 @@ def test_a_disk_that_was_full_is_gone_on_with(tmp_path, monkeypatch):
 
 def test_the_first_snapshot_after_failures_is_told_to_every_log(caplog):
     caplog.set_level(logging.INFO)
-    upkeep = Upkeep(Clock())
+    upkeep = Upkeep(StoppedClock())
     upkeep.snapshot_made("calm", 0.1)
     assert not caplog.records
     upkeep.snapshot_failed(NO_ROOM)
@@ -120,13 +121,13 @@ def test_the_first_snapshot_after_failures_is_told_to_every_log(caplog):
 
 def test_a_snapshot_that_failed_is_tried_again_where_nothing_is_refused_and_nothing_has_grown():
     """Else server info went on to say that snapshots cannot be written, of a disk that takes them."""
-    clock = Clock()
+    clock = StoppedClock()
     upkeep = Upkeep(clock)
     upkeep.refused(NO_ROOM)
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.accepted()
     assert not upkeep.is_snapshot_due(grown=False)
-    clock.now += 1.0
+    clock.seconds += 1.0
     assert upkeep.is_snapshot_due(grown=False)
     assert upkeep.problem
     upkeep.snapshot_made("later", 0.1)
@@ -135,30 +136,30 @@ def test_a_snapshot_that_failed_is_tried_again_where_nothing_is_refused_and_noth
 
 
 def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer_and_longer_pauses():
-    clock = Clock()
+    clock = StoppedClock()
     upkeep = Upkeep(clock)
     assert not upkeep.is_snapshot_due(grown=False)
     upkeep.refused(NO_ROOM)
     tried = []
-    while clock.now < 1500:
+    while clock.seconds < 1500:
         if upkeep.is_snapshot_due(grown=False):
-            tried.append(clock.now - 1000)
+            tried.append(clock.seconds - 1000)
             upkeep.snapshot_failed(NO_ROOM)
-        clock.now += 1
+        clock.seconds += 1
     assert tried[:7] == [0, 1, 3, 7, 15, 31, 63]
     assert max(np.diff(tried)) == MAX_PAUSE_S
     # One that is made ends the refusal, and is not followed by another at once.
-    clock.now += MAX_PAUSE_S
+    clock.seconds += MAX_PAUSE_S
     upkeep.snapshot_made("s", 2.0)
     upkeep.refused(NO_ROOM)
     assert not upkeep.is_snapshot_due(grown=False)
     assert upkeep.is_snapshot_due(grown=True)
-    clock.now += 21
+    clock.seconds += 21
     assert upkeep.is_snapshot_due(grown=False)
 
 
 def test_what_is_wrong_is_said_once_a_minute(caplog):
-    clock = Clock()
+    clock = StoppedClock()
     upkeep = Upkeep(clock)
     caplog.set_level(logging.WARNING)
     for _ in range(1000):
@@ -166,7 +167,7 @@ def test_what_is_wrong_is_said_once_a_minute(caplog):
     assert [record.message.split(".")[0] for record in caplog.records] == [
         "the disk refuses changes: No space left on device"
     ]
-    clock.now += WARN_EVERY_S
+    clock.seconds += WARN_EVERY_S
     upkeep.refused(NO_ROOM)
     assert len(caplog.records) == 2
     assert upkeep.problem == "the disk refuses changes: No space left on device"

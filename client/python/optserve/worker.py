@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -65,8 +64,8 @@ class Worker:
             connection, message, transport=transport, wire_dtype=wire_dtype, worker=self.name, register=self._register
         )
         self._session = self._optimizer._session
-        self._done = threading.Event()
-        self._beating = threading.Thread(target=self._beat, name=f"optserve {self.name}", daemon=True)
+        self._done = connection.clock.event()
+        self._beating = connection.clock.thread(self._beat, f"optserve {self.name}")
         self._beat_s = 10.0
 
     def __repr__(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +11,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
@@ -52,6 +52,7 @@ class Servicer:
         drain_gate: DrainGate,
         choice: Choice,
         config: ServerConfig,
+        clock: Clock = SYSTEM,
     ) -> None:
         self._optimizers = optimizers
         self._checkpoints = checkpoints
@@ -59,9 +60,9 @@ class Servicer:
         self._upload_limiter = UploadLimiter()
         self._choice = choice
         self._config = config
-        self._copies = Copies(config.max_pull_bytes)
+        self._copies = Copies(config.max_pull_bytes, clock)
         self._instance_id = uuid.uuid4().hex
-        self._start_time = datetime.now(UTC)
+        self._start_time = clock.now()
 
     def get_server_info(self, _request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
         """What this server is, can do and accepts."""

@@ -10,8 +10,6 @@ name their field by itself (`tensors`, `offset`); the edges add the path.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import transition
@@ -62,6 +61,7 @@ class Steps:
         durability: Told of every change before it is made.
         idle_step_s: After so many seconds without a move, a step is discarded.
         buffer_budget: For the buffers of workers.
+        clock: The time.
 
     Attributes:
         main: Where its client makes steps, if it has one.
@@ -83,17 +83,20 @@ class Steps:
         durability: Durability,
         idle_step_s: float = 60.0,
         buffer_budget: BufferBudget | None = None,
+        clock: Clock = SYSTEM,
     ) -> None:
         self._name = name
         self._state = state
         self._durability = durability
         # As a condition, workers wait for one another on it.
-        self._lock = threading.RLock()
-        self.lock = threading.Condition(self._lock)
+        self._lock = clock.rlock()
+        self.lock = clock.condition(self._lock)
+        self._monotonic = clock.monotonic
         self._fatal: OptserveError | None = None
         self.payloads = Payloads(state.layout)
-        self.main = ClientSlot(name, state, self._lock, self._commit, idle_step_s)
-        self.workers = Workers(name, state, self, buffer_budget or BufferBudget(1 << 62, 1 << 62), idle_step_s)
+        self.main = ClientSlot(name, state, self._lock, self._commit, idle_step_s, clock)
+        budget = buffer_budget or BufferBudget(1 << 62, 1 << 62, clock=clock)
+        self.workers = Workers(name, state, self, budget, idle_step_s, clock)
         self.placed_by: str | None = None
         self.step = 0
         self.lsn = 0
@@ -358,7 +361,7 @@ class Steps:
             step.committed = True
             if step.segment:
                 step_slot.give_shared(step, self.step)
-            step.moved_at = time.monotonic()
+            step.moved_at = self._monotonic()
             return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
 
     def _commit_placement(self, step: Step) -> Outcome:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.registry import Optimizer
 from optserve_server.numerics.layout import Arenas
@@ -26,11 +26,11 @@ class Copy:
 class Copies:
     """Makes the copies of one server, so that all of them together stay within `max_bytes`; one alone may be larger."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, clock: Clock = SYSTEM) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
         # Released from wherever a copy is collected, in the middle of anything: reentrant.
-        self._room = threading.Condition(threading.RLock())
+        self._room = clock.condition(clock.rlock())
         self._newest: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Copy]] = weakref.WeakKeyDictionary()
 
     def of(self, optimizer: Optimizer, newer_than: int | None = None) -> tuple[int, Copy | None]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import bisect
 import logging
 import re
-import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import numpy as np
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
@@ -120,12 +120,13 @@ class Optimizer:
 class Optimizers:
     """All optimizers of one server. Safe to use from several threads."""
 
-    def __init__(self, backend: Backend, durability: Durability, config: ServerConfig) -> None:
+    def __init__(self, backend: Backend, durability: Durability, config: ServerConfig, clock: Clock = SYSTEM) -> None:
         self.backend = backend
+        self._clock = clock
         self._durability = durability
         self._config = config
-        self._buffer_budget = BufferBudget(config.max_staged_bytes, config.max_optimizer_staged_bytes)
-        self._lock = threading.Condition()
+        self._buffer_budget = BufferBudget(config.max_staged_bytes, config.max_optimizer_staged_bytes, clock=clock)
+        self._lock = clock.condition()
         self._by_id: dict[str, Optimizer] = {}
         # What is being made: (request id, bytes) by optimizer id.
         self._reserved: dict[str, tuple[str, int]] = {}
@@ -220,14 +221,16 @@ class Optimizers:
         return optimizer
 
     def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
-        record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, datetime.now(UTC))
+        record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, self._clock.now())
         # What takes memory comes first: once it is written down, it exists.
         optimizer = self._build(record)
         return self._enter(optimizer, record, self._durability.write(record))
 
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.settings, self.backend)
-        steps = Steps(record.optimizer, state, self._durability, self._config.idle_step_s, self._buffer_budget)
+        steps = Steps(
+            record.optimizer, state, self._durability, self._config.idle_step_s, self._buffer_budget, self._clock
+        )
         return Optimizer(record.optimizer, state, steps, record.request_id, record.create_time)
 
     def _enter(self, optimizer: Optimizer, record: CreationRecord, lsn: int) -> Optimizer:
@@ -298,7 +301,7 @@ class Optimizers:
             growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
             if growth > 0:
                 self._check_room(optimizer_id, growth)
-            optimizer.steps.update(UpdateRecord(optimizer_id, settings, _token(), datetime.now(UTC)))
+            optimizer.steps.update(UpdateRecord(optimizer_id, settings, _token(), self._clock.now()))
         logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
         return optimizer
 
@@ -337,7 +340,7 @@ class Optimizers:
             self._check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
                 optimizer.id, step, settings, _token(), _token(), request_id,
-                datetime.now(UTC), arrays, placed_by, target,
+                self._clock.now(), arrays, placed_by, target,
             )  # fmt: skip
             optimizer.steps.replace(record)
         logger.info("replaced the state of %s: step %d", optimizer.id, step)

@@ -34,7 +34,8 @@ LOOK_WAIT_S = 5.0
 _SMALLER = 2.0**-64
 """A unit in which the sum of all squares of a sample is finite. Its root is a power of two as well."""
 
-_looks = threading.BoundedSemaphore(MAX_LOOKS)
+# Of the whole process, so of no clock: whoever waits here does it for arithmetic.
+_looks = threading.BoundedSemaphore(MAX_LOOKS)  # noqa: TID251
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

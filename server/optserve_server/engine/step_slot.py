@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import abc
 import logging
-import threading
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from optserve._common.clock import SYSTEM, Clock, Lock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import NOTHING, PARAMETERS, Outcome, Reply, ReplyChunk, Retained, Step
 from optserve_server.numerics.headroom import NATIVE
@@ -39,6 +38,7 @@ class StepSlot(abc.ABC):
         lock: Guards it.
         commit: Applies a step that holds it.
         idle_step_s: After so many seconds without a move, a step is discarded.
+        clock: The time.
 
     Attributes:
         optimizer: Its name.
@@ -47,9 +47,16 @@ class StepSlot(abc.ABC):
     """
 
     def __init__(
-        self, name: str, state: State, lock: threading.RLock, commit: Callable[[Step], Outcome], idle_step_s: float
+        self,
+        name: str,
+        state: State,
+        lock: Lock,
+        commit: Callable[[Step], Outcome],
+        idle_step_s: float,
+        clock: Clock = SYSTEM,
     ) -> None:
         self.optimizer = name
+        self.monotonic = clock.monotonic
         self._state = state
         self._idle_step_s = idle_step_s
         self.lock = lock
@@ -123,7 +130,7 @@ class StepSlot(abc.ABC):
         )
 
     def _discard_if_idle(self, holder: Step) -> bool:
-        if time.monotonic() - holder.moved_at < self._idle_step_s:
+        if self.monotonic() - holder.moved_at < self._idle_step_s:
             return False
         logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self.optimizer)
         self.holder = None
@@ -185,7 +192,7 @@ class StepSlot(abc.ABC):
                 Reason.STEP_TAKEN_OVER,
                 f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
             )
-        step.moved_at = time.monotonic()
+        step.moved_at = self.monotonic()
         return self.staging
 
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
@@ -232,9 +239,15 @@ class ClientSlot(StepSlot):
     """
 
     def __init__(
-        self, name: str, state: State, lock: threading.RLock, commit: Callable[[Step], Outcome], idle_step_s: float
+        self,
+        name: str,
+        state: State,
+        lock: Lock,
+        commit: Callable[[Step], Outcome],
+        idle_step_s: float,
+        clock: Clock = SYSTEM,
     ) -> None:
-        super().__init__(name, state, lock, commit, idle_step_s)
+        super().__init__(name, state, lock, commit, idle_step_s, clock)
         self._staging = Staging(state)
 
     @property

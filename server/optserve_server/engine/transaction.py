@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -106,6 +105,8 @@ class ReplyChunk(NamedTuple):
 class Holder(Protocol):
     """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
 
+    monotonic: Callable[[], float]
+
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """Take a chunk, whose position in the payload is known to be good."""
         ...
@@ -165,7 +166,7 @@ class Step:
         self.refused: OptserveError | None = None
         self.given_up = False
         self.reply_source: Arenas = {}
-        self.moved_at = time.monotonic()
+        self.moved_at = holder.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}
         # Whether the gradients have been taken whole, out of memory that is shared with the client.
         self.taken_whole = False

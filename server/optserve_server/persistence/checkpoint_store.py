@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.persistence import files
 from optserve_server.persistence.journal import sync_folder
@@ -100,15 +100,20 @@ class FolderStore:
         path: The folder; made when it is needed.
         limits: Of all files.
         check_in_place: Called before something is written; raises what a call is refused with then.
+        clock: The time.
     """
 
     def __init__(
-        self, path: Path, limits: Limits | None = None, check_in_place: Callable[[], None] = lambda: None
+        self,
+        path: Path,
+        limits: Limits | None = None,
+        check_in_place: Callable[[], None] = lambda: None,
+        clock: Clock = SYSTEM,
     ) -> None:
         self._path = path
         self._limits = limits or Limits()
         self._check_in_place = check_in_place
-        self._lock = threading.Lock()
+        self._lock = clock.lock()
         self._sizes = self._measured()
         # No optimizer's name begins with a dot.
         for leftover in path.glob(f"{_TEMPORARY}*"):
@@ -191,12 +196,13 @@ class TemporaryStore:
 
     Args:
         limits: Of all files, of which there are at most `MAX_TEMPORARY`.
+        clock: The time.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, clock: Clock = SYSTEM) -> None:
         limits = limits or Limits()
         self._limits = replace(limits, max_files=min(limits.max_files, MAX_TEMPORARY))
-        self._lock = threading.Lock()
+        self._lock = clock.lock()
         self._files: dict[Key, BinaryIO] = {}
         self._sizes: dict[Key, int] = {}
 

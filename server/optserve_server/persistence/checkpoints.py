@@ -13,9 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import BinaryIO
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine.registry import Optimizer, Optimizers, is_id
 from optserve_server.engine.transaction import check_request_id
@@ -54,13 +55,16 @@ class Checkpoints:
         optimizers: Whose states they are.
         store: Where the files are.
         max_checkpoints: Most of one optimizer.
+        clock: The time.
     """
 
-    def __init__(self, optimizers: Optimizers, store: Store, max_checkpoints: int) -> None:
+    def __init__(self, optimizers: Optimizers, store: Store, max_checkpoints: int, clock: Clock = SYSTEM) -> None:
+        self._clock = clock
         self._optimizers = optimizers
         self._store = store
         self._max_checkpoints = max_checkpoints
-        self._transfers = threading.BoundedSemaphore(MAX_TRANSFERS)
+        # Nobody waits for it.
+        self._transfers = threading.BoundedSemaphore(MAX_TRANSFERS)  # noqa: TID251
         self._seen: dict[tuple[str, str], tuple[tuple[int, ...], Checkpoint]] = {}
 
     def save(self, optimizer_id: str, tag: str, *, overwrite: bool = False, request_id: str = "") -> Checkpoint:
@@ -189,7 +193,7 @@ class Checkpoints:
                     optimizer.layout,
                     optimizer.settings,
                     optimizer.steps.step,
-                    datetime.now(UTC),
+                    self._clock.now(),
                     request_id,
                     optimizer.steps.placed_by,
                 )
@@ -208,7 +212,7 @@ class Checkpoints:
         Raises:
             OptserveError: NOT_DURABLE.
         """
-        description = Description(optimizer.id, optimizer.layout, optimizer.settings, 0, datetime.now(UTC))
+        description = Description(optimizer.id, optimizer.layout, optimizer.settings, 0, self._clock.now())
         with self._place(), closing(self._temporary()) as file:
             with disk_errors():
                 staged = StateFile.create(file, description)

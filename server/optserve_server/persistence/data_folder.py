@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from optserve._common.clock import SYSTEM, Clock, Thread
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine import records
 from optserve_server.engine.records import Change
@@ -53,9 +52,9 @@ class Recovered:
 class _Unjournalled:
     """Stands in for the journal where there is none: numbers the changes and forgets them."""
 
-    def __init__(self, folder: Path, next_lsn: int) -> None:
+    def __init__(self, folder: Path, next_lsn: int, clock: Clock) -> None:
         self._folder = folder
-        self._lock = threading.Lock()
+        self._lock = clock.lock()
         self.last_lsn = next_lsn - 1
         self.bytes_written = 0
 
@@ -84,6 +83,7 @@ class DataFolder:
         snapshot_bytes: Journal bytes after which a snapshot is due; never less than the state's own size.
         segment_bytes: Size of a journal segment.
         interval_s: Take snapshots so often, and keep no journal; 0 for a journal.
+        clock: The time.
 
     Raises:
         JournalError: It cannot be used, or another server uses it.
@@ -91,8 +91,16 @@ class DataFolder:
 
     reads_staging = True
 
-    def __init__(self, path: Path, snapshot_bytes: int, segment_bytes: int, interval_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        snapshot_bytes: int,
+        segment_bytes: int,
+        interval_s: float = 0.0,
+        clock: Clock = SYSTEM,
+    ) -> None:
         self._path = path
+        self._clock, self._monotonic = clock, clock.monotonic
         self._snapshot_bytes = snapshot_bytes
         self._segment_bytes = segment_bytes
         self._interval_s = interval_s
@@ -100,11 +108,11 @@ class DataFolder:
         # Of the journal: where the last snapshot left it, and what was read of it at the start.
         self._snapshot_lsn = 0
         self._bytes_at_snapshot = 0
-        self._upkeep = Upkeep()
-        self._wake = threading.Event()
+        self._upkeep = Upkeep(clock)
+        self._wake = clock.event()
         self._asked = False
-        self._stopping = threading.Event()
-        self._snapshotter: threading.Thread | None = None
+        self._stopping = clock.event()
+        self._snapshotter: Thread | None = None
         self._is_in_place = True
         self._on_moved: Callable[[bool], None] = lambda _in_place: None
         self._lock = FolderLock(path)
@@ -165,13 +173,13 @@ class DataFolder:
         Raises:
             JournalError: What had been acknowledged cannot be read. Nothing was changed.
         """
-        start = time.perf_counter()
+        start = self._monotonic()
         found = Recovered()
         self._optimizers = optimizers
         try:
             snapshots = snapshot.paths(self._path)
             reader = self._replay(snapshots, found, on_progress)
-            found.seconds = time.perf_counter() - start
+            found.seconds = self._monotonic() - start
             self._snapshot_lsn, self._bytes_at_snapshot = found.snapshot_lsn, -reader.bytes_read
             self._open(reader)
             self._tell_of_lost_steps()
@@ -208,11 +216,11 @@ class DataFolder:
     def _open(self, reader: Reader) -> None:
         """Begin to number and keep what comes after what was read."""
         if self._interval_s:
-            self._journal = _Unjournalled(self._path, reader.next_lsn)
+            self._journal = _Unjournalled(self._path, reader.next_lsn, self._clock)
             if segment_paths(self._path):
                 self.snapshot()
         else:
-            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes)
+            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes, self._clock)
 
     def _tell_of_lost_steps(self) -> None:
         """Give every state a new lineage where steps may have been lost, so that clients that knew them are told."""
@@ -231,11 +239,11 @@ class DataFolder:
             on_moved: Told False when the folder is found to be deleted, moved or replaced, and True when it is back.
         """
         self._on_moved = on_moved
-        self._snapshotter = threading.Thread(target=self._take_snapshots, name="snapshots", daemon=True)
+        self._snapshotter = self._clock.thread(self._take_snapshots, "snapshots")
         self._snapshotter.start()
 
     def _take_snapshots(self) -> None:
-        made_at = time.monotonic()
+        made_at = self._monotonic()
         while True:
             self._wake.wait(min(TICK_S, self._interval_s or TICK_S))
             # Cleared before the look at `stopping`, which `close` sets first: neither can be missed.
@@ -246,7 +254,7 @@ class DataFolder:
             if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
                 continue
             self._asked = False
-            made_at = time.monotonic()
+            made_at = self._monotonic()
             try:
                 self.snapshot()
             # Whatever it was, this thread must go on: without snapshots the journal would grow for ever.
@@ -255,7 +263,7 @@ class DataFolder:
 
     def _is_snapshot_due(self, last_at: float) -> bool:
         if self._interval_s:
-            return self._asked or time.monotonic() - last_at >= self._interval_s
+            return self._asked or self._monotonic() - last_at >= self._interval_s
         return self._upkeep.is_snapshot_due(grown=self._has_grown())
 
     def _has_changed(self) -> bool:
@@ -277,7 +285,7 @@ class DataFolder:
         """Take a snapshot now, and cut what it makes superfluous."""
         if self._journal is None:
             raise JournalError("The data folder is not open.")
-        start = time.perf_counter()
+        start = self._monotonic()
         # Counted first: what comes in between is counted once more, never forgotten.
         before = self._journal.bytes_written
         lsn = self._journal.last_lsn
@@ -288,7 +296,7 @@ class DataFolder:
                 _remove(leftover)
         self._journal.cut_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
-        self._upkeep.snapshot_made(path.name, time.perf_counter() - start)
+        self._upkeep.snapshot_made(path.name, self._monotonic() - start)
         return path
 
     def close(self, *, snapshot: bool = True) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections.abc import Callable
+
+from optserve._common.clock import SYSTEM, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +19,12 @@ class Upkeep:
     """Safe to use from several threads.
 
     Args:
-        clock: Seconds, of a clock that only goes forward.
+        clock: The time.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
+    def __init__(self, clock: Clock = SYSTEM) -> None:
+        self._monotonic = clock.monotonic
+        self._lock = clock.lock()
         # Why the disk refuses changes, and how many it has refused; why no snapshot can be written.
         self._refusal = ""
         self._refused = 0
@@ -43,7 +42,7 @@ class Upkeep:
         with self._lock:
             self._refused += 1
             self._refusal = f"the disk refuses changes: {error.strerror or error}"
-            now = self._clock()
+            now = self._monotonic()
             if now - self._warned_at < WARN_EVERY_S:
                 return
             self._warned_at = now
@@ -65,7 +64,7 @@ class Upkeep:
                 before that, since it is what makes room; and where the last one has failed, since nobody could tell
                 otherwise that the disk takes it again.
         """
-        now = self._clock()
+        now = self._monotonic()
         with self._lock:
             if now < self._pause_until:
                 return False
@@ -75,7 +74,7 @@ class Upkeep:
         """A snapshot of that name was written, in so many seconds."""
         with self._lock:
             failures, self._failure, self._failures = self._failures, "", 0
-            self._pause_when_refused_until = self._clock() + min(_TIMES_ITS_LENGTH * seconds, MAX_PAUSE_S)
+            self._pause_when_refused_until = self._monotonic() + min(_TIMES_ITS_LENGTH * seconds, MAX_PAUSE_S)
         # Whoever has read of the failures wants to read of their end; the others come every second or two.
         level = logging.WARNING if failures else logging.DEBUG
         logger.log(level, "snapshot %s was written%s", name, f"; {failures} before it had failed" if failures else "")
@@ -87,7 +86,7 @@ class Upkeep:
         with self._lock:
             pause_s = min(2.0**self._failures, MAX_PAUSE_S)
             self._failures += 1
-            self._pause_until = self._clock() + pause_s
+            self._pause_until = self._monotonic() + pause_s
             self._failure = f"snapshots cannot be written: {error}"
         if isinstance(error, OSError):
             logger.warning("a snapshot could not be written (%s); it is tried again in %.0f s", error, pause_s)

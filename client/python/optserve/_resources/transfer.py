@@ -159,7 +159,7 @@ def _first(frames: Iterator[wire.Frame[Any]]) -> Any:
 
 def _persistently(connection: Transport, attempt: Callable[[float], _Result]) -> _Result:
     """Try until it succeeds, the server refuses, or patience ends; `attempt` is told how many seconds are left."""
-    backoff = Backoff(connection.config)
+    backoff = Backoff(connection.config, connection.clock)
     patience = connection.patience(None)
     while True:
         try:

@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from optserve._common import malloc, wire
+from optserve._common.clock import SYSTEM, Clock
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
 from optserve._rpc.proxies import channel_options, proxy_hint
 from optserve.config import ClientConfig
@@ -76,15 +76,16 @@ class Backoff:
     While no server is there they are at most RECONNECT_PAUSE_S. Who waits for long reads in the log for what.
     """
 
-    def __init__(self, config: ClientConfig) -> None:
+    def __init__(self, config: ClientConfig, clock: Clock = SYSTEM) -> None:
+        self._monotonic = clock.monotonic
         self._pause_s = config.initial_backoff_s
         self._max_pause_s = config.max_backoff_s
-        self._began = time.monotonic()
+        self._began = self._monotonic()
         self._warn_at = self._began + WARN_AFTER_S
 
     def next_s(self, error: OptserveError) -> float:
         """Seconds to wait after `error`."""
-        now = time.monotonic()
+        now = self._monotonic()
         if now >= self._warn_at and is_retryable(error):
             logger.warning("still trying after %.0f s: %s", now - self._began, error)
             self._warn_at = now + WARN_EVERY_S
@@ -126,23 +127,25 @@ class Transport:
     """One connection to one server.
 
     Attributes:
+        clock: The time.
         same_host: Whether the server can share memory with this process.
         has_shared: Names of optimizers whose memory this client has shared.
     """
 
-    def __init__(self, target: str, config: ClientConfig) -> None:
+    def __init__(self, target: str, config: ClientConfig, clock: Clock = SYSTEM) -> None:
         self.target = target
+        self.clock = clock
         self.same_host = False
         self.has_shared: set[str] = set()
         self.config = config
         if config.keep_freed_memory:
             malloc.keep_freed_memory()
-        self._watchdog = Watchdog()
+        self._watchdog = Watchdog(clock)
         self._pid = os.getpid()
         # A client that is dropped without being closed needs its thread no longer.
         weakref.finalize(self, _end, self._watchdog, self._pid).atexit = False
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
+        self._closing = clock.event()
+        self._lock = clock.lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
         self._channel = grpc.insecure_channel(
             target,
@@ -189,7 +192,7 @@ class Transport:
         """
         timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
         patience = self.patience(timeout_s)
-        backoff = Backoff(self.config)
+        backoff = Backoff(self.config, self.clock)
         while True:
             self.check_usable()
             try:
@@ -225,9 +228,9 @@ class Transport:
         left_s = self.config.timeout_s
         tokens = {""}
         while left_s > 0:
-            began = time.monotonic()
+            began = self.clock.monotonic()
             page = self.call(method, request, timeout_s=left_s)
-            left_s -= time.monotonic() - began
+            left_s -= self.clock.monotonic() - began
             yield page
             if not page.next_page_token:
                 return
@@ -318,7 +321,7 @@ class Transport:
 
         It waits for every call to be taken off its list, and Ctrl-C at a wrong moment within gRPC leaves one there.
         """
-        closing = threading.Thread(target=self._channel.close, name="optserve-close", daemon=True)
+        closing = self.clock.thread(self._channel.close, "optserve-close")
         try:
             closing.start()
         except RuntimeError:

@@ -6,13 +6,13 @@ A read of a gRPC stream has no time-out of its own (grpc#20562), so a thread wat
 from __future__ import annotations
 
 import math
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import Empty
 from typing import ParamSpec, TypeVar
 
+from optserve._common.clock import SYSTEM, Clock, Thread
 from optserve.errors import (
     DeadlineExceededError,
     OptserveError,
@@ -26,21 +26,26 @@ _T = TypeVar("_T")
 
 
 class Watchdog:
-    """Calls an action when its deadline passes before it is disarmed. One thread serves all."""
+    """Calls an action when its deadline passes before it is disarmed. One thread serves all.
 
-    def __init__(self) -> None:
+    Attributes:
+        clock: The time.
+    """
+
+    def __init__(self, clock: Clock = SYSTEM) -> None:
+        self.clock = clock
         # To be taken again by what is collected, or interrupted, while it is held.
-        self._lock = threading.RLock()
+        self._lock = clock.rlock()
         # Wakes the thread, also if it does not wait yet: an action, or what is collected meanwhile, may close or arm in
         # the thread itself.
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wake = clock.queue()
         self._armed: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakes_at = float("inf")
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._closed = False
 
     def arm(self, key: object, deadline: float, action: Callable[[], object]) -> None:
-        """Call `action`, which must not block, unless `key` is disarmed before `deadline` (time.monotonic).
+        """Call `action`, which must not block, unless `key` is disarmed before `deadline`, by this clock.
 
         Once this is closed it is called at once.
         """
@@ -48,7 +53,7 @@ class Watchdog:
             if not self._closed:
                 self._armed[key] = (deadline, action)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="optserve-watchdog", daemon=True)
+                    self._thread = self.clock.thread(self._run, "optserve-watchdog")
                     self._thread.start()
                 # The thread is woken for a deadline before its next look only; most waits end long before theirs.
                 elif deadline < self._wakes_at:
@@ -70,13 +75,13 @@ class Watchdog:
     def _run(self) -> None:
         while not self._closed:
             with self._lock:
-                now = time.monotonic()
+                now = self.clock.monotonic()
                 # Whoever arms before this is known wakes the thread.
                 self._wakes_at = math.inf
                 self._call_due(now)
                 self._wakes_at = min((deadline for deadline, _ in list(self._armed.values())), default=now + 3600.0)
                 wait_s = max(self._wakes_at - now, 0.0)
-            with suppress(queue.Empty):
+            with suppress(Empty):
                 self._wake.get(timeout=wait_s)
         with self._lock:
             for _, action in list(self._armed.values()):
@@ -97,7 +102,7 @@ class Cancellation:
     """Ends one call of the synchronous client, from any thread and wherever it waits; `optserve.aio` is made of it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = SYSTEM.lock()
         self._cancelled = False
         self._actions: set[Callable[[], object]] = set()
 
@@ -158,18 +163,21 @@ class Patience:
     """The patience of one call.
 
     Args:
-        watchdog: Watches the deadline.
+        watchdog: Watches the deadline, by its clock.
         timeout_s: From now on.
 
     Attributes:
         timeout_s: The same, in whole, for messages.
+        clock: The time.
     """
 
     def __init__(self, watchdog: Watchdog, timeout_s: float) -> None:
         self._watchdog = watchdog
         self.timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self._lock = threading.Lock()
+        self.clock = watchdog.clock
+        self._monotonic = self.clock.monotonic
+        self._deadline = self._monotonic() + timeout_s
+        self._lock = self.clock.lock()
         self._cancelled = False
         self._settled = False
         self._action: Callable[[], object] | None = None
@@ -179,7 +187,7 @@ class Patience:
     @property
     def left_s(self) -> float:
         """Seconds until the deadline; 0 when it has passed."""
-        return max(self._deadline - time.monotonic(), 0.0)
+        return max(self._deadline - self._monotonic(), 0.0)
 
     def cancel(self) -> bool:
         """End the call, from any thread; False if it had succeeded before."""
@@ -203,7 +211,7 @@ class Patience:
         """Raise StepCancelledError or DeadlineExceededError if it is at its end."""
         if self._cancelled:
             raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
-        if time.monotonic() >= self._deadline:
+        if self._monotonic() >= self._deadline:
             raise DeadlineExceededError(
                 f"No answer within {self.timeout_s:g} s; the step may or may not have been applied."
             )
@@ -231,7 +239,7 @@ class Patience:
     @property
     def has_ended(self) -> bool:
         """Whether `check` would raise."""
-        return self._cancelled or time.monotonic() >= self._deadline
+        return self._cancelled or self._monotonic() >= self._deadline
 
     def pause(self, seconds: float, error: OptserveError) -> None:
         """Wait before another try.
@@ -243,7 +251,7 @@ class Patience:
         """
         if seconds >= self.left_s:
             raise self._at_the_deadline(error)
-        wake = threading.Event()
+        wake = self.clock.event()
         # Also woken when the client is closed; the next try then says so.
         with self.watching(wake.set):
             wake.wait(seconds)
@@ -273,9 +281,9 @@ class _Watching:
 class Turn:
     """What one call at a time has. Whoever waits for it gives up when its patience ends."""
 
-    def __init__(self) -> None:
-        self._taken = threading.Lock()
-        self._given_back = threading.Condition()
+    def __init__(self, clock: Clock = SYSTEM) -> None:
+        self._taken = clock.lock()
+        self._given_back = clock.condition()
         self._waiting = 0
 
     def take(self, patience: Patience) -> None:

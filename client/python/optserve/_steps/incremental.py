@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class GrowingGradients(Gradients):
         self._gradients: list[np.ndarray] = []
         super().__init__(indices, self._gradients, whole=whole, wire=wire, curvature=[] if with_curvature else None)
         self._patience = patience
-        self._grown = threading.Condition()
+        self._grown = patience.clock.condition()
         self._arrived: list[tuple[int, np.ndarray, np.ndarray | None]] = []
         self._added: set[int] = set()
         self._complete = self._aborted = False
@@ -121,7 +121,7 @@ class StepUnderWay:
         # Done when nothing of the step goes on any more. Nobody joins the thread: a join that Ctrl-C has interrupted
         # takes it for ended (CPython 3.11).
         self._ended: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(run,), name="optserve-step", daemon=True)
+        self._thread = patience.clock.thread(partial(self._run, run), "optserve-step")
         self._thread.start()
 
     def __repr__(self) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator
 
 from optserve._common import wire
+from optserve._common.clock import Clock
 from optserve.v1 import steps_pb2
 
 
@@ -15,8 +15,9 @@ class Outgoing:
     It knows nothing of the stream, so that a stream that nobody uses any more can be collected and closed.
     """
 
-    def __init__(self) -> None:
-        self._steps: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
+    def __init__(self, clock: Clock) -> None:
+        # Iterators of bytes; None at the end.
+        self._steps = clock.queue()
         self._stop_step = False
         self.fault: Exception | None = None
 

@@ -88,7 +88,7 @@ class StepSession:
         self.current_step = step
         self.lineage = lineage
         self.create_time = create_time
-        self._only_one = Turn()
+        self._only_one = Turn(connection.clock)
         self._stream: StepStream | None = None
         self._patience: Patience | None = None
         self.outcomes = Outcomes(feedback)
@@ -293,7 +293,7 @@ class StepSession:
                 return
             verdict = judge(error, ending, in_doubt=in_doubt, can_register=self._register is not None)
             in_doubt = verdict.in_doubt
-            backoff = backoff or Backoff(self._connection.config)
+            backoff = backoff or Backoff(self._connection.config, self._connection.clock)
             self._carry_out(verdict, error, patience, backoff)
 
     def _carry_out(self, verdict: Verdict, error: OptserveError, patience: Patience, backoff: Backoff) -> None:
@@ -417,7 +417,7 @@ class StepSession:
 
     def _reopened(self, patience: Patience) -> StepStream:
         """A new stream: what the server says when a stream is opened is true of that moment only."""
-        backoff = Backoff(self._connection.config)
+        backoff = Backoff(self._connection.config, self._connection.clock)
         while True:
             self._close_stream()
             try:

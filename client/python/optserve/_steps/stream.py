@@ -57,7 +57,7 @@ class StepStream:
         self._transport = transport
         self._takes_curvature = takes_curvature
         self._worker = request.worker
-        self._outgoing = Outgoing()
+        self._outgoing = Outgoing(transport.clock)
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = transport.stream_steps(iter(self._outgoing))
         # The shorter way for messages, where memory is shared.

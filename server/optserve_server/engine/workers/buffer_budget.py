@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter, OrderedDict
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 
@@ -20,10 +19,10 @@ LOOK_EVERY_S = 1.0
 class _Waiting:
     """A step that waits for a buffer of its step slot."""
 
-    def __init__(self, step_slot: WorkerSlot) -> None:
+    def __init__(self, step_slot: WorkerSlot, clock: Clock) -> None:
         self.step_slot = step_slot
-        self.since = time.monotonic()
-        self.granted = threading.Event()
+        self.since = clock.monotonic()
+        self.granted = clock.event()
         self.failure: Exception | None = None
 
 
@@ -34,14 +33,16 @@ class BufferBudget:
         max_bytes: Of all buffers together; one alone may be larger.
         max_optimizer_bytes: Of those of one optimizer; likewise.
         wait_s: How long a step waits.
+        clock: The time.
     """
 
-    def __init__(self, max_bytes: int, max_optimizer_bytes: int, wait_s: float = WAIT_S) -> None:
+    def __init__(self, max_bytes: int, max_optimizer_bytes: int, wait_s: float = WAIT_S, clock: Clock = SYSTEM) -> None:
+        self._clock = clock
         self._max_bytes = max_bytes
         self._max_optimizer_bytes = max_optimizer_bytes
         self._wait_s = wait_s
         self._bytes: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = clock.lock()
         self._waiting: list[_Waiting] = []
         # Step slots whose buffer keeps a reply and nothing else.
         self._resting: OrderedDict[WorkerSlot, None] = OrderedDict()
@@ -55,14 +56,14 @@ class BufferBudget:
         with self._lock:
             if step_slot.equipped:
                 return
-            waiting = _Waiting(step_slot)
+            waiting = _Waiting(step_slot, self._clock)
             self._waiting.append(waiting)
             self._serve()
-        until = time.monotonic() + self._wait_s
-        while not waiting.granted.wait(max(0.0, min(LOOK_EVERY_S, until - time.monotonic()))):
+        until = self._clock.monotonic() + self._wait_s
+        while not waiting.granted.wait(max(0.0, min(LOOK_EVERY_S, until - self._clock.monotonic()))):
             with self._lock:
                 self._serve()
-                if not waiting.granted.is_set() and time.monotonic() >= until:
+                if not waiting.granted.is_set() and self._clock.monotonic() >= until:
                     self._waiting.remove(waiting)
                     raise self._full(step_slot)
         if waiting.failure is not None:
@@ -95,7 +96,7 @@ class BufferBudget:
     def is_wanted(self, step_slot: WorkerSlot) -> bool:
         """Whether somebody has waited for long for what this step slot has, which itself waits for others."""
         with self._lock:
-            long_ago = time.monotonic() - LOOK_EVERY_S
+            long_ago = self._clock.monotonic() - LOOK_EVERY_S
             return any(
                 waiting.since < long_ago
                 and (waiting.step_slot.optimizer == step_slot.optimizer or self._is_in_the_way(waiting.step_slot))

@@ -10,10 +10,9 @@ Locks: a step slot's before the optimizer's. A commit that waits holds neither.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import Outcome, Reply, Step
@@ -38,18 +37,28 @@ class Workers:
         owner: Its steps.
         buffer_budget: Where the buffers come from.
         idle_step_s: See StepSlot.
+        clock: The time.
 
     Attributes:
         registry: Who they are.
     """
 
-    def __init__(self, name: str, state: State, owner: Owner, buffer_budget: BufferBudget, idle_step_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        state: State,
+        owner: Owner,
+        buffer_budget: BufferBudget,
+        idle_step_s: float,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._clock, self._monotonic = clock, clock.monotonic
         self._name = name
         self._state = state
         self._owner = owner
         self._buffer_budget = buffer_budget
         self._idle_step_s = idle_step_s
-        self.registry = WorkerRegistry(name, self._make_step_slot, buffer_budget)
+        self.registry = WorkerRegistry(name, self._make_step_slot, buffer_budget, clock)
         self._draining = False
         self._segments: set[Segment] = set()
         # Those whose steps wait for the others', in sync.
@@ -72,7 +81,8 @@ class Workers:
         return consistency
 
     def _make_step_slot(self) -> WorkerSlot:
-        return WorkerSlot(self._name, self._state, threading.RLock(), self._commit, self._idle_step_s, self._given_back)
+        lock = self._clock.rlock()
+        return WorkerSlot(self._name, self._state, lock, self._commit, self._idle_step_s, self._given_back, self._clock)
 
     def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
         """Register a life of a worker, renew its lease, or let it go; without its number, give it one.
@@ -336,7 +346,7 @@ class Workers:
             # Perhaps by the very worker that this step waits for.
             self._withdraw(worker)
             raise self._buffer_budget.refusal(worker.step_slot)
-        now = time.monotonic()
+        now = self._monotonic()
         if worker.alive:
             worker.renew(consistency.lease_s)
         step.moved_at = now
@@ -404,7 +414,7 @@ class Workers:
         step.reply_source = step_slot.staging.updates
         if step_slot.retained is not None:
             step_slot.retained.intact, step_slot.retained.holds = True, step.replies
-        step.committed, step.moved_at, step.outcome = True, time.monotonic(), outcome
+        step.committed, step.moved_at, step.outcome = True, self._monotonic(), outcome
 
     def forget_replies(self) -> None:
         """The state is another one: no step that was made is a step of it."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Protocol
 
+from optserve._common.clock import Condition
 from optserve_server.engine.step_slot import ClientSlot
 from optserve_server.engine.transition import WrittenStep
 from optserve_server.numerics.headroom import Answers
@@ -16,7 +16,7 @@ from optserve_server.numerics.staging import Staging
 class Owner(Protocol):
     """The optimizer's steps, as its workers see them; all of it under `lock`."""
 
-    lock: threading.Condition
+    lock: Condition
     step: int
     main: ClientSlot
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import Retained, Step
@@ -25,6 +25,7 @@ class Worker:
     """One worker.
 
     Attributes:
+        monotonic: The time.
         clock: Steps that it has made, or the clock of the slowest when it came.
         at_step: Step of the x that it was given last.
         lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
@@ -36,6 +37,7 @@ class Worker:
 
     name: str
     step_slot: WorkerSlot
+    monotonic: Callable[[], float] = field(repr=False)
     clock: int = 0
     at_step: int = 0
     lease_until: float = 0.0
@@ -47,11 +49,11 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether its lease holds; one in the middle of a step is alive."""
-        return self.lease_until > time.monotonic() or (self.lease_until > 0 and self.step_slot.holder is not None)
+        return self.lease_until > self.monotonic() or (self.lease_until > 0 and self.step_slot.holder is not None)
 
     def renew(self, lease_s: float) -> None:
         """Let it live for so many seconds at least."""
-        self.lease_until = max(self.lease_until, time.monotonic() + lease_s)
+        self.lease_until = max(self.lease_until, self.monotonic() + lease_s)
 
 
 class Standing(NamedTuple):
@@ -77,9 +79,17 @@ class WorkerRegistry:
         name: The optimizer's, for messages.
         make_step_slot: Makes the step slot of a new one.
         room: Takes the buffers of those who are forgotten.
+        clock: The time.
     """
 
-    def __init__(self, name: str, make_step_slot: Callable[[], WorkerSlot], buffer_budget: BufferBudget) -> None:
+    def __init__(
+        self,
+        name: str,
+        make_step_slot: Callable[[], WorkerSlot],
+        buffer_budget: BufferBudget,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self._clock = clock
         self._name = name
         self._make_step_slot = make_step_slot
         self._buffer_budget = buffer_budget
@@ -142,7 +152,7 @@ class WorkerRegistry:
 
         It also grows from one start of the server to the next, as long as its clock does.
         """
-        self._newest_life = max(self._newest_life + 1, time.time_ns())
+        self._newest_life = max(self._newest_life + 1, self._clock.time_ns())
         worker = self._known.get(name)
         return max(self._newest_life, worker.life + 1) if worker else self._newest_life
 
@@ -172,8 +182,8 @@ class WorkerRegistry:
             newest = max(other.clock for other in self)
             worker.clock = max(worker.clock, self.slowest(newest))
             worker.at_step = step
-        worker.lease_until = time.monotonic() + lease_s
-        worker.seen_at = time.monotonic()
+        worker.lease_until = self._clock.monotonic() + lease_s
+        worker.seen_at = self._clock.monotonic()
         self._living[name] = worker
         return worker
 
@@ -188,7 +198,7 @@ class WorkerRegistry:
             self._buffer_budget.strip(oldest.step_slot)
             del self._known[oldest.name]
             self._living.pop(oldest.name, None)
-        worker = self._known[name] = Worker(name, self._make_step_slot())
+        worker = self._known[name] = Worker(name, self._make_step_slot(), self._clock.monotonic)
         return worker
 
     def clear(self) -> None:
@@ -203,7 +213,7 @@ class WorkerRegistry:
     def made_step(self, name: str, retained: Retained, clock: int) -> None:
         """A worker has made a step, in this life of the server or an earlier one, after which its clock stood there."""
         worker = self._known.get(name) or self._remember(name)
-        worker.step_slot.retained, worker.clock, worker.seen_at = retained, clock, time.monotonic()
+        worker.step_slot.retained, worker.clock, worker.seen_at = retained, clock, self._clock.monotonic()
 
     def to_json(self) -> dict[str, Any]:
         """What is known of all workers, as it is written down."""

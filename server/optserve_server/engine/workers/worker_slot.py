@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
+from optserve._common.clock import SYSTEM, Clock, Lock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Outcome, Reply, Retained, Step
@@ -22,6 +22,7 @@ class WorkerSlot(StepSlot):
         commit: See StepSlot.
         idle_step_s: See StepSlot.
         on_free: Called when a step ends, with the lock held or not.
+        clock: The time.
 
     Attributes:
         worker_name: Name of the worker whose step has it.
@@ -31,12 +32,13 @@ class WorkerSlot(StepSlot):
         self,
         name: str,
         state: State,
-        lock: threading.RLock,
+        lock: Lock,
         commit: Callable[[Step], Outcome],
         idle_step_s: float,
         on_free: Callable[[WorkerSlot], None],
+        clock: Clock = SYSTEM,
     ) -> None:
-        super().__init__(name, state, lock, commit, idle_step_s)
+        super().__init__(name, state, lock, commit, idle_step_s, clock)
         self._on_free = on_free
         self._staging: Staging | None = None
         self.worker_name = ""

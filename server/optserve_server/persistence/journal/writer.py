@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.persistence.files import write_all
 from optserve_server.persistence.journal.format import (
     MARK,
@@ -40,6 +40,7 @@ class Journal:
         next_lsn: Of the first record to be written; everything before is durable.
         segment_bytes: Size at which a new segment is begun. The first one is made for the first record, so that a
             journal can be opened on a full disk.
+        clock: The time.
 
     Attributes:
         bytes_written: Of records and marks since it was opened, headers and padding included.
@@ -48,10 +49,10 @@ class Journal:
         OSError: What was read of an older journal cannot be made durable.
     """
 
-    def __init__(self, folder: Path, next_lsn: int, segment_bytes: int = 64 << 20) -> None:
+    def __init__(self, folder: Path, next_lsn: int, segment_bytes: int = 64 << 20, clock: Clock = SYSTEM) -> None:
         self._folder = folder
         self._segment_bytes = segment_bytes
-        self._lock = threading.Condition(threading.Lock())
+        self._lock = clock.condition(clock.lock())
         self._next_lsn = next_lsn
         self._durable_lsn = next_lsn - 1
         self._syncing = False
