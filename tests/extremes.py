@@ -24,7 +24,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "initial_overestimate": (1.0, 2.0, 100.0, 1e6),
     "initial_steps": (2, 3, 10),
 }
-"""Of each hyper-parameter."""
+"""Of hyper-parameters that many methods have, by name."""
+
+SCALES = (0.0, 1e-45, 1e-38, 1e-19, 1e-6, 0.5, 1.0, 2.0, 10.0, 1e3, 1e19, 3e38)
+"""Of others, as far as they are in range."""
 
 SIZES = {
     F4: (
@@ -66,10 +69,18 @@ def pick(rng: np.random.Generator, values: Any) -> Any:
     return values[int(rng.integers(len(values)))]
 
 
+def any_value(rng: np.random.Generator, kind: type[Rule], name: str) -> Any:
+    """Of a hyper-parameter; it may be out of range for a dtype."""
+    values = VALUES.get(name) or [
+        type(getattr(kind(), name))(value) for value in SCALES if value in kind.range_of(name)
+    ]
+    return pick(rng, values)
+
+
 def any_rule(rng: np.random.Generator, kind: type[Rule], dtypes: set[np.dtype]) -> Rule:
     """A method with hyper-parameters that are allowed."""
     while True:
-        given = {item.name: pick(rng, VALUES[item.name]) for item in fields(kind) if rng.random() < 0.5}
+        given = {item.name: any_value(rng, kind, item.name) for item in fields(kind) if rng.random() < 0.5}
         rule = kind(**given)
         try:
             for dtype in dtypes:

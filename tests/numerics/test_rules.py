@@ -12,7 +12,7 @@ from optserve_server.numerics.rules import RULES, Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
-from table import ROWS
+from oracle import ROWS
 
 STEPS = 200
 SIZE = 1003  # neither a multiple of a vector register nor of anything else
