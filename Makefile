@@ -35,7 +35,7 @@ test-debian: .venv/.dev ## Run the tests of server and client under the Python o
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" safetensors pytest pytest-xdist pytest-timeout hypothesis \
-		psutil h2 torch==2.13.0
+		psutil h2 torch==2.13.0 grpcio-tools mypy-protobuf
 	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet" --deselect \
 		tests/project/test_contract.py::test_what_is_committed_is_what_the_contract_generates
 
