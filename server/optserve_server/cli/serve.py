@@ -4,68 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
-from typing import Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from optserve_command.config import TARGET_FILE
+from optserve_server.cli import serve_options as options
 from optserve_server.domain import config as settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-DEFAULTS = settings.ServerConfig()
-
 
 @app.command(name="serve")
 def serve(
-    host: Annotated[
-        Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)
-    ] = None,
-    port: Annotated[
-        Optional[int], typer.Option(help="TCP port; 0 takes a free one.", show_default=str(DEFAULTS.port))
-    ] = None,
-    uds: Annotated[Optional[str], typer.Option(help="Path of a Unix socket to listen on instead of TCP.")] = None,
-    data_dir: Annotated[
-        Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)
-    ] = None,
-    durability: Annotated[
-        Optional[str],
-        typer.Option(
-            help="memory: state ends with the process. snapshot: it is written down every minute. journal: a step is "
-            "on disk before it is acknowledged.",
-            show_default="journal with --data-dir, else memory",
-        ),
-    ] = None,
-    backend: Annotated[
-        Optional[str],
-        typer.Option(
-            help="auto, cupy, numba or numpy. auto takes the fastest that works.", show_default=DEFAULTS.backend
-        ),
-    ] = None,
-    threads: Annotated[
-        Optional[int],
-        typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads)),
-    ] = None,
-    config: Annotated[
-        Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)
-    ] = None,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(help="Least that is logged.")
-    ] = "info",
-    target_file: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="File that tells `optserve health` and the other commands what to connect to, while the server "
-            "answers.",
-            envvar=TARGET_FILE,
-            dir_okay=False,
-        ),
-    ] = None,
-    announce: Annotated[bool, typer.Option("--announce", help="Print `ready TARGET` once the server answers.")] = False,
-    exit_on_eof: Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")] = False,
+    host: options.Host = None,
+    port: options.Port = None,
+    uds: options.Uds = None,
+    data_dir: options.DataDir = None,
+    durability: options.Durability = None,
+    backend: options.Backend = None,
+    threads: options.Threads = None,
+    config: options.Config = None,
+    log_level: options.LogLevel = "info",
+    target_file: options.TargetFile = None,
+    announce: options.Announce = False,
+    exit_on_eof: options.ExitOnEof = False,
 ) -> None:
     """Serve optimizers over gRPC until SIGTERM or Ctrl-C."""
     log_to_stderr(log_level)

@@ -7,11 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from optserve import algorithms
+from optserve.cli import mnist_options as options
 from optserve.cli.console import check_writable, console, fail, say
 from optserve.cli.outage import telling_of_outages
 from optserve.errors import OptserveError
@@ -22,84 +23,38 @@ if TYPE_CHECKING:
     from optserve_demo.mnist.replicas import Together
     from optserve_demo.mnist.train import Report
 
-    MethodName = str
-else:
-    # Every one that the package has; a type checker wants them spelled out.
-    MethodName = Literal[tuple(algorithms.ALGORITHMS)]
-AnnealName = Literal["none", "plateau"]
-ActivationName = Literal["tanh", "relu", "logistic"]
-
 
 def command(
-    target: Annotated[
-        Optional[str], typer.Option(help="Server, HOST:PORT. Without it a local server is started and stopped.")
-    ] = None,
-    algorithm: Annotated[MethodName, typer.Option(help="Method.")] = "adadelta",
-    rho: Annotated[Optional[float], typer.Option(help="Decay constant; the method's default.")] = None,
-    eps: Annotated[Optional[float], typer.Option(help="Conditioning constant; the method's default.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate; the method's default.")] = None,
-    weight_decay: Annotated[
-        float,
-        typer.Option(min=0.0, help="Times the weights, added to their gradient; with replicas decoupled from it."),
-    ] = 0.0,
-    anneal: Annotated[
-        AnnealName,
-        typer.Option(
-            help="plateau: halve the learning rate when the error on 5,000 held-out training images has not fallen "
-            "for --patience epochs."
-        ),
-    ] = "none",
-    patience: Annotated[int, typer.Option(min=1, max=10_000, help="Epochs, see --anneal.")] = 2,
-    activation: Annotated[ActivationName, typer.Option(help="Hidden units.")] = "tanh",
-    epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")] = 6,
-    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")] = 0,
-    replicas: Annotated[
-        int, typer.Option(min=1, max=4096, help="Replicas that share the weights, which the server then holds.")
-    ] = 1,
-    consistency: Annotated[
-        str, typer.Option(help="How replicas come together: async, bounded:S, sync, or sync:B with B backup workers.")
-    ] = "async",
-    scale_by_staleness: Annotated[
-        bool,
-        typer.Option(help="Divide the learning rate by 1 + how many steps old a replica's gradient is."),
-    ] = True,
-    push_every: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Batches of a replica whose mean gradient is one step.")
-    ] = 1,
-    fetch_every: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Batches after which a replica takes new weights.")
-    ] = 1,
-    data_dir: Annotated[
-        Optional[Path], typer.Option(help="Folder with the four IDX files, plain or .gz. Default: fetched and cached.")
-    ] = None,
-    json: Annotated[Optional[Path], typer.Option("--json", help="Write a report to this file.", dir_okay=False)] = None,
-    plot: Annotated[
-        Optional[Path], typer.Option(help="Draw the test error per epoch to this .png or .svg.", dir_okay=False)
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of the local server.")] = "auto",
+    target: options.Target = None,
+    algorithm: options.Method = "adadelta",
+    rho: options.Rho = None,
+    eps: options.Eps = None,
+    learning_rate: options.LearningRate = None,
+    weight_decay: options.WeightDecay = 0.0,
+    anneal: options.Anneal = "none",
+    patience: options.Patience = 2,
+    activation: options.Activation = "tanh",
+    epochs: options.Epochs = 6,
+    seed: options.Seed = 0,
+    replicas: options.Replicas = 1,
+    consistency: options.ConsistencyText = "async",
+    scale_by_staleness: options.ScaleByStaleness = True,
+    push_every: options.PushEvery = 1,
+    fetch_every: options.FetchEvery = 1,
+    data_dir: options.DataDir = None,
+    json: options.Json = None,
+    plot: options.Plot = None,
+    backend: options.Backend = "auto",
 ) -> None:
     """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
     from optserve import connect
-    from optserve_demo.mnist.data import DataError, load
-    from optserve_demo.mnist.replicas import Together, consistency_from
     from optserve_demo.mnist.train import Report
 
-    if replicas > 1 and algorithms.ALGORITHMS[algorithm].takes_curvature:
-        fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
-    if replicas > 1 and anneal != "none":
-        fail("--anneal is for a single trainer; replicas have nobody who looks at a plateau for all of them.", 2)
-    if anneal != "none" and not hasattr(algorithms.ALGORITHMS[algorithm], "learning_rate"):
-        fail(f"{algorithm} has no learning rate to be annealed.", 2)
-    together = None
-    if replicas > 1:
-        kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
-        together = Together(replicas, kind, push_every, fetch_every)
+    _check_they_go_together(algorithm, replicas, anneal)
+    together = _together(replicas, consistency, push_every, fetch_every, scale_by_staleness=scale_by_staleness)
     method = _method(algorithm, {"rho": rho, "eps": eps, "learning_rate": learning_rate})
     _check_outputs(json, plot)
-    try:
-        dataset = load(data_dir, lambda line: say(line, style="dim"))
-    except DataError as error:
-        fail(str(error))
+    dataset = _dataset(data_dir)
     report = Report(
         settings={
             "algorithm": {"name": method.name, **asdict(method)},
@@ -122,6 +77,45 @@ def command(
             _run(client, method, dataset, report, together)
         except KeyboardInterrupt:
             say(f"Stopped after {report.steps:,} steps.")
+    _write(report, json, plot)
+    if len(report.epochs) < epochs:
+        raise typer.Exit(130)
+
+
+def _check_they_go_together(algorithm: str, replicas: int, anneal: str) -> None:
+    """End with a usage error where one option is of no use beside another."""
+    kind = algorithms.ALGORITHMS[algorithm]
+    if replicas > 1 and kind.takes_curvature:
+        fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
+    if replicas > 1 and anneal != "none":
+        fail("--anneal is for a single trainer; replicas have nobody who looks at a plateau for all of them.", 2)
+    if anneal != "none" and not hasattr(kind, "learning_rate"):
+        fail(f"{algorithm} has no learning rate to be annealed.", 2)
+
+
+def _together(
+    replicas: int, consistency: str, push_every: int, fetch_every: int, *, scale_by_staleness: bool
+) -> Together | None:
+    """How replicas come together; None for a single trainer."""
+    from optserve_demo.mnist.replicas import Together, consistency_from
+
+    if replicas == 1:
+        return None
+    kind = consistency_from(consistency, replicas, scale_by_staleness=scale_by_staleness)
+    return Together(replicas, kind, push_every, fetch_every)
+
+
+def _dataset(data_dir: Path | None) -> Dataset:
+    from optserve_demo.mnist.data import DataError, load
+
+    try:
+        return load(data_dir, lambda line: say(line, style="dim"))
+    except DataError as error:
+        fail(str(error))
+
+
+def _write(report: Report, json: Path | None, plot: Path | None) -> None:
+    """The files that were asked for."""
     if json:
         report.write(json)
         say(f"Report: {json}")
@@ -130,8 +124,6 @@ def command(
 
         draw(report, plot)
         say(f"Plot:   {plot}")
-    if len(report.epochs) < epochs:
-        raise typer.Exit(130)
 
 
 def _method(name: str, settings: dict[str, float | None]) -> algorithms.Algorithm:

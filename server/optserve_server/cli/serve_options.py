@@ -1,0 +1,48 @@
+"""The options of `optserve serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from optserve_command.config import TARGET_FILE
+from optserve_server.domain import config as settings
+
+DEFAULTS = settings.ServerConfig()
+
+Host = Annotated[Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)]
+Port = Annotated[Optional[int], typer.Option(help="TCP port; 0 takes a free one.", show_default=str(DEFAULTS.port))]
+Uds = Annotated[Optional[str], typer.Option(help="Path of a Unix socket to listen on instead of TCP.")]
+DataDir = Annotated[Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)]
+Durability = Annotated[
+    Optional[str],
+    typer.Option(
+        help="memory: state ends with the process. snapshot: it is written down every minute. journal: a step is "
+        "on disk before it is acknowledged.",
+        show_default="journal with --data-dir, else memory",
+    ),
+]
+Backend = Annotated[
+    Optional[str],
+    typer.Option(help="auto, cupy, numba or numpy. auto takes the fastest that works.", show_default=DEFAULTS.backend),
+]
+Threads = Annotated[
+    Optional[int],
+    typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads)),
+]
+Config = Annotated[
+    Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)
+]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Least that is logged.")]
+TargetFile = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="File that tells `optserve health` and the other commands what to connect to, while the server answers.",
+        envvar=TARGET_FILE,
+        dir_okay=False,
+    ),
+]
+Announce = Annotated[bool, typer.Option("--announce", help="Print `ready TARGET` once the server answers.")]
+ExitOnEof = Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")]
