@@ -17,7 +17,7 @@ from optserve import DiagonalHessian, Sgd, local_server
 from optserve.algorithms import ALGORITHMS
 from optserve.cli.mnist import ActivationName
 from optserve_demo.mnist.data import load
-from optserve_demo.mnist.train import BATCH, Plateau, Report, new_network, train
+from optserve_demo.mnist.train import BATCH, Plateau, Report, Task, new_network, train
 from trainer.test_data import write_idx
 
 
@@ -118,7 +118,7 @@ def test_weight_decay_acts_on_the_weights_and_not_on_the_biases(client, name, sm
     network, alike = (new_network(dataset, "tanh", seed=0) for _ in range(2))
     optimizer = client.create_optimizer(name, method, network.params)
     report = Report({})
-    train(network, optimizer, dataset, report, epochs=1, seed=0, on_progress=lambda _: None, weight_decay=0.25)
+    train(Task(network, dataset, report, epochs=1), optimizer, lambda _: None, weight_decay=0.25)
     assert report.steps == 1
     alike.loss_and_gradients(dataset.train_images, dataset.train_labels, with_curvature=True)
     for key, param in alike.params.items():
@@ -149,7 +149,7 @@ def test_the_learning_rate_falls_on_a_plateau_of_the_held_out_error(client, name
     optimizer = client.create_optimizer(name, Sgd(learning_rate=1e-30), network.params)
     # Nothing is learned at this rate, so the error never falls.
     plateau = Plateau(factor=0.5, patience_epochs=2, held_out=100)
-    train(network, optimizer, dataset, report, epochs=5, seed=0, on_progress=lambda _: None, plateau=plateau)
+    train(Task(network, dataset, report, epochs=5), optimizer, lambda _: None, plateau=plateau)
     rates = [(change["after_epoch"], change["learning_rate"]) for change in report.settings["annealed"]]
     assert rates == [(3, 5e-31), (5, 2.5e-31)]
     assert optimizer.algorithm.learning_rate == 2.5e-31

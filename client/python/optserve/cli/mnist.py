@@ -171,7 +171,7 @@ def _run(
     import uuid
 
     from optserve_demo.mnist.replicas import train_replicas
-    from optserve_demo.mnist.train import Plateau, new_network, train
+    from optserve_demo.mnist.train import Plateau, Task, new_network, train
 
     info = client.server_info()
     report.server = {
@@ -191,7 +191,7 @@ def _run(
     )
     # A name of its own, so that several trainers can share a server.
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
-    how = {"epochs": settings["epochs"], "seed": settings["seed"]}
+    task = Task(network, dataset, report, settings["epochs"], settings["seed"])
     try:
         with _display(settings["epochs"], report, client.target) as on_progress:
             if together is None:
@@ -200,10 +200,7 @@ def _run(
                 plateau = (
                     Plateau(patience_epochs=settings["patience_epochs"]) if settings["anneal"] == "plateau" else None
                 )
-                train(
-                    network, optimizer, dataset, report, **how,
-                    on_progress=on_progress, weight_decay=decay, plateau=plateau,
-                )  # fmt: skip
+                train(task, optimizer, on_progress, weight_decay=decay, plateau=plateau)
             else:
                 client.create_optimizer(
                     name,
@@ -213,7 +210,7 @@ def _run(
                     weight_decay=settings["weight_decay"],
                     consistency=together.consistency,
                 )
-                train_replicas(client, name, network, dataset, report, together, **how, on_progress=on_progress)
+                train_replicas(task, client, name, together, on_progress)
     finally:
         # A server that is gone has nothing to be tidied, and must not hide why the training ended.
         with suppress(OptserveError):

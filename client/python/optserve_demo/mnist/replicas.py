@@ -16,9 +16,8 @@ from optserve.client import Client
 from optserve.errors import GradientLateError, InvalidArgumentError
 from optserve.settings import Async, Bounded, Consistency, Sync
 from optserve.worker import Worker
-from optserve_demo.mnist.data import Dataset
 from optserve_demo.mnist.network import Network
-from optserve_demo.mnist.train import BATCH, Epoch, Progress, Report, new_network
+from optserve_demo.mnist.train import BATCH, Epoch, Progress, Task, new_network
 
 MIN_IMAGES = BATCH
 """Images that each replica must have at least."""
@@ -69,41 +68,29 @@ def consistency_from(text: str, replicas: int, *, scale_by_staleness: bool = Fal
 
 
 def train_replicas(
-    client: Client,
-    name: str,
-    network: Network,
-    dataset: Dataset,
-    report: Report,
-    together: Together,
-    *,
-    epochs: int,
-    seed: int,
-    on_progress: Callable[[Progress], None],
+    task: Task, client: Client, name: str, together: Together, on_progress: Callable[[Progress], None]
 ) -> None:
     """Train for some epochs: passes over all images, of which each replica has a share.
 
     Args:
+        task: What is trained. Its network gives the activation, and takes the weights at the end of each epoch.
         client: Of the server that holds the optimizer.
         name: Of the optimizer, which is hosted and has the consistency.
-        network: Gives the activation, and takes the weights at the end of each epoch.
-        dataset: To train and test on.
-        report: Filled as the run goes on.
         together: How many replicas, and how they come together.
-        epochs: How many.
-        seed: Of the shares and of the order within each.
         on_progress: Called now and then.
 
     Raises:
         InvalidArgumentError: There are more replicas than batches.
         OptserveError: What a replica has failed with.
     """
+    network, dataset = task.network, task.dataset
     images = len(dataset.train_labels)
     if images < together.replicas * MIN_IMAGES:
         raise InvalidArgumentError(
             f"{together.replicas} replicas need at least {together.replicas * MIN_IMAGES} images; there are {images}."
         )
-    training = _Training(client, name, dataset, report, together, epochs, seed)
-    report.initial_test_error = network.error(dataset.test_images, dataset.test_labels)
+    training = _Training(task, client, name, together)
+    task.report.initial_test_error = network.error(dataset.test_images, dataset.test_labels)
     threads = [
         threading.Thread(target=training.run, args=(number,), daemon=True) for number in range(together.replicas)
     ]
@@ -118,19 +105,10 @@ def train_replicas(
 class _Training:
     """What all replicas share, and what they have done together."""
 
-    def __init__(
-        self,
-        client: Client,
-        name: str,
-        dataset: Dataset,
-        report: Report,
-        together: Together,
-        epochs: int,
-        seed: int,
-    ) -> None:
-        self._client, self._name, self._dataset, self._report = client, name, dataset, report
-        self._together, self._epochs, self._seed = together, epochs, seed
-        order = np.random.default_rng([seed, 2]).permutation(len(dataset.train_labels))
+    def __init__(self, task: Task, client: Client, name: str, together: Together) -> None:
+        self._client, self._name, self._dataset, self._report = client, name, task.dataset, task.report
+        self._together, self._epochs, self._seed = together, task.epochs, task.seed
+        order = np.random.default_rng([task.seed, 2]).permutation(len(task.dataset.train_labels))
         self._shares = np.array_split(order, together.replicas)
         # As many batches for each as for the smallest, so that in sync nobody is left alone.
         self._batches = max(1, round(len(self._shares[-1]) / BATCH))

@@ -129,15 +129,30 @@ def new_network(dataset: Dataset, activation: str, seed: int, *, small: bool = F
     return Network(sizes, activation, np.random.default_rng([seed, 0]), small=small)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and for how long.
+
+    Attributes:
+        network: Changed in place.
+        dataset: To train and test on.
+        report: Filled as the run goes on.
+        epochs: Passes over the training images.
+        seed: Of the order of the images, and of what else is drawn.
+    """
+
+    network: Network
+    dataset: Dataset
+    report: Report
+    epochs: int
+    seed: int = 0
+
+
 def train(
-    network: Network,
+    task: Task,
     optimizer: Optimizer,
-    dataset: Dataset,
-    report: Report,
-    *,
-    epochs: int,
-    seed: int,
     on_progress: Callable[[Progress], None],
+    *,
     weight_decay: float = 0.0,
     curvature_of: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda batch: batch,
     plateau: Plateau | None = None,
@@ -145,12 +160,8 @@ def train(
     """Train for some epochs, each in an order of its own that depends on the seed alone.
 
     Args:
-        network: Changed in place.
+        task: What is trained.
         optimizer: Of the network's parameters.
-        dataset: To train and test on.
-        report: Filled as the run goes on.
-        epochs: How many.
-        seed: Of the order of the images.
         on_progress: Called after every step.
         weight_decay: Of the weight matrices; biases keep out of it.
         curvature_of: Makes what is sent as curvature of that of the batch, for the methods that take one.
@@ -160,46 +171,33 @@ def train(
         InvalidArgumentError: There is nothing to anneal, or no image left to train on.
         OptserveError: As for `Optimizer.step`.
     """
-    decay = {name: weight_decay for name, param in network.params.items() if param.ndim > 1}
-    rng = np.random.default_rng([seed, 1])
-    updates = {name: np.empty_like(param) for name, param in network.params.items()}
+    network, dataset, report = task.network, task.dataset, task.report
     images, labels = dataset.train_images, dataset.train_labels
     annealing = None
     if plateau is not None:
-        if plateau.held_out >= len(labels):
-            raise InvalidArgumentError(f"Of {len(labels)} training images {plateau.held_out} cannot be held out.")
-        shuffled = np.random.default_rng([seed, 4]).permutation(len(labels))
-        held_out, trained = np.split(shuffled, [plateau.held_out])
+        trained, held_out = _hold_out(plateau.held_out, len(labels), task.seed)
         annealing = _Annealing(plateau, optimizer, report, images[held_out], labels[held_out])
         images, labels = images[trained], labels[trained]
+    decay = {name: weight_decay for name, param in network.params.items() if param.ndim > 1}
+    loop = _Loop(network, optimizer, decay, curvature_of)
+    rng = np.random.default_rng([task.seed, 1])
     batches = -(-len(labels) // BATCH)
-    report.initial_test_error = network.error(dataset.test_images, dataset.test_labels)
-    test_error = report.initial_test_error
+    report.initial_test_error = test_error = network.error(dataset.test_images, dataset.test_labels)
     start = time.perf_counter()
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, task.epochs + 1):
         order = rng.permutation(len(labels))
         total = 0.0
         for batch in range(batches):
             chosen = order[batch * BATCH : (batch + 1) * BATCH]
-            total += network.loss_and_gradients(
-                images[chosen], labels[chosen], with_curvature=optimizer.takes_curvature
-            )
-            grads, curvature = with_weight_decay(network.grads, network.params, decay), None
-            if optimizer.takes_curvature:
-                curvature = curvature_of(network.curvature)
-                for name, rate in decay.items():
-                    curvature[name] += rate
-            optimizer.step(grads, curvature=curvature, out=updates)
-            for name, update in updates.items():
-                network.params[name] += update
+            total += loop.step(images[chosen], labels[chosen])
             report.steps += 1
             elapsed = time.perf_counter() - start
             on_progress(
                 Progress(
                     epoch=epoch,
-                    epochs=epochs,
+                    epochs=task.epochs,
                     step=report.steps,
-                    steps=epochs * batches,
+                    steps=task.epochs * batches,
                     loss=total / (batch + 1),
                     test_error=test_error,
                     steps_per_s=report.steps / elapsed,
@@ -210,3 +208,46 @@ def train(
         report.epochs.append(Epoch(epoch, total / batches, test_error, report.seconds, report.steps))
         if annealing is not None:
             annealing.look(epoch, network)
+
+
+def _hold_out(count: int, images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images that are trained on, and of those that are held out."""
+    if count >= images:
+        raise InvalidArgumentError(f"Of {images} training images {count} cannot be held out.")
+    held_out, trained = np.split(np.random.default_rng([seed, 4]).permutation(images), [count])
+    return trained, held_out
+
+
+class _Loop:
+    """One step after another.
+
+    Args:
+        network: Changed in place.
+        optimizer: Of its parameters.
+        decay: The weight decay of each matrix.
+        curvature_of: See `train`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: Optimizer,
+        decay: dict[str, float],
+        curvature_of: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    ) -> None:
+        self._network, self._optimizer, self._decay, self._curvature_of = network, optimizer, decay, curvature_of
+        self._updates = {name: np.empty_like(param) for name, param in network.params.items()}
+
+    def step(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Train on one batch; gives its loss."""
+        network, takes_curvature = self._network, self._optimizer.takes_curvature
+        loss = network.loss_and_gradients(images, labels, with_curvature=takes_curvature)
+        grads, curvature = with_weight_decay(network.grads, network.params, self._decay), None
+        if takes_curvature:
+            curvature = self._curvature_of(network.curvature)
+            for name, rate in self._decay.items():
+                curvature[name] += rate
+        self._optimizer.step(grads, curvature=curvature, out=self._updates)
+        for name, update in self._updates.items():
+            network.params[name] += update
+        return loss

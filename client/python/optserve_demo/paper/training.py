@@ -17,7 +17,7 @@ from optserve.optimizer import Optimizer
 from optserve.settings import Async
 from optserve_demo.mnist.data import Dataset
 from optserve_demo.mnist.replicas import Together, train_replicas
-from optserve_demo.mnist.train import Progress, Report, new_network, train
+from optserve_demo.mnist.train import Progress, Report, Task, new_network, train
 from optserve_demo.paper.curvature import Curvature
 from optserve_demo.paper.plan import Run
 
@@ -123,15 +123,15 @@ def run(client: Client, name: str, plan: Run, dataset: Dataset, on_step: Callabl
 
     try:
         # A diverging run overflows on its way, which is what it is about.
-        how = {"epochs": plan.epochs, "seed": plan.seed, "on_progress": on_progress}
+        task = Task(network, dataset, report, plan.epochs, plan.seed)
         with np.errstate(all="ignore"):
             if together is None:
                 curvature_of = Curvature(plan.curvature, plan.seed)
-                train(network, optimizer, dataset, report, **how, curvature_of=curvature_of)
+                train(task, optimizer, on_progress, curvature_of=curvature_of)
             else:
                 # Each replica computes in a thread of its own.
                 with threadpool_limits(1):
-                    train_replicas(client, name, network, dataset, report, together, **how)
+                    train_replicas(task, client, name, together, on_progress)
     except InvalidArgumentError as error:
         if error.reason not in _DIVERGED:
             raise
