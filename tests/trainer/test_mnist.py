@@ -15,7 +15,7 @@ import pytest
 
 from optserve import DiagonalHessian, Sgd, local_server
 from optserve.algorithms import ALGORITHMS
-from optserve.cli.mnist import ActivationName
+from optserve.cli.mnist_options import ActivationName
 from optserve_demo.mnist.data import load
 from optserve_demo.mnist.train import BATCH, Plateau, Report, Task, new_network, train
 from trainer.test_data import write_idx
