@@ -152,6 +152,8 @@ METHODS = {
     "ImportState": "import", "PushParameters": "push", "PullParameters": "pull", "ExportState": "export",
     "GetStatistics": "statistics", "open": "step", "step": "step",
 }  # fmt: skip
+"""What the client calls, and how; a stream of steps in its two parts."""
+
 CLOSED = (optserve.UnavailableError, optserve.DeadlineExceededError)
 LATE = optserve.DeadlineExceededError
 HUGE = 1 << 62
@@ -653,6 +655,12 @@ def mutated(rng: random.Random) -> Callable[[list], list[bytes]]:
         return found
 
     return twist
+
+
+def test_every_call_of_the_client_has_a_row():
+    calls = set(service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].methods_by_name)
+    # Clients in other languages make steps by unary calls.
+    assert {*METHODS} - {"open", "step"} == calls - {"StreamSteps", "ApplyGradients"}
 
 
 @pytest.mark.parametrize("method", METHODS)

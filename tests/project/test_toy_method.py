@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CONTRACT = "proto/optserve/v1/algorithms.proto"
+RULES = "server/optserve_server/numerics/rules/"
+ORACLES = "tests/oracle.py"
 
 MESSAGE = """
 // Sign descent with momentum: Δx = −η sign(m).
@@ -115,13 +118,13 @@ def project(tmp_path_factory) -> Path:
     for folder in ("client/python", "proto", "scripts", "server", "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
     shutil.copy(ROOT / "pyproject.toml", root)
-    contract = root / "proto/optserve/v1/algorithms.proto"
+    contract = root / CONTRACT
     text = contract.read_text()
     number = max(map(int, re.findall(r" = (\d+);", text[: text.index("\n  }\n}\n")]))) + 1
     field = f"\n    // Sign descent with momentum.\n    SignDescent sign_descent = {number};\n  }}\n}}\n"
     contract.write_text(text.replace("\n  }\n}\n", field, 1) + MESSAGE)
-    (root / "server/optserve_server/numerics/rules/sign_descent.py").write_text(FORMULA)
-    with (root / "tests/oracle.py").open("a") as oracle:
+    (root / RULES / "sign_descent.py").write_text(FORMULA)
+    with (root / ORACLES).open("a") as oracle:
         oracle.write(ORACLE)
     subprocess.run([root / "scripts/generate.sh"], env=environment(root), check=True, capture_output=True)
     return root
@@ -131,6 +134,13 @@ def environment(root: Path) -> dict[str, str]:
     """That of a process that takes everything from a copy of the project."""
     folders = [root / "client/python", root / "server", root / "tests"]
     return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def test_the_three_places_are_those_that_the_list_for_contributors_names():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    steps = re.findall(r"^\d\. .*?(?=^\d\. |^$)", text.split("### To add a method")[1], re.MULTILINE | re.DOTALL)
+    for place, step in zip((CONTRACT, RULES, ORACLES), steps, strict=False):
+        assert f"`{place}`" in step
 
 
 def test_every_shared_test_takes_it(project):
