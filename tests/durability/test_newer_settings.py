@@ -5,7 +5,7 @@ import pytest
 from durability.folder import PARAMETERS, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.clipping import Clipping
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.consistency import SyncConsistency
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Momentum
 from optserve_server.numerics.schedule import AtSteps
@@ -21,7 +21,7 @@ SETTINGS = Settings(
     (Group((0,), {"learning_rate": 0.5}),),
     hosted=True,
     weight_decay=0.1,
-    consistency=Consistency("sync", workers=2),
+    consistency=SyncConsistency(workers=2),
 )
 
 NEWER = [

@@ -19,7 +19,7 @@ from optserve_server.engine.records import (
 )
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.consistency import AsyncConsistency, SyncConsistency
 from optserve_server.numerics.layout import Layout, Operand, Parameter, Payloads
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Group, Settings
@@ -34,7 +34,7 @@ SETTINGS = Settings(
     groups=(Group((1,), {"rho": 0.5}),),
     hosted=True,
     weight_decay=0.01,
-    consistency=Consistency("sync", workers=2),
+    consistency=SyncConsistency(workers=2),
 )
 W, B = np.arange(6, dtype=F4), np.arange(2, dtype=F8)
 ARENAS = [(dtype, array, np.full(size, array, dtype)) for array in range(3) for dtype, size in ((F8, 2), (F4, 6))]
@@ -177,7 +177,7 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
         upload.stage(tensor, 0, np.ones(parameter.size, parameter.dtype).tobytes(), Operand.PARAMETER)
     upload.commit()
     upload.close()
-    shared = Settings(Adadelta(rho=0.5), clipping=Clipping("norm", 0.5), hosted=True, consistency=Consistency("async"))
+    shared = Settings(Adadelta(rho=0.5), clipping=Clipping("norm", 0.5), hosted=True, consistency=AsyncConsistency())
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
     arenas = [(dtype, array, values + 1) for dtype, array, values in ARENAS]

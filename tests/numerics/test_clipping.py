@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from optserve_server.engine.workers.merge import mean
 from optserve_server.numerics.clipping import Clipping
+from optserve_server.numerics.gradient_mean import mean
 from optserve_server.numerics.layout import Layout, Parameter, Payload
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")

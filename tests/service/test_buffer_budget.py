@@ -155,9 +155,9 @@ def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(transport):
                 for worker in (fast, slow):
                     worker.pull()
                 fast.step(gradient)
-                workers = app._optimizers.get("a").steps.workers
-                waits, wait = threading.Event(), workers._wait
-                setattr(workers, "_wait", lambda *them: (waits.set(), wait(*them))[1])  # noqa: B010 - not what it takes
+                turns = app._optimizers.get("a").steps.workers.turns
+                waits, wait = threading.Event(), turns._wait
+                setattr(turns, "_wait", lambda *them: (waits.set(), wait(*them))[1])  # noqa: B010 - not what it takes
                 ahead = threading.Thread(target=fast.step, args=(gradient,), kwargs={"timeout_s": 60})
                 ahead.start()
                 assert waits.wait(30)

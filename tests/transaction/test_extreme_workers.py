@@ -12,9 +12,9 @@ from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError
 from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
-from optserve_server.engine.workers.merge import mean
 from optserve_server.numerics import backends
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.consistency import AsyncConsistency, Consistency, SyncConsistency
+from optserve_server.numerics.gradient_mean import mean
 from optserve_server.numerics.layout import Operand
 from transaction.test_extreme_cases import REFUSALS, Operands, Play, arrays_of, digest, finite, plain, sent
 
@@ -85,7 +85,7 @@ def is_applied(made: Play, operands: Operands, before, step: int, staleness: int
 def test_a_step_of_many_is_applied_for_all_or_for_none(workers):
     applied = refused = 0
     for seed in range(2_000_000, 2_000_000 + CASES // 2):
-        made = play(seed, Consistency("sync", workers=workers))
+        made = play(seed, SyncConsistency(workers=workers))
         names = [f"w{turn}" for turn in range(workers)]
         for name in names:
             made.steps.workers.report(name, leaving=False)
@@ -132,7 +132,7 @@ def test_a_step_of_many_is_applied_for_all_or_for_none(workers):
 def test_steps_of_asynchronous_workers_are_finite_or_change_nothing():
     applied = refused = 0
     for seed in range(3_000_000, 3_000_000 + CASES):
-        made = play(seed, Consistency("async", scale_by_staleness=True))
+        made = play(seed, AsyncConsistency(scale_by_staleness=True))
         for name in ("a", "b"):
             made.steps.workers.report(name, leaving=False)
         for number in range(4):

@@ -13,7 +13,7 @@ from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.clipping import Clipping
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.consistency import SyncConsistency
 from optserve_server.numerics.layout import Layout, Operand, Parameter
 from optserve_server.numerics.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Sgd, WindowedRms
 from optserve_server.numerics.schedule import AtSteps
@@ -59,7 +59,7 @@ def together(steps: Steps, **gradients: np.ndarray) -> list[OptserveError]:
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
 def test_the_mean_of_two_workers_largest_gradients_is_applied(dtype):
-    sync = Consistency("sync", workers=2)
+    sync = SyncConsistency(workers=2)
     steps = optimizer(Settings(Sgd(learning_rate=0.5), hosted=True, consistency=sync), Parameter("w", (3,), dtype))
     most = np.finfo(dtype).max
     gradient = np.array([most, -most, most], dtype)
@@ -212,7 +212,7 @@ def test_a_reply_of_nothing_is_not_refused_for_its_wire():
 
 
 def test_of_a_refused_mean_all_workers_are_told():
-    sync = Consistency("sync", workers=2)
+    sync = SyncConsistency(workers=2)
     steps = optimizer(Settings(Momentum(learning_rate=4.0), hosted=True, consistency=sync))
     gradient = np.array([0, 3e38], F4)
     errors = together(steps, a=gradient, b=gradient)

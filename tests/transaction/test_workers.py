@@ -17,7 +17,7 @@ from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
-from optserve_server.numerics.consistency import Consistency
+from optserve_server.numerics.consistency import CONSISTENCIES, AsyncConsistency, Consistency, SyncConsistency
 from optserve_server.numerics.layout import Layout, Operand, Parameter
 from optserve_server.numerics.rules import Sgd
 from optserve_server.numerics.settings import Settings
@@ -39,8 +39,8 @@ def make_step(steps: Steps, worker: str) -> int:
 
 def shared_by(kind: str, *workers: str) -> Steps:
     """An optimizer that these workers share, and a step of which takes all of them if they are in step."""
-    needed = len(workers) if kind == "sync" else 0
-    settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=Consistency(kind, workers=needed))
+    consistency = SyncConsistency(workers=len(workers)) if kind == "sync" else CONSISTENCIES[kind]()
+    settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=consistency)
     state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
     steps = Steps("test", state, InMemory())
     with closing(steps.place("upload")) as upload:
@@ -59,7 +59,7 @@ def x_of(steps: Steps) -> list[float]:
 def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(monkeypatch):
     steps = shared_by("bounded", "fast", "slow")
     make_step(steps, "fast")
-    wait, waited = steps.workers._wait, []
+    wait, waited = steps.workers.turns._wait, []
 
     def late(worker, step, told):
         if not waited:
@@ -68,7 +68,7 @@ def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(mon
             make_step(steps, "slow")
         wait(worker, step, told)
 
-    monkeypatch.setattr(steps.workers, "_wait", late)
+    monkeypatch.setattr(steps.workers.turns, "_wait", late)
     numbers: list[int] = []
     thread = threading.Thread(target=lambda: numbers.append(make_step(steps, "fast")), daemon=True)
     thread.start()
@@ -189,8 +189,8 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
 def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     steps = shared_by("sync", "a", "b")
     waits, refused = threading.Event(), []
-    wait = steps.workers._wait
-    monkeypatch.setattr(steps.workers, "_wait", lambda *them: (waits.set(), wait(*them)))
+    wait = steps.workers.turns._wait
+    monkeypatch.setattr(steps.workers.turns, "_wait", lambda *them: (waits.set(), wait(*them)))
 
     def give(worker: str, value: int, stream: int) -> None:
         with closing(steps.begin(StepRequest("step-1", reply=Reply.NOTHING, worker=worker, stream=stream))) as step:
@@ -227,7 +227,7 @@ def test_settings_that_are_refused_discard_no_step_though_it_is_idle():
     state = State(Layout((Parameter("x", (2,), F4),)), Settings(Sgd(learning_rate=1.0)), backends.load("numpy", 1))
     steps = Steps("test", state, InMemory(), idle_step_s=0.0)
     # Workers need parameters that the server holds.
-    impossible = replace(state.settings, consistency=Consistency("async"))
+    impossible = replace(state.settings, consistency=AsyncConsistency())
     with closing(steps.begin(StepRequest("idle"))) as step:
         step.stage(0, 0, ONES)
         with pytest.raises(OptserveError) as refused:
@@ -242,14 +242,14 @@ def test_workers_do_not_come_into_the_middle_of_a_clients_step():
     with closing(steps.begin(StepRequest("mine"))) as step:
         step.stage(0, 0, ONES)
         with pytest.raises(OptserveError) as refused:
-            share_by(steps, Consistency("sync", workers=1))
+            share_by(steps, SyncConsistency(workers=1))
         assert refused.value.reason is Reason.STEP_IN_PROGRESS
         step.commit()
         assert x_of(steps) == [0, 0]
         # Its reply is still to be read out of the buffer that the mean would go to.
         with pytest.raises(OptserveError):
-            share_by(steps, Consistency("sync", workers=1))
-    share_by(steps, Consistency("sync", workers=1))
+            share_by(steps, SyncConsistency(workers=1))
+    share_by(steps, SyncConsistency(workers=1))
     steps.workers.report("w", leaving=False)
     make_step(steps, "w")
     assert x_of(steps) == [-1, -1]
@@ -260,7 +260,7 @@ def test_a_mean_that_is_refused_takes_the_place_of_a_clients_last_reply():
     share_by(steps, None)
     run_step(steps, "mine", [(0, 0, ONES)])
     assert run_step(steps, "mine", []) == (-np.ones(2, F4)).tobytes()
-    share_by(steps, Consistency("sync", workers=1))
+    share_by(steps, SyncConsistency(workers=1))
     steps.workers.report("w", leaving=False)
     steps._state.write(F4, 0, 0, np.full(2, -3e38, F4))
     with closing(steps.begin(StepRequest("w", reply=Reply.NOTHING, worker="w"))) as step:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from optserve.v1 import algorithms_pb2, optimizer_pb2
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.clipping import Clipping
-from optserve_server.numerics.consistency import LEASE_S, Consistency
+from optserve_server.numerics.consistency import CONSISTENCIES, LEASE_S, Consistency
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import RULES, Rule
 from optserve_server.numerics.schedule import SCHEDULES, Schedule
@@ -41,13 +41,11 @@ def _consistency(message: optimizer_pb2.Optimizer) -> Consistency | None:
         raise OptserveError(
             Reason.INVALID_FIELD, "Choose a consistency: async, bounded or sync.", field="optimizer.consistency"
         )
-    return Consistency(
-        kind,
-        given.bounded.staleness,
-        given.sync.workers,
-        given.sync.backup_workers,
-        given.lease.seconds + given.lease.nanos / 1e9 if given.HasField("lease") else LEASE_S,
-        given.scale_by_staleness,
+    own = getattr(given, kind)
+    return CONSISTENCIES[kind](
+        lease_s=given.lease.seconds + given.lease.nanos / 1e9 if given.HasField("lease") else LEASE_S,
+        scale_by_staleness=given.scale_by_staleness,
+        **{field.name: getattr(own, field.name) for field in own.DESCRIPTOR.fields},
     )
 
 
@@ -183,10 +181,8 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
         message.consistency.scale_by_staleness = consistency.scale_by_staleness
         kind = getattr(message.consistency, consistency.kind)
         kind.SetInParent()
-        if consistency.kind == "bounded":
-            kind.staleness = consistency.staleness
-        elif consistency.kind == "sync":
-            kind.workers, kind.backup_workers = consistency.workers, consistency.backup_workers
+        for name, value in consistency.values().items():
+            setattr(kind, name, value)
     for group in present.groups:
         names = [layout.parameters[index].name for index in group.parameters]
         shown = message.groups.add(parameters=names, weight_decay=group.weight_decay)

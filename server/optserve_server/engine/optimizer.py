@@ -145,7 +145,7 @@ class Steps:
             with self._lock:
                 self._check_worker(worker)
                 known = self.workers.act(worker, request.life)
-            return self.workers.hand_over(
+            return self.workers.turns.hand_over(
                 known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
             )
         with self._lock:

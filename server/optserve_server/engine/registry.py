@@ -357,24 +357,8 @@ class Optimizers:
 
     def _check_workers(self, layout: Layout, settings: Settings) -> None:
         """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
-        consistency = settings.consistency
-        if consistency is None:
-            return
-        wanted = consistency.workers * len(operands_of(settings.rule)) * layout.size_bytes
-        if consistency.workers > 1 and wanted > self._config.max_optimizer_staged_bytes:
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"The gradients of {consistency.workers} workers take {wanted} bytes at a time; this server has room "
-                f"for {self._config.max_optimizer_staged_bytes} (max_optimizer_staged_bytes).",
-                field="optimizer.consistency.sync.workers",
-            )
-        if consistency.workers + consistency.backup_workers >= self._config.max_streams:
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"{consistency.workers} workers and {consistency.backup_workers} more cannot be connected: this server "
-                f"takes {self._config.max_streams} streams, one of which is needed for pulls.",
-                field="optimizer.consistency.sync.workers",
-            )
+        if settings.consistency is not None:
+            settings.consistency.check_room(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
 
     def check_count(self, parameters: int) -> None:
         """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""

@@ -146,7 +146,7 @@ class Settings:
         if self.hosted:
             content |= {"hosted": True, "weight_decay": self.weight_decay}
         if self.consistency is not None:
-            content["consistency"] = asdict(self.consistency)
+            content["consistency"] = self.consistency.to_json()
         return content
 
     @classmethod
@@ -168,13 +168,11 @@ class Settings:
         return cls(
             _read(kind.name, kind, rule),
             _schedule(content["schedule"]) if "schedule" in content else None,
-            _read_kind("clipping", CLIPPINGS, Clipping, content["clipping"]) if "clipping" in content else None,
+            _clipping(content["clipping"]) if "clipping" in content else None,
             tuple(Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay")) for group in groups),
             content.get("hosted", False),
             content.get("weight_decay", 0.0),
-            _read_kind("consistency", CONSISTENCIES, Consistency, content["consistency"])
-            if "consistency" in content
-            else None,
+            _consistency(content["consistency"]) if "consistency" in content else None,
         )
 
 
@@ -199,11 +197,16 @@ def _kind_of(what: str, kinds: Mapping[str, T], name: str) -> T:
     return kinds[name]
 
 
-def _read_kind(what: str, kinds: Collection[str], kind: type[T], values: Mapping[str, Any]) -> T:
-    """A setting that has its kind in a field."""
-    read = _read(what, kind, values)
-    _kind_of(what, dict.fromkeys(kinds, True), values["kind"])
+def _clipping(values: Mapping[str, Any]) -> Clipping:
+    read = _read("clipping", Clipping, values)
+    _kind_of("clipping", dict.fromkeys(CLIPPINGS, True), values["kind"])
     return read
+
+
+def _consistency(values: Mapping[str, Any]) -> Consistency:
+    kind = _kind_of("consistency", CONSISTENCIES, values["kind"])
+    _check_names("consistency", kind.names(), values)
+    return kind.from_json(values)
 
 
 def _schedule(values: Mapping[str, Any]) -> Schedule:

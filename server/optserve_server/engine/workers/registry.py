@@ -30,7 +30,7 @@ class Worker:
         at_step: Step of the x that it was given last.
         lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
         seen_at: When it was last heard of.
-        contribution: Its step that waits for those of others, in sync.
+        contribution: Its step whose gradient is there, and not applied: it waits for others.
         stream: Number of the stream that it has opened last; earlier ones make no steps any more.
         life: Number of the life that has the name now; lower ones are over. 0 for a client that sends none.
     """
@@ -146,6 +146,15 @@ class WorkerRegistry:
                 worker=name[:64],
             )
         return worker
+
+    def check_current(self, worker: Worker, stream: int | None, life: int) -> None:
+        """Raise WORKER_REPLACED for an earlier life, STEP_TAKEN_OVER for a stream that this one has given up."""
+        if life != worker.life:
+            raise refusals.worker_replaced(self._name, worker.name)
+        if stream is not None and stream < worker.stream:
+            raise OptserveError(
+                Reason.STEP_TAKEN_OVER, f"Worker {worker.name!r} of {self._name} has opened another stream since."
+            )
 
     def new_life(self, name: str) -> int:
         """A number for a life that may begin, greater than all that were given here or used under that name.

@@ -4,53 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from optserve_server.engine.transaction import Step
-from optserve_server.numerics.headroom import Answers
-from optserve_server.numerics.layout import Largest
-from optserve_server.numerics.staging import Staging
+from optserve_server.numerics.layout import Largest, Payload
+
+if TYPE_CHECKING:
+    from optserve_server.numerics.staging import Staging
 
 BLOCK = 1 << 16
 """Elements of a mean that are scaled at a time."""
 
 
-class Merged(NamedTuple):
-    """What the step that several workers make together is.
+class Gradient(NamedTuple):
+    """What one step brings, or several workers' together.
 
     Attributes:
-        largest: Magnitudes of the mean.
-        answers: How their replies are read.
+        staging: The buffer that holds it.
+        largest: Magnitudes of its operands.
     """
 
+    staging: Staging
     largest: Largest
-    answers: Answers
 
 
-def merge(steps: Sequence[Step], buffers: Sequence[Staging], target: Staging) -> Merged:
+def merge(payload: Payload, gradients: Sequence[Gradient], target: Staging) -> Gradient:
     """Put the mean of the operands of several steps into a buffer.
 
     Args:
-        steps: Of the same parameters, in an order that does not depend on when they came.
-        buffers: Theirs.
+        payload: What takes part, in all of them.
+        gradients: Theirs, in an order that does not depend on when they came.
         target: Takes the mean.
     """
-    payload = steps[0].payload
-    largest = {key: max(step.largest[key] for step in steps) for key in steps[0].largest}
+    largest = {key: max(given.largest[key] for given in gradients) for key in gradients[0].largest}
     for operand, arenas in target.operands.items():
         for turn, part in enumerate(payload.parts(arenas)):
-            parts = [payload.parts(buffer.operands[operand])[turn] for buffer in buffers]
+            parts = [payload.parts(given.staging.operands[operand])[turn] for given in gradients]
             mean(parts, part, largest[operand, part.dtype])
-    return Merged(
-        # Rounding can make the mean a little larger than all of its parts.
-        {key: 1.001 * value for key, value in largest.items()},
-        Answers(
-            tuple(wire for step in steps for wire in step.answers.updates),
-            tuple(wire for step in steps for wire in step.answers.parameters),
-        ),
-    )
+    # Rounding can make the mean a little larger than all of its parts.
+    return Gradient(target, {key: 1.001 * value for key, value in largest.items()})
 
 
 def mean(parts: Sequence[np.ndarray], target: np.ndarray, largest: float) -> None:
