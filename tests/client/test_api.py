@@ -18,6 +18,7 @@ from optserve._aio.awaiting import Threads
 from optserve.aio import AsyncOptimizer, AsyncWorker
 from optserve.v1 import algorithms_pb2, errors_pb2
 from optserve_server.numerics.rules import RULES
+from present import present
 
 PUBLIC = [
     "AbortedError", "Algorithm", "AlreadyExistsError", "Async", "AtSteps", "Bounded", "Checkpoint",
@@ -30,7 +31,7 @@ PUBLIC = [
     "StepsLostError", "Sync", "TensorSpec", "TensorStatistics", "TooFewWorkersError", "UnavailableError",
     "UnreachableError", "Worker", "WorkerReplacedError", "WrongStepError", "connect", "local_server",
     "with_weight_decay",
-    *(field.message_type.name for field in algorithms_pb2.Algorithm.DESCRIPTOR.fields),
+    *(present(field.message_type).name for field in algorithms_pb2.Algorithm.DESCRIPTOR.fields),
 ]  # fmt: skip
 
 

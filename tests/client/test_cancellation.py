@@ -12,6 +12,7 @@ import pytest
 
 import optserve
 import optserve.aio
+from present import present
 
 G = {"x": np.arange(1, 5, dtype=np.float32)}
 SHARED = {"hosted": True, "consistency": optserve.Sync(2)}
@@ -272,7 +273,7 @@ def test_a_call_that_waits_for_a_server_that_is_gone_is_ended_at_once(name):
                     ends = await asyncio.gather(*tasks, return_exceptions=True)
                 assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
                 # Their threads are through with them, too.
-                assert not client._threads._under_way
+                assert not present(client._threads)._under_way
             assert not threads_of("optserve-aio")
 
     run(train())

@@ -21,6 +21,7 @@ from optserve._common import control, sysv
 from optserve._common.wire import encode
 from optserve._steps import stream as stream_module
 from optserve.v1 import steps_pb2
+from present import present
 from service.wire_client import begin, commit, create, details, stream
 
 MODEL = {"w": np.ones((20, 3), np.float32), "b": np.ones(3, np.float64)}
@@ -235,7 +236,7 @@ def test_a_server_of_another_user_is_not_trusted(tmp_path):
         f"end.bind('\\0{tmp_path}'); end.listen(); print('ready', flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
-        assert stranger.stdout.readline() == b"ready\n"
+        assert present(stranger.stdout).readline() == b"ready\n"
         with pytest.raises(PermissionError, match="another user"):
             control.ControlConnection(str(tmp_path), bytes(32))
         stranger.communicate(b"\n")

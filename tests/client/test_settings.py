@@ -11,6 +11,7 @@ import torch
 
 import optserve
 from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
+from present import present
 from service.wire_client import begin, chunk, commit, refused, stream
 
 SCHEDULES = {
@@ -96,7 +97,7 @@ def test_clipping_by_value_norm_and_global_norm_is_that_of_torch(client, name):
             param.grad = torch.tensor(given[key], dtype=torch.float64)
         clip(list(params.values()))
         for key, param in params.items():
-            np.testing.assert_allclose(-updates[key], param.grad.numpy(), rtol=2e-6)
+            np.testing.assert_allclose(-updates[key], present(param.grad).numpy(), rtol=2e-6)
 
 
 def test_a_gradient_within_the_bound_is_not_touched(client, name):

@@ -12,6 +12,7 @@ import pytest
 
 import optserve
 from optserve._common import safetensors
+from present import present
 
 SHAPES = {"w": (4, 3), "b": (3,)}
 SETTINGS = {
@@ -269,7 +270,7 @@ def test_a_server_that_cannot_import_settings_is_told_none_silently():
     command = [sys.executable, "-c", OLD_SERVER, "--port", "0", "--backend", "numpy", "--announce", "--exit-on-eof"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
+        threading.Thread(target=lambda: lines.put(present(process.stdout).readline()), daemon=True).start()
         with optserve.connect(lines.get(timeout=60).removeprefix("ready ").strip()) as client:
             state = stepped(client, "a", **SETTINGS).export_state()
             two = client.create_optimizer("b", state.algorithm, state.parameters)
@@ -280,5 +281,5 @@ def test_a_server_that_cannot_import_settings_is_told_none_silently():
             two.import_state(state.without("schedule", "clipping", "groups"))
             assert two.current_step == 3
             assert client.create_optimizer_from_state("c", state).export_state() == state
-        process.stdin.close()
+        present(process.stdin).close()
         process.wait(30)

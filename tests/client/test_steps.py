@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import optserve
+from present import present
 
 PARAMS = {
     "w": np.zeros((50, 30), np.float32),
@@ -162,7 +163,7 @@ def test_parameters_may_be_tensors_of_another_library(client, name):
     model = torch.nn.Linear(3, 2)
     opt = client.create_optimizer(name, optserve.Adadelta(), dict(model.named_parameters()))
     model(torch.ones(3)).sum().backward()
-    updates = opt.step({key: param.grad.numpy() for key, param in model.named_parameters()})
+    updates = opt.step({key: present(param.grad).numpy() for key, param in model.named_parameters()})
     assert updates["weight"].shape == (2, 3)
 
 

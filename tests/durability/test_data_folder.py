@@ -25,6 +25,7 @@ from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta, Momentum
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import journal, snapshot
+from present import present
 
 
 def full(*_arguments):
@@ -427,7 +428,7 @@ def test_the_log_of_a_run_does_not_grow_with_its_snapshots(tmp_path):
     command = [sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", "numpy", "--announce"]
     command += ["--data-dir", str(tmp_path / "data"), "--config", str(config)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    target = server.stdout.readline().removeprefix("ready ").strip()
+    target = present(server.stdout).readline().removeprefix("ready ").strip()
     gradients = {"w": np.ones(1 << 16, np.float32)}
     seen = set()
     with optserve.connect(target) as client:

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
+from present import present
 from service.attacks import wait_until
 
 FAILING = Path(__file__).with_name("failing_server.py")
@@ -30,11 +31,11 @@ def failing_server(folder: Path, flag: Path, call: str, error: str):
         [sys.executable, FAILING, flag, call, error, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
-        yield process.stdout.readline().decode().removeprefix("ready ").strip()
+        yield present(process.stdout).readline().decode().removeprefix("ready ").strip()
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
+        present(process.stdout).close()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from optserve_server.persistence import journal
 from optserve_server.persistence.journal import CorruptionError, Journal, Reader
 from optserve_server.persistence.journal import format as on_disk
+from present import present
 
 STEP = 1
 
@@ -109,8 +110,8 @@ def test_a_torn_last_record_is_cut_and_said(tmp_path):
     for index in range(1, 4):
         writer.append(STEP, f"meta {index}".encode(), [payload(index)])
     # The process dies while it writes the fourth: a part is there, nobody was told.
-    header = writer._segment.form.header(STEP, 4, 3, b"meta 4", 700, 0)
-    os.pwrite(writer._segment._descriptor, header + b"meta 4" + payload(4)[:300], writer._segment.end)
+    header = present(writer._segment).form.header(STEP, 4, 3, b"meta 4", 700, 0)
+    os.pwrite(present(writer._segment)._descriptor, header + b"meta 4" + payload(4)[:300], present(writer._segment).end)
     reader = Reader(tmp_path, 0)
     assert [record.lsn for record in reader] == [1, 2, 3]
     assert reader.torn is not None

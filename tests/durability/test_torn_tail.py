@@ -12,6 +12,7 @@ import pytest
 from optserve_server.persistence import journal
 from optserve_server.persistence.journal import CorruptionError, Journal, Reader
 from optserve_server.persistence.journal import format as on_disk
+from present import present
 
 STEP = 1
 OLD = on_disk.Form(on_disk.RECORD_MAGIC, on_disk.OLD_RECORD, on_disk.OLD_SEGMENT.size)
@@ -172,7 +173,7 @@ def test_what_is_written_while_a_segment_is_left_is_synced_before_that(tmp_path,
             # As another thread does that has the lock meanwhile; it waits for its sync later.
             with writer._lock:
                 writer._write(STEP, b"late", [bytes(10)], 10, zlib.crc32(bytes(10)))
-            unsynced["end"] = writer._segment.end
+            unsynced["end"] = present(writer._segment).end
         real(descriptor)
         if len(entered) > 1 and entered[-1] == entered[0]:
             unsynced.clear()

@@ -14,6 +14,7 @@ from optserve_server.domain.errors import CODES, RETRY_AFTER_S, OptserveError, R
 from optserve_server.edge import features
 from optserve_server.edge.status import to_status
 from optserve_server.numerics.rules import RULES
+from present import present
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "server/optserve_server"
@@ -90,7 +91,7 @@ def test_every_rule_has_its_message_with_the_same_fields(rule):
     from dataclasses import fields
 
     message = algorithms_pb2.Algorithm.DESCRIPTOR.fields_by_name[rule.name].message_type
-    assert {field.name for field in message.fields} == {field.name for field in fields(rule)}
+    assert {field.name for field in present(message).fields} == {field.name for field in fields(rule)}
 
 
 def test_the_payload_is_the_last_field_of_its_messages():

@@ -18,6 +18,7 @@ from optserve.v1 import (
     service_pb2,
     statistics_pb2,
 )
+from present import present
 
 CONTRACT = Path(__file__).parents[2] / "proto/optserve/v1"
 
@@ -81,11 +82,11 @@ def _number(text: str) -> float:
 def _hyperparameters() -> Iterator[Ranged]:
     """Those of the methods, whose options give the range."""
     for method in METHODS:
-        for field in method.message_type.fields:
+        for field in present(method.message_type).fields:
             option = field.GetOptions().Extensions[HYPERPARAMETER]
             lower, upper = option.WhichOneof("lower"), option.WhichOneof("upper")
             yield Ranged(
-                method.message_type.name,
+                present(method.message_type).name,
                 field.name,
                 {field.TYPE_DOUBLE: "double", field.TYPE_UINT32: "uint32"}[field.type],
                 "[" if lower == "gte" else "(",
@@ -127,7 +128,7 @@ def _create(stub: Any, name: str, **settings: Any) -> None:
 def _algorithm(stub: Any, name: str, message: str, field: str, value: Any) -> None:
     # One of the two conditioning constants must be positive.
     others = {"eps": 1e-6} if field == "outer_eps" else {"outer_eps": 1e-6} if message == "WindowedRms" else {}
-    method = next(item for item in METHODS if item.message_type.name == message)
+    method = next(item for item in METHODS if present(item.message_type).name == message)
     algorithm = algorithms_pb2.Algorithm()
     settings: Message = getattr(algorithm, method.name)
     for key, one in {**others, field: value}.items():
@@ -235,7 +236,8 @@ def test_a_hyperparameter_that_is_absent_is_the_default_of_the_contract(stub, na
     message = optimizer_pb2.Optimizer(parameters=parameters, algorithm=algorithm)
     created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message))
     assert {field.name: value for field, value in getattr(created.optimizer.algorithm, method.name).ListFields()} == {
-        field.name: field.GetOptions().Extensions[HYPERPARAMETER].default_value for field in method.message_type.fields
+        field.name: field.GetOptions().Extensions[HYPERPARAMETER].default_value
+        for field in present(method.message_type).fields
     }
 
 

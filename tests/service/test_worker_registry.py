@@ -11,6 +11,7 @@ from optserve_server.engine.workers import registry as roster_module
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.registry import WorkerRegistry
 from optserve_server.engine.workers.worker_slot import WorkerSlot
+from present import present
 
 
 def step_slot() -> WorkerSlot:
@@ -73,4 +74,4 @@ def test_what_is_written_down_of_workers_is_what_is_read_again(registry):
     copy.from_json(registry.to_json())
     (busy,) = copy
     assert (busy.name, busy.clock, busy.step_slot.last_request_id, busy.alive) == ("busy", 3, "request", False)
-    assert (busy.step_slot.retained.step, busy.step_slot.retained.tensors) == (5, (0, 2))
+    assert (present(busy.step_slot.retained).step, present(busy.step_slot.retained).tensors) == (5, (0, 2))

@@ -18,6 +18,7 @@ from optserve.algorithms import ALGORITHMS
 from optserve.cli.mnist_options import ActivationName
 from optserve_demo.mnist.data import load
 from optserve_demo.mnist.train import BATCH, Plateau, Report, Task, new_network, train
+from present import present
 from trainer.test_data import write_idx
 
 
@@ -268,7 +269,7 @@ def test_a_signal_ends_the_training_in_order_with_a_report_of_what_was_done(smal
     command += ["--data-dir", str(small), "--json", str(report), "--backend", "numpy"]
     # A process group of its own gets the signal, as from a terminal: also what it has started.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
-    for line in iter(process.stdout.readline, ""):
+    for line in iter(present(process.stdout).readline, ""):
         if line.startswith("epoch"):
             break
     os.killpg(process.pid, number)
@@ -287,7 +288,7 @@ def test_the_trainer_says_that_it_waits_for_its_server_and_goes_on(small, tmp_pa
     command = [sys.executable, "-u", "-c", program, "mnist", "--target", f"127.0.0.1:{port}", "--data-dir", str(small)]
     with local_server(tmp_path / "data", backend="numpy", options=options) as server:
         process = subprocess.Popen([*command, "--epochs", "10000"], stdout=subprocess.PIPE, text=True)
-        lines = iter(process.stdout.readline, "")
+        lines = iter(present(process.stdout).readline, "")
         next(line for line in lines if line.startswith("epoch   1 "))
         server.process.kill()
         server.process.wait()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from optserve_demo.mnist.network import ACTIVATIONS, Network
+from present import present
 
 SIZES = (7, 5, 4, 3)
 
@@ -29,7 +30,7 @@ def test_loss_and_gradients_agree_with_torch(activation):
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for name, param in params.items():
-        np.testing.assert_allclose(network.grads[name], param.grad.numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(network.grads[name], present(param.grad).numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

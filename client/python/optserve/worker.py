@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 
@@ -123,6 +123,16 @@ class Worker:
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this worker knows."""
         return self._optimizer.current_step
+
+    @overload
+    def pull(
+        self, names: Sequence[str] = (), *, newer_than: None = None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters: ...
+
+    @overload
+    def pull(
+        self, names: Sequence[str] = (), *, newer_than: int | None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters | None: ...
 
     def pull(
         self,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial as bound
 from types import EllipsisType
+from typing import overload
 
 import numpy as np
 
@@ -168,6 +169,16 @@ class AsyncOptimizer:
     async def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
         """See `optserve.Optimizer.push_parameters`."""
         await self._threads.run(bound(self._optimizer.push_parameters, params), grace_s=SETTLE_S)
+
+    @overload
+    async def pull_parameters(
+        self, names: Sequence[str] = (), *, newer_than: None = None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters: ...
+
+    @overload
+    async def pull_parameters(
+        self, names: Sequence[str] = (), *, newer_than: int | None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters | None: ...
 
     async def pull_parameters(
         self,

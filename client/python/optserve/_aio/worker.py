@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial as bound
 from types import TracebackType
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 
@@ -93,6 +93,16 @@ class AsyncWorker:
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Worker.transport`."""
         return await self._turns.run(lambda _: self._worker.transport)
+
+    @overload
+    async def pull(
+        self, names: Sequence[str] = (), *, newer_than: None = None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters: ...
+
+    @overload
+    async def pull(
+        self, names: Sequence[str] = (), *, newer_than: int | None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters | None: ...
 
     async def pull(
         self,

@@ -6,7 +6,7 @@ import abc
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -183,6 +183,16 @@ class Resource(abc.ABC):
         indices = self._model.taking_part(params, partial=False, what="parameter")
         arrays = [self._model.contiguous(index, params[self._model.names[index]], "parameter") for index in indices]
         push_parameters(self._connection, self._resource, arrays)
+
+    @overload
+    def pull_parameters(
+        self, names: Sequence[str] = (), *, newer_than: None = None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters: ...
+
+    @overload
+    def pull_parameters(
+        self, names: Sequence[str] = (), *, newer_than: int | None, out: Mapping[str, np.ndarray] | None = None
+    ) -> HostedParameters | None: ...
 
     def pull_parameters(
         self,
