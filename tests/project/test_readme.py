@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,13 @@ def test_a_client_in_another_language_has_all_that_it_includes(tmp_path):
     # Those of google/protobuf come with every language's runtime.
     included = {name for file in generated for name in file.dependency if not name.startswith("google/protobuf/")}
     assert included <= names
+
+
+def test_a_method_is_shown_with_its_hyperparameters():
+    shown = re.findall(r"^\| .* \| `(\w+)\((.*?)\)` \|", README, re.MULTILINE)
+    assert shown
+    for name, hyperparameters in shown:
+        assert [field.name for field in fields(getattr(optserve, name))] == hyperparameters.split(", "), name
 
 
 def test_every_link_within_the_project_leads_somewhere():
