@@ -1,5 +1,6 @@
 """The ranges and defaults that the contract promises, in comments or as options, are those of a server."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
+from optserve import settings
 from optserve.v1 import (
     algorithms_pb2,
     checkpoints_pb2,
@@ -79,21 +81,29 @@ def _number(text: str) -> float:
     return float(text)
 
 
+def _said(field: Any) -> Any:
+    """What the option of a field says."""
+    return field.GetOptions().Extensions[HYPERPARAMETER]
+
+
 def _hyperparameters() -> Iterator[Ranged]:
-    """Those of the methods, whose options give the range."""
-    for method in METHODS:
-        for field in present(method.message_type).fields:
-            option = field.GetOptions().Extensions[HYPERPARAMETER]
-            lower, upper = option.WhichOneof("lower"), option.WhichOneof("upper")
+    """Those of the methods and schedules, whose options give the range."""
+    for message in [*(present(kind.message_type) for kind in METHODS), *SCHEDULE_MESSAGES]:
+        for field in message.fields:
+            said = _said(field)
+            lower, upper = said.WhichOneof("lower"), said.WhichOneof("upper")
+            # Milestones are a list, and a kind is none.
+            if not lower:
+                continue
             yield Ranged(
-                present(method.message_type).name,
+                message.name,
                 field.name,
-                {field.TYPE_DOUBLE: "double", field.TYPE_UINT32: "uint32"}[field.type],
+                {field.TYPE_DOUBLE: "double", field.TYPE_UINT32: "uint32", field.TYPE_UINT64: "uint64"}[field.type],
                 "[" if lower == "gte" else "(",
-                getattr(option, lower),
-                getattr(option, upper) if upper else math.inf,
+                getattr(said, lower),
+                getattr(said, upper) if upper else math.inf,
                 "]" if upper == "lte" else ")",
-                absent_at_0=False,
+                absent_at_0=not field.has_presence and said.HasField("default_value"),
             )
 
 
@@ -114,6 +124,8 @@ def _commented_fields() -> Iterator[Ranged]:
 
 
 METHODS = list(algorithms_pb2.Algorithm.DESCRIPTOR.fields)
+SCHEDULE_KINDS = list(present(algorithms_pb2.Schedule.DESCRIPTOR.oneofs_by_name["kind"]).fields)
+SCHEDULE_MESSAGES = [algorithms_pb2.Schedule.DESCRIPTOR, *(present(kind.message_type) for kind in SCHEDULE_KINDS)]
 COMMENTED = list(_commented_fields())
 RANGED = [*COMMENTED, *_hyperparameters()]
 
@@ -193,6 +205,9 @@ CALLS: dict[tuple[str, str], Callable[[Any, str, Any], None]] = {
     ("ParameterGroup", "weight_decay"): lambda stub, name, value: _hosted(
         stub, name, groups=[optimizer_pb2.ParameterGroup(parameters=["w"], weight_decay=value)]
     ),
+    ("Schedule", "warmup_steps"): lambda stub, name, value: _create(
+        stub, name, schedule=algorithms_pb2.Schedule(constant=algorithms_pb2.ConstantSchedule(), warmup_steps=value)
+    ),
     ("Clipping", "value"): lambda stub, name, value: _create(stub, name, clipping=optimizer_pb2.Clipping(value=value)),
     ("Clipping", "norm"): lambda stub, name, value: _create(stub, name, clipping=optimizer_pb2.Clipping(norm=value)),
     ("Clipping", "global_norm"): lambda stub, name, value: _create(
@@ -225,7 +240,8 @@ def _make(stub: Any, ranged: Ranged, name: str, value: float) -> None:
 
 def test_the_contract_has_as_many_ranges_as_it_mentions():
     mentioned = sum(len(re.findall(r"Range|Each in \[", path.read_text())) for path in CONTRACT.glob("*.proto"))
-    assert len(COMMENTED) == mentioned > 15
+    assert len(COMMENTED) == mentioned > 10
+    assert len(RANGED) > 30
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -236,8 +252,7 @@ def test_a_hyperparameter_that_is_absent_is_the_default_of_the_contract(stub, na
     message = optimizer_pb2.Optimizer(parameters=parameters, algorithm=algorithm)
     created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message))
     assert {field.name: value for field, value in getattr(created.optimizer.algorithm, method.name).ListFields()} == {
-        field.name: field.GetOptions().Extensions[HYPERPARAMETER].default_value
-        for field in present(method.message_type).fields
+        field.name: _said(field).default_value for field in present(method.message_type).fields
     }
 
 
@@ -250,3 +265,31 @@ def test_a_range_of_the_contract_is_the_servers(stub, name, ranged):
         with pytest.raises(grpc.RpcError) as caught:
             _make(stub, ranged, name, value)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, value
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_KINDS, ids=lambda kind: kind.name)
+def test_the_client_has_every_schedule_with_the_defaults_of_the_contract(kind):
+    own = {field.name: field for field in present(kind.message_type).fields}
+    said = {name: _said(field) for name, field in {**algorithms_pb2.Schedule.DESCRIPTOR.fields_by_name, **own}.items()}
+    for field in dataclasses.fields(settings.SCHEDULES[kind.name]):
+        required = not said[field.name].HasField("default_value")
+        assert field.default == (dataclasses.MISSING if required else said[field.name].default_value), field.name
+    assert own.keys() <= {field.name for field in dataclasses.fields(settings.SCHEDULES[kind.name])}
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_KINDS, ids=lambda kind: kind.name)
+def test_a_value_of_a_schedule_that_is_absent_is_the_default_of_the_contract(stub, name, kind):
+    required: dict[str, Any] = {"rate": 0.5, "decay": 1.0, "milestones": [1], "period_steps": 5}
+    fields = present(kind.message_type).fields
+    given = {field.name: required[field.name] for field in fields if not _said(field).HasField("default_value")}
+    schedule = algorithms_pb2.Schedule()
+    chosen = getattr(schedule, kind.name)
+    chosen.SetInParent()
+    chosen.MergeFrom(type(chosen)(**given))
+    parameters = [optimizer_pb2.Parameter(name="w", shape=[3])]
+    algorithm = algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd())
+    message = optimizer_pb2.Optimizer(parameters=parameters, algorithm=algorithm, schedule=schedule)
+    created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message)).optimizer
+    for field in fields:
+        if field.name not in given:
+            assert getattr(getattr(created.schedule, kind.name), field.name) == _said(field).default_value
