@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2
 
 import optserve
+from optserve_server.domain.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -91,6 +92,14 @@ def test_a_method_is_shown_with_its_hyperparameters():
     assert shown
     for name, hyperparameters in shown:
         assert [field.name for field in fields(getattr(optserve, name))] == hyperparameters.split(", "), name
+
+
+def test_the_limits_that_the_protocol_shows_are_settings_with_their_defaults():
+    shown = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/protocol.md").read_text(), re.MULTILINE)
+    settings = {item.name: item.default for item in fields(ServerConfig)}
+    assert len(shown) > 5
+    assert {name for name, _ in shown} <= settings.keys()
+    assert all(float(default) == settings[name] for name, default in shown if default.isdigit())
 
 
 def test_every_link_within_the_project_leads_somewhere():
