@@ -9,7 +9,7 @@ from optserve_server.domain.config import ServerConfig
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics import backends
-from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence.data_folder import DataFolder
@@ -40,7 +40,7 @@ class Server:
 
 def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
     rng = np.random.default_rng(index)
-    under_way = item.steps.begin(StepRequest(f"request-{index}", item.steps.step, tensors))
+    under_way = item.steps.begin(StepRequest(f"request-{index}", item.steps.step, Selection(tensors)))
     try:
         for tensor in under_way.payload.tensors:
             parameter = PARAMETERS[tensor]

@@ -20,7 +20,7 @@ from optserve_server.engine.records import (
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import AsyncConsistency, SyncConsistency
-from optserve_server.numerics.layout import Layout, Operand, Parameter, Payloads
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payloads, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.persistence import snapshot
@@ -63,17 +63,21 @@ WRITTEN = [
     ),
     (DeletionRecord("a"), 3, '{"optimizer": "a"}'),
     (
-        StepRecord("a", 7, "request", (), [W, B]),
+        StepRecord("a", 7, "request", ALL, [W, B]),
         4,
         '{"optimizer": "a", "step": 7, "request_id": "request", "tensors": []}',
     ),
     (
-        StepRecord("a", 7, "", (1, 2), [B, -B], (("alice", "r-1", 3), ("bob", "r-2", 4)), 5),
+        StepRecord("a", 7, "", Selection((1, 2)), [B, -B], (("alice", "r-1", 3), ("bob", "r-2", 4)), 5),
         4,
         '{"optimizer": "a", "step": 7, "request_id": "", "tensors": [1, 2], '
         '"workers": [["alice", "r-1", 3], ["bob", "r-2", 4]], "staleness": 5}',
     ),
-    (StepRecord("a", 0, "r", (2,), []), 4, '{"optimizer": "a", "step": 0, "request_id": "r", "tensors": [2]}'),
+    (
+        StepRecord("a", 0, "r", Selection((2,)), []),
+        4,
+        '{"optimizer": "a", "step": 0, "request_id": "r", "tensors": [2]}',
+    ),
     (
         ReplacementRecord("a", 7, SETTINGS, "etag", "lineage", "request", TIME, ARENAS, "upload", "checkpoint two"),
         5,

@@ -7,7 +7,7 @@ import pytest
 
 from durability.folder import F4, MIB, Server, fingerprint
 from optserve_server.engine.transaction import StepRequest
-from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Sgd
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.persistence import snapshot
@@ -17,7 +17,7 @@ MOST = 10.0
 
 
 def step(item, index: int, tensors: tuple[int, ...]) -> None:
-    under_way = item.steps.begin(StepRequest(f"r{index}", tensors=tensors))
+    under_way = item.steps.begin(StepRequest(f"r{index}", selection=Selection(tensors)))
     for tensor in under_way.payload.tensors:
         under_way.stage(tensor, 0, np.full(16, 0.5 + tensor, "f4").tobytes())
     under_way.commit()

@@ -7,7 +7,7 @@ import pytest
 
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.gradient_mean import mean
-from optserve_server.numerics.layout import Layout, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Parameter, Payload
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
@@ -16,7 +16,7 @@ def clip(kind: str, bound: float, *gradients: np.ndarray) -> tuple[list[np.ndarr
     """The clipped gradients, each a tensor of its own, and the norm."""
     parameters = tuple(Parameter(str(i), g.shape, g.dtype) for i, g in enumerate(gradients))
     layout = Layout(parameters)
-    payload = Payload(layout, tuple(range(len(parameters))))
+    payload = Payload(layout, ALL)
     arenas = {dtype: np.zeros(size, dtype) for dtype, size in layout.sizes.items()}
     views = []
     for parameter, start, gradient in zip(parameters, layout.starts, gradients, strict=True):
@@ -78,7 +78,7 @@ def test_parts_of_a_step_are_clipped_as_they_are_in_the_whole_step(kind):
     # The middle tensor is within the bound, and two runs are of another dtype.
     parameters = tuple(Parameter(str(i), (n,), F8 if i == 3 else F4) for i, n in enumerate(sizes))
     layout = Layout(parameters)
-    payload = Payload(layout, (0, 1, 2, 3, 4))
+    payload = Payload(layout, ALL)
     arenas = {dtype: rng.standard_normal(size).astype(dtype) for dtype, size in layout.sizes.items()}
     arenas[F4][8:38] *= 0.01
     found = Clipping(kind, 0.5).measure(payload, payload.parts(arenas))

@@ -14,7 +14,7 @@ from optserve_server.numerics.consistency import (
     SyncConsistency,
 )
 from optserve_server.numerics.gradient_mean import Gradient
-from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import Sgd
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
@@ -79,7 +79,7 @@ def test_sync_merges_by_the_mean_and_the_others_take_the_gradient_as_it_is():
         staging = Staging(state)
         staging.updates[F4][:] = value
         given.append(Gradient(staging, {(Operand.GRADIENT, F4): value}))
-    payload = Payload(LAYOUT, (0,))
+    payload = Payload(LAYOUT, ALL)
     target = Staging(state)
     assert AsyncConsistency().merge(payload, given[:1], lambda: target) is given[0]
     merged = SyncConsistency(workers=2).merge(payload, given, lambda: target)

@@ -6,7 +6,7 @@ import pytest
 from optserve._common import half_floats
 from optserve_server.numerics.backends.numpy import NumpyBackend
 from optserve_server.numerics.headroom import NATIVE, Answers
-from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import RULES
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -29,7 +29,7 @@ def steps_of(rule, answers: Answers = NATIVE, steps: int = 1000, **settings):
     backend = Counting(1)
     layout = Layout((Parameter("x", (50,), F4),))
     state = State(layout, Settings(rule, **settings), backend)
-    payload, rng, uncovered = Payload(layout, (0,)), np.random.default_rng(6), 0
+    payload, rng, uncovered = Payload(layout, ALL), np.random.default_rng(6), 0
     for step in range(steps):
         arenas = {operand: layout.arenas(np.zeros(200, np.uint8)) for operand in state.operand_kinds}
         largest = {}
@@ -63,7 +63,7 @@ def test_a_first_gradient_that_is_much_larger_does_not_last():
     layout = Layout((Parameter("x", (1,), F4),))
     state = State(layout, Settings(RULES["momentum"]()), backend)
     arenas = layout.arenas(np.zeros(4, np.uint8))
-    payload, narrow = Payload(layout, (0,)), Answers(updates=(half_floats.FLOAT16,))
+    payload, narrow = Payload(layout, ALL), Answers(updates=(half_floats.FLOAT16,))
     for size in (1e6, *[1.0] * 500):
         assert state.prepare(payload, arenas, {(Operand.GRADIENT, F4): size}, narrow).covered
     assert backend.looks < 20

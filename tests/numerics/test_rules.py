@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optserve_server.numerics import backends
-from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import RULES, Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
@@ -43,7 +43,7 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
     dtype = given[0].dtype
     layout = Layout((Parameter("x", given[0].shape, dtype),))
     state = State(layout, Settings(rule), backend)
-    staging, payload = Staging(state), Payload(layout, (0,))
+    staging, payload = Staging(state), Payload(layout, ALL)
     x = np.zeros(given[0].shape)
     for step, (g, h) in enumerate(zip(given, diagonals, strict=True)):
         staging.stage(payload, Operand.GRADIENT, 0, g.tobytes(), {})

@@ -11,6 +11,7 @@ from optserve_server.engine.workers import registry as roster_module
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.registry import WorkerRegistry
 from optserve_server.engine.workers.worker_slot import WorkerSlot
+from optserve_server.numerics.layout import Selection
 from present import present
 
 
@@ -69,9 +70,9 @@ def test_who_alone_comes_back_does_not_wait_for_the_dead(registry):
 
 def test_what_is_written_down_of_workers_is_what_is_read_again(registry):
     registry.revive("idle", 60, 0)
-    registry.made_step("busy", Retained("request", 5, (0, 2), intact=False), clock=3)
+    registry.made_step("busy", Retained("request", 5, Selection((0, 2)), intact=False), clock=3)
     copy = WorkerRegistry("a", step_slot, BufferBudget(0, 0))
     copy.from_json(registry.to_json())
     (busy,) = copy
     assert (busy.name, busy.clock, busy.step_slot.last_request_id, busy.alive) == ("busy", 3, "request", False)
-    assert (present(busy.step_slot.retained).step, present(busy.step_slot.retained).tensors) == (5, (0, 2))
+    assert (present(busy.step_slot.retained).step, present(busy.step_slot.retained).selection) == (5, Selection((0, 2)))

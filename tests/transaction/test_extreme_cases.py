@@ -21,7 +21,7 @@ from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
-from optserve_server.numerics.layout import Layout, Operand, Payload
+from optserve_server.numerics.layout import Layout, Operand, Payload, Selection
 from optserve_server.numerics.settings import PARAMETER, Settings
 from optserve_server.numerics.state import State
 from optserve_server.persistence.state_import import StateImport
@@ -68,7 +68,7 @@ def plain(
     """(arrays, updates) after a step by the formulas alone, element by element, whatever becomes of them."""
     after = {name: {dtype: arena.copy() for dtype, arena in arenas.items()} for name, arenas in before.items()}
     updates = {dtype: np.zeros(size, dtype) for dtype, size in layout.sizes.items()}
-    payload = Payload(layout, tensors)
+    payload = Payload(layout, Selection(tensors))
     given = [{dtype: arena.copy() for dtype, arena in operand.items()} for operand in operands]
     if settings.clipping is not None:
         clip = settings.clipping.measure(payload, payload.parts(given[0]))
@@ -160,7 +160,9 @@ class Play:
         ]
         before, was = arrays_of(self.state), digest(self.steps)
         refusal, got = None, b""
-        with closing(self.steps.begin(StepRequest(request_id, tensors=tensors, wire=wire, reply=reply))) as step:
+        with closing(
+            self.steps.begin(StepRequest(request_id, selection=Selection(tensors), wire=wire, reply=reply))
+        ) as step:
             try:
                 for operand, arenas in zip(self.state.operand_kinds, operands, strict=True):
                     for index in tensors:

@@ -14,7 +14,7 @@ from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import SyncConsistency
-from optserve_server.numerics.layout import Layout, Operand, Parameter
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter
 from optserve_server.numerics.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Sgd, WindowedRms
 from optserve_server.numerics.schedule import AtSteps
 from optserve_server.numerics.settings import Group, Settings
@@ -199,7 +199,7 @@ def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_appli
         run_step(steps, "b", [], wire=wire, reply=reply)
     assert (steps.step, steps._state.parameters[dtype].tobytes()) == (before + 1, x)
     with pytest.raises(OptserveError, match="too large for"):
-        check_reply(steps._state, steps.payload((), wire), steps._state.parameters)
+        check_reply(steps._state, steps.payload(ALL, wire), steps._state.parameters)
 
 
 def test_a_reply_of_nothing_is_not_refused_for_its_wire():

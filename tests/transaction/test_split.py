@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optserve_server.engine.byte_coverage import Coverage, Overlap
-from optserve_server.numerics.layout import Parameter
+from optserve_server.numerics.layout import Parameter, Selection
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step
 
 shapes = st.one_of(
@@ -72,7 +72,7 @@ def test_any_order_of_the_tensors_gives_the_same_bits(model, order, seed):
     run_step(straight, "a", [(index, 0, data[index]) for index in indices])
     order.shuffle(indices)
     payload = b"".join(data[index] for index in indices)
-    reply = run_step(shuffled, "a", [(indices[0], 0, payload)], tensors=tuple(indices))
+    reply = run_step(shuffled, "a", [(indices[0], 0, payload)], selection=Selection(tuple(indices)))
     assert fingerprint(shuffled) == fingerprint(straight)
     assert len(reply) == len(payload)
 

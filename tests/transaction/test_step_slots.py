@@ -10,7 +10,7 @@ from optserve_server.engine.step_slot import ClientSlot, StepSlot
 from optserve_server.engine.transaction import NOTHING, PARAMETERS, UPDATES, Retained, Step
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.numerics.backends.numpy import NumpyBackend
-from optserve_server.numerics.layout import Layout, Operand, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import Sgd
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -43,7 +43,7 @@ def worker_slot(state, freed):
 
 
 def held_by_a_step(step_slot: StepSlot) -> Step:
-    step = Step(step_slot, "request", Payload(LAYOUT, (0,)), (Operand.GRADIENT,), replay=False)
+    step = Step(step_slot, "request", Payload(LAYOUT, ALL), (Operand.GRADIENT,), replay=False)
     step_slot.holder = step
     return step
 
@@ -75,7 +75,7 @@ def test_a_buffer_is_not_taken_from_a_step(worker_slot, freed):
 
 
 def test_a_clients_slot_can_give_parameters_again_though_the_buffer_was_overwritten(client_slot):
-    client_slot.retained = Retained("request", 1, (0,), intact=False)
+    client_slot.retained = Retained("request", 1, ALL, intact=False)
     for reply in (PARAMETERS, NOTHING):
         assert client_slot.repeated("request", reply) is client_slot.retained
     with pytest.raises(OptserveError, match="no longer retained"):
@@ -84,7 +84,7 @@ def test_a_clients_slot_can_give_parameters_again_though_the_buffer_was_overwrit
 
 def test_a_workers_slot_gives_again_what_its_buffer_keeps_and_nothing_else(worker_slot):
     worker_slot.equip()
-    worker_slot.retained = Retained("request", 1, (0,), holds=PARAMETERS)
+    worker_slot.retained = Retained("request", 1, ALL, holds=PARAMETERS)
     for reply in (PARAMETERS, NOTHING):
         assert worker_slot.repeated("request", reply) is worker_slot.retained
     with pytest.raises(OptserveError, match="no longer retained"):

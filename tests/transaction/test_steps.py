@@ -16,7 +16,7 @@ from optserve_server.engine.transaction import StepRequest
 from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.backends.base import Kernel
 from optserve_server.numerics.backends.numpy import NumpyBackend
-from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Adadelta, Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -149,11 +149,11 @@ def test_a_step_of_some_parameters_leaves_the_others_alone(steps):
     run_step(steps, "a", [(0, 0, G.tobytes())])
     w_before = steps._state.slot(0, 0).tobytes()
     b_before = steps._state.slot(1, 0).tobytes()
-    reply = run_step(steps, "b", [(1, 0, G[:1].tobytes())], tensors=(1,))
+    reply = run_step(steps, "b", [(1, 0, G[:1].tobytes())], selection=Selection((1,)))
     assert len(reply) == 4
     assert steps._state.slot(0, 0).tobytes() == w_before
     assert steps._state.slot(1, 0).tobytes() != b_before
-    assert steps.last()[2] == (1,)
+    assert steps.last()[2] == Selection((1,))
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ def test_too_many_fragments_are_refused():
 @pytest.mark.parametrize("tensors", [(0, 0), (1, 0, 1)])
 def test_a_parameter_listed_twice_is_refused(steps, tensors):
     with refuse(Reason.DUPLICATE_PARAMETER):
-        steps.begin(StepRequest("a", tensors=tensors))
+        steps.begin(StepRequest("a", selection=Selection(tensors)))
 
 
 def test_an_unknown_parameter_is_refused(steps):
     with refuse(Reason.UNKNOWN_PARAMETER):
-        steps.begin(StepRequest("a", tensors=(3,)))
+        steps.begin(StepRequest("a", selection=Selection((3,))))
 
 
 @pytest.mark.parametrize("request_id", ["", "x" * 65, "ü", "a\nb"])

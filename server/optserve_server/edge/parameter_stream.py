@@ -13,7 +13,7 @@ from optserve_server.edge.gate.places import progress
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome
-from optserve_server.numerics.layout import Operand, Payload
+from optserve_server.numerics.layout import Operand, Payload, Selection
 from optserve_server.numerics.trial import check_reply
 
 PushFrame = wire.Frame[replicas_pb2.PushParametersRequest]
@@ -64,7 +64,7 @@ def pull(
     wire_dtype = messages.wire_dtype(request.wire_type, "wire_type")
     messages.check_tensor_count(request.tensors, optimizer.layout, "tensors")
     messages.check_life(request.life, "life")
-    payload: Payload = optimizer.steps.payload(tuple(request.tensors), wire_dtype)
+    payload: Payload = optimizer.steps.payload(Selection(tuple(request.tensors)), wire_dtype)
     newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
     step, copy = copies.of(optimizer, newer_than)
     if copy is not None:

@@ -26,6 +26,7 @@ from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.segment_offer import SegmentOffer
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
+from optserve_server.numerics.layout import ALL, Selection
 
 _numbers = itertools.count(1)
 """Of streams, as they are opened."""
@@ -195,7 +196,7 @@ class StepStream:
         self._number = next(_numbers)
         with fields_called({"worker": "open.worker"}):
             messages.check_life(request.life, "open.life")
-            step, last_request_id, last_tensors, self._lineage = optimizer.steps.last(
+            step, last_request_id, last, self._lineage = optimizer.steps.last(
                 request.worker, self._number, request.life
             )
         self._worker, self._life = request.worker, request.life
@@ -213,7 +214,7 @@ class StepStream:
             shared_memory=self._offer.message if self._offer else None,
             step=step,
             last_request_id=last_request_id,
-            last_tensors=last_tensors,
+            last_tensors=last.listed,
             limits=messages.limits(self._config, preferred),
             etag=optimizer.etag,
             lineage=self._lineage,
@@ -247,7 +248,7 @@ class StepStream:
                 StepRequest(
                     request.request_id,
                     expected,
-                    tuple(request.tensors),
+                    Selection(tuple(request.tensors)) if request.tensors else ALL,
                     self._wire,
                     self._lineage,
                     reply,

@@ -10,7 +10,7 @@ from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.step_stream import set_result
 from optserve_server.engine.registry import Optimizer
 from optserve_server.engine.transaction import Reply, Step, StepRequest
-from optserve_server.numerics.layout import Operand
+from optserve_server.numerics.layout import Operand, Selection
 
 RESULT_BYTES = 256
 """What a unary reply takes beside its tensors, at most."""
@@ -33,7 +33,7 @@ def apply(
     asked = _asked(item, request)
     if asked.reply is not Reply.NOTHING:
         # Refused before the step is applied, not found out after.
-        _check_reply_bytes(item, asked.tensors, max_reply_bytes)
+        _check_reply_bytes(item, asked.selection.listed, max_reply_bytes)
     with drain_gate.step():
         with fields_called({"tensors": "gradients"}):
             step = item.steps.begin(asked)
@@ -41,7 +41,7 @@ def apply(
             for position, gradient in enumerate(request.gradients):
                 path = f"gradients[{position}]"
                 with fields_called({"data": f"{path}.data"}):
-                    _stage(step, item, asked.tensors[position], gradient, path)
+                    _stage(step, item, asked.selection.listed[position], gradient, path)
             outcome = step.commit()
             wanted = step.payload.tensors if asked.reply is not Reply.NOTHING else ()
             updates = [_reply(step, item, index) for index in wanted]
@@ -56,7 +56,7 @@ def _asked(item: Optimizer, request: steps_pb2.ApplyGradientsRequest) -> StepReq
     """What the message asks for, in the engine's words."""
     reply = messages.reply(request.reply, "reply")
     messages.check_life(request.life, "life")
-    if item.settings.consistency is not None and item.settings.consistency.kind != "async":
+    if item.settings.consistency is not None and item.settings.consistency.waits:
         # Those who wait must not keep the threads from those whom they wait for.
         raise OptserveError(Reason.INVALID_FIELD, "A step that waits for other workers takes a stream.", field="worker")
     tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
@@ -65,7 +65,7 @@ def _asked(item: Optimizer, request: steps_pb2.ApplyGradientsRequest) -> StepReq
     return StepRequest(
         request.request_id,
         request.expected_step if request.HasField("expected_step") else None,
-        tensors,
+        Selection(tensors),
         lineage=request.lineage,
         reply=reply,
         worker=request.worker,

@@ -37,7 +37,7 @@ from optserve_server.engine.transition import Replacement, WrittenStep
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.coordinator import Workers
 from optserve_server.numerics.headroom import Answers
-from optserve_server.numerics.layout import Largest, Operand, Payload, Payloads
+from optserve_server.numerics.layout import ALL, Largest, Operand, Payload, Payloads, Selection
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.staging import Staging
@@ -104,8 +104,8 @@ class Steps:
         self.etag, self.update_time = "", datetime.fromtimestamp(0, UTC)
         self.replacements: deque[Replacement] = deque(maxlen=MAX_REPLACEMENT_REQUESTS)
 
-    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, tuple[int, ...], str]:
-        """(step, last request id of a worker, parameters in it or none for all, lineage); waits for a step under way.
+    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, Selection, str]:
+        """(step, last request id of a worker, what took part in it, lineage); waits for a step under way.
 
         With the number of a stream that a life of a worker has just opened, its earlier streams and lives make no steps
         after this.
@@ -117,8 +117,8 @@ class Steps:
             self._check_worker(worker)
             step_slot = self.workers.attach(worker, stream, life).step_slot if worker else self.main
             retained = step_slot.retained
-            tensors = retained.tensors if retained else ()
-            return self.step, step_slot.last_request_id, self.payloads.named(tensors), self.lineage
+            selection = retained.selection.within(self._state.layout) if retained else ALL
+            return self.step, step_slot.last_request_id, selection, self.lineage
 
     def _check_worker(self, worker: str) -> None:
         """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
@@ -171,7 +171,7 @@ class Steps:
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self.payloads.of(repeated.tensors if repeated else request.tensors, request.wire)
+        payload = self.payloads.of(repeated.selection if repeated else request.selection, request.wire)
         if request.segment is None:
             step_slot.stage_apart()
         step = Step(
@@ -212,7 +212,7 @@ class Steps:
             if self.main.holder and self.main.holder.request_id != request_id:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
-            payload, operands = self.payloads.of((), wire), (Operand.PARAMETER,)
+            payload, operands = self.payloads.of(ALL, wire), (Operand.PARAMETER,)
             step = Step(self.main, request_id, payload, operands, replay=placed, reply=NOTHING)
             self.main.take_over(step)
             self.main.holder = step
@@ -225,10 +225,10 @@ class Steps:
         if self.placed_by is None:
             raise refusals.parameters_missing(self._name)
 
-    def payload(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
-        """The payload of some of the parameters, none for all; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+    def payload(self, selection: Selection, wire: np.dtype | None) -> Payload:
+        """The payload of some of the parameters; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
         with self._lock:
-            return self.payloads.of(tensors, wire)
+            return self.payloads.of(selection, wire)
 
     def share(self) -> Segment | None:
         """Share memory with a client on this host; None if another client has that, or there is no room for it.
@@ -407,8 +407,7 @@ class Steps:
         is_read = self._durability.reads_staging
         if is_read:
             operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
-        tensors = self.payloads.named(payload.tensors)
-        record = StepRecord(self._name, self.step, request_id, tensors, operands, workers, staleness)
+        record = StepRecord(self._name, self.step, request_id, payload.selection, operands, workers, staleness)
         if is_read:
             lsn = self._durability.write(record)
         return WrittenStep(record, lsn, payload, staging, prepared)
@@ -433,7 +432,7 @@ class Steps:
             transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
         except Exception as error:
             raise self._lose(f"in step {record.step}") from error
-        transition.note_step(self, record, payload.tensors, lsn)
+        transition.note_step(self, record, payload.selection, lsn)
         return prepared.clip.norm if prepared.clip else None
 
     def _lose(self, what: str) -> OptserveError:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from optserve_server.numerics.layout import Layout, Payload, Payloads
+from optserve_server.numerics.layout import ALL, Layout, Payload, Payloads, Selection
 from optserve_server.numerics.settings import Settings
 
 CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
@@ -122,7 +122,7 @@ class StepRecord(NamedTuple):
     Attributes:
         step: Steps applied before.
         request_id: Of the step; empty where workers have made it.
-        tensors: Indices of the parameters that take part; empty for all.
+        selection: What takes part.
         operands: The gradients, run by run, and then the curvature if there is one.
         workers: (name, request id, clock after it) of each worker whose gradient is in it.
         staleness: By which the learning rate is scaled.
@@ -131,7 +131,7 @@ class StepRecord(NamedTuple):
     optimizer: str
     step: int
     request_id: str
-    tensors: tuple[int, ...]
+    selection: Selection
     operands: Sequence[np.ndarray]
     workers: Sequence[tuple[str, str, int]] = ()
     staleness: int = 0
@@ -144,7 +144,7 @@ class StepRecord(NamedTuple):
             "optimizer": self.optimizer,
             "step": self.step,
             "request_id": self.request_id,
-            "tensors": self.tensors,
+            "tensors": self.selection.listed,
             **({"workers": self.workers} if self.workers else {}),
             **({"staleness": self.staleness} if self.staleness else {}),
         }
@@ -153,11 +153,11 @@ class StepRecord(NamedTuple):
     @classmethod
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> StepRecord:
         """The reverse of `encode`; the operands are copies."""
-        tensors = tuple(message["tensors"])
+        selection = Selection(tuple(message["tensors"]))
         workers = tuple((name, request_id, clock) for name, request_id, clock in message.get("workers", ()))
-        operands = list(_operands(payloads.of(tensors, None), data))
+        operands = list(_operands(payloads.of(selection, None), data))
         return cls(
-            message["optimizer"], message["step"], message["request_id"], tensors, operands, workers,
+            message["optimizer"], message["step"], message["request_id"], selection, operands, workers,
             message.get("staleness", 0),
         )  # fmt: skip
 
@@ -230,7 +230,7 @@ class PlacementRecord:
     @classmethod
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> PlacementRecord:
         """The reverse of `encode`; the parameters are copies."""
-        return cls(message["optimizer"], message["request_id"], list(_operands(payloads.of((), None), data)))
+        return cls(message["optimizer"], message["request_id"], list(_operands(payloads.of(ALL, None), data)))
 
 
 Change = CreationRecord | UpdateRecord | DeletionRecord | StepRecord | ReplacementRecord | PlacementRecord

@@ -283,7 +283,7 @@ class ClientSlot(StepSlot):
         """Whether the buffer holds the updates that the last step made of a parameter."""
         self.look_for_overwriting()
         retained = self.retained
-        return retained is not None and retained.intact and tensor in retained.tensors
+        return retained is not None and retained.intact and tensor in retained.selection
 
     def give_shared(self, step: Step, number: int) -> None:
         """See StepSlot."""

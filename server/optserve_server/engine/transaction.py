@@ -12,7 +12,7 @@ import numpy as np
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.numerics.headroom import NATIVE, Answers
-from optserve_server.numerics.layout import Arenas, Largest, Operand, Payload, Run
+from optserve_server.numerics.layout import ALL, Arenas, Largest, Operand, Payload, Run, Selection
 from optserve_server.numerics.shared_segment import Segment
 
 _Used = TypeVar("_Used")
@@ -36,7 +36,7 @@ class StepRequest(NamedTuple):
     Attributes:
         request_id: Identifies the step for retries.
         expected_step: The step that the client believes is next; None to leave it unchecked.
-        tensors: Parameters that take part; none for all.
+        selection: What takes part.
         wire: Dtype of the payload; None for each parameter's own.
         lineage: The state that the client knows; empty to leave it unchecked.
         reply: What the reply carries.
@@ -50,7 +50,7 @@ class StepRequest(NamedTuple):
 
     request_id: str
     expected_step: int | None = None
-    tensors: tuple[int, ...] = ()
+    selection: Selection = ALL
     wire: np.dtype | None = None
     lineage: str = ""
     reply: Reply = UPDATES
@@ -82,13 +82,14 @@ class Retained:
     """The last applied step.
 
     Attributes:
+        selection: What took part in it.
         intact: Until the staging buffer, which holds the reply, takes a new gradient.
         holds: What that reply is.
     """
 
     request_id: str
     step: int
-    tensors: tuple[int, ...]
+    selection: Selection
     intact: bool = True
     holds: Reply = UPDATES
 

@@ -20,7 +20,7 @@ from optserve_server.engine.records import (
     UpdateRecord,
 )
 from optserve_server.engine.transaction import Retained
-from optserve_server.numerics.layout import Operands, Payload, Run
+from optserve_server.numerics.layout import Operands, Payload, Run, Selection
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import Prepared, State
 
@@ -89,24 +89,24 @@ def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: St
     state.apply(operands, runs, record.step, record.staleness, prepared)
 
 
-def note_step(steps: Steps, record: StepRecord, tensors: tuple[int, ...], lsn: int) -> None:
+def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) -> None:
     """Count a step, and remember who made it.
 
     Args:
         steps: Those of the optimizer.
         record: The step.
-        tensors: Indices of all parameters that took part.
+        selection: What took part.
         lsn: Its number.
     """
     steps.lsn, steps.step = lsn, record.step + 1
     if record.workers:
         for name, request_id, clock in record.workers:
             # Whoever has its reply says so afterwards.
-            steps.workers.registry.made_step(name, Retained(request_id, steps.step, tensors, intact=False), clock)
+            steps.workers.registry.made_step(name, Retained(request_id, steps.step, selection, intact=False), clock)
         # The reply that lies there is no longer that of the last step, and may be overwritten.
         steps.main.retained = None
     else:
-        steps.main.retained = Retained(record.request_id, steps.step, tensors)
+        steps.main.retained = Retained(record.request_id, steps.step, selection)
 
 
 def apply_placement(

@@ -14,7 +14,7 @@ from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.gradient_mean import Gradient, merge
-from optserve_server.numerics.layout import Payload
+from optserve_server.numerics.layout import Payload, Selection
 
 if TYPE_CHECKING:
     from optserve_server.numerics.staging import Staging
@@ -92,11 +92,11 @@ class Consistency(abc.ABC):
             step: The present one.
         """
 
-    def check_tensors(self, tensors: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> None:  # noqa: B027
+    def check_alike(self, selection: Selection, others: Iterable[Selection]) -> None:  # noqa: B027
         """Raise INVALID_FIELD for one of other tensors than those with which it is to be merged.
 
         Args:
-            tensors: Indices of its parameters.
+            selection: What it is of.
             others: Those of the gradients that are there.
         """
 
@@ -258,10 +258,10 @@ class SyncConsistency(Consistency):
         if taken_at != step:
             raise refusals.gradient_late(name, step, taken_at)
 
-    def check_tensors(self, tensors: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> None:
+    def check_alike(self, selection: Selection, others: Iterable[Selection]) -> None:
         """See Consistency."""
         # All of them are alike.
-        if next(iter(others), tensors) != tensors:
+        if next(iter(others), selection) != selection:
             raise OptserveError(
                 Reason.INVALID_FIELD,
                 "The gradients of one step are of the same parameters; other workers' are of others.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -70,6 +70,7 @@ class Layout:
 
     Attributes:
         parameters: In the order of creation, which is also that of the contract's indices.
+        all_tensors: All indices.
         indices: Index of each parameter by name.
         starts: First element of each parameter in the arena of its dtype.
         sizes: Elements of each arena.
@@ -78,6 +79,7 @@ class Layout:
 
     def __init__(self, parameters: tuple[Parameter, ...]) -> None:
         self.parameters = parameters
+        self.all_tensors = tuple(range(len(parameters)))
         self.indices = {parameter.name: index for index, parameter in enumerate(parameters)}
         self.starts: list[int] = []
         self.sizes = dict.fromkeys(STATE_DTYPES, 0)
@@ -136,15 +138,98 @@ class Run:
     stop: int
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which parameters something is of, in the order in which they are on the wire; each of them whole.
+
+    Attributes:
+        listed: Their indices, as the contract and the journal list them: none for all.
+    """
+
+    listed: tuple[int, ...] = ()
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it is of all parameters, in their own order."""
+        return not self.listed
+
+    def __contains__(self, tensor: int) -> bool:
+        """Whether the parameter with an index is part of it."""
+        return not self.listed or tensor in self.listed
+
+    def tensors(self, layout: Layout) -> tuple[int, ...]:
+        """Their indices, each of them."""
+        return self.listed or layout.all_tensors
+
+    def within(self, layout: Layout) -> Selection:
+        """The same for the parameters of a model: ALL where it lists each of them in their own order."""
+        return ALL if self.listed == layout.all_tensors else self
+
+    def check(self, layout: Layout) -> None:
+        """Raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER where it cannot be of the parameters of a model."""
+        seen: set[int] = set()
+        for index in self.listed:
+            if index >= len(layout.parameters):
+                raise OptserveError(
+                    Reason.UNKNOWN_PARAMETER,
+                    f"There is no parameter {index}; the model has {len(layout.parameters)}.",
+                    field="tensors",
+                    parameter=index,
+                )
+            if index in seen:
+                name = layout.parameters[index].name
+                raise OptserveError(
+                    Reason.DUPLICATE_PARAMETER,
+                    f"Parameter {name!r} is listed twice in one step.",
+                    field="tensors",
+                    parameter=name,
+                )
+            seen.add(index)
+
+    def runs(self, layout: Layout, wire: np.dtype | None) -> Iterator[Run]:
+        """Where each of them is on the wire, one behind the other, and in its arena; neighbours are not joined.
+
+        Args:
+            layout: The model.
+            wire: Dtype on the wire; None for each parameter's own.
+        """
+        position = 0
+        for index in self.tensors(layout):
+            parameter, start = layout.parameters[index], layout.starts[index]
+            wire_dtype = parameter.dtype if wire is None else wire
+            end = position + parameter.size * wire_dtype.itemsize
+            yield Run(position, end, parameter.dtype, wire_dtype, start, start + parameter.size)
+            position = end
+
+
+ALL = Selection()
+"""All parameters."""
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[Run]:
+    """Runs of which those that are neighbours are one, without empty ones."""
+    last: Run | None = None
+    for run in runs:
+        if last is not None and last.dtype == run.dtype and last.stop == run.start:
+            last = Run(last.begin, run.end, run.dtype, run.wire, last.start, run.stop)
+            continue
+        if last is not None and last.stop > last.start:
+            yield last
+        last = run
+    if last is not None and last.stop > last.start:
+        yield last
+
+
 class Payload:
     """The bytes of one step, seen as one line: the tensors that take part, one after the other.
 
     Args:
         layout: The model.
-        tensors: Indices of the parameters that take part, without repetition.
+        selection: What takes part, which has been checked.
         wire: Dtype on the wire; None for each parameter's own.
 
     Attributes:
+        tensors: Indices of the parameters that take part.
         begins: Position of each tensor, in their order.
         places: (first byte, byte after the last) of each tensor, by index of its parameter.
         size_bytes: Of all.
@@ -152,30 +237,17 @@ class Payload:
         runs: The stretches of arenas that take part.
     """
 
-    def __init__(self, layout: Layout, tensors: tuple[int, ...], wire: np.dtype | None = None) -> None:
+    def __init__(self, layout: Layout, selection: Selection, wire: np.dtype | None = None) -> None:
         self.layout = layout
-        self.tensors = tensors
-        self.begins: list[int] = []
-        self.narrow = None
-        runs: list[Run] = []
-        position = 0
-        for index in tensors:
-            parameter, start = layout.parameters[index], layout.starts[index]
-            wire_dtype = parameter.dtype if wire is None else wire
-            if wire_dtype.itemsize < parameter.dtype.itemsize:
-                self.narrow = wire_dtype
-            end = position + parameter.size * wire_dtype.itemsize
-            run = Run(position, end, parameter.dtype, wire_dtype, start, start + parameter.size)
-            if runs and runs[-1].dtype == run.dtype and runs[-1].stop == run.start:
-                run = Run(runs[-1].begin, end, run.dtype, wire_dtype, runs[-1].start, run.stop)
-                runs.pop()
-            runs.append(run)
-            self.begins.append(position)
-            position = end
-        self.size_bytes = position
-        self.runs = tuple(run for run in runs if run.stop > run.start)
+        self.selection = selection
+        self.tensors = selection.tensors(layout)
+        each = list(selection.runs(layout, wire))
+        self.begins = [run.begin for run in each]
+        self.size_bytes = each[-1].end if each else 0
+        self.narrow = next((run.wire for run in each if run.wire.itemsize < run.dtype.itemsize), None)
+        self.runs = tuple(_joined(each))
         self._run_begins = [run.begin for run in self.runs]
-        self.places = dict(zip(tensors, pairwise((*self.begins, position)), strict=True))
+        self.places = dict(zip(self.tensors, pairwise((*self.begins, self.size_bytes)), strict=True))
 
     def parts(self, arenas: Arenas) -> list[np.ndarray]:
         """What the step has of some arenas, run by run."""
@@ -221,43 +293,22 @@ class Payloads:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._all = tuple(range(len(layout.parameters)))
         self._whole: dict[np.dtype | None, Payload] = {}
 
-    def named(self, tensors: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensors as a step names them: none for all."""
-        return () if tensors is self._all or tensors == self._all else tensors
-
-    def of(self, tensors: tuple[int, ...], wire: np.dtype | None) -> Payload:
+    def of(self, selection: Selection, wire: np.dtype | None) -> Payload:
         """The payload of a step.
 
         Args:
-            tensors: Indices of the parameters that take part; none for all.
+            selection: What takes part.
             wire: Dtype on the wire; None for each parameter's own.
 
         Raises:
             OptserveError: UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
         """
-        if not self.named(tensors):
+        selection = selection.within(self.layout)
+        if selection.is_all:
             if wire not in self._whole:
-                self._whole[wire] = Payload(self.layout, self._all, wire)
+                self._whole[wire] = Payload(self.layout, ALL, wire)
             return self._whole[wire]
-        seen: set[int] = set()
-        for index in tensors:
-            if index >= len(self._all):
-                raise OptserveError(
-                    Reason.UNKNOWN_PARAMETER,
-                    f"There is no parameter {index}; the model has {len(self._all)}.",
-                    field="tensors",
-                    parameter=index,
-                )
-            if index in seen:
-                name = self.layout.parameters[index].name
-                raise OptserveError(
-                    Reason.DUPLICATE_PARAMETER,
-                    f"Parameter {name!r} is listed twice in one step.",
-                    field="tensors",
-                    parameter=name,
-                )
-            seen.add(index)
-        return Payload(self.layout, tensors, wire)
+        selection.check(self.layout)
+        return Payload(self.layout, selection, wire)

@@ -24,7 +24,7 @@ from optserve_server.engine.records import (
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Retained
 from optserve_server.engine.transition import Replacement
-from optserve_server.numerics.layout import Run
+from optserve_server.numerics.layout import ALL, Run, Selection
 from optserve_server.numerics.state import Prepared
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Record
@@ -57,7 +57,10 @@ class Replay:
         if header["retained"]:
             retained = header["retained"]
             item.steps.main.retained = Retained(
-                retained["request_id"], retained["step"], tuple(retained["tensors"]), retained["intact"]
+                retained["request_id"],
+                retained["step"],
+                Selection(tuple(retained["tensors"])).within(item.layout),
+                retained["intact"],
             )
         with item.steps.held_still() as state:
             saved.load(state, item.steps.main.staging)
@@ -99,7 +102,7 @@ class Replay:
         self._newest_piece.pop(name, None)
 
     def _step(self, item: Optimizer, record: StepRecord, lsn: int) -> None:
-        payload = item.steps.payloads.of(record.tensors, None)
+        payload = item.steps.payloads.of(record.selection, None)
         operands, runs = item.steps.main.staging.operands, payload.runs
         given = [
             record.operands[begin : begin + len(runs)] for begin in range(0, len(record.operands), max(len(runs), 1))
@@ -118,11 +121,11 @@ class Replay:
         prepared = Prepared(clip.within(parts) if clip else None, covered=False)
         transition.apply_step(item.state, operands, behind, record, prepared)
         if lsn > item.steps.lsn:
-            transition.note_step(item.steps, record, payload.tensors, lsn)
+            transition.note_step(item.steps, record, payload.selection, lsn)
         self._last_step[item.id] = lsn
 
     def _place(self, item: Optimizer, record: PlacementRecord, lsn: int) -> None:
-        runs = item.steps.payloads.of((), None).runs
+        runs = item.steps.payloads.of(ALL, None).runs
         transition.apply_placement(item.state, runs, record, partial(self._behind, item.id, lsn))
         if lsn > item.steps.lsn:
             transition.note_placement(item.steps, record, lsn)

@@ -179,16 +179,16 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "step": item.steps.step,
             "lsn": item.steps.lsn,
             "placed_by": item.steps.placed_by,
-            "retained": _retained(retained) if retained else None,
+            "retained": _retained(retained, item.layout) if retained else None,
             "workers": item.steps.workers.registry.to_json(),
         }
 
 
-def _retained(retained: Retained) -> dict[str, Any]:
+def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:
     return {
         "request_id": retained.request_id,
         "step": retained.step,
-        "tensors": retained.tensors,
+        "tensors": retained.selection.tensors(layout),
         "intact": retained.intact,
     }
 

@@ -9,7 +9,7 @@ import numpy as np
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.engine.registry import Optimizer
-from optserve_server.numerics.layout import Layout, Parameter, Payload
+from optserve_server.numerics.layout import ALL, Layout, Parameter, Payload
 from optserve_server.numerics.settings import PARAMETER, Settings
 from optserve_server.persistence.checkpoints import Checkpoints
 from optserve_server.persistence.state_file import StateFile
@@ -39,7 +39,7 @@ class StateImport:
         self._checkpoints = checkpoints
         self._optimizer = optimizer
         self._slots = optimizer.settings.arrays
-        self._payload = Payload(optimizer.layout, tuple(range(len(optimizer.layout.parameters))))
+        self._payload = Payload(optimizer.layout, ALL)
         self._coverage = Coverage()
         self._staged = staged
 

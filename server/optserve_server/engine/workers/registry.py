@@ -12,6 +12,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import Retained, Step
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.worker_slot import WorkerSlot
+from optserve_server.numerics.layout import Selection
 
 MAX_NAMED = 8
 """Workers that an error names."""
@@ -227,7 +228,7 @@ class WorkerRegistry:
     def to_json(self) -> dict[str, Any]:
         """What is known of all workers, as it is written down."""
         return {
-            worker.name: [worker.clock, retained.request_id, retained.step, retained.tensors]
+            worker.name: [worker.clock, retained.request_id, retained.step, retained.selection.listed]
             for worker in self
             if (retained := worker.step_slot.retained) is not None
         }
@@ -235,7 +236,7 @@ class WorkerRegistry:
     def from_json(self, content: dict[str, Any]) -> None:
         """The reverse of `to_json`."""
         for name, (clock, request_id, step, tensors) in content.items():
-            self.made_step(name, Retained(request_id, step, tuple(tensors), intact=False), clock)
+            self.made_step(name, Retained(request_id, step, Selection(tuple(tensors)), intact=False), clock)
 
 
 def _names(workers: list[Worker]) -> str:

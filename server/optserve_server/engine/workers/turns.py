@@ -187,7 +187,7 @@ class Turns:
         """A worker's gradient is there: apply it, or what it completes, if its turn has come."""
         consistency.check_gradient(self._name, step.parameters_step, self._owner.step)
         others = (other.contribution for other in self._giving if other is not worker)
-        consistency.check_tensors(step.payload.tensors, (other.payload.tensors for other in others if other))
+        consistency.check_alike(step.payload.selection, (other.payload.selection for other in others if other))
         worker.contribution = step
         self._giving.add(worker)
         if consistency.may_apply(worker.clock, len(self._giving), self._registry):
