@@ -361,7 +361,7 @@ def test_an_optimizer_that_nobody_uses_any_more_gives_its_stream_back(tmp_path):
         threads = threading.active_count()
         for _ in range(20):
             opt = client.optimizer("o0")
-            opt._session.open_request.name = "optimizers/nobody"
+            opt._session.streams.open_request.name = "optimizers/nobody"
             with pytest.raises(optserve.StepsLostError):
                 opt.step(g)
         assert threading.active_count() <= threads + 5

@@ -18,6 +18,7 @@ from optserve._steps.incremental import GrowingGradients, StepUnderWay
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.shared_memory import GRADIENT, Lent
+from optserve._steps.streams import Known, Streams
 from optserve._steps.updates import Updates
 from optserve.errors import InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
@@ -51,17 +52,17 @@ class Optimizer(Resource):
             max_chunk_bytes=connection.config.max_chunk_bytes,
             worker=worker,
         )
-        self._session = StepSession(
+        streams = Streams(
             connection,
             open_request,
-            message.step,
-            message.lineage,
+            Known(message.step, message.lineage, message.create_time),
             self._model.sizes,
-            create_time=message.create_time,
             must_share=must_share,
             takes_curvature=self._model.takes_curvature,
-            register=register,
-            feedback=ErrorFeedback() if error_feedback and self._wire is not None else None,
+        )
+        rounds = error_feedback and self._wire is not None
+        self._session = StepSession(
+            connection, streams, register=register, feedback=ErrorFeedback() if rounds else None
         )
         self._lent: Lent | None = None
 
@@ -72,7 +73,7 @@ class Optimizer(Resource):
     @property
     def current_step(self) -> int:
         """Steps that the server has applied, as far as this object knows."""
-        return self._session.current_step
+        return self._session.known.step
 
     @property
     def steps_made(self) -> int:
@@ -317,7 +318,7 @@ class Optimizer(Resource):
 
         def read() -> tuple[int, str]:
             found = self._get()
-            self._session.create_time = found.create_time
+            self._session.known.create_time = found.create_time
             return found.step, found.lineage
 
         self._session.refresh(read)

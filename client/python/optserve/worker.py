@@ -207,7 +207,7 @@ class Worker:
 
     def _go_on_after(self, last_request_id: str) -> None:
         """Count on from the last step that was made under this worker's name, as the life that was begun."""
-        self._session.open_request.life = self._life
+        self._session.streams.open_request.life = self._life
         self._session.life.go_on_after(last_request_id)
 
     def _register(self) -> replicas_pb2.ReportWorkerResponse:

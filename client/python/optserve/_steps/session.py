@@ -8,34 +8,27 @@ it may even then be about to be applied, it stays unsettled until a later step i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from google.protobuf.timestamp_pb2 import Timestamp
 
-from optserve import _reasons
 from optserve._rpc.connection import Backoff, Transport
 from optserve._rpc.deadline import Patience, Turn
 from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.gradients import Gradients
-from optserve._steps.lives import Life
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.shared_memory import SharedStaging
-from optserve._steps.sharing import Sharing
 from optserve._steps.stream import StepRefused, StepStream
+from optserve._steps.streams import Streams
 from optserve._steps.updates import Updates
-from optserve._steps.verdict import Action, Ending, Verdict, judge, next_try
+from optserve._steps.verdict import Action, Ending, NotApplied, Verdict, judge, next_try
 from optserve.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
-    NotFoundError,
     OptserveError,
-    StateReplacedError,
     StepInDoubtError,
-    StepsLostError,
-    UnavailableError,
     WrongStepError,
 )
 from optserve.v1 import steps_pb2
@@ -49,11 +42,15 @@ _LEAVE_WAIT_S = 2.0
 class StepSession:
     """One optimizer's stream and what is known of its steps. Safe to use from several threads.
 
+    Args:
+        connection: To the server.
+        streams: Those that its steps take.
+        register: Makes the server know the worker once more; None where there is none.
+        feedback: Adds what rounding has left out; None where nothing is rounded, or that is not wanted.
+
     Attributes:
-        open_request: What a stream is opened with.
-        current_step: Steps that the server has applied, as far as is known.
-        lineage: Says which state these steps are of.
-        create_time: Says of which optimizer of that name.
+        streams: Likewise.
+        known: What is known of the optimizer.
         at_step: The step of the parameters that gradients are taken at, for a worker among several.
         life: Makes the request ids, and counts the steps.
         staleness: Steps of others between those parameters and the last step.
@@ -64,34 +61,24 @@ class StepSession:
     def __init__(
         self,
         connection: Transport,
-        open_request: steps_pb2.Open,
-        step: int,
-        lineage: str,
-        sizes: Sequence[tuple[int, int]],
+        streams: Streams,
         *,
-        create_time: Timestamp,
-        must_share: bool = False,
-        takes_curvature: bool = False,
         register: Callable[[], object] | None = None,
         feedback: ErrorFeedback | None = None,
     ) -> None:
-        self._register = register
+        self.known = streams.known
+        self.life = streams.life
         self.at_step: int | None = None
-        self.life = Life(open_request.worker)
         self.staleness = 0
         self.gradient_norm: float | None = None
-        self._connection = connection
-        self._sharing = Sharing(connection, open_request, must_share=must_share)
-        self._sizes = sizes
-        self._takes_curvature = takes_curvature
-        self.open_request = open_request
-        self.current_step = step
-        self.lineage = lineage
-        self.create_time = create_time
-        self._only_one = Turn(connection.clock)
-        self._stream: StepStream | None = None
-        self._patience: Patience | None = None
         self.outcomes = Outcomes(feedback)
+        self._connection = connection
+        self.streams = streams
+        self._is_worker = bool(streams.open_request.worker)
+        self._name = streams.name
+        self._register = register
+        self._only_one = Turn(connection.clock)
+        self._patience: Patience | None = None
 
     def step(self, gradients: Gradients, updates: Updates, patience: Patience) -> str:
         """Make one new step; gives its request id.
@@ -107,7 +94,7 @@ class StepSession:
             self.outcomes.begin(request_id, gradients)
             try:
                 self._exchange(request_id, gradients, updates, patience)
-            except _NotApplied as refusal:
+            except NotApplied as refusal:
                 self.outcomes.refused(request_id)
                 # The server may have come to commit an interrupted step only after it was asked about it.
                 if self.outcomes.unsettled and isinstance(refusal.error, WrongStepError):
@@ -145,7 +132,7 @@ class StepSession:
             updates = make_updates(list(opened.last_tensors))
             try:
                 self._exchange(opened.last_request_id, None, updates, patience)
-            except _NotApplied as refusal:
+            except NotApplied as refusal:
                 raise refusal.error from None
             self.outcomes.applied(opened.last_request_id)
             self.outcomes.received(opened.last_request_id)
@@ -155,11 +142,11 @@ class StepSession:
         patience = self._connection.patience(self._connection.config.timeout_s)
         with self._turn(patience):
             step, lineage = read()
-            state_is_another = lineage != self.lineage or step < self.current_step
-            self.current_step = step
+            state_is_another = lineage != self.known.lineage or step < self.known.step
+            self.known.step = step
             if state_is_another:
-                self._close_stream()
-                self.lineage = lineage
+                self.streams.close()
+                self.known.lineage = lineage
             elif self.outcomes.errors_are_undecided:
                 self.outcomes.applied(self._reopened(patience).opened.last_request_id)
             self.outcomes.forget(state_is_another=state_is_another)
@@ -167,7 +154,7 @@ class StepSession:
     def stream(self, patience: Patience) -> StepStream:
         """The stream of the next step, opened if it is not open."""
         with self._turn(patience):
-            return self._opened(patience)
+            return self.streams.get(patience)
 
     def cancel(self) -> None:
         """Interrupt the step that is being made, if there is one; it raises in its thread."""
@@ -186,18 +173,14 @@ class StepSession:
             logger.debug("%s", error)
             return
         try:
-            self._close_stream()
+            self.streams.close()
         finally:
             self._only_one.give_back()
 
     def close(self) -> None:
         """Close the stream; the next step opens another."""
         with self._turn(self._connection.patience(self._connection.config.timeout_s)):
-            self._close_stream()
-
-    @property
-    def _name(self) -> str:
-        return repr(self.open_request.name.removeprefix("optimizers/"))
+            self.streams.close()
 
     @contextmanager
     def _turn(self, patience: Patience) -> Iterator[None]:
@@ -232,15 +215,15 @@ class StepSession:
         opened = self._reopened(patience).opened
         if opened.last_request_id in self.outcomes.unsettled:
             self.outcomes.applied(opened.last_request_id)
-            self.current_step = opened.step
+            self.known.step = opened.step
             raise StepInDoubtError(
                 f"The interrupted step of {self._name} had been applied. Call replay() for its updates, or refresh() "
                 "to go on without them."
             )
         # What a worker has done is told worker by worker, so whatever its last step is not was not applied.
-        if opened.step != self.current_step and not self.open_request.worker:
+        if opened.step != self.known.step and not self._is_worker:
             raise StepInDoubtError(
-                f"{self._name} is at step {opened.step}, not {self.current_step}: somebody else steps it, and whether "
+                f"{self._name} is at step {opened.step}, not {self.known.step}: somebody else steps it, and whether "
                 "the interrupted step was applied is no longer known. Call refresh() to go on."
             )
 
@@ -255,7 +238,7 @@ class StepSession:
         """Send a step until it is answered; without gradients, ask for the reply of one that has been applied.
 
         Raises:
-            _NotApplied: The server has refused it at the first try, so it was certainly not applied.
+            NotApplied: The server has refused it at the first try, so it was certainly not applied.
             OptserveError: Anything else, after which that is open.
         """
         backoff: Backoff | None = None
@@ -265,7 +248,7 @@ class StepSession:
         while True:
             sent = False
             try:
-                stream = self._stream or self._opened(patience)
+                stream = self.streams.now or self.streams.get(patience)
                 # What has been applied is only asked for again; the gradients need not travel.
                 applied = stream.opened.last_request_id == request_id
                 if gradients is not None and not applied:
@@ -281,11 +264,11 @@ class StepSession:
                 error, ending = refusal.error, Ending.REFUSED
                 self.life.note(error)
             except OptserveError as lost:
-                self._close_stream()
+                self.streams.close()
                 error, ending = lost, Ending.LOST if sent else Ending.NOT_SENT
             # KeyboardInterrupt above all: what is still on its way must not be taken for a later step's reply.
             except BaseException:
-                self._close_stream()
+                self.streams.close()
                 raise
             else:
                 # An error that is kept keeps the frames that it came through, and with them the caller's arrays.
@@ -299,10 +282,10 @@ class StepSession:
     def _carry_out(self, verdict: Verdict, error: OptserveError, patience: Patience, backoff: Backoff) -> None:
         """Do what a verdict says: return for another try, or raise what the step ends with."""
         if verdict.closes_stream:
-            self._close_stream()
+            self.streams.close()
         match verdict.action:
             case Action.NOT_APPLIED:
-                raise _NotApplied(error)
+                raise NotApplied(error)
             case Action.IN_DOUBT:
                 raise StepInDoubtError(
                     f"The connection was lost in the middle of a step of {self._name}, and then: {error.message} "
@@ -314,7 +297,7 @@ class StepSession:
                 try:
                     self._pause(patience, backoff, error, action)
                 except OptserveError as ended:
-                    raise ended if verdict.in_doubt else _NotApplied(ended) from None
+                    raise ended if verdict.in_doubt else NotApplied(ended) from None
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError, action: Action) -> None:
         """Do what is to be done before a step or a stream is tried again."""
@@ -324,7 +307,7 @@ class StepSession:
 
     def _take(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Take a step's result; `known` if this object has sent the step before, or asks for a reply."""
-        self.current_step, self.staleness = result.step, result.staleness
+        self.known.step, self.staleness = result.step, result.staleness
         self.gradient_norm = result.gradient_norm if result.HasField("gradient_norm") else None
         if result.replayed and not known:
             raise InternalError(
@@ -336,8 +319,8 @@ class StepSession:
         request = steps_pb2.StreamStepsRequest()
         begin = request.begin
         begin.request_id = request_id
-        if not self.open_request.worker:
-            begin.expected_step = self.current_step
+        if not self._is_worker:
+            begin.expected_step = self.known.step
         elif self.at_step is not None:
             begin.parameters_step = self.at_step
         return request
@@ -347,96 +330,21 @@ class StepSession:
         received = updates.begun and any(
             np.may_share_memory(gradient, update) for gradient in gradients.arrays for update in updates.arrays
         )
-        if received or (shared is not None and shared.has_overwritten(self.current_step + 1, gradients.arrays)):
+        if received or (shared is not None and shared.has_overwritten(self.known.step + 1, gradients.arrays)):
             raise StepInDoubtError(
                 f"The connection was lost in the middle of a step of {self._name}, whose updates had begun to take the "
                 "place of its gradients, and the server has lost that step. Call refresh() and step again."
-            )
-
-    def _opened(self, patience: Patience) -> StepStream:
-        if self._stream is None:
-            pauses = self._sharing.pauses()
-            while self._sharing.may_begin_soon(stream := self._open(patience)):
-                # The server may not have noticed yet that the stream before is gone.
-                pause_s = next(pauses, None)
-                if pause_s is None:
-                    break
-                stream.close()
-                patience.pause(pause_s, UnavailableError(f"Memory is not shared again: {stream.transport_reason}."))
-            try:
-                self._sharing.check(stream, patience)
-            except OptserveError:
-                stream.close()
-                raise
-            self._stream = stream
-        return self._stream
-
-    def _open(self, patience: Patience) -> StepStream:
-        try:
-            stream = StepStream(
-                self._connection, self.open_request, patience, self._sizes, takes_curvature=self._takes_curvature
-            )
-        except NotFoundError as error:
-            if self.current_step == 0:
-                raise
-            raise StepsLostError(
-                f"This client has seen step {self.current_step} of {self._name}; the server has no such optimizer "
-                "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
-            ) from error
-        except OptserveError as error:
-            # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
-            self._sharing.has_shared = True
-            self.life.note(error)
-            raise
-        try:
-            self._check_state(stream.opened)
-            self.life.check_last(stream.opened.last_request_id)
-        except OptserveError:
-            stream.close()
-            raise
-        return stream
-
-    def _check_state(self, opened: steps_pb2.Opened) -> None:
-        """Raise unless the server has the state that this client knows."""
-        if opened.HasField("create_time") and opened.create_time != self.create_time:
-            raise StateReplacedError(
-                f"{self._name} has been deleted and made anew since this client last looked; it is at step "
-                f"{opened.step}. Get it anew from the client; or refresh() and go on, if its parameters are the same.",
-                reason=_reasons.STATE_REPLACED,
-            )
-        if opened.step < self.current_step:
-            raise StepsLostError(
-                f"This client has seen step {self.current_step} of {self._name}; the server is back at step "
-                f"{opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on from there."
-            )
-        if opened.lineage != self.lineage:
-            raise StateReplacedError(
-                f"The state of {self._name} is another one than this client knew: restored, imported, or that of a new "
-                f"optimizer; it is at step {opened.step}. Call refresh() to go on with it."
             )
 
     def _reopened(self, patience: Patience) -> StepStream:
         """A new stream: what the server says when a stream is opened is true of that moment only."""
         backoff = Backoff(self._connection.config, self._connection.clock)
         while True:
-            self._close_stream()
+            self.streams.close()
             try:
-                return self._opened(patience)
+                return self.streams.get(patience)
             except OptserveError as error:
                 action = next_try(error, can_register=self._register is not None)
                 if action is None:
                     raise
                 self._pause(patience, backoff, error, action)
-
-    def _close_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
-
-
-class _NotApplied(Exception):
-    """A step was refused, and certainly not applied; `error` says why."""
-
-    def __init__(self, error: OptserveError) -> None:
-        super().__init__(error)
-        self.error = error

@@ -95,3 +95,11 @@ def next_try(error: OptserveError, *, can_register: bool) -> Action | None:
         # The server was started anew, or has not heard of this worker for long.
         return Action.REGISTER
     return Action.RETRY if is_retryable(error) else None
+
+
+class NotApplied(Exception):
+    """A step was refused, and certainly not applied; `error` says why."""
+
+    def __init__(self, error: OptserveError) -> None:
+        super().__init__(error)
+        self.error = error
