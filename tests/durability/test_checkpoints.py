@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.checkpoint_store import FolderStore, TemporaryStore
 from optserve_server.persistence.checkpoints import Checkpoints
+from optserve_server.persistence.disk import Disk
 from service.attacks import wait_until
 
 
@@ -343,28 +345,34 @@ def test_names_that_look_like_leftovers_are_no_leftovers(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["a", "model.tmp"]
 
 
-def test_a_name_that_could_not_be_made_durable_is_made_so_by_the_retry(tmp_path, folder, monkeypatch):
-    from optserve_server.persistence import checkpoint_store
+class DiskThatForgetsNames(Disk):
+    """Folders are not made durable while it fails."""
 
-    server, checkpoints = folder
+    def __init__(self) -> None:
+        self.fails = True
+        self.synced = []
+
+    def sync_path(self, path: Path) -> None:
+        if self.fails:
+            raise OSError(errno.EIO, "Input/output error")
+        self.synced.append(path)
+        super().sync_path(path)
+
+
+def test_a_name_that_could_not_be_made_durable_is_made_so_by_the_retry(tmp_path, folder):
+    server, _ = folder
     server.create()
-    synced = []
-    real = checkpoint_store.sync_folder
-
-    def fails(_path):
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_store, "sync_folder", fails)
-        for _ in range(2):
-            with pytest.raises(OptserveError, match="Input/output error"):
-                checkpoints.save("a", "one", request_id="save")
-        patch.setattr(checkpoint_store, "sync_folder", lambda path: (synced.append(path), real(path)))
-        checkpoints.save("a", "one", request_id="save")
-        assert synced == [tmp_path / "checkpoints/a", tmp_path / "checkpoints", tmp_path]
-        patch.setattr(checkpoint_store, "sync_folder", fails)
+    disk = DiskThatForgetsNames()
+    checkpoints = Checkpoints(server.optimizers, FolderStore(tmp_path / "checkpoints", disk=disk), max_checkpoints=3)
+    for _ in range(2):
         with pytest.raises(OptserveError, match="Input/output error"):
-            checkpoints.delete("a", "one")
+            checkpoints.save("a", "one", request_id="save")
+    disk.fails = False
+    checkpoints.save("a", "one", request_id="save")
+    assert disk.synced == [tmp_path / "checkpoints/a", tmp_path / "checkpoints", tmp_path]
+    disk.fails = True
+    with pytest.raises(OptserveError, match="Input/output error"):
+        checkpoints.delete("a", "one")
 
 
 def test_a_checkpoint_from_before_a_hyperparameter_is_restored_with_its_default(folder, monkeypatch):

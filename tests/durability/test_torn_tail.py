@@ -6,10 +6,12 @@ import struct
 import time
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from optserve_server.persistence import journal
+from optserve_server.persistence.disk import Disk
 from optserve_server.persistence.journal import CorruptionError, Journal, Reader
 from optserve_server.persistence.journal import format as on_disk
 from present import present
@@ -235,25 +237,35 @@ class Killed(BaseException):
     """The process ends."""
 
 
-def test_the_segment_that_is_noted_stays_until_another_one_is_noted(tmp_path, monkeypatch):
-    def kill(folder, segment):
-        raise Killed
+class DiskOfTheDying(Disk):
+    """The process ends where it would note a segment."""
 
-    def leave_off(work, *arguments) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr("optserve_server.persistence.journal.writer.set_newest", kill)
-            with pytest.raises(Killed):
-                work(*arguments)
+    def open(self, path: Path, flags: int) -> int:
+        if path.name == "NEWEST_SEGMENT.tmp":
+            raise Killed
+        return super().open(path, flags)
+
+    def unlink(self, path: Path, *, missing_ok: bool = False) -> None:
+        if path.name == "NEWEST_SEGMENT":
+            raise Killed
+        super().unlink(path, missing_ok=missing_ok)
+
+
+def test_the_segment_that_is_noted_stays_until_another_one_is_noted(tmp_path):
+    def dying() -> Journal:
+        return Journal(tmp_path, 2, segment_bytes=4096, disk=DiskOfTheDying())
 
     writer = Journal(tmp_path, 1, segment_bytes=4096)
     writer.append(STEP, b"", [b"x"])
     writer.close()
     # The next segment has its name and is not noted yet.
-    leave_off(Journal(tmp_path, 2, segment_bytes=4096).append, STEP, b"", [b"y"])
+    with pytest.raises(Killed):
+        dying().append(STEP, b"", [b"y"])
     assert len(journal.segment_paths(tmp_path)) == 2
     assert is_read(tmp_path)[0] == [1]
     # A snapshot takes the place of both.
-    leave_off(Journal(tmp_path, 2, segment_bytes=4096).cut_before, 2)
+    with pytest.raises(Killed):
+        dying().cut_before(2)
     reader = Reader(tmp_path, 1)
     assert not list(reader)
     writer = Journal(tmp_path, reader.next_lsn, segment_bytes=4096)

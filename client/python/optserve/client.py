@@ -53,10 +53,16 @@ def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None)
 
 
 class Client:
-    """A connection to one server. Safe to use from several threads; not in a forked process."""
+    """A connection to one server. Safe to use from several threads; not in a forked process.
 
-    def __init__(self, target: str, config: ClientConfig) -> None:
-        self._transport = Transport(target, config)
+    Args:
+        target: The server.
+        config: Its settings.
+        transport: The connection, where it is made already.
+    """
+
+    def __init__(self, target: str, config: ClientConfig, transport: Transport | None = None) -> None:
+        self._transport = transport or Transport(target, config)
         try:
             host_id = self.server_info(timeout_s=config.connect_timeout_s).host_id
             self._transport.same_host = bool(host_id) and host_id == sysv.host_id()

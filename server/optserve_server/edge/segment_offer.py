@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 
+from optserve._common.clock import Lock
 from optserve.v1 import steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.edge import messages
@@ -32,7 +33,7 @@ class SegmentOffer:
     def __init__(
         self,
         segment: Segment,
-        one_at_a_time: threading.Lock,
+        one_at_a_time: Lock,
         answer: Callable[[bytes], Generator[bytes]],
         unshare: Callable[[Segment], None],
         receive_s: float,

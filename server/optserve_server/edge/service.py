@@ -54,6 +54,7 @@ class Servicer:
         config: ServerConfig,
         clock: Clock = SYSTEM,
     ) -> None:
+        self._clock = clock
         self._optimizers = optimizers
         self._checkpoints = checkpoints
         self._drain_gate = drain_gate
@@ -143,7 +144,9 @@ class Servicer:
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""
-        stream = StepStream(self._optimizers, self._drain_gate, self._upload_limiter, self._config, to_status)
+        stream = StepStream(
+            self._optimizers, self._drain_gate, self._upload_limiter, self._config, to_status, self._clock
+        )
         context.add_callback(stream.interrupt)
         try:
             # A half-close ends the loop and commits nothing.

@@ -8,13 +8,13 @@ closed ──open──> idle ──begin──> staging ──commit──> idl
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from enum import Enum, auto
 
 import numpy as np
 from google.rpc import status_pb2
 
+from optserve._common.clock import SYSTEM, Clock
 from optserve._common.wire import RequestFrame, decode_request, encode
 from optserve.v1 import service_pb2, steps_pb2
 from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
@@ -55,6 +55,7 @@ class StepStream:
         upload_limiter: Passed by the steps of workers that announce them.
         config: For the limits.
         to_status: Turns any exception of a step into the status that the client gets.
+        clock: The time.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class StepStream:
         upload_limiter: UploadLimiter,
         config: ServerConfig,
         to_status: Callable[[Exception], status_pb2.Status],
+        clock: Clock = SYSTEM,
     ) -> None:
+        self._clock = clock
         self._optimizers = optimizers
         self._drain_gate = drain_gate
         self._upload_limiter = upload_limiter
@@ -76,7 +79,7 @@ class StepStream:
         self._wire: np.dtype | None = None
         self._lineage = ""
         # Messages come through the stream, or through its control socket.
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = clock.lock()
         self._place = current()
         self._offer: SegmentOffer | None = None
         self._reply_chunk_bytes = config.sent_chunk_bytes
@@ -95,7 +98,7 @@ class StepStream:
         step = self._step
         if step is not None and self._worker:
             step.given_up = True
-            threading.Thread(target=self._optimizer.steps.workers.wake, name="wake", daemon=True).start()
+            self._clock.thread(self._optimizer.steps.workers.wake, "wake").start()
 
     def handle(self, raw: bytes) -> Iterator[bytes]:
         """Carry out the parts of one message, in the order of their numbers.

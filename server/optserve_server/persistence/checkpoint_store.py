@@ -11,8 +11,7 @@ from typing import BinaryIO, Protocol
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.persistence import files
-from optserve_server.persistence.journal import sync_folder
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 
 _SUFFIX = ".safetensors"
 _TEMPORARY = ".new-"
@@ -58,7 +57,13 @@ class Limits:
 
 
 class Store(Protocol):
-    """Files by optimizer and tag, both of which are known to be harmless as names. Safe to use from several threads."""
+    """Files by optimizer and tag, both of which are known to be harmless as names. Safe to use from several threads.
+
+    Attributes:
+        disk: Where its files are.
+    """
+
+    disk: Disk
 
     def temporary(self) -> BinaryIO:
         """A new file, which is gone once closed unless it is kept."""
@@ -101,6 +106,7 @@ class FolderStore:
         limits: Of all files.
         check_in_place: Called before something is written; raises what a call is refused with then.
         clock: The time.
+        disk: Where the folder is.
     """
 
     def __init__(
@@ -109,23 +115,25 @@ class FolderStore:
         limits: Limits | None = None,
         check_in_place: Callable[[], None] = lambda: None,
         clock: Clock = SYSTEM,
+        disk: Disk = SYSTEM_DISK,
     ) -> None:
         self._path = path
+        self.disk = disk
         self._limits = limits or Limits()
         self._check_in_place = check_in_place
         self._lock = clock.lock()
         self._sizes = self._measured()
         # No optimizer's name begins with a dot.
         for leftover in path.glob(f"{_TEMPORARY}*"):
-            leftover.unlink()
+            disk.unlink(leftover)
 
     def temporary(self) -> BinaryIO:  # noqa: D102 - see Store
         self._check_in_place()
-        files.make_folder(self._path)
-        return tempfile.NamedTemporaryFile(dir=self._path, prefix=_TEMPORARY)  # pyright: ignore[reportReturnType]
+        self.disk.make_folder(self._path)
+        return self.disk.temporary(self._path, _TEMPORARY)
 
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:  # noqa: D102
-        os.fsync(file.fileno())
+        self.disk.sync(file.fileno())
         target = self._file(optimizer, tag)
         # A second name, because a temporary file removes its own when it is closed.
         second = self._path / f"{Path(file.name).name}-kept"
@@ -135,11 +143,11 @@ class FolderStore:
                 raise FileExistsError(target)
             self._check_room((optimizer, tag), size_bytes)
             try:
-                os.link(file.name, second)
-                files.make_folder(target.parent)
-                second.replace(target)
+                self.disk.link(Path(file.name), second)
+                self.disk.make_folder(target.parent)
+                self.disk.rename(second, target)
             finally:
-                second.unlink(missing_ok=True)
+                self.disk.unlink(second, missing_ok=True)
             self._sizes[optimizer, tag] = size_bytes
             self._sync(target.parent)
 
@@ -179,7 +187,7 @@ class FolderStore:
         path = self._file(optimizer, tag)
         with self._lock:
             self._sizes.pop((optimizer, tag), None)
-            path.unlink()
+            self.disk.unlink(path)
             self._sync(path.parent)
 
     def _file(self, optimizer: str, tag: str) -> Path:
@@ -188,7 +196,7 @@ class FolderStore:
     def _sync(self, folder: Path) -> None:
         """Make the names of a folder durable, and those of the folders that it is in."""
         for each in (folder, self._path, self._path.parent):
-            sync_folder(each)
+            self.disk.sync_path(each)
 
 
 class TemporaryStore:
@@ -203,6 +211,7 @@ class TemporaryStore:
         limits = limits or Limits()
         self._limits = replace(limits, max_files=min(limits.max_files, MAX_TEMPORARY))
         self._lock = clock.lock()
+        self.disk = SYSTEM_DISK
         self._files: dict[Key, BinaryIO] = {}
         self._sizes: dict[Key, int] = {}
 

@@ -197,7 +197,7 @@ class Checkpoints:
                     request_id,
                     optimizer.steps.placed_by,
                 )
-                exported = StateFile(file, description)
+                exported = StateFile(file, description, disk=self._store.disk)
                 if to_keep_as:
                     _check_readable(optimizer, exported)
                     self._store.check_room(optimizer.id, to_keep_as, exported.size_bytes)
@@ -215,7 +215,7 @@ class Checkpoints:
         description = Description(optimizer.id, optimizer.layout, optimizer.settings, 0, self._clock.now())
         with self._place(), closing(self._temporary()) as file:
             with disk_errors():
-                staged = StateFile.create(file, description)
+                staged = StateFile.create(file, description, self._store.disk)
             yield staged
 
     def _temporary(self) -> BinaryIO:

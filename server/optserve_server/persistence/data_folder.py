@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from optserve_server.engine import records
 from optserve_server.engine.records import Change
 from optserve_server.engine.registry import Optimizers
 from optserve_server.persistence import recovery, snapshot
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
 from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths, set_newest
 from optserve_server.persistence.upkeep import Upkeep
@@ -52,8 +52,9 @@ class Recovered:
 class _Unjournalled:
     """Stands in for the journal where there is none: numbers the changes and forgets them."""
 
-    def __init__(self, folder: Path, next_lsn: int, clock: Clock) -> None:
+    def __init__(self, folder: Path, next_lsn: int, clock: Clock, disk: Disk) -> None:
         self._folder = folder
+        self._disk = disk
         self._lock = clock.lock()
         self.last_lsn = next_lsn - 1
         self.bytes_written = 0
@@ -67,9 +68,9 @@ class _Unjournalled:
     def cut_before(self, lsn: int) -> None:  # noqa: ARG002
         """Remove what an earlier server with a journal has left; it has been recovered and is in the snapshot."""
         if paths := segment_paths(self._folder):
-            set_newest(self._folder, None)
+            set_newest(self._folder, None, self._disk)
             for path in paths:
-                path.unlink()
+                self._disk.unlink(path)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -84,6 +85,7 @@ class DataFolder:
         segment_bytes: Size of a journal segment.
         interval_s: Take snapshots so often, and keep no journal; 0 for a journal.
         clock: The time.
+        disk: Where the folder is.
 
     Raises:
         JournalError: It cannot be used, or another server uses it.
@@ -98,8 +100,10 @@ class DataFolder:
         segment_bytes: int,
         interval_s: float = 0.0,
         clock: Clock = SYSTEM,
+        disk: Disk = SYSTEM_DISK,
     ) -> None:
         self._path = path
+        self._disk = disk
         self._clock, self._monotonic = clock, clock.monotonic
         self._snapshot_bytes = snapshot_bytes
         self._segment_bytes = segment_bytes
@@ -115,7 +119,7 @@ class DataFolder:
         self._snapshotter: Thread | None = None
         self._is_in_place = True
         self._on_moved: Callable[[bool], None] = lambda _in_place: None
-        self._lock = FolderLock(path)
+        self._lock = FolderLock(path, disk)
 
     @property
     def problem(self) -> str:
@@ -185,7 +189,7 @@ class DataFolder:
             self._tell_of_lost_steps()
             for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
                 if leftover.exists():
-                    _remove(leftover)
+                    self._remove(leftover)
         except OSError as error:
             raise JournalError(f"The data folder {self._path} cannot be used: {error}.") from error
         return found
@@ -216,11 +220,11 @@ class DataFolder:
     def _open(self, reader: Reader) -> None:
         """Begin to number and keep what comes after what was read."""
         if self._interval_s:
-            self._journal = _Unjournalled(self._path, reader.next_lsn, self._clock)
+            self._journal = _Unjournalled(self._path, reader.next_lsn, self._clock, self._disk)
             if segment_paths(self._path):
                 self.snapshot()
         else:
-            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes, self._clock)
+            self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes, self._clock, self._disk)
 
     def _tell_of_lost_steps(self) -> None:
         """Give every state a new lineage where steps may have been lost, so that clients that knew them are told."""
@@ -228,7 +232,7 @@ class DataFolder:
             self._optimizers.renew_lineages()
             self.snapshot()
         # Without a journal, a crash loses steps again from here on.
-        set_unclean(self._path, unclean=bool(self._interval_s))
+        set_unclean(self._path, unclean=bool(self._interval_s), disk=self._disk)
 
     # --- Snapshots
 
@@ -290,14 +294,22 @@ class DataFolder:
         before = self._journal.bytes_written
         lsn = self._journal.last_lsn
         old = snapshot.paths(self._path)
-        path = snapshot.write(self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s))
+        path = snapshot.write(
+            self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s), disk=self._disk
+        )
         for leftover in old:
             if leftover != path:
-                _remove(leftover)
+                self._remove(leftover)
         self._journal.cut_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
         self._upkeep.snapshot_made(path.name, self._monotonic() - start)
         return path
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            self._disk.remove_tree(path)
+        else:
+            self._disk.unlink(path)
 
     def close(self, *, snapshot: bool = True) -> None:
         """Let go of the folder, with a last snapshot by default, so that the next start is quick."""
@@ -318,7 +330,7 @@ class DataFolder:
         try:
             if self._has_changed():
                 self.snapshot()
-            set_unclean(self._path, unclean=False)
+            set_unclean(self._path, unclean=False, disk=self._disk)
         # Stopping goes on; a journal has everything.
         except Exception:
             logger.exception("the last snapshot could not be written")
@@ -334,10 +346,3 @@ def describe(found: Recovered) -> str:
     if found.torn:
         text += f"; a torn record at byte {found.torn[1]} of {found.torn[0].name}, which nobody was promised, was cut"
     return text
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

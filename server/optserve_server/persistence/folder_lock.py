@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from optserve_server.persistence import files, snapshot
-from optserve_server.persistence.journal import JournalError, segment_paths, sync_folder
+from optserve_server.persistence import snapshot
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
+from optserve_server.persistence.journal import JournalError, segment_paths
 
 LOCK = "LOCK"
 UNCLEAN = "UNCLEAN"
@@ -23,13 +24,14 @@ class FolderLock:
         JournalError: The folder cannot be used, or another server uses it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk = SYSTEM_DISK) -> None:
+        self._disk = disk
         # As text, which is twice as fast at each change.
         self._file = str(path / LOCK)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.make_folder(path)
-            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
+            disk.make_folder(path)
+            self._descriptor = disk.open(path / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise JournalError(f"The data folder {path} cannot be used: {error}.") from error
         _lock(self._descriptor, path, fcntl.LOCK_EX)
@@ -47,7 +49,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Let others in."""
-        os.close(self._descriptor)
+        self._disk.close(self._descriptor)
 
 
 @contextmanager
@@ -84,9 +86,12 @@ def _lock(descriptor: int, path: Path, kind: int) -> None:
         raise JournalError(f"Another server uses the data folder {path}; stop it or choose another one.") from error
 
 
-def set_unclean(folder: Path, *, unclean: bool) -> None:
+def set_unclean(folder: Path, *, unclean: bool, disk: Disk = SYSTEM_DISK) -> None:
     """Make or remove the file that says so, durably."""
     marker = folder / UNCLEAN
     if unclean != marker.exists():
-        marker.touch(mode=0o600) if unclean else marker.unlink()
-        sync_folder(folder)
+        if unclean:
+            disk.create(marker).close()
+        else:
+            disk.unlink(marker)
+        disk.sync_path(folder)

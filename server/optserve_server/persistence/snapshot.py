@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -31,9 +30,9 @@ from optserve_server.numerics.layout import Layout, dtype_of
 from optserve_server.numerics.settings import Settings, UnknownSettingError
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
-from optserve_server.persistence import files
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.files import write_all
-from optserve_server.persistence.journal import JournalError, sync_folder
+from optserve_server.persistence.journal import JournalError
 from optserve_server.persistence.state_file import Plan
 
 FORMAT_VERSION = 1
@@ -65,7 +64,9 @@ class Piece:
     checksums: list[int]
 
 
-def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = False) -> Path:
+def write(
+    folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = False, disk: Disk = SYSTEM_DISK
+) -> Path:
     """Write a snapshot of all optimizers, whole or not at all.
 
     Args:
@@ -74,6 +75,7 @@ def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = 
         optimizers: To be written.
         still: Hold each optimizer still while it is written, so that its pieces are all of one step. Otherwise its
             steps go on meanwhile, and only a journal makes one state of it.
+        disk: Where the folder is.
 
     Returns:
         Its folder, which is durable.
@@ -84,19 +86,19 @@ def write(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = 
     for item in optimizers:
         _is_there(item)
     temporary = folder / "snapshot.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    files.make_folder(temporary)
+    disk.remove_tree(temporary, ignore_errors=True)
+    disk.make_folder(temporary)
     try:
-        lsn = _write_files(temporary, lsn, optimizers, still=still)
+        lsn = _write_files(temporary, lsn, optimizers, still=still, disk=disk)
         # A number of its own: the one before stays until this one has its name, also where nothing has changed.
         same = [int(path.name.rpartition("-")[2]) for path in paths(folder) if path.name.startswith(_name(lsn))]
         final = folder / f"{_name(lsn)}-{1 + max(same, default=0):04d}"
-        temporary.rename(final)
+        disk.rename(temporary, final)
     except BaseException:
         # What is of no use must not take the room that the journal needs.
-        shutil.rmtree(temporary, ignore_errors=True)
+        disk.remove_tree(temporary, ignore_errors=True)
         raise
-    sync_folder(folder)
+    disk.sync_path(folder)
     return final
 
 
@@ -104,16 +106,16 @@ def _name(lsn: int) -> str:
     return f"snapshot-{lsn:020d}"
 
 
-def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool) -> int:
+def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool, disk: Disk) -> int:
     """Write all files of a snapshot, durably; returns its number."""
     paths = [folder / f"{position:04d}.safetensors" for position in range(len(optimizers))]
     plans = [Plan(item.layout, (*item.settings.arrays, "update")) for item in optimizers]
     for path, plan in zip(paths, plans, strict=True):
         # First of all, so that a full disk says so before anything is written.
-        with files.create(path) as target:
-            os.posix_fallocate(target.fileno(), 0, plan.size_bytes)
+        with disk.create(path) as target:
+            disk.allocate(target.fileno(), plan.size_bytes)
     described = [
-        _write_optimizer(path, item, plan=plan, still=still)
+        _write_optimizer(path, item, plan=plan, still=still, disk=disk)
         for path, item, plan in zip(paths, optimizers, plans, strict=True)
     ]
     present = [item for item in described if item]
@@ -121,24 +123,24 @@ def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: 
         # Without a journal, numbers go on behind the highest that is known.
         lsn = max([lsn, *(item["lsn"] for item in present)])
     body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": present})
-    with files.create(folder / "manifest.json") as file:
-        file.write(json.dumps({"checksum": zlib.crc32(body.encode()), "body": body}).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    with disk.create(folder / "manifest.json") as file:
+        manifest = json.dumps({"checksum": zlib.crc32(body.encode()), "body": body})
+        write_all(file.fileno(), [manifest.encode()], 0, disk)
+        disk.sync(file.fileno())
+    disk.sync_path(folder)
     return lsn
 
 
-def _write_optimizer(path: Path, item: Optimizer, *, plan: Plan, still: bool) -> dict[str, Any] | None:
+def _write_optimizer(path: Path, item: Optimizer, *, plan: Plan, still: bool, disk: Disk) -> dict[str, Any] | None:
     """Write one optimizer's file; None if it was deleted meanwhile."""
     with path.open("r+b") as target:
         with item.steps.held_still() if still else nullcontext():
             described = _describe(item, path.name)
-            pieces = _write_pieces(target.fileno(), item, plan, sync=not still) if described else None
+            pieces = _write_pieces(target.fileno(), item, plan, sync=not still, disk=disk) if described else None
         if described is None or pieces is None:
-            path.unlink()
+            disk.unlink(path)
             return None
-        os.fsync(target.fileno())
+        disk.sync(target.fileno())
     return described | {"pieces": [asdict(piece) for piece in pieces]}
 
 
@@ -193,10 +195,10 @@ def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool) -> list[Piece] | None:
+def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool, disk: Disk) -> list[Piece] | None:
     """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
     arrays = item.settings.arrays
-    write_all(descriptor, [plan.head], 0)
+    write_all(descriptor, [plan.head], 0, disk)
     pieces: list[Piece] = []
     unsynced = 0
     for dtype, start, stop in _stretches(item.layout):
@@ -208,12 +210,12 @@ def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool) -
             number = item.steps.lsn
             intact = item.steps.main.retained is not None and item.steps.main.retained.intact
         for array, part in enumerate(parts):
-            write_all(descriptor, [part], plan.offset(dtype, array, start))
+            write_all(descriptor, [part], plan.offset(dtype, array, start), disk)
         pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))
         unsynced += sum(len(part) for part in parts)
         if sync and unsynced > _SYNC_EVERY_BYTES:
             # In small portions, so that the journal's own syncs do not queue behind one large one.
-            os.fdatasync(descriptor)
+            disk.sync_data(descriptor)
             unsynced = 0
     return pieces
 

@@ -23,6 +23,7 @@ from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 20
@@ -117,26 +118,33 @@ class StateFile:
         checksum: CRC-32 of the description and all arrays, eight hexadecimal digits, as far as it is known.
     """
 
-    def __init__(self, file: BinaryIO, description: Description, checksum: str = _NO_CHECKSUM) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        description: Description,
+        checksum: str = _NO_CHECKSUM,
+        disk: Disk = SYSTEM_DISK,
+    ) -> None:
+        self._disk = disk
         self.description = description
         self.file = file
         self._checksum = checksum
         self._plan = Plan(description.layout, description.settings.arrays, description.metadata(checksum))
 
     @classmethod
-    def create(cls, file: BinaryIO, description: Description) -> StateFile:
+    def create(cls, file: BinaryIO, description: Description, disk: Disk = SYSTEM_DISK) -> StateFile:
         """Make an empty file into a state file whose arrays are still to be written.
 
         Raises:
             OSError: The disk has no room.
         """
-        made = cls(file, description)
+        made = cls(file, description, disk=disk)
         made.allocate()
         return made
 
     def allocate(self) -> None:
         """Take room for all arrays, or raise OSError."""
-        os.posix_fallocate(self.file.fileno(), 0, self.size_bytes)
+        self._disk.allocate(self.file.fileno(), self.size_bytes)
 
     @classmethod
     def open(cls, file: BinaryIO) -> StateFile:
@@ -185,18 +193,27 @@ class StateFile:
             for start in range(0, size, stride):
                 block = state.read(dtype, slot, start, min(start + stride, size)).data.cast("B")
                 checksum = zlib.crc32(block, checksum)
-                write_all(self.file.fileno(), block, begin + start * dtype.itemsize)
+                self._write_all(block, begin + start * dtype.itemsize)
         # The digits have a fixed place, so the head keeps its length.
         self._checksum = f"{checksum:08x}"
         self._plan = Plan(
             self.description.layout, self.description.settings.arrays, self.description.metadata(self._checksum)
         )
-        write_all(self.file.fileno(), self._plan.head, 0)
+        self._write_all(self._plan.head, 0)
 
     def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
         """Write a stretch of one arena of one slot."""
         if values.size:
-            write_all(self.file.fileno(), values.data.cast("B"), self._plan.offset(dtype, slot, start))
+            self._write_all(values.data.cast("B"), self._plan.offset(dtype, slot, start))
+
+    def _write_all(self, data: bytes | memoryview, position: int) -> None:
+        """Write all bytes at a position, however few the disk takes at a time."""
+        view = memoryview(data)
+        while view:
+            written = self._disk.write_one(self.file.fileno(), view, position)
+            if not written:
+                raise OSError("the disk took no bytes")
+            view, position = view[written:], position + written
 
     def verify(self) -> None:
         """Compare the content with the checksum, or raise StateFileError."""
@@ -230,13 +247,3 @@ class StateFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Write all bytes at a position of a file, however few the disk takes at a time."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        if not written:
-            raise OSError("the disk took no bytes")
-        view, position = view[written:], position + written

@@ -126,13 +126,21 @@ def readable(message: _Response | DecodeError) -> _Response:
 class Transport:
     """One connection to one server.
 
+    Args:
+        target: The server.
+        config: The client's settings.
+        clock: The time.
+        channel: What calls are made on, in the place of a connection of gRPC's own to the target.
+
     Attributes:
         clock: The time.
         same_host: Whether the server can share memory with this process.
         has_shared: Names of optimizers whose memory this client has shared.
     """
 
-    def __init__(self, target: str, config: ClientConfig, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self, target: str, config: ClientConfig, clock: Clock = SYSTEM, channel: grpc.Channel | None = None
+    ) -> None:
         self.target = target
         self.clock = clock
         self.same_host = False
@@ -147,22 +155,7 @@ class Transport:
         self._closing = clock.event()
         self._lock = clock.lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
-        self._channel = grpc.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
-                ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
-                *wire.http2_options(),
-                *channel_options(target),
-                ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
-                # A connection of its own: clients that share one would share its flow control too.
-                ("grpc.use_local_subchannel_pool", 1),
-                # gRPC takes no less than 100 ms, and varies it by a fifth.
-                ("grpc.initial_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
-                ("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
-                ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_ATTEMPT_S)),
-            ],
-        )
+        self._channel = channel or _connected(target, config)
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
         self._stream_steps = self._channel.stream_stream(
             f"/{_SERVICE}/StreamSteps", None, _error_or(wire.decode_response)
@@ -341,6 +334,26 @@ class Transport:
             if self._closing.is_set():
                 raise ClientUseError("This client is closed.") from None
             raise
+
+
+def _connected(target: str, config: ClientConfig) -> grpc.Channel:
+    """A connection of its own to a server."""
+    return grpc.insecure_channel(
+        target,
+        options=[
+            ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
+            ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
+            *wire.http2_options(),
+            *channel_options(target),
+            ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
+            # A connection of its own: clients that share one would share its flow control too.
+            ("grpc.use_local_subchannel_pool", 1),
+            # gRPC takes no less than 100 ms, and varies it by a fifth.
+            ("grpc.initial_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+            ("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
+            ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_ATTEMPT_S)),
+        ],
+    )
 
 
 def _end(watchdog: Watchdog, pid: int) -> None:

@@ -22,7 +22,6 @@ from optserve_server.persistence.journal.format import (
     JournalError,
     Record,
     segment_paths,
-    sync_folder,
 )
 from optserve_server.persistence.journal.newest import cut_at, set_newest
 from optserve_server.persistence.journal.reader import Reader
@@ -38,5 +37,4 @@ __all__ = [
     "cut_at",
     "segment_paths",
     "set_newest",
-    "sync_folder",
 ]

@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from optserve_server.persistence.files import Buffer
+from optserve_server.persistence.disk import Buffer
 
 FORMAT_VERSION = 2
 MARK = 0
@@ -77,20 +77,6 @@ def segment_paths(folder: Path) -> list[Path]:
 def is_segment(name: str) -> bool:
     """Whether a file of that name is one of ours."""
     return _NAME.fullmatch(name) is not None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    sync_file(folder)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def first_lsn_of(path: Path) -> int:

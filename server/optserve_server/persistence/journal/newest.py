@@ -8,29 +8,31 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from optserve_server.persistence.journal.format import SEGMENT, CorruptionError, is_segment, segment_paths, sync_folder
+from optserve_server.persistence.disk import SYSTEM_DISK, Disk
+from optserve_server.persistence.files import write_all
+from optserve_server.persistence.journal.format import SEGMENT, CorruptionError, is_segment, segment_paths
 
 NAME = "NEWEST_SEGMENT"
 
 
-def set_newest(folder: Path, segment: Path | None) -> None:
+def set_newest(folder: Path, segment: Path | None, disk: Disk = SYSTEM_DISK) -> None:
     """Note durably which segment is the newest; None for none, before the last one is removed.
 
     A segment is noted once it is durable, and before anything that it holds is acknowledged.
     """
     note = folder / NAME
     if segment is None:
-        note.unlink(missing_ok=True)
+        disk.unlink(note, missing_ok=True)
     else:
         temporary = folder / f"{NAME}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = disk.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            os.write(descriptor, f"{segment.name}\n".encode())
-            os.fsync(descriptor)
+            write_all(descriptor, [f"{segment.name}\n".encode()], 0, disk)
+            disk.sync(descriptor)
         finally:
-            os.close(descriptor)
-        temporary.replace(note)
-    sync_folder(folder)
+            disk.close(descriptor)
+        disk.rename(temporary, note)
+    disk.sync_path(folder)
 
 
 def newest_name(folder: Path) -> str | None:
@@ -63,5 +65,5 @@ def cut_at(folder: Path, path: Path, offset: int) -> int:
         os.truncate(path, offset)
     elif path in paths:
         path.unlink()
-    sync_folder(folder)
+    SYSTEM_DISK.sync_path(folder)
     return len(later)
