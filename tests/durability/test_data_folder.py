@@ -18,7 +18,7 @@ import pytest
 import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizers
+from optserve_server.engine.registry import Optimizers, OtherState
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.layout import Layout, Parameter
@@ -293,7 +293,9 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
             lambda: step(item, 1),
             lambda: server.create("b"),
             lambda: server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.5))),
-            lambda: server.optimizers.replace(item, 5, lambda _before, _layout: Settings(Adadelta(rho=0.5)), zeros),
+            lambda: server.optimizers.replace(
+                item, OtherState(5, zeros), lambda _before, _layout: Settings(Adadelta(rho=0.5))
+            ),
             lambda: server.optimizers.delete("a"),
         ):
             with pytest.raises(OptserveError, match="No space left") as caught:

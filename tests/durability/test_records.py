@@ -17,6 +17,7 @@ from optserve_server.engine.records import (
     StepRecord,
     UpdateRecord,
 )
+from optserve_server.engine.registry import OtherState
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import AsyncConsistency, SyncConsistency
@@ -186,9 +187,8 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
     arenas = [(dtype, array, values + 1) for dtype, array, values in ARENAS]
-    server.optimizers.replace(
-        item, 5, lambda _before, _layout: settings, arenas, request_id="restore", placed_by="upload", target="two"
-    )
+    other = OtherState(5, arenas, placed_by="upload", target="two")
+    server.optimizers.replace(item, other, lambda _before, _layout: settings, request_id="restore")
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
     before = [fingerprint(server.optimizers.get(name)) for name in ("plain", "a")]

@@ -7,7 +7,7 @@ import pytest
 
 from optserve_server.domain.errors import OptserveError
 from optserve_server.engine.step_slot import ClientSlot, StepSlot
-from optserve_server.engine.transaction import NOTHING, PARAMETERS, UPDATES, Retained, Step
+from optserve_server.engine.transaction import NOTHING, PARAMETERS, UPDATES, Retained, Step, StepRequest
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.numerics.backends.numpy import NumpyBackend
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
@@ -43,7 +43,7 @@ def worker_slot(state, freed):
 
 
 def held_by_a_step(step_slot: StepSlot) -> Step:
-    step = Step(step_slot, "request", Payload(LAYOUT, ALL), (Operand.GRADIENT,), replay=False)
+    step = Step(step_slot, StepRequest("request"), Payload(LAYOUT, ALL), (Operand.GRADIENT,), replay=False)
     step_slot.holder = step
     return step
 

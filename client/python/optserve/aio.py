@@ -103,7 +103,7 @@ class AsyncClient:
         client, threads = self._connected
         return await threads.run(bound(client.server_info, timeout_s=timeout_s))
 
-    async def create_optimizer(
+    async def create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
         name: str,
         algorithm: algorithms.Algorithm,
@@ -132,7 +132,7 @@ class AsyncClient:
         create = bound(client.create_optimizer_from_state, name, state, on_progress=on_progress)
         return AsyncOptimizer(await threads.run(create, grace_s=SETTLE_S), threads)
 
-    async def get_or_create_optimizer(
+    async def get_or_create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
         name: str,
         algorithm: algorithms.Algorithm,

@@ -12,7 +12,7 @@ from optserve import algorithms, settings
 from optserve._common import sysv
 from optserve._resources import replies
 from optserve._resources.checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
-from optserve._resources.new_optimizer import ArrayLike, new_optimizer, values_of
+from optserve._resources.new_optimizer import ArrayLike, Chosen, new_optimizer, values_of
 from optserve._rpc.connection import Transport
 from optserve._values.arrays import check_kind
 from optserve.config import ClientConfig
@@ -88,7 +88,7 @@ class Client:
         """Whether tensors can travel through memory that is shared with the server."""
         return self._transport.same_host
 
-    def create_optimizer(
+    def create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
         name: str,
         algorithm: algorithms.Algorithm,
@@ -121,7 +121,8 @@ class Client:
                 optimizer of that name then.
             ResourceExhaustedError: The model is too large for the server; likewise.
         """
-        wanted = new_optimizer(name, algorithm, params, schedule, clipping, groups, hosted, weight_decay, consistency)
+        chosen = Chosen(schedule, clipping, groups, hosted, weight_decay, consistency)
+        wanted = new_optimizer(name, algorithm, params, chosen)
         values = values_of(params) if hosted else {}
         made = self._create(name, wanted)
         if values:
@@ -148,10 +149,7 @@ class Client:
         """
         check_kind(state, OptimizerState, "state", "opt.export_state()")
         said = state.settings
-        wanted = new_optimizer(
-            name,
-            state.algorithm,
-            state.parameters,
+        chosen = Chosen(
             said.get("schedule"),
             said.get("clipping"),
             said.get("groups", ()),
@@ -159,12 +157,13 @@ class Client:
             said.get("weight_decay", 0.0),
             said.get("consistency"),
         )
+        wanted = new_optimizer(name, state.algorithm, state.parameters, chosen)
         made = self._create(name, wanted)
         with self._deleting_if_refused(made):
             made.import_state(state, on_progress=on_progress)
         return made
 
-    def get_or_create_optimizer(
+    def get_or_create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
         name: str,
         algorithm: algorithms.Algorithm,
@@ -186,7 +185,8 @@ class Client:
             InvalidArgumentError: The one that exists has other parameters or other settings; or as for
                 `create_optimizer`.
         """
-        wanted = new_optimizer(name, algorithm, params, schedule, clipping, groups, hosted, weight_decay, consistency)
+        chosen = Chosen(schedule, clipping, groups, hosted, weight_decay, consistency)
+        wanted = new_optimizer(name, algorithm, params, chosen)
         values = values_of(params) if hosted else {}
         try:
             found = self.optimizer(name)

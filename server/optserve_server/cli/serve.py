@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command(name="serve")
-def serve(
+def serve(  # noqa: PLR0913 - one for each option
     host: options.Host = None,
     port: options.Port = None,
     uds: options.Uds = None,

@@ -175,9 +175,8 @@ class Steps:
         if request.segment is None:
             step_slot.stage_apart()
         step = Step(
-            step_slot, request.request_id, payload, self._state.operand_kinds, replay=repeated is not None,
-            reply=request.reply, segment=request.segment, worker=worker, parameters_step=at_step, lineage=self.lineage,
-            stream=request.stream, life=request.life,
+            step_slot, request, payload, self._state.operand_kinds, replay=repeated is not None,
+            parameters_step=at_step, lineage=self.lineage,
         )  # fmt: skip
         step_slot.take_over(step)
         return step
@@ -213,7 +212,7 @@ class Steps:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
             payload, operands = self.payloads.of(ALL, wire), (Operand.PARAMETER,)
-            step = Step(self.main, request_id, payload, operands, replay=placed, reply=NOTHING)
+            step = Step(self.main, StepRequest(request_id, reply=NOTHING), payload, operands, replay=placed)
             self.main.take_over(step)
             self.main.holder = step
             return step

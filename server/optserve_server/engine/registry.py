@@ -117,6 +117,23 @@ class Optimizer:
             )
 
 
+@dataclass(frozen=True)
+class OtherState:
+    """A state that is to take the place of an optimizer's own.
+
+    Attributes:
+        step: Its step counter.
+        arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
+        placed_by: See `Steps.placed_by`.
+        target: What it is, in words; the same request id with another one is refused.
+    """
+
+    step: int
+    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    placed_by: str | None = None
+    target: str = ""
+
+
 class Optimizers:
     """All optimizers of one server. Safe to use from several threads."""
 
@@ -308,42 +325,36 @@ class Optimizers:
     def replace(
         self,
         optimizer: Optimizer,
-        step: int,
+        state: OtherState,
         change: Callable[[Settings, Layout], Settings],
-        arrays: Sequence[tuple[np.dtype, int, np.ndarray]],
         etag: str = "",
         request_id: str = "",
-        placed_by: str | None = None,
-        target: str = "",
     ) -> None:
         """Put another state in the place of an optimizer's own, once per request id.
 
         Args:
             optimizer: Whose layout the arrays have.
-            step: Its step counter from then on.
+            state: The other one.
             change: Makes its settings from then on of the present ones; the method stays the same.
-            arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
-            placed_by: See `Steps.placed_by`.
-            target: What is put there, in words; the same request id with another one is refused.
 
         Raises:
             OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or
                 what `change` raises.
         """
         with optimizer.steps.held_still():
-            if optimizer.was_replaced_by(request_id, target):
+            if optimizer.was_replaced_by(request_id, state.target):
                 return
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
             self._check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
-                optimizer.id, step, settings, _token(), _token(), request_id,
-                self._clock.now(), arrays, placed_by, target,
+                optimizer.id, state.step, settings, _token(), _token(), request_id,
+                self._clock.now(), state.arrays, state.placed_by, state.target,
             )  # fmt: skip
             optimizer.steps.replace(record)
-        logger.info("replaced the state of %s: step %d", optimizer.id, step)
+        logger.info("replaced the state of %s: step %d", optimizer.id, state.step)
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:
         """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""

@@ -136,32 +136,27 @@ class Step:
     def __init__(
         self,
         holder: Holder,
-        request_id: str,
+        request: StepRequest,
         payload: Payload,
         operands: Iterable[Operand],
         *,
         replay: bool,
-        reply: Reply = UPDATES,
-        segment: Segment | None = None,
-        worker: str = "",
         parameters_step: int = 0,
         lineage: str = "",
-        stream: int | None = None,
-        life: int = 0,
     ) -> None:
         self._holder = holder
-        self.request_id = request_id
+        self.request_id = request.request_id
         self.payload = payload
         self.replay = replay
-        self.replies = reply
-        self.segment = segment
+        self.replies = request.reply
+        self.segment = request.segment
         self.committed = False
         # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
-        self.worker = worker
-        self.life = life
+        self.worker = request.worker
+        self.life = request.life
         self.lineage = lineage
         # Streams are numbered as they are opened; None for a step by unary call.
-        self.stream = stream
+        self.stream = request.stream
         self.parameters_step = parameters_step
         self.outcome: Outcome | None = None
         self.refused: OptserveError | None = None

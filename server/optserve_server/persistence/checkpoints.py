@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
-from optserve_server.engine.registry import Optimizer, Optimizers, is_id
+from optserve_server.engine.registry import Optimizer, Optimizers, OtherState, is_id
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.settings import Settings
@@ -155,9 +155,8 @@ class Checkpoints:
                 return replace(description.settings, consistency=present.consistency)
 
             with file.mapped() as arrays:
-                self._optimizers.replace(
-                    optimizer, description.step, change, arrays, etag, request_id, description.placed_by, target
-                )
+                state = OtherState(description.step, arrays, description.placed_by, target)
+                self._optimizers.replace(optimizer, state, change, etag, request_id)
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
 
@@ -250,8 +249,8 @@ class Checkpoints:
         with file.mapped() as arrays:
             # All arrays were sent, x as well where it is hosted.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
-            target = import_target(step)
-            self._optimizers.replace(optimizer, step, change, arrays, etag, request_id, placed_by, target)
+            state = OtherState(step, arrays, placed_by, import_target(step))
+            self._optimizers.replace(optimizer, state, change, etag, request_id)
 
     def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
         """The checkpoint, if that request has made it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,16 +26,20 @@ class ArrayLike(Protocol):
     def dtype(self) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The settings of an optimizer that is to be made, beside its method; see `optserve.Client.create_optimizer`."""
+
+    schedule: settings.Schedule | None = None
+    clipping: settings.Clipping | None = None
+    groups: Sequence[settings.Group] = ()
+    hosted: bool = False
+    weight_decay: float = 0.0
+    consistency: settings.Consistency | None = None
+
+
 def new_optimizer(
-    name: str,
-    algorithm: algorithms.Algorithm,
-    params: Mapping[str, ArrayLike | TensorSpec],
-    schedule: settings.Schedule | None,
-    clipping: settings.Clipping | None,
-    groups: Sequence[settings.Group],
-    hosted: bool,
-    weight_decay: float,
-    consistency: settings.Consistency | None,
+    name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec], chosen: Chosen
 ) -> optimizer_pb2.Optimizer:
     """An optimizer that is to be made, as the contract shows it.
 
@@ -42,16 +47,16 @@ def new_optimizer(
         InvalidArgumentError: An argument is not of its type.
     """
     check_mapping(params, "params", "dict(model.named_parameters())")
-    check_kinds(algorithm, schedule, clipping, groups, consistency)
+    check_kinds(algorithm, chosen.schedule, chosen.clipping, chosen.groups, chosen.consistency)
     try:
         message = optimizer_pb2.Optimizer(
             algorithm=algorithm.to_message(),
-            schedule=schedule.to_message() if schedule else None,
-            clipping=clipping.to_message() if clipping else None,
-            groups=group_messages(groups, algorithm.name),
-            mode=optimizer_pb2.MODE_HOSTED if hosted else optimizer_pb2.MODE_DELTA,
-            weight_decay=weight_decay,
-            consistency=consistency.to_message() if consistency else None,
+            schedule=chosen.schedule.to_message() if chosen.schedule else None,
+            clipping=chosen.clipping.to_message() if chosen.clipping else None,
+            groups=group_messages(chosen.groups, algorithm.name),
+            mode=optimizer_pb2.MODE_HOSTED if chosen.hosted else optimizer_pb2.MODE_DELTA,
+            weight_decay=chosen.weight_decay,
+            consistency=chosen.consistency.to_message() if chosen.consistency else None,
         )
         for parameter, spec in params.items():
             if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):

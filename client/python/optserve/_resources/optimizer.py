@@ -19,6 +19,7 @@ from optserve._resources.transfer import export_state, import_state, pull_parame
 from optserve._rpc.connection import Transport
 from optserve._steps.updates import ReplyLayouts, Updates
 from optserve._values.settings_messages import (
+    Changes,
     clipping_from,
     consistency_from,
     differences,
@@ -94,17 +95,8 @@ class Resource(abc.ABC):
             >>> opt.update(learning_rate=0.5)                             # doctest: +SKIP
             >>> opt.update(optserve.Adadelta(rho=0.9), schedule=None)     # doctest: +SKIP
         """
-        request = update_request(
-            self._resource,
-            self._method,
-            algorithm,
-            schedule=schedule,
-            clipping=clipping,
-            groups=groups,
-            weight_decay=weight_decay,
-            consistency=consistency,
-            hyperparameters=hyperparameters,
-        )
+        changes = Changes(schedule, clipping, groups, weight_decay, consistency)
+        request = update_request(self._resource, self._method, algorithm, changes, hyperparameters)
         self._connection.call(self._connection.stub.UpdateOptimizer, request)
 
     @property

@@ -18,6 +18,7 @@ from optserve._resources.parameter_table import empty
 from optserve._rpc.connection import Backoff, Transport, is_retryable
 from optserve._steps.updates import Updates
 from optserve._values.settings_messages import (
+    Changes,
     clipping_from,
     consistency_from,
     differences,
@@ -65,16 +66,14 @@ def import_state(
     said = state.settings
     # That nobody shared the optimizer is no setting which the new place has to have.
     consistency = said.get("consistency") or ...
-    changes = update_request(
-        optimizer.name,
-        state.algorithm.name,
-        state.algorithm,
-        schedule=said.get("schedule", ...),
-        clipping=said.get("clipping", ...),
-        groups=said.get("groups", ...),
-        weight_decay=said.get("weight_decay"),
-        consistency=consistency,
+    chosen = Changes(
+        said.get("schedule", ...),
+        said.get("clipping", ...),
+        said.get("groups", ...),
+        said.get("weight_decay"),
+        consistency,
     )
+    changes = update_request(optimizer.name, state.algorithm.name, state.algorithm, chosen)
     if _imports_settings(connection):
         first.optimizer.CopyFrom(changes.optimizer)
         first.update_mask.CopyFrom(changes.update_mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import EllipsisType, MappingProxyType
 from typing import Any
 
@@ -139,16 +139,25 @@ def differences(message: optimizer_pb2.Optimizer, **wanted: Any) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Settings that are to be others; what is `...`, and a weight decay of None, stays. None takes a setting away.
+
+    See `optserve.Optimizer.update`.
+    """
+
+    schedule: Schedule | EllipsisType | None = ...
+    clipping: Clipping | EllipsisType | None = ...
+    groups: Sequence[Group] | EllipsisType = ...
+    weight_decay: float | None = None
+    consistency: Consistency | EllipsisType | None = ...
+
+
 def update_request(
     resource: str,
     method: str,
-    algorithm: Algorithm | None = None,
-    *,
-    schedule: Schedule | EllipsisType | None = ...,
-    clipping: Clipping | EllipsisType | None = ...,
-    groups: Sequence[Group] | EllipsisType = ...,
-    weight_decay: float | None = None,
-    consistency: Consistency | EllipsisType | None = ...,
+    algorithm: Algorithm | None,
+    changes: Changes,
     hyperparameters: Mapping[str, Any] = MappingProxyType({}),
 ) -> service_pb2.UpdateOptimizerRequest:
     """The request that changes the settings of an optimizer; what is not given stays.
@@ -156,18 +165,14 @@ def update_request(
     Args:
         resource: `optimizers/…`.
         method: Name of its method in the contract.
-        algorithm: See `optserve.Optimizer.update`, here and below.
-        schedule: Another, or None to take it away.
-        clipping: Another, or None to take it away.
-        groups: All of them anew.
-        weight_decay: Another.
-        consistency: Another, or None to take it away.
+        algorithm: Its method anew; None to leave it.
+        changes: Of the other settings.
         hyperparameters: Single ones of the method, by name.
 
     Raises:
         InvalidArgumentError: The method has no such hyper-parameter, or all of them are given as well.
     """
-    check_kinds(algorithm, schedule, clipping, groups, consistency)
+    check_kinds(algorithm, changes.schedule, changes.clipping, changes.groups, changes.consistency)
     request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
     message, paths = request.optimizer, request.update_mask.paths
     if algorithm is not None and hyperparameters:
@@ -180,18 +185,19 @@ def update_request(
     for name, value in hyperparameters.items():
         set_hyperparameter(message.algorithm, method, name, value)
         paths.append(f"algorithm.{method}.{name}")
-    for name, value in {"schedule": schedule, "clipping": clipping, "consistency": consistency}.items():
+    for name in ("schedule", "clipping", "consistency"):
+        value = getattr(changes, name)
         if not isinstance(value, EllipsisType):
             paths.append(name)
             if value is not None:
                 getattr(message, name).CopyFrom(value.to_message())
-    if not isinstance(groups, EllipsisType):
+    if not isinstance(changes.groups, EllipsisType):
         paths.append("groups")
-        message.groups.extend(group_messages(groups, method))
-    if weight_decay is not None:
+        message.groups.extend(group_messages(changes.groups, method))
+    if changes.weight_decay is not None:
         paths.append("weight_decay")
         try:
-            message.weight_decay = weight_decay
+            message.weight_decay = changes.weight_decay
         except TypeError as error:
-            raise InvalidArgumentError(f"weight_decay cannot be {weight_decay!r}: {error}") from error
+            raise InvalidArgumentError(f"weight_decay cannot be {changes.weight_decay!r}: {error}") from error
     return request

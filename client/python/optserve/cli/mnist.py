@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optserve_demo.mnist.train import Report
 
 
-def command(
+def command(  # noqa: PLR0913 - one for each option
     target: options.Target = None,
     algorithm: options.Method = "adadelta",
     rho: options.Rho = None,

@@ -19,7 +19,7 @@ ExperimentName = Literal[
 ]
 
 
-def command(
+def command(  # noqa: PLR0913 - one for each option
     experiment: Annotated[ExperimentName, typer.Argument(help="What to run.")],
     quick: Annotated[
         bool, typer.Option("--quick", help="A few short runs, to see that all of it works; not comparable.")

@@ -71,7 +71,7 @@ class Adadelta(contract.Adadelta):
         return self.learning_rate > 0
 
     @staticmethod
-    def update(
+    def update(  # noqa: PLR0913 - the formula's operands, slots and constants
         sqrt: Any, g: Any, square_avg: Any, acc_delta: Any, rho: Any, one_minus_rho: Any, eps: Any, learning_rate: Any
     ) -> Any:
         """Algorithm 1, lines 4 to 6; the learning rate multiplies Δx after line 6, as in torch and optax."""

@@ -91,7 +91,7 @@ class Vsgd(contract.Vsgd):
         return ~(steps | ((values >= 1) & (values <= most)))
 
     @staticmethod
-    def update(
+    def update(  # noqa: PLR0913 - the formula's operands, slots and constants
         sqrt: Any,  # noqa: ARG004
         g: Any,
         h: Any,

@@ -61,7 +61,7 @@ class WindowedRms(contract.WindowedRms):
         return self.learning_rate / (np.sqrt(slots["square_avg"] + self.eps) + self.outer_eps)
 
     @staticmethod
-    def update(
+    def update(  # noqa: PLR0913 - the formula's operands, slots and constants
         sqrt: Any,
         g: Any,
         square_avg: Any,
