@@ -272,3 +272,16 @@ def test_a_mean_that_is_refused_takes_the_place_of_a_clients_last_reply():
     with pytest.raises(OptserveError) as gone:
         run_step(steps, "mine", [])
     assert gone.value.reason is Reason.REPLY_GONE
+
+
+def test_a_client_that_goes_while_its_step_waits_is_said_to_have_gone():
+    steps = shared_by("sync", "v", "w")
+    step = steps.begin(StepRequest("step-1", worker="w", stream=1))
+    step.stage(0, 0, ONES)
+    step.given_up = True
+    with pytest.raises(OptserveError, match="client of worker 'w' has gone") as refused:
+        step.commit()
+    assert refused.value.reason is Reason.CLIENT_GONE
+    step.close()
+    # The gradient does not count.
+    assert steps.step == 0

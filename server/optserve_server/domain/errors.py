@@ -78,6 +78,7 @@ class Reason(Enum):
     FEATURE_UNAVAILABLE = auto()
     DRAINING = auto()
     NOT_DURABLE = auto()
+    CLIENT_GONE = auto()
     STATE_LOST = auto()
     INTERNAL = auto()
 
@@ -132,6 +133,7 @@ CODES: dict[Reason, Code] = {
     Reason.FEATURE_UNAVAILABLE: Code.UNIMPLEMENTED,
     Reason.DRAINING: Code.UNAVAILABLE,
     Reason.NOT_DURABLE: Code.UNAVAILABLE,
+    Reason.CLIENT_GONE: Code.UNAVAILABLE,
     Reason.STATE_LOST: Code.DATA_LOSS,
     Reason.INTERNAL: Code.INTERNAL,
 }
@@ -144,6 +146,7 @@ RETRY_AFTER_S: dict[Reason, float] = {
     Reason.REPLIES_FULL: 1.0,
     Reason.DRAINING: 1.0,
     Reason.NOT_DURABLE: 1.0,
+    Reason.CLIENT_GONE: 0.05,
 }
 """Seconds to wait before the same call is worth another try. Other reasons are final."""
 

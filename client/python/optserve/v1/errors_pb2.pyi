@@ -57,6 +57,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_DRAINING: _ClassVar[ErrorReason]
     ERROR_REASON_STATE_LOST: _ClassVar[ErrorReason]
     ERROR_REASON_NOT_DURABLE: _ClassVar[ErrorReason]
+    ERROR_REASON_CLIENT_GONE: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INVALID_FIELD: ErrorReason
@@ -109,4 +110,5 @@ ERROR_REASON_FEATURE_UNAVAILABLE: ErrorReason
 ERROR_REASON_DRAINING: ErrorReason
 ERROR_REASON_STATE_LOST: ErrorReason
 ERROR_REASON_NOT_DURABLE: ErrorReason
+ERROR_REASON_CLIENT_GONE: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason

@@ -199,7 +199,12 @@ class Turns:
         """Until something has happened that may let the step go on, beyond what had when `wakes_seen` was read."""
         if step.outcome is not None or step.refused is not None:
             return
-        if step.given_up or self._draining:
+        if step.given_up:
+            self.withdraw(worker)
+            raise OptserveError(
+                Reason.CLIENT_GONE, f"The client of worker {worker.name!r} has gone while its step waited for others."
+            )
+        if self._draining:
             self.withdraw(worker)
             raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
         consistency = self.consistency
