@@ -18,10 +18,17 @@ from typing import BinaryIO
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
-from optserve_server.engine.registry import Optimizer, Optimizers, OtherState, is_id
+from optserve_server.engine.registry import Optimizer, Optimizers, OtherState
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.settings import Settings
+from optserve_server.persistence.checkpoint_checks import (
+    check_fit,
+    check_readable,
+    check_tag,
+    checkpoint_exists,
+    checkpoint_not_found,
+)
 from optserve_server.persistence.checkpoint_store import Key, Store
 from optserve_server.persistence.state_file import Description, StateFile, StateFileError
 
@@ -83,7 +90,7 @@ class Checkpoints:
             if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
                 return existing
             if not overwrite:
-                raise _exists(optimizer_id, tag)
+                raise checkpoint_exists(optimizer_id, tag)
         elif len(tags) >= self._max_checkpoints:
             raise OptserveError(
                 Reason.SERVER_FULL,
@@ -97,7 +104,7 @@ class Checkpoints:
                 # Another call was quicker; it may have been the same one.
                 if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
                     return existing
-                raise _exists(optimizer_id, tag) from None
+                raise checkpoint_exists(optimizer_id, tag) from None
             saved = _checkpoint(tag, file)
         logger.info("saved checkpoint %s of %s: step %d", tag, optimizer_id, saved.step)
         return saved
@@ -146,7 +153,7 @@ class Checkpoints:
             return optimizer
         with self._opened(optimizer_id, tag) as file:
             description = file.description
-            _check_fit(optimizer, tag, description)
+            check_fit(optimizer, tag, description)
             with disk_errors():
                 file.verify()
 
@@ -167,7 +174,7 @@ class Checkpoints:
             try:
                 self._store.remove(optimizer_id, tag)
             except FileNotFoundError:
-                raise _not_found(optimizer_id, tag) from None
+                raise checkpoint_not_found(optimizer_id, tag) from None
         self._seen.pop((optimizer_id, tag), None)
         logger.info("deleted checkpoint %s of %s", tag, optimizer_id)
 
@@ -198,7 +205,7 @@ class Checkpoints:
                 )
                 exported = StateFile(file, description, disk=self._store.disk)
                 if to_keep_as:
-                    _check_readable(optimizer, exported)
+                    check_readable(optimizer, exported)
                     self._store.check_room(optimizer.id, to_keep_as, exported.size_bytes)
                 exported.allocate()
                 exported.fill(state)
@@ -298,21 +305,7 @@ class Checkpoints:
             try:
                 return self._store.open(optimizer_id, tag)
             except FileNotFoundError:
-                raise _not_found(optimizer_id, tag) from None
-
-
-def _check_readable(optimizer: Optimizer, file: StateFile) -> None:
-    """Raise MODEL_TOO_LARGE if nobody could read the file: a head of safetensors has a limit."""
-    limit = file.max_header_bytes
-    if file.header_bytes > limit:
-        raise OptserveError(
-            Reason.MODEL_TOO_LARGE,
-            f"The names, shapes and settings of {optimizer.id!r} would take {file.header_bytes} bytes of a checkpoint; "
-            f"safetensors allows {limit}. Use shorter names, or fewer parameters or groups.",
-            field="parent",
-            limit=limit,
-            actual=file.header_bytes,
-        )
+                raise checkpoint_not_found(optimizer_id, tag) from None
 
 
 def import_target(step: int) -> str:
@@ -320,56 +313,6 @@ def import_target(step: int) -> str:
     return f"an import of a state of step {step}"
 
 
-def check_tag(tag: str) -> None:
-    """Raise INVALID_FIELD unless it can be a tag."""
-    if not is_id(tag):
-        raise OptserveError(
-            Reason.INVALID_FIELD,
-            f"{tag[:100]!r} is no tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.",
-            field="tag",
-        )
-
-
 def _checkpoint(tag: str, file: StateFile) -> Checkpoint:
     of = file.description
     return Checkpoint(of.optimizer, tag, of.step, file.size_bytes, of.create_time, of.request_id)
-
-
-def _check_fit(optimizer: Optimizer, tag: str, of: Description) -> None:
-    """Raise CHECKPOINT_MISMATCH unless the checkpoint has the optimizer's method and parameters."""
-    difference = ""
-    if of.rule.name != optimizer.rule.name:
-        difference = f"of {of.rule.name}, not of {optimizer.rule.name}"
-    elif of.settings.hosted != optimizer.settings.hosted:
-        difference = f"of an optimizer in {'hosted' if of.settings.hosted else 'delta'} mode, which this one is not"
-    elif of.layout.parameters != optimizer.layout.parameters:
-        pairs = zip(of.layout.parameters, optimizer.layout.parameters, strict=False)
-        kept, own = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
-        difference = f"of {len(of.layout.parameters)} parameters, not of {len(optimizer.layout.parameters)}"
-        if kept and own:
-            difference = (
-                f"of other parameters: {kept.name!r} {list(kept.shape)} {kept.dtype.name}, not "
-                f"{own.name!r} {list(own.shape)} {own.dtype.name}"
-            )
-    if difference:
-        raise OptserveError(
-            Reason.CHECKPOINT_MISMATCH, f"The checkpoint {tag!r} of {optimizer.id!r} is {difference}.", checkpoint=tag
-        )
-
-
-def _exists(optimizer_id: str, tag: str) -> OptserveError:
-    return OptserveError(
-        Reason.CHECKPOINT_EXISTS,
-        f"There is a checkpoint {tag!r} of {optimizer_id!r} already; overwrite it, delete it or choose another tag.",
-        field="tag",
-        checkpoint=tag,
-    )
-
-
-def _not_found(optimizer_id: str, tag: str) -> OptserveError:
-    return OptserveError(
-        Reason.CHECKPOINT_NOT_FOUND,
-        f"There is no checkpoint {tag!r} of {optimizer_id!r}.",
-        field="name",
-        checkpoint=tag,
-    )
