@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from optserve._resources import replies
-from optserve._rpc.connection import Transport, is_retryable
+from optserve._rpc.connection import Transport
+from optserve._rpc.retry import is_retryable
 from optserve.errors import OptserveError
 from optserve.state import Checkpoint
 from optserve.v1 import checkpoints_pb2

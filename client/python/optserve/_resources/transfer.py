@@ -15,7 +15,8 @@ from optserve._common import wire
 from optserve._common.wire import DTYPES
 from optserve._resources import replies
 from optserve._resources.parameter_table import empty
-from optserve._rpc.connection import Backoff, Transport, is_retryable
+from optserve._rpc.connection import Transport
+from optserve._rpc.retry import Backoff, is_retryable
 from optserve._steps.updates import Updates
 from optserve._values.settings_messages import (
     Changes,

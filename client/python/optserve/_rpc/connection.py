@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,8 +15,10 @@ from google.protobuf.message import DecodeError
 
 from optserve._common import malloc, wire
 from optserve._common.clock import SYSTEM, Clock
+from optserve._rpc.channel import open_channel
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
-from optserve._rpc.proxies import channel_options, proxy_hint
+from optserve._rpc.proxies import proxy_hint
+from optserve._rpc.retry import Backoff, is_retryable
 from optserve.config import ClientConfig
 from optserve.errors import (
     ClientUseError,
@@ -25,7 +26,6 @@ from optserve.errors import (
     InternalError,
     InvalidArgumentError,
     OptserveError,
-    UnavailableError,
     from_rpc_error,
 )
 from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
@@ -42,22 +42,11 @@ class _HasNextPage(Protocol):
 
 logger = logging.getLogger(__name__)
 
-WARN_AFTER_S, WARN_EVERY_S = 2.0, 30.0
-"""After so many seconds of tries a warning says what they wait for, and then again after each of the second length."""
-
 INHERITED = (
     "This client was made before the process forked, and gRPC connections do not survive that. "
     "Connect again in the new process, or start it with the 'spawn' method."
 )
 """What a client says in a process that has inherited it."""
-
-RECONNECT_PAUSE_S = 0.1
-"""Longest pause between tries while no server is there, of the channel and of a call, so that a client goes on within
-0.3 s of a server's return. A try is one small packet to a host that refuses it; all pauses have jitter."""
-
-CONNECT_ATTEMPT_S = 5.0
-"""After so long without an answer, as from a host that is down and says nothing, a connection is tried anew: the kernel
-by itself would ask again ever more seldom."""
 
 CLOSE_S = 3.0
 """How long the end of a connection is waited for. It takes milliseconds, unless a call never ends."""
@@ -68,37 +57,6 @@ class Closeable(Protocol):
 
     def close(self) -> None:
         """End it, from any thread, more than once too."""
-
-
-class Backoff:
-    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
-
-    While no server is there they are at most RECONNECT_PAUSE_S. Who waits for long reads in the log for what.
-    """
-
-    def __init__(self, config: ClientConfig, clock: Clock = SYSTEM) -> None:
-        self._monotonic = clock.monotonic
-        self._pause_s = config.initial_backoff_s
-        self._max_pause_s = config.max_backoff_s
-        self._began = self._monotonic()
-        self._warn_at = self._began + WARN_AFTER_S
-
-    def next_s(self, error: OptserveError) -> float:
-        """Seconds to wait after `error`."""
-        now = self._monotonic()
-        if now >= self._warn_at and is_retryable(error):
-            logger.warning("still trying after %.0f s: %s", now - self._began, error)
-            self._warn_at = now + WARN_EVERY_S
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
-        # What a server says of itself has a reason.
-        if isinstance(error, UnavailableError) and not error.reason:
-            pause_s = min(pause_s, RECONNECT_PAUSE_S)
-        return max(pause_s, error.retry_after_s or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
-
-
-def is_retryable(error: OptserveError) -> bool:
-    """Whether the same call is worth another try."""
-    return isinstance(error, UnavailableError) or error.retry_after_s is not None
 
 
 def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Response | DecodeError]:
@@ -155,7 +113,7 @@ class Transport:
         self._closing = clock.event()
         self._lock = clock.lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
-        self._channel = channel or _connected(target, config)
+        self._channel = channel or open_channel(target, config)
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
         self._stream_steps = self._channel.stream_stream(
             f"/{_SERVICE}/StreamSteps", None, _error_or(wire.decode_response)
@@ -334,26 +292,6 @@ class Transport:
             if self._closing.is_set():
                 raise ClientUseError("This client is closed.") from None
             raise
-
-
-def _connected(target: str, config: ClientConfig) -> grpc.Channel:
-    """A connection of its own to a server."""
-    return grpc.insecure_channel(
-        target,
-        options=[
-            ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
-            ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
-            *wire.http2_options(),
-            *channel_options(target),
-            ("grpc.keepalive_time_ms", int(1000 * config.keepalive_s)),
-            # A connection of its own: clients that share one would share its flow control too.
-            ("grpc.use_local_subchannel_pool", 1),
-            # gRPC takes no less than 100 ms, and varies it by a fifth.
-            ("grpc.initial_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
-            ("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_PAUSE_S)),
-            ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_ATTEMPT_S)),
-        ],
-    )
 
 
 def _end(watchdog: Watchdog, pid: int) -> None:

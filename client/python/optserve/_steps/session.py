@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from optserve._rpc.connection import Backoff, Transport
+from optserve._rpc.connection import Transport
 from optserve._rpc.deadline import Patience, Turn
+from optserve._rpc.retry import Backoff
 from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.gradients import Gradients
 from optserve._steps.outcomes import Outcomes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from optserve import _reasons
-from optserve._rpc.connection import is_retryable
+from optserve._rpc.retry import is_retryable
 from optserve.errors import InternalError, OptserveError, StateLostError
 
 _NEVER_KNOWN = frozenset((_reasons.WRONG_STEP, _reasons.REPLY_GONE, _reasons.WORKER_REPLACED))
