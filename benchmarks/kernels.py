@@ -16,7 +16,7 @@ def backend_step(name: str, gradient: np.ndarray) -> Candidate:
     """A step of one of our kernels."""
     backend, rule, dtype = backends.load(name), Adadelta(), gradient.dtype
     kernel = backend.kernel(Adadelta, dtype)
-    scalars = [dtype.type(scalar) for scalar in rule.scalars()]
+    scalars = [dtype.type(scalar) for scalar in rule.scalars(1)]
     slots = [backend.zeros(gradient.size, dtype) for _ in rule.slots]
     staged = backend.staging(gradient.nbytes).view(dtype)
     # The update overwrites the gradient, which torch keeps; through a server, it arrives anew for every step.

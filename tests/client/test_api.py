@@ -57,8 +57,8 @@ MEMBERS = {
     ],
     optserve.StepUnderWay: ["send"],
     optserve.OptimizerState: [
-        "clipping", "consistency", "groups", "hosted", "hosted_parameters", "load", "save", "schedule", "settings",
-        "size_bytes", "weight_decay", "without",
+        "clipping", "consistency", "groups", "hosted", "hosted_parameters", "load", "parameter_steps", "save",
+        "schedule", "settings", "size_bytes", "weight_decay", "without",
     ],
     optserve.OptimizerInfo: ["algorithm", "clipping", "consistency", "groups", "schedule"],
     optserve.LocalServer: ["start", "stop"],

@@ -39,6 +39,7 @@ def steps_of(rule, answers: Answers = NATIVE, steps: int = 1000, **settings):
         prepared = state.prepare(payload, arenas[Operand.GRADIENT], largest, answers)
         uncovered += not prepared.covered
         state.apply(arenas, payload.runs, step, prepared=prepared)
+        state.count(ALL)
     return backend.looks / max(len(rule.slots), 1), uncovered
 
 

@@ -50,6 +50,7 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
         if rule.takes_curvature:
             staging.stage(payload, Operand.CURVATURE, 0, h.tobytes(), {})
         state.apply(staging.operands, payload.runs, step)
+        state.count(ALL)
         x += staging.updates[dtype]
     return x, [np.array(state.slot(0, slot)) for slot in range(len(rule.slots))]
 
@@ -135,6 +136,6 @@ def test_the_split_over_threads_changes_no_bit(backend, size):
         fresh = backends.load(backend.name, threads)
         staged, slots = g.copy(), [fresh.zeros(size, dtype) for _ in rule.slots]
         for _ in range(2):
-            fresh.kernel(type(rule), dtype)(staged, slots, [dtype.type(scalar) for scalar in rule.scalars()])
+            fresh.kernel(type(rule), dtype)(staged, slots, [dtype.type(scalar) for scalar in rule.scalars(1)])
         results.append((staged.tobytes(), *(fresh.to_host(slot).tobytes() for slot in slots)))
     assert results[0] == results[1] == results[2]

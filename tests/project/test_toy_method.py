@@ -1,6 +1,7 @@
 """A method is added in three places, its message, its formula and its oracle, and then everything has it.
 
-The method is sign descent with momentum. It is added to a copy of the project, in which `scripts/generate.sh` is run.
+The method is sign descent with momentum, whose rate falls with the steps of each parameter. It is added to a copy of
+the project, in which `scripts/generate.sh` is run.
 """
 
 import os
@@ -18,7 +19,7 @@ RULES = "server/optserve_server/numerics/rules/"
 ORACLES = "tests/oracle.py"
 
 MESSAGE = """
-// Sign descent with momentum: Δx = −η sign(m).
+// Sign descent with momentum: Δx = −(η / √t) sign(m), t the step of the parameter.
 //
 //   m ← β m + (1 − β) g
 //
@@ -46,27 +47,28 @@ _TINY = 1e-30
 
 
 class SignDescent(contract.SignDescent):
-    """m ← β m + (1−β) g;  Δx = −η sign(m)."""
+    """m ← β m + (1−β) g;  Δx = −(η / √t) sign(m)."""
 
     slots = ("momentum",)
     signed_slots = ("momentum",)
     squares_gradient = False
+    counts_steps = True
 
-    def scalars(self):
-        """η, β, 1−β and a number that keeps out 0 / 0."""
-        return self.learning_rate, self.beta, 1.0 - self.beta, _TINY
+    def scalars(self, step):
+        """η / √t, β, 1−β and a number that keeps out 0 / 0."""
+        return self.learning_rate / step**0.5, self.beta, 1.0 - self.beta, _TINY
 
     @classmethod
     def bounds(cls, numbers, gradient, curvature, slots, scalars, steps):
-        """See Rule."""
+        """See Rule. The rate is largest in the first step."""
         momentum = max(-slots[0][0], slots[0][1], gradient)
         return scalars[0], ((-momentum, momentum),)
 
     @staticmethod
-    def update(sqrt, g, momentum, learning_rate, beta, one_minus_beta, tiny):
+    def update(sqrt, g, momentum, rate, beta, one_minus_beta, tiny):
         """The sign is m / |m|."""
         momentum = beta * momentum + one_minus_beta * g
-        return -(learning_rate * (momentum / (abs(momentum) + tiny))), momentum
+        return -(rate * (momentum / (abs(momentum) + tiny))), momentum
 '''
 
 ORACLE = """
@@ -77,9 +79,9 @@ from optserve_server.numerics.rules import SignDescent
 def sign_descent(gradients, learning_rate, beta):
     x = np.zeros_like(gradients[0])
     m = np.zeros_like(x)
-    for g in gradients:
+    for t, g in enumerate(gradients, 1):
         m = beta * m + (1 - beta) * g
-        x = x - learning_rate * np.sign(m)
+        x = x - learning_rate / np.sqrt(t) * np.sign(m)
     return x
 
 
@@ -87,6 +89,7 @@ ROWS["sign-descent"] = Row(SignDescent(beta=0.8), sign_descent, None, "torch has
 """
 
 TRAINING = """
+import dataclasses
 import sys
 
 import numpy as np
@@ -98,15 +101,50 @@ backend, folder = sys.argv[1:]
 rng = np.random.default_rng(7)
 gradients = [rng.standard_normal(1003) for _ in range(20)]
 method = optserve.SignDescent(learning_rate=0.05, beta=0.8)
-x = np.zeros(1003)
-for half in (gradients[:10], gradients[10:]):
-    # The second server has the method from the journal of the first.
-    with optserve.local_server(data_dir=folder, backend=backend) as server, optserve.connect(server.target) as client:
-        opt = client.get_or_create_optimizer("toy", method, {"w": x})
-        assert opt.algorithm == method
-        for g in half:
-            x += opt.step({"w": g})["w"]
-np.testing.assert_allclose(x, sign_descent(gradients, 0.05, 0.8), rtol=1e-12, atol=1e-12)
+x, rare = np.zeros(1003), np.zeros(1003)
+
+
+def train(opt, turns):
+    for t in turns:
+        # One parameter takes part in every third step only.
+        given = {"w": gradients[t]} | ({"rare": gradients[t]} if t % 3 == 0 else {})
+        updates = opt.step(given, partial=True)
+        x.__iadd__(updates["w"])
+        rare.__iadd__(updates.get("rare", 0.0))
+
+
+def made_of(client, name):
+    return client.get_or_create_optimizer(name, method, {"w": x, "rare": rare})
+
+
+with optserve.local_server(data_dir=folder, backend=backend) as server, optserve.connect(server.target) as client:
+    opt = made_of(client, "toy")
+    assert opt.algorithm == method
+    train(opt, range(8))
+# The second server has the method from the journal of the first.
+with optserve.local_server(data_dir=folder, backend=backend) as server, optserve.connect(server.target) as client:
+    opt = made_of(client, "toy")
+    train(opt, range(8, 12))
+    state = opt.export_state()
+    assert state.parameter_steps == {"w": 12, "rare": 4}, state.parameter_steps
+    opt.save_checkpoint("twelve")
+    state.save(f"{folder}-state.safetensors")
+    loaded = optserve.OptimizerState.load(f"{folder}-state.safetensors")
+    assert loaded == state
+    # The server's own file says it too.
+    kept = optserve.OptimizerState.load(f"{folder}/checkpoints/toy/twelve.safetensors")
+    assert kept.parameter_steps == state.parameter_steps
+    opt.step({"w": gradients[0], "rare": gradients[0]})
+    opt.restore_checkpoint("twelve")
+    assert opt.export_state().parameter_steps == state.parameter_steps
+    other = made_of(client, "other")
+    other.import_state(loaded)
+    assert other.export_state() == state
+    train(other, range(12, 20))
+    other.import_state(dataclasses.replace(state, parameter_steps=None))
+    assert other.export_state().parameter_steps == {"w": 12, "rare": 12}
+for total, given in ((x, gradients), (rare, gradients[::3])):
+    np.testing.assert_allclose(total, sign_descent(given, 0.05, 0.8), rtol=1e-12, atol=1e-12)
 print(method)
 """
 

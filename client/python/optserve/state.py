@@ -22,6 +22,8 @@ from optserve.settings import Clipping, Consistency, Group, Schedule
 
 FORMAT_VERSION = 2
 """Since 2 a file says what goes with the method; without such settings it has the form of 1."""
+MAX_STEP = 1 << 62
+"""The most steps that a state can have made."""
 PARAMETER = "parameter"
 """Name of the hosted parameter among the arrays of a state; no method has a slot of that name."""
 
@@ -99,6 +101,9 @@ class OptimizerState:
         groups: Parameters whose hyper-parameters differ.
         weight_decay: Of the parameters that the server holds.
         consistency: How workers share the optimizer; None for one client at a time.
+        parameter_steps: Steps that each parameter has taken part in, by name, where the method uses them. None where it
+            does not, or where the state comes from a version that has not written them down: an optimizer that imports
+            the state takes it then that all parameters have taken part in all steps.
 
     Example:
         >>> arrays = {"w": {"momentum": np.zeros(2, np.float32)}}
@@ -116,6 +121,7 @@ class OptimizerState:
     groups: Sequence[Group] | EllipsisType = ...
     weight_decay: float | EllipsisType = ...
     consistency: Consistency | EllipsisType | None = ...
+    parameter_steps: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         """Take any sequence of groups."""
@@ -173,8 +179,8 @@ class OptimizerState:
         if not isinstance(other, OptimizerState):
             return NotImplemented
         return (
-            (self.step, self.algorithm, self.settings, _specs(self))
-            == (other.step, other.algorithm, other.settings, _specs(other))
+            (self.step, self.algorithm, self.settings, _specs(self), self.parameter_steps)
+            == (other.step, other.algorithm, other.settings, _specs(other), other.parameter_steps)
             and self.slots.keys() == other.slots.keys()
             and all(_same_bits(arrays, other.slots[name]) for name, arrays in self.slots.items())
         )
@@ -239,6 +245,8 @@ class OptimizerState:
             "slots": slots,
             "step": self.step,
         }
+        if self.parameter_steps is not None:
+            content["parameter_steps"] = steps_in_order(self.parameter_steps, list(self.parameters))
         return json.dumps(content)
 
     @classmethod
@@ -285,7 +293,27 @@ class OptimizerState:
             {name: TensorSpec(shape, dtype.name) for name, dtype, shape in specs},
             {name: {slot: arrays[f"{name}.{slot}"] for slot in content["slots"]} for name, _, _ in specs},
             **settings_from_json(content, [name for name, _, _ in specs]),
+            parameter_steps=_steps_from_json(content.get("parameter_steps"), [name for name, _, _ in specs]),
         )
+
+
+def steps_in_order(parameter_steps: Mapping[str, int], names: Sequence[str]) -> list[int]:
+    """The steps of each parameter, in their order, or raise InvalidArgumentError."""
+    if parameter_steps.keys() != set(names):
+        other = next(iter(parameter_steps.keys() ^ set(names)))
+        raise InvalidArgumentError(f"parameter_steps and the parameters differ in {other!r}.")
+    for name, count in parameter_steps.items():
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= MAX_STEP:
+            raise InvalidArgumentError(f"parameter_steps of {name!r} is {count!r}, not a whole number from 0 to 2^62.")
+    return [int(parameter_steps[name]) for name in names]
+
+
+def _steps_from_json(content: int | list[int] | None, names: Sequence[str]) -> dict[str, int] | None:
+    """The reverse, also of the server's form, which has one number where all are the same."""
+    if content is None:
+        return None
+    steps = [content] * len(names) if isinstance(content, int) else content
+    return dict(zip(names, map(int, steps), strict=True))
 
 
 def _counted(count: int) -> str:

@@ -13,6 +13,7 @@ from optserve_server.edge.gate.places import progress
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import each
 from optserve_server.numerics.settings import PARAMETER, Settings
 from optserve_server.persistence.checkpoints import Checkpoints, import_target
 from optserve_server.persistence.state_import import StateImport
@@ -33,7 +34,9 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
             message.ClearField(field)
         settings_messages.set_settings(message, file.description.settings, optimizer.layout)
-        yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message))
+        written = file.description.parameter_steps
+        counted = () if written is None else each(written, len(optimizer.layout.parameters))
+        yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message, parameter_steps=counted))
         with file.mapped() as mapped:
             arenas = {(dtype, slot): array for dtype, slot, array in mapped}
         layout = optimizer.layout
@@ -83,6 +86,8 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
     change(optimizer.settings, optimizer.layout).check()
     with checkpoints.staging(optimizer) as staged:
         state = StateImport(checkpoints, optimizer, staged, change)
+        parameter_steps = list(start.parameter_steps)
+        state.check_parameter_steps(parameter_steps)
         for frame in chain((first,), frames):
             header = frame.header
             if header.HasField("chunk"):
@@ -93,7 +98,7 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):
-                state.commit(start.step, start.etag, start.request_id)
+                state.commit(start.step, start.etag, start.request_id, parameter_steps)
                 return optimizer
     raise OptserveError(
         Reason.INVALID_FIELD, "The import ended without `commit`, so nothing was changed.", field="commit"

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from optserve_server.numerics.layout import ALL, Layout, Payload, Payloads, Selection
+from optserve_server.numerics.parameter_steps import Written
 from optserve_server.numerics.settings import Settings
 
 CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
@@ -171,6 +172,8 @@ class ReplacementRecord:
         arrays: (dtype, position among `Settings.arrays`, arena) of all of them that are not empty, in order.
         placed_by: See `Steps.placed_by`.
         target: What the request asked for, in words; empty where an earlier version has not written it down.
+        parameter_steps: Steps that each parameter has taken part in; None where the rule does not use it, or an earlier
+            version has not written it down.
     """
 
     kind: ClassVar[int] = REPLACED
@@ -185,6 +188,7 @@ class ReplacementRecord:
     arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
     placed_by: str | None = None
     target: str = ""
+    parameter_steps: Written | None = None
 
     def encode(self) -> Encoded:
         """The form in the journal."""
@@ -198,6 +202,7 @@ class ReplacementRecord:
             "time": self.time.isoformat(),
             "placed_by": self.placed_by,
             "target": self.target,
+            **({} if self.parameter_steps is None else {"parameter_steps": self.parameter_steps}),
         }
         return self.kind, message, [array for _, _, array in self.arrays]
 
@@ -209,7 +214,7 @@ class ReplacementRecord:
             message["optimizer"], message["step"], settings, message["etag"], message["lineage"],
             message["request_id"], datetime.fromisoformat(message["time"]),
             list(_arenas(payloads.layout, len(settings.arrays), data)),
-            message.get("placed_by"), message.get("target", ""),
+            message.get("placed_by"), message.get("target", ""), message.get("parameter_steps"),
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import Written
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.shared_segment import Segment
@@ -124,12 +125,14 @@ class OtherState:
     Attributes:
         step: Its step counter.
         arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
+        parameter_steps: Steps that each parameter has taken part in; None where that is not known: all in all steps.
         placed_by: See `Steps.placed_by`.
         target: What it is, in words; the same request id with another one is refused.
     """
 
     step: int
     arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    parameter_steps: Written | None = None
     placed_by: str | None = None
     target: str = ""
 
@@ -351,7 +354,7 @@ class Optimizers:
             self._check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
                 optimizer.id, state.step, settings, _token(), _token(), request_id,
-                self._clock.now(), state.arrays, state.placed_by, state.target,
+                self._clock.now(), state.arrays, state.placed_by, state.target, state.parameter_steps,
             )  # fmt: skip
             optimizer.steps.replace(record)
         logger.info("replaced the state of %s: step %d", optimizer.id, state.step)

@@ -90,7 +90,7 @@ def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: St
 
 
 def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) -> None:
-    """Count a step, and remember who made it.
+    """Count a step, for each parameter that took part in it too, and remember who made it.
 
     Args:
         steps: Those of the optimizer.
@@ -99,6 +99,7 @@ def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) 
         lsn: Its number.
     """
     steps.lsn, steps.step = lsn, record.step + 1
+    steps._state.count(selection)
     if record.workers:
         for name, request_id, clock in record.workers:
             # Whoever has its reply says so afterwards.
@@ -135,6 +136,7 @@ def note_replacement(steps: Steps, record: ReplacementRecord, lsn: int) -> None:
     """The state is another one: no step that was made is a step of it."""
     steps._state.set(record.settings)
     steps._state.forget_last_step()
+    steps._state.set_parameter_steps(record.parameter_steps, record.step)
     steps.lsn, steps.step, steps.lineage = lsn, record.step, record.lineage
     steps.main.retained, steps.placed_by = None, record.placed_by
     steps.workers.forget_replies()

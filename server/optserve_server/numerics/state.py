@@ -6,16 +6,17 @@ It knows nothing of gradients on their way in, see `staging.py`, nor of steps as
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.clipping import Clip
+from optserve_server.numerics.constants import Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Answers, Bounds, Headroom
-from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run
+from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import PARAMETER, Settings
 
@@ -26,16 +27,6 @@ UPDATE = "update"
 def operands_of(rule: Rule) -> tuple[Operand, ...]:
     """What a step of that rule brings."""
     return (Operand.GRADIENT, Operand.CURVATURE) if rule.takes_curvature else (Operand.GRADIENT,)
-
-
-class _LastStep(NamedTuple):
-    """What the last step that was applied was made with: the settings of that time, and what follows from them."""
-
-    settings: Settings
-    rules: list[Rule]
-    position_of: dict[int, int]
-    step: int
-    staleness: int
 
 
 class Prepared(NamedTuple):
@@ -65,6 +56,7 @@ class State:
         backend: Computes it.
         slots: The arenas of each slot.
         parameters: The arenas of x, in host memory, where it is hosted.
+        parameter_steps: Steps that each parameter has taken part in; of none where the rule does not use it.
         limits: The largest magnitude with which an operand may arrive, in each dtype.
 
     Raises:
@@ -74,8 +66,8 @@ class State:
     def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self.backend = backend
-        # As a plain tuple, which a small step makes in less time.
-        self._last: tuple[Settings, list[Rule], dict[int, int], int, int] | None = None
+        # What the last step that was applied was made with: the constants of that time, step and staleness.
+        self._last: tuple[Constants, int, int] | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._headroom = Headroom(self._bounds, hosted=settings.hosted)
         self.set(settings)
@@ -86,6 +78,7 @@ class State:
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
         }
         self.parameters: Arenas = layout.arenas(backend.staging(layout.size_bytes)) if settings.hosted else {}
+        self.parameter_steps = np.zeros(len(layout.parameters) if rule.counts_steps else 0, np.int64)
 
     @property
     def rule(self) -> Rule:
@@ -105,24 +98,15 @@ class State:
         """Change the settings; refused as a whole where one is out of range."""
         rules = self.check(settings)
         self.settings = settings
-        self._rules = rules
-        self._position_of = {
-            index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
-        }
         self.limits = {
             (operand, dtype): self._limit(operand, dtype, rules)
             for operand in operands_of(settings.rule)
             for dtype in self._dtypes
         }
-        self._stretches = {dtype: self._stretches_of(dtype) for dtype in self._dtypes}
-        self._stretch_stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
-        self._decays = settings.decays()
-        # Without a schedule the constants are always the same.
-        unscheduled = self._rounded(rules)
-        self._constants = None if settings.schedule else unscheduled
+        self._constants = constants_of(self.layout, settings, rules)
         self._headroom.set(
             type(settings.rule),
-            {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in unscheduled.items()},
+            {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in self._constants.first.items()},
         )
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
@@ -130,28 +114,6 @@ class State:
             # What is too large for the rule is about to be brought down.
             return float(np.finfo(dtype).max)
         return float(dtype.type(min(rule.gradient_limit(dtype) for rule in rules)))
-
-    def _stretches_of(self, dtype: np.dtype) -> list[tuple[int, int, int]]:
-        """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""
-        stretches: list[tuple[int, int, int]] = []
-        for index, parameter in enumerate(self.layout.parameters):
-            if parameter.dtype != dtype or not parameter.size:
-                continue
-            start, position = self.layout.starts[index], self._position_of.get(index, 0)
-            if stretches and stretches[-1][2] == position:
-                start = stretches.pop()[0]
-            stretches.append((start, self.layout.starts[index] + parameter.size, position))
-        return stretches
-
-    def _rounded(self, rules: Sequence[Rule]) -> dict[np.dtype, list[list[np.generic]]]:
-        """The constants of each rule."""
-        return {dtype: [[dtype.type(scalar) for scalar in rule.scalars()] for rule in rules] for dtype in self._dtypes}
-
-    def _scalars(self, step: int, staleness: int) -> dict[np.dtype, list[list[np.generic]]]:
-        """The constants of each rule at a step, for gradients so many steps old."""
-        if self._constants and not staleness:
-            return self._constants
-        return self._rounded([self.settings.at(rule, step, staleness) for rule in self._rules])
 
     def _bounds(self) -> dict[np.dtype, Bounds]:
         """In which all elements lie, by a look at all of them."""
@@ -219,63 +181,78 @@ class State:
             staleness: By which it is scaled; 0 where it is not.
             prepared: Of `prepare`; None where nothing is clipped.
         """
-        self._last = self.settings, self._rules, self._position_of, step, staleness
-        scalars, clip = self._scalars(step, staleness), prepared.clip if prepared else None
+        constants = self._constants
+        self._last = constants, step, staleness
+        rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
             self._headroom.forget()
         for turn, run in enumerate(runs):
             if clip is not None:
                 clip.apply(turn, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
-            for part, position in self.parts_of(run):
+            for part, position, counter in constants.parts_of(run, self.parameter_steps):
                 slots = [slot[part] for slot in self.slots[run.dtype]]
                 staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
-                self._kernels[run.dtype](staged, slots, scalars[run.dtype][position], *inputs)
+                self._kernels[run.dtype](staged, slots, rows.of(run.dtype, position, counter), *inputs)
                 if self.parameters:
-                    decay = self._decay(run.dtype, position, staleness)
+                    decay = constants.decay(run.dtype, position, staleness)
                     self.backend.advance(self.parameters[run.dtype][part], staged, decay)
 
-    def _decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
-        """The weight decay of a step: where its learning rate is divided for its staleness, it is too.
+    def count(self, selection: Selection) -> None:
+        """Some parameters have taken part in a step, which was applied."""
+        if self.parameter_steps.size:
+            self.parameter_steps[slice(None) if selection.is_all else list(selection.listed)] += 1
 
-        Else the decay would grow with the number of workers, and not what it is to hold in balance.
+    def set_parameter_steps(self, given: parameter_steps.Written | None, step: int) -> None:
+        """Put other step counters in place, where the rule uses them.
+
+        Args:
+            given: As they are written down; None where an earlier version has not, or another method: then it is taken
+                that all parameters have taken part in all steps.
+            step: Steps that were applied.
+
+        Raises:
+            ValueError: They are none of these parameters.
         """
-        return dtype.type(self._decays[position] / (1 + staleness))
+        if self.parameter_steps.size:
+            self.parameter_steps[:] = parameter_steps.each(step if given is None else given, self.parameter_steps.size)
+
+    @property
+    def written_parameter_steps(self) -> parameter_steps.Written | None:
+        """The step counters as they are written down; None where the rule does not use them."""
+        return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
 
     def tried(
-        self, given: Sequence[np.ndarray], dtype: np.dtype, part: slice, position: int, step: int, staleness: int
+        self, given: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, staleness: int
     ) -> dict[str, Any]:
-        """What a step would make of a part of an arena that follows one rule: all arrays by name, and the update.
+        """What a step would make of a part of an arena that has one row of constants: all arrays, and the update.
 
         Args:
             given: The operands there, clipped; the first becomes the update.
             dtype: Of the arena.
             part: Of the arena.
-            position: Of the rule among the rules.
-            step: See `apply`.
+            rows: Of `constants_at`.
             staleness: See `apply`.
+
+        Returns:
+            The arrays by name.
         """
-        slots = [self.backend.clone(slot[part]) for slot in self.slots[dtype]]
+        where, position, counter = part
+        slots = [self.backend.clone(slot[where]) for slot in self.slots[dtype]]
         update, *inputs = given
-        self._kernels[dtype](update, slots, self._scalars(step, staleness)[dtype][position], *inputs)
+        self._kernels[dtype](update, slots, rows.of(dtype, position, counter), *inputs)
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
         if self.parameters:
-            made[PARAMETER] = self.parameters[dtype][part].copy()
-            self.backend.advance(made[PARAMETER], update, self._decay(dtype, position, staleness))
+            made[PARAMETER] = self.parameters[dtype][where].copy()
+            self.backend.advance(made[PARAMETER], update, self._constants.decay(dtype, position, staleness))
         return made
 
-    def parts_of(self, run: Run) -> Sequence[tuple[slice, int]]:
-        """(part of the arena, position among the rules) of the stretches that a run has something of."""
-        stretches = self._stretches[run.dtype]
-        if len(stretches) == 1:
-            return ((slice(run.start, run.stop), stretches[0][2]),)
-        parts: list[tuple[slice, int]] = []
-        # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
-        for turn in range(bisect_right(self._stretch_stops[run.dtype], run.start), len(stretches)):
-            start, stop, position = stretches[turn]
-            if start >= run.stop:
-                break
-            parts.append((slice(max(start, run.start), min(stop, run.stop)), position))
-        return parts
+    def constants_at(self, step: int, staleness: int) -> Rows:
+        """The constants of a step, see `apply`."""
+        return self._constants.at(step, staleness)
+
+    def parts_of(self, run: Run) -> Sequence[Part]:
+        """The parts of a run that have one row of constants each."""
+        return self._constants.parts_of(run, self.parameter_steps)
 
     def copy_of_parameters(self) -> Arenas:
         """X as it is now."""
@@ -293,9 +270,8 @@ class State:
             tensor: The parameter.
             step: Number of steps applied.
         """
-        last = _LastStep(*(self._last or (self.settings, self._rules, self._position_of, max(step - 1, 0), 0)))
-        rule = last.rules[last.position_of.get(tensor, 0)]
-        return last.settings.at(rule, last.step, last.staleness)
+        constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
+        return constants.rule_of(tensor, *at)
 
     def forget_last_step(self) -> None:
         """The state is another one, which that step has not made."""

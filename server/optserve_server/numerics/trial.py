@@ -62,15 +62,16 @@ def try_out(
     Raises:
         OptserveError: GRADIENT_OVERFLOW or REPLY_OVERFLOW.
     """
+    rows = state.constants_at(step, staleness)
     for turn, run in enumerate(payload.runs):
-        for part, position in state.parts_of(run):
+        for part, position, counter in state.parts_of(run):
             for start in range(part.start, part.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, part.stop))
                 given = [arenas[run.dtype][block].copy() for arenas in operands.values()]
                 if prepared.clip is not None:
                     prepared.clip.apply(turn, start - run.start, given[0])
                 gradient = given[0].copy()
-                made = state.tried(given, run.dtype, block, position, step, staleness)
+                made = state.tried(given, run.dtype, (block, position, counter), rows, staleness)
                 _check_finite(state, payload, run, block, made, gradient)
                 for array, wires in ((UPDATE, answers.updates), (PARAMETER, answers.parameters)):
                     for wire in wires:

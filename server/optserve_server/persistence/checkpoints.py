@@ -21,6 +21,7 @@ from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine.registry import Optimizer, Optimizers, OtherState
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import Written
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence.checkpoint_checks import (
     check_fit,
@@ -162,7 +163,7 @@ class Checkpoints:
                 return replace(description.settings, consistency=present.consistency)
 
             with file.mapped() as arrays:
-                state = OtherState(description.step, arrays, description.placed_by, target)
+                state = OtherState(description.step, arrays, description.parameter_steps, description.placed_by, target)
                 self._optimizers.replace(optimizer, state, change, etag, request_id)
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
@@ -202,6 +203,7 @@ class Checkpoints:
                     self._clock.now(),
                     request_id,
                     optimizer.steps.placed_by,
+                    state.written_parameter_steps,
                 )
                 exported = StateFile(file, description, disk=self._store.disk)
                 if to_keep_as:
@@ -251,12 +253,13 @@ class Checkpoints:
         change: Callable[[Settings, Layout], Settings],
         etag: str = "",
         request_id: str = "",
+        parameter_steps: Written | None = None,
     ) -> None:
         """Put a state in the place of an optimizer's own. See `Optimizers.replace`."""
         with file.mapped() as arrays:
             # All arrays were sent, x as well where it is hosted.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
-            state = OtherState(step, arrays, placed_by, import_target(step))
+            state = OtherState(step, arrays, parameter_steps, placed_by, import_target(step))
             self._optimizers.replace(optimizer, state, change, etag, request_id)
 
     def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:

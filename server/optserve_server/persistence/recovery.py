@@ -63,6 +63,7 @@ class Replay:
                 retained["intact"],
             )
         with item.steps.held_still() as state:
+            state.set_parameter_steps(header.get("parameter_steps"), header["step"])
             saved.load(state, item.steps.main.staging)
         self._pieces[item.id] = saved.pieces
         self._arenas[item.id] = _by_arena(saved.pieces)

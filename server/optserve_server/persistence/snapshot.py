@@ -183,7 +183,14 @@ def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
             "placed_by": item.steps.placed_by,
             "retained": _retained(retained, item.layout) if retained else None,
             "workers": item.steps.workers.registry.to_json(),
+            **_parameter_steps(item.state),
         }
+
+
+def _parameter_steps(state: State) -> dict[str, Any]:
+    """The step counters of parameters, where the method uses them."""
+    written = state.written_parameter_steps
+    return {} if written is None else {"parameter_steps": written}
 
 
 def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:

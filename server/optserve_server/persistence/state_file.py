@@ -20,6 +20,7 @@ import numpy as np
 
 from optserve._common import safetensors
 from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import Written, each
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -65,6 +66,7 @@ class Description:
     create_time: datetime
     request_id: str = ""
     placed_by: str | None = None
+    parameter_steps: Written | None = None
     kept: str = ""
 
     @property
@@ -86,6 +88,7 @@ class Description:
                 "create_time": self.create_time.isoformat(),
                 "request_id": self.request_id,
                 "placed_by": self.placed_by,
+                **({} if self.parameter_steps is None else {"parameter_steps": self.parameter_steps}),
             }
         )
 
@@ -100,10 +103,13 @@ def _described_by(metadata: dict[str, str]) -> Description:
         version = content["format"]
         if version > FORMAT_VERSION:
             raise StateFileError(f"it has format {version}; this server knows up to {FORMAT_VERSION}")
+        layout, parameter_steps = Layout.from_json(content["parameters"]), content.get("parameter_steps")
+        if parameter_steps is not None:
+            each(parameter_steps, len(layout.parameters))
         return Description(
-            content["optimizer"], Layout.from_json(content["parameters"]), Settings.from_json(content), content["step"],
+            content["optimizer"], layout, Settings.from_json(content), content["step"],
             datetime.fromisoformat(content["create_time"]), content["request_id"],
-            content.get("placed_by"), metadata["optserve"],
+            content.get("placed_by"), parameter_steps, metadata["optserve"],
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise StateFileError(f"its description is not readable ({error!r})") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,12 +10,10 @@ from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
 from optserve_server.engine.registry import Optimizer
 from optserve_server.numerics.layout import ALL, Layout, Parameter, Payload
+from optserve_server.numerics.parameter_steps import MAX_STEP, each
 from optserve_server.numerics.settings import PARAMETER, Settings
 from optserve_server.persistence.checkpoints import Checkpoints
 from optserve_server.persistence.state_file import StateFile
-
-MAX_STEP = 1 << 62
-"""Leaves the counter room to count on."""
 
 
 class StateImport:
@@ -76,13 +74,37 @@ class StateImport:
         with disk_errors():
             self._staged.write(parameter.dtype, slot, start, values)
 
-    def commit(self, step: int, etag: str = "", request_id: str = "") -> None:
+    def check_parameter_steps(self, given: Sequence[int]) -> None:
+        """Raise INVALID_FIELD unless they are the step counters of all parameters, or none."""
+        if not given:
+            return
+        if not self._optimizer.rule.counts_steps:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"{self._optimizer.rule.name} does not use the steps of each parameter, so send none.",
+                field="parameter_steps",
+            )
+        try:
+            each(given, len(self._optimizer.layout.parameters))
+        except ValueError as error:
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"They do not fit this model: {error}.", field="parameter_steps"
+            ) from error
+
+    def commit(self, step: int, etag: str = "", request_id: str = "", parameter_steps: Sequence[int] = ()) -> None:
         """Put the state in place, once per request id.
+
+        Args:
+            step: Its step counter.
+            etag: See `Optimizers.replace`.
+            request_id: See `Optimizers.replace`.
+            parameter_steps: Steps that each parameter has taken part in; none where that is not known.
 
         Raises:
             OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE,
                 OPTIMIZER_NOT_FOUND or HYPERPARAMETER_OUT_OF_RANGE.
         """
+        self.check_parameter_steps(parameter_steps)
         if step > MAX_STEP:
             raise OptserveError(Reason.INVALID_FIELD, f"step must be at most {MAX_STEP}, not {step}.", field="step")
         gap = self._coverage.first_gap(len(self._slots) * self._payload.size_bytes)
@@ -97,7 +119,8 @@ class StateImport:
                 parameter=name,
                 offset=offset,
             )
-        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id)
+        counted = list(parameter_steps) or None
+        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id, counted)
 
     def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
         begin = slot * self._payload.size_bytes + self._payload.places[tensor][0] + offset

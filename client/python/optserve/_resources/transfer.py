@@ -28,7 +28,7 @@ from optserve._values.settings_messages import (
     update_request,
 )
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
-from optserve.state import PARAMETER, OptimizerState, Progress, TensorSpec
+from optserve.state import MAX_STEP, PARAMETER, OptimizerState, Progress, TensorSpec, steps_in_order
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, steps_pb2
 
 CHUNK_BYTES = 1 << 20
@@ -64,6 +64,10 @@ def import_state(
     names, arrays = _array_names(optimizer), _arrays(optimizer, state)
     # One id for all tries: a retry after a lost answer must not undo the steps since.
     first = checkpoints_pb2.ImportStateRequest(name=optimizer.name, step=state.step, request_id=str(uuid.uuid4()))
+    if state.parameter_steps is not None:
+        first.parameter_steps.extend(
+            steps_in_order(state.parameter_steps, [item.name for item in optimizer.parameters])
+        )
     said = state.settings
     # That nobody shared the optimizer is no setting which the new place has to have.
     consistency = said.get("consistency") or ...
@@ -175,7 +179,8 @@ def _persistently(connection: Transport, attempt: Callable[[float], _Result]) ->
 def _received(
     frames: Iterator[wire.Frame[checkpoints_pb2.ExportStateResponse]], name: str, on_progress: Progress
 ) -> OptimizerState:
-    optimizer = replies.optimizer(_first(frames).optimizer, name)
+    first = _first(frames)
+    optimizer = replies.optimizer(first.optimizer, name)
     parameters = {
         item.name: TensorSpec(tuple(item.shape), DTYPES[item.data_type].name) for item in optimizer.parameters
     }
@@ -209,7 +214,17 @@ def _received(
         groups=groups_from(optimizer),
         weight_decay=optimizer.weight_decay,
         consistency=consistency_from(optimizer),
+        parameter_steps=_parameter_steps(first.parameter_steps, list(parameters)),
     )
+
+
+def _parameter_steps(counts: Sequence[int], names: Sequence[str]) -> dict[str, int] | None:
+    """The steps of each parameter; None where there are none, or raise InternalError."""
+    if not counts:
+        return None
+    if len(counts) != len(names) or max(counts) > MAX_STEP:
+        raise replies.broken(f"it has the steps of {len(counts)} parameters, up to {max(counts)}")
+    return dict(zip(names, counts, strict=True))
 
 
 def _array_names(optimizer: optimizer_pb2.Optimizer) -> list[str]:

@@ -95,17 +95,19 @@ class ExportStateRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class ExportStateResponse(_message.Message):
-    __slots__ = ("optimizer", "chunk", "data")
+    __slots__ = ("optimizer", "chunk", "parameter_steps", "data")
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_STEPS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     optimizer: _optimizer_pb2.Optimizer
     chunk: SlotChunk
+    parameter_steps: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., parameter_steps: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateRequest(_message.Message):
-    __slots__ = ("name", "step", "etag", "chunk", "commit", "request_id", "optimizer", "update_mask", "data")
+    __slots__ = ("name", "step", "etag", "chunk", "commit", "request_id", "optimizer", "update_mask", "parameter_steps", "data")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +116,7 @@ class ImportStateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_STEPS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     step: int
@@ -123,8 +126,9 @@ class ImportStateRequest(_message.Message):
     request_id: str
     optimizer: _optimizer_pb2.Optimizer
     update_mask: _field_mask_pb2.FieldMask
+    parameter_steps: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., chunk: _Optional[_Union[SlotChunk, _Mapping]] = ..., commit: _Optional[_Union[_steps_pb2.Commit, _Mapping]] = ..., request_id: _Optional[str] = ..., optimizer: _Optional[_Union[_optimizer_pb2.Optimizer, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., parameter_steps: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ImportStateResponse(_message.Message):
     __slots__ = ("optimizer",)

@@ -56,7 +56,7 @@ def operands(rule: type[Rule]) -> tuple[list[str], list[str]]:
     """Names of the arrays (staged, the curvature if it takes one, the slots) and of the scalars in the source."""
     inputs = ["curvature"] if rule.takes_curvature else []
     arrays = ["staged", *inputs, *(f"slot{i}" for i in range(len(rule.slots)))]
-    return arrays, [f"scalar{i}" for i in range(len(rule().scalars()))]
+    return arrays, [f"scalar{i}" for i in range(len(rule().scalars(1)))]
 
 
 def source(rule: type[Rule]) -> str:

@@ -20,7 +20,7 @@ class Adadelta(contract.Adadelta):
     gradient_square_slot = "square_avg"
     update_square_slot = "acc_delta"
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """ρ, 1−ρ, ε, learning rate."""
         return self.rho, 1.0 - self.rho, self.eps, self.learning_rate
 

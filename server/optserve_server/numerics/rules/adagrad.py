@@ -22,7 +22,7 @@ class Adagrad(contract.Adagrad):
     slots = ("sum",)
     squares_gradient = True
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """−η, ε."""
         return -self.learning_rate, self.eps
 

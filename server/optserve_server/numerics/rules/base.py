@@ -75,6 +75,7 @@ class Rule:
         name: The method's field in `optserve.v1.Algorithm`.
         slots: Names of the state tensors, all starting at 0.
         signed_slots: Those that may be negative; the others are averages or sums of squares.
+        counts_steps: Whether `scalars` uses the step counter.
         takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
         gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²], where there are such.
@@ -87,6 +88,7 @@ class Rule:
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]
     signed_slots: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = False
     takes_curvature: ClassVar[bool] = False
     squares_gradient: ClassVar[bool]
     gradient_square_slot: ClassVar[str | None] = None
@@ -99,8 +101,13 @@ class Rule:
         """That of a hyper-parameter."""
         return cls.__dataclass_fields__[name].metadata["range"]
 
-    def scalars(self) -> tuple[float, ...]:
-        """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype."""
+    def scalars(self, step: int) -> tuple[float, ...]:
+        """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype.
+
+        Args:
+            step: Counts the steps that the parameter has taken part in, this one included, so that it is 1 in the
+                first. Only for a rule with `counts_steps`.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -120,7 +127,7 @@ class Rule:
             gradient: The largest magnitude of g.
             curvature: That of h; 0 where there is none.
             slots: In which each slot lies.
-            scalars: See `scalars`.
+            scalars: See `scalars`. Of a rule with `counts_steps` those of the first step: what is given holds for all.
             steps: So many, or fewer.
 
         Returns:

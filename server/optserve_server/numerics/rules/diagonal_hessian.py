@@ -19,7 +19,7 @@ class DiagonalHessian(contract.DiagonalHessian):
     slots = ()
     squares_gradient = False
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """−η, μ and 1, each times a power of two by which η becomes at most 1.
 
         So η g is finite wherever g is. A power of two changes no digit, unless something is so small that it has not

@@ -22,7 +22,7 @@ class Momentum(contract.Momentum):
     signed_slots = ("momentum",)
     squares_gradient = False
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """ρ, η."""
         return self.rho, self.learning_rate
 

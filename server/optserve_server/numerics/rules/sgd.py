@@ -17,7 +17,7 @@ class Sgd(contract.Sgd):
     slots = ()
     squares_gradient = False
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """−η."""
         return (-self.learning_rate,)
 

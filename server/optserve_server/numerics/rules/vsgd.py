@@ -36,7 +36,7 @@ class Vsgd(contract.Vsgd):
     gradient_square_slot = "square_avg"
     eps_in_root = False
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """ε, the overestimate less 1, the initial steps, 1, 1/2 and a tiny number."""
         return self.eps, self.initial_overestimate - 1.0, self.initial_steps, 1.0, 0.5, _TINY
 

@@ -34,7 +34,7 @@ class WindowedRms(contract.WindowedRms):
                 field=f"optimizer.algorithm.{self.name}.eps",
             )
 
-    def scalars(self) -> tuple[float, ...]:
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
         """ρ, 1−ρ, ε, ε_outer, −η."""
         return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
 

@@ -1,0 +1,182 @@
+"""Which constants of the rule hold where: by the groups of parameters, and by the steps that each has taken part in."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from optserve_server.numerics.layout import Layout, Run
+from optserve_server.numerics.rules import Rule
+from optserve_server.numerics.settings import Settings
+
+FIRST_STEP = 1
+"""A parameter's step counter in the first step that it takes part in."""
+
+Row = Sequence[np.generic]
+"""The constants of one rule, rounded to a dtype."""
+
+Part = tuple[slice, int, int]
+"""(part of an arena, position among the rules, step counter; 0 where the rule does not use it) of one row."""
+
+
+class Rows:
+    """The constants of one step, of a rule that does not use step counters.
+
+    Args:
+        rows: Of each dtype, by position among the rules.
+    """
+
+    def __init__(self, rows: Mapping[np.dtype, Sequence[Row]]) -> None:
+        self._rows = rows
+
+    def of(self, dtype: np.dtype, position: int, counter: int) -> Row:  # noqa: ARG002
+        """The row of a part."""
+        return self._rows[dtype][position]
+
+
+class CountedRows(Rows):
+    """Those of a rule that uses them, made when they are needed.
+
+    Args:
+        rules: Of the step.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self._made: dict[tuple[np.dtype, int, int], Row] = {}
+
+    def of(self, dtype: np.dtype, position: int, counter: int) -> Row:
+        """The row of a part."""
+        key = (dtype, position, counter)
+        row = self._made.get(key)
+        if row is None:
+            row = self._made[key] = _rounded(self._rules[position], dtype, counter)
+        return row
+
+
+class Constants:
+    """Those of an optimizer's present settings.
+
+    Args:
+        layout: Of the model.
+        settings: The present ones.
+        rules: See `Settings.rules`.
+
+    Attributes:
+        settings: The present ones.
+        first: Those without a schedule, at a parameter's first step, of each dtype and rule.
+    """
+
+    def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
+        self.settings = settings
+        self._rules = rules
+        self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
+        self._position_of = {
+            index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
+        }
+        self._stretches = {dtype: self._stretches_of(layout, dtype) for dtype in self._dtypes}
+        self._stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
+        self._decays = settings.decays()
+        self.first = self._rows(rules)
+        # Without a schedule they are always the same.
+        self._always = None if settings.schedule else Rows(self.first)
+
+    def _stretches_of(self, layout: Layout, dtype: np.dtype) -> list[tuple[int, int, int]]:
+        """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""
+        stretches: list[tuple[int, int, int]] = []
+        for index, parameter in enumerate(layout.parameters):
+            if parameter.dtype != dtype or not parameter.size:
+                continue
+            start, position = layout.starts[index], self._position_of.get(index, 0)
+            if stretches and stretches[-1][2] == position:
+                start = stretches.pop()[0]
+            stretches.append((start, layout.starts[index] + parameter.size, position))
+        return stretches
+
+    def _rows(self, rules: Sequence[Rule]) -> dict[np.dtype, list[Row]]:
+        return {dtype: [_rounded(rule, dtype, FIRST_STEP) for rule in rules] for dtype in self._dtypes}
+
+    def at(self, step: int, staleness: int) -> Rows:
+        """The constants at a step, for gradients so many steps old."""
+        if self._always is not None and not staleness:
+            return self._always
+        return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self._rules]))
+
+    def decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
+        """The weight decay of a step: where its learning rate is divided for its staleness, it is too.
+
+        Else the decay would grow with the number of workers, and not what it is to hold in balance.
+        """
+        return dtype.type(self._decays[position] / (1 + staleness))
+
+    def rule_of(self, tensor: int, step: int, staleness: int) -> Rule:
+        """The rule that a parameter follows at a step, with the learning rate that it has there."""
+        return self.settings.at(self._rules[self._position_of.get(tensor, 0)], step, staleness)
+
+    def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:  # noqa: ARG002
+        """The parts of a run that have one row each.
+
+        Args:
+            run: A stretch of an arena.
+            parameter_steps: Steps that each parameter has taken part in before; none where the rule does not use it.
+        """
+        stretches = self._stretches[run.dtype]
+        if len(stretches) == 1:
+            return ((slice(run.start, run.stop), stretches[0][2], 0),)
+        parts: list[Part] = []
+        # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
+        for turn in range(bisect_right(self._stops[run.dtype], run.start), len(stretches)):
+            start, stop, position = stretches[turn]
+            if start >= run.stop:
+                break
+            parts.append((slice(max(start, run.start), min(stop, run.stop)), position, 0))
+        return parts
+
+
+class CountedConstants(Constants):
+    """Those of a rule that uses step counters: a run is split where these differ, as it is at the borders of groups."""
+
+    def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
+        super().__init__(layout, settings, rules)
+        self._tensors: dict[np.dtype, np.ndarray] = {}
+        self._bounds: dict[np.dtype, tuple[np.ndarray, np.ndarray]] = {}
+        self._positions: dict[np.dtype, np.ndarray] = {}
+        for dtype in self._dtypes:
+            own = [i for i, parameter in enumerate(layout.parameters) if parameter.dtype == dtype and parameter.size]
+            starts = np.array([layout.starts[index] for index in own])
+            self._tensors[dtype] = np.array(own)
+            self._bounds[dtype] = starts, starts + [layout.parameters[index].size for index in own]
+            self._positions[dtype] = np.array([self._position_of.get(index, 0) for index in own])
+
+    def at(self, step: int, staleness: int) -> Rows:
+        """See Constants. Each step has other ones, so none are kept."""
+        return CountedRows([self.settings.at(rule, step, staleness) for rule in self._rules])
+
+    def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:
+        """See Constants."""
+        starts, stops = self._bounds[run.dtype]
+        there = slice(int(np.searchsorted(stops, run.start, "right")), int(np.searchsorted(starts, run.stop, "left")))
+        positions = self._positions[run.dtype][there]
+        counters = parameter_steps[self._tensors[run.dtype][there]]
+        borders = np.flatnonzero((np.diff(counters) != 0) | (np.diff(positions) != 0)) + 1
+        starts, stops = starts[there], stops[there]
+        return [
+            (
+                slice(max(int(starts[first]), run.start), min(int(stops[end - 1]), run.stop)),
+                int(positions[first]),
+                int(counters[first]) + FIRST_STEP,
+            )
+            for first, end in zip((0, *borders.tolist()), (*borders.tolist(), positions.size), strict=True)
+        ]
+
+
+def constants_of(layout: Layout, settings: Settings, rules: Sequence[Rule]) -> Constants:
+    """Those of a rule of either kind."""
+    kind = CountedConstants if settings.rule.counts_steps else Constants
+    return kind(layout, settings, rules)
+
+
+def _rounded(rule: Rule, dtype: np.dtype, counter: int) -> Row:
+    return [dtype.type(scalar) for scalar in rule.scalars(counter)]
