@@ -22,9 +22,9 @@ MIB = 1 << 20
 class Server:
     """What a server keeps, without its network."""
 
-    def __init__(self, path: Path, interval_s: float = 0.0) -> None:
+    def __init__(self, path: Path, interval_s: float = 0.0, backend: str = "numpy") -> None:
         self.folder = DataFolder(path, snapshot_bytes=1 << 40, segment_bytes=MIB, interval_s=interval_s)
-        self.optimizers = Optimizers(backends.load("numpy"), self.folder, ServerConfig(data_dir=str(path)))
+        self.optimizers = Optimizers(backends.load(backend), self.folder, ServerConfig(data_dir=str(path)))
         self._dead = False
         self.recovered = self.folder.recover(self.optimizers, lambda _done, _total: None)
 

@@ -55,9 +55,10 @@ def skipping(item, first: int) -> None:
         step(item, turn, tensors)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("kept", ["journal", "snapshot", "snapshot, then journal"])
-def test_a_killed_server_goes_on_where_it_was(tmp_path, kept):
-    server = Server(tmp_path / "killed")
+def test_a_killed_server_goes_on_where_it_was(tmp_path, kept, backend):
+    server = Server(tmp_path / "killed", backend=backend)
     item = create(server)
     skipping(item, 0)
     if kept.startswith("snapshot"):
@@ -67,11 +68,11 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, kept):
     before = all_of(item)
     assert before[1] == ([6, 6, 4] if kept.endswith("journal") else [3, 3, 2])
     server.die()
-    again = Server(tmp_path / "killed")
+    again = Server(tmp_path / "killed", backend=backend)
     item = again.optimizers.get("a")
     assert all_of(item) == before
     # The next steps have the rates of a server that never stopped.
-    undisturbed = Server(tmp_path / "undisturbed")
+    undisturbed = Server(tmp_path / "undisturbed", backend=backend)
     twin = create(undisturbed)
     skipping(twin, 0)
     if kept.endswith("journal"):
