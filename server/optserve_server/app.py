@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -50,11 +51,22 @@ LOOKS_PER_IDLE_TIME = 4
 class App:
     """A server that is listening from `start` to `stop`.
 
+    Args:
+        config: Its settings.
+        credentials: What secures its connections, such as `grpc.ssl_server_credentials(…)`; None for none.
+        interceptors: gRPC's, which see every call before it has a place and a thread, in gRPC's only event thread, and
+            may refuse it. A handler that takes the place of a method's runs in the few threads for refusals.
+
     Attributes:
         target: What a client connects to.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        credentials: grpc.ServerCredentials | None = None,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
+    ) -> None:
         self._config = config
         self._drain_gate = DrainGate()
         self._stopping = threading.Event()
@@ -65,14 +77,16 @@ class App:
             self._recover(self._folder, optimizers)
         checkpoints = Checkpoints(optimizers, _checkpoint_store(config, self._folder), config.max_checkpoints)
         self._gate = Gate(config)
-        self._server = grpc.server(self._gate.refusals, interceptors=[self._gate], options=_options(config))
+        self._server = grpc.server(
+            self._gate.refusals, interceptors=[*interceptors, self._gate], options=_options(config)
+        )
         servicer = Servicer(optimizers, checkpoints, self._drain_gate, choice, config)
         self._server.add_generic_rpc_handlers((handlers(servicer),))
         self._health = Health(("", SERVICE.full_name))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.target = self._listen()
+        self.target = self._listen(credentials)
 
     def _recover(self, folder: DataFolder, optimizers: Optimizers) -> None:
         console = Console(stderr=True)
@@ -81,7 +95,7 @@ class App:
             found = folder.recover(optimizers, lambda done, total: progress.update(task, completed=done, total=total))
         logger.info("%s", describe(found))
 
-    def _listen(self) -> str:
+    def _listen(self, credentials: grpc.ServerCredentials | None) -> str:
         config = self._config
         if config.uds:
             _check_unused(config.uds)
@@ -89,7 +103,10 @@ class App:
         host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
         address = f"unix:{config.uds}" if config.uds else f"{host}:{config.port}"
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(f"Cannot listen on {address}: is it in use, or not this machine's?") from error
         return address if config.uds else f"{host}:{port}"

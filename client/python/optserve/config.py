@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import grpc
+
+    Interceptor = (
+        grpc.UnaryUnaryClientInterceptor
+        | grpc.UnaryStreamClientInterceptor
+        | grpc.StreamUnaryClientInterceptor
+        | grpc.StreamStreamClientInterceptor
+    )
+
+_METADATA_KEY = re.compile(r"(?!grpc-)[0-9a-z_.-]+")
+_METADATA_TEXT = re.compile(r"[ -~]*")
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,13 @@ class ClientConfig:
     returning it after every message. Large steps over gRPC take a quarter less time."""
     keepalive_s: float = 60.0
     """A silent connection with a call on it is probed after so long. Servers cut off those who probe too often."""
+    credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    """What secures the connection, such as `grpc.ssl_channel_credentials(…)`; None for one that is not secured."""
+    metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
+    """Pairs that are sent with every call. Keys are of a-z, 0-9, '_', '.' and '-'; the values of those that end in
+    `-bin` are bytes, others printable ASCII. They are no secret on a connection that is not secured."""
+    interceptors: Sequence[Interceptor] = field(default=(), repr=False)
+    """gRPC's client interceptors, which see every call, the first one first, after `metadata` was added."""
 
     def __post_init__(self) -> None:
         """Check every value, or raise ValueError."""
@@ -46,6 +68,21 @@ class ClientConfig:
             raise ValueError(f"keepalive_s must be at least 60, not {self.keepalive_s!r}: servers refuse more.")
         if self.max_chunk_bytes and not 1024 <= self.max_chunk_bytes <= self.max_receive_bytes:
             raise ValueError(f"max_chunk_bytes must be 0 or 1024 to {self.max_receive_bytes}.")
+        object.__setattr__(self, "metadata", tuple((key, value) for key, value in self.metadata))
+        object.__setattr__(self, "interceptors", tuple(self.interceptors))
+        for key, value in self.metadata:
+            _check_metadata(key, value)
+
+
+def _check_metadata(key: str, value: str | bytes) -> None:
+    """Raise ValueError for a pair that gRPC does not send. The value may be a secret, so it is not shown."""
+    if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
+        raise ValueError(f"A key of metadata has a-z, 0-9, '_', '.' and '-', and is not gRPC's own; not {key!r}.")
+    if key.endswith("-bin"):
+        if not isinstance(value, bytes):
+            raise ValueError(f"The metadata {key} must be bytes.")
+    elif not isinstance(value, str) or not _METADATA_TEXT.fullmatch(value):
+        raise ValueError(f"The metadata {key} must be a text of printable ASCII characters.")
 
 
 def proxy_variable() -> str:

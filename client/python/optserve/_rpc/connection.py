@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from optserve._common import malloc, wire
 from optserve._common.clock import SYSTEM, Clock
-from optserve._rpc.channel import open_channel
+from optserve._rpc.channel import begun, open_channel
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
 from optserve._rpc.proxies import proxy_hint
 from optserve._rpc.retry import Backoff, is_retryable
@@ -207,7 +207,7 @@ class Transport:
         """Start a StreamSteps call. It has no deadline of its own; see Patience."""
         self.check_usable()
         with self._while_open():
-            return self._stream_steps(messages)
+            return begun(self._stream_steps(messages))
 
     def close_with_me(self, stream: Closeable) -> None:
         """Close a stream when this is closed, if it is still there."""
@@ -218,7 +218,7 @@ class Transport:
         """Start an ExportState call; gives frames."""
         self.check_usable()
         with self._while_open():
-            return _frames(self._export_state(request, timeout=timeout_s))
+            return _frames(begun(self._export_state(request, timeout=timeout_s)))
 
     def import_state(self, messages: Iterator[bytes], timeout_s: float) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
@@ -230,7 +230,7 @@ class Transport:
         """Start a PullParameters call; gives frames."""
         self.check_usable()
         with self._while_open():
-            return _frames(self._pull_parameters(request, timeout=timeout_s))
+            return _frames(begun(self._pull_parameters(request, timeout=timeout_s)))
 
     def push_parameters(self, messages: Iterator[bytes], timeout_s: float) -> replicas_pb2.PushParametersResponse:
         """Make a PushParameters call."""
