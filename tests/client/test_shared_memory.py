@@ -102,7 +102,7 @@ def test_who_must_share_what_another_has_is_told_after_a_moment(near):
     near.create_optimizer("a", optserve.Adadelta(), gradients(0))
     holder = near.optimizer("a", transport="shm")
     holder.step(gradients(0))
-    with pytest.raises(optserve.FeatureUnavailableError, match="another client has it"):
+    with pytest.raises(optserve.FeatureUnavailableError, match="another client uses the segment"):
         near.optimizer("a", transport="shm").step(gradients(1), timeout_s=60)
     holder.step(gradients(1))
 
@@ -171,7 +171,7 @@ def test_a_second_client_uses_the_stream_and_neither_disturbs_the_other(near, re
         theirs = other.optimizer("a")
         assert theirs.transport == (
             "grpc",
-            "the server does not offer shared memory now: it has no room, or another client has it",
+            "the server offers no shared memory now: its memory is full, or another client uses the segment",
         )
         for seed in range(1, 7):
             opt = (mine, theirs)[seed % 2]
@@ -180,7 +180,7 @@ def test_a_second_client_uses_the_stream_and_neither_disturbs_the_other(near, re
             for array in mine.buffers().values():
                 array.fill(np.nan)
             assert bits(opt.step(gradients(seed))) == bits(reference.step(gradients(seed)))
-        with pytest.raises(optserve.FeatureUnavailableError, match="another client has it"):
+        with pytest.raises(optserve.FeatureUnavailableError, match="another client uses the segment"):
             other.optimizer("a", transport="shm").step(gradients(9))
     mine.close()
 

@@ -17,6 +17,8 @@ RETIRED = {
     "lane": "step slot",
     "roster": "registry",
     "turnstile": "upload limiter",
+    "lent": "shared",
+    "told": "reported",
 }
 """Words of which no identifier is made, with what to write instead."""
 

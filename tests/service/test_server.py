@@ -436,7 +436,7 @@ def test_more_calls_than_the_server_takes_at_a_time_are_made_in_the_end(tmp_path
     def call(client: optserve.Client) -> None:
         try:
             # Once, to see that it happens at all.
-            client._transport.call_once(client._transport.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+            client._connection.call_once(client._connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
         except optserve.ResourceExhaustedError as error:
             refused.append(error)
         for _ in range(5):
@@ -462,7 +462,7 @@ def test_calls_that_are_over_are_no_streams_of_their_connection_any_more(tmp_pat
     ):
         client.create_optimizer("a", optserve.Sgd(), {"x": np.ones(3, np.float32)}, hosted=True)
         for _ in range(100):
-            client._transport.call_once(client._transport.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+            client._connection.call_once(client._connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
             opt = client.optimizer("a")
             opt.pull_parameters()
             opt.step({"x": np.ones(3, np.float32)})

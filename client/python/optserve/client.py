@@ -12,8 +12,8 @@ from optserve import algorithms, settings
 from optserve._common import sysv
 from optserve._resources import replies
 from optserve._resources.checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
-from optserve._resources.new_optimizer import ArrayLike, Chosen, new_optimizer, values_of
-from optserve._rpc.connection import Transport
+from optserve._resources.new_optimizer import ArrayLike, NewSettings, new_optimizer, values_of
+from optserve._rpc.connection import Connection
 from optserve._values.arrays import check_kind
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -58,16 +58,16 @@ class Client:
     Args:
         target: The server.
         config: Its settings.
-        transport: The connection, where it is made already.
+        connection: To the server; made by default.
     """
 
-    def __init__(self, target: str, config: ClientConfig, transport: Transport | None = None) -> None:
-        self._transport = transport or Transport(target, config)
+    def __init__(self, target: str, config: ClientConfig, connection: Connection | None = None) -> None:
+        self._connection = connection or Connection(target, config)
         try:
             host_id = self.server_info(timeout_s=config.connect_timeout_s).host_id
-            self._transport.same_host = bool(host_id) and host_id == sysv.host_id()
+            self._connection.same_host = bool(host_id) and host_id == sysv.host_id()
         except BaseException:
-            self._transport.close()
+            self._connection.close()
             raise
 
     def __repr__(self) -> str:
@@ -76,17 +76,17 @@ class Client:
     @property
     def target(self) -> str:
         """What this client is connected to."""
-        return self._transport.target
+        return self._connection.target
 
     def server_info(self, *, timeout_s: float | None = None) -> service_pb2.GetServerInfoResponse:
         """What the server is, can do and accepts."""
         request = service_pb2.GetServerInfoRequest()
-        return replies.info(self._transport.call(self._transport.stub.GetServerInfo, request, timeout_s=timeout_s))
+        return replies.info(self._connection.call(self._connection.stub.GetServerInfo, request, timeout_s=timeout_s))
 
     @property
     def shares_memory(self) -> bool:
         """Whether tensors can travel through memory that is shared with the server."""
-        return self._transport.same_host
+        return self._connection.same_host
 
     def create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
@@ -121,14 +121,14 @@ class Client:
                 optimizer of that name then.
             ResourceExhaustedError: The model is too large for the server; likewise.
         """
-        chosen = Chosen(schedule, clipping, groups, hosted, weight_decay, consistency)
-        wanted = new_optimizer(name, algorithm, params, chosen)
+        new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
+        wanted = new_optimizer(name, algorithm, params, new_settings)
         values = values_of(params) if hosted else {}
-        made = self._create(name, wanted)
+        created = self._create(name, wanted)
         if values:
-            with self._deleting_if_refused(made):
-                made.push_parameters(values)
-        return made
+            with self._deleting_if_refused(created):
+                created.push_parameters(values)
+        return created
 
     def create_optimizer_from_state(
         self, name: str, state: OptimizerState, *, on_progress: Progress = no_progress
@@ -149,7 +149,7 @@ class Client:
         """
         check_kind(state, OptimizerState, "state", "opt.export_state()")
         said = state.settings
-        chosen = Chosen(
+        new_settings = NewSettings(
             said.get("schedule"),
             said.get("clipping"),
             said.get("groups", ()),
@@ -157,11 +157,11 @@ class Client:
             said.get("weight_decay", 0.0),
             said.get("consistency"),
         )
-        wanted = new_optimizer(name, state.algorithm, state.parameters, chosen)
-        made = self._create(name, wanted)
-        with self._deleting_if_refused(made):
-            made.import_state(state, on_progress=on_progress)
-        return made
+        wanted = new_optimizer(name, state.algorithm, state.parameters, new_settings)
+        created = self._create(name, wanted)
+        with self._deleting_if_refused(created):
+            created.import_state(state, on_progress=on_progress)
+        return created
 
     def get_or_create_optimizer(  # noqa: PLR0913 - settings, by their names
         self,
@@ -185,8 +185,8 @@ class Client:
             InvalidArgumentError: The one that exists has other parameters or other settings; or as for
                 `create_optimizer`.
         """
-        chosen = Chosen(schedule, clipping, groups, hosted, weight_decay, consistency)
-        wanted = new_optimizer(name, algorithm, params, chosen)
+        new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
+        wanted = new_optimizer(name, algorithm, params, new_settings)
         values = values_of(params) if hosted else {}
         try:
             found = self.optimizer(name)
@@ -208,23 +208,23 @@ class Client:
         request = service_pb2.CreateOptimizerRequest(
             optimizer_id=resource_name(name).removeprefix(PREFIX), optimizer=wanted, request_id=str(uuid.uuid4())
         )
-        answer = self._transport.call(self._transport.stub.CreateOptimizer, request).optimizer
-        return Optimizer(self._transport, replies.made(answer, resource_name(name), wanted.parameters))
+        answer = self._connection.call(self._connection.stub.CreateOptimizer, request).optimizer
+        return Optimizer(self._connection, replies.created(answer, resource_name(name), wanted.parameters))
 
     @contextmanager
-    def _deleting_if_refused(self, made: Optimizer) -> Iterator[None]:
+    def _deleting_if_refused(self, created: Optimizer) -> Iterator[None]:
         """An optimizer whose parameters or state are refused in the block never was, so that it can be made again."""
         try:
             yield
         except (InvalidArgumentError, ResourceExhaustedError) as refusal:
             try:
-                self.delete_optimizer(made.name, missing_ok=True)
+                self.delete_optimizer(created.name, missing_ok=True)
             except OptserveError as error:
-                refusal.add_note(f"{made.name!r} was made, and could not be deleted: {error}")
+                refusal.add_note(f"{created.name!r} was created, and could not be deleted: {error}")
             raise
         except BaseException as error:
             # It may all have arrived, and somebody may use it.
-            error.add_note(f"{made.name!r} was made, and whether its upload arrived is not known.")
+            error.add_note(f"{created.name!r} was created; whether its upload arrived is not known.")
             raise
 
     def optimizer(
@@ -251,7 +251,7 @@ class Client:
             NotFoundError: There is none of that name.
         """
         return Optimizer(
-            self._transport,
+            self._connection,
             self._found(name),
             transport=transport,
             wire_dtype=wire_dtype,
@@ -279,17 +279,17 @@ class Client:
             NotFoundError: There is no optimizer of that name.
             InvalidArgumentError: It has no `consistency`, so it has no workers.
         """
-        return Worker(self._transport, self._found(name), worker, transport, wire_dtype)
+        return Worker(self._connection, self._found(name), worker, transport, wire_dtype)
 
     def _found(self, name: str) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=resource_name(name))
-        answer = self._transport.call(self._transport.stub.GetOptimizer, request).optimizer
+        answer = self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
         return replies.optimizer(answer, request.name)
 
     def list_optimizers(self) -> Iterator[OptimizerInfo]:
         """All optimizers of the server, in the order of their names."""
         request = service_pb2.ListOptimizersRequest()
-        for page in self._transport.pages(self._transport.stub.ListOptimizers, request):
+        for page in self._connection.pages(self._connection.stub.ListOptimizers, request):
             yield from map(info_from, page.optimizers)
 
     def delete_optimizer(self, name: str, *, missing_ok: bool = False, timeout_s: float | None = None) -> None:
@@ -303,7 +303,7 @@ class Client:
         if not missing_ok:
             self.optimizer(name)
         request = service_pb2.DeleteOptimizerRequest(name=resource_name(name), allow_missing=True)
-        self._transport.call(self._transport.stub.DeleteOptimizer, request, timeout_s=timeout_s)
+        self._connection.call(self._connection.stub.DeleteOptimizer, request, timeout_s=timeout_s)
 
     def list_checkpoints(self, name: str | None = None) -> list[Checkpoint]:
         """All checkpoints of an optimizer, oldest first; it may have been deleted itself.
@@ -311,7 +311,7 @@ class Client:
         Args:
             name: As given to `create_optimizer`; None for the checkpoints of all optimizers, by name.
         """
-        return list_checkpoints(self._transport, ALL_OPTIMIZERS if name is None else resource_name(name))
+        return list_checkpoints(self._connection, ALL_OPTIMIZERS if name is None else resource_name(name))
 
     def delete_checkpoint(self, name: str, tag: str) -> None:
         """Delete a checkpoint of an optimizer, which may have been deleted itself.
@@ -319,11 +319,11 @@ class Client:
         Raises:
             NotFoundError: There is no such tag.
         """
-        delete_checkpoint(self._transport, resource_name(name), tag)
+        delete_checkpoint(self._connection, resource_name(name), tag)
 
     def close(self) -> None:
         """Close the connection. Steps under way on the server are discarded; its state stays."""
-        self._transport.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,15 +10,15 @@ import numpy as np
 from optserve._resources.choices import ReplyName, TransportName, WireDtype, reply_of, shares_memory, wire_type
 from optserve._resources.optimizer import Resource
 from optserve._resources.parameter_table import empty
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
 from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.gradients import Gradients
-from optserve._steps.incremental import GrowingGradients, StepUnderWay
+from optserve._steps.incremental import IncrementalGradients, StepUnderWay
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
-from optserve._steps.shared_memory import GRADIENT, Lent
-from optserve._steps.streams import Known, Streams
+from optserve._steps.shared_memory import GRADIENT, SharedBuffers
+from optserve._steps.streams import KnownState, Streams
 from optserve._steps.updates import Updates
 from optserve.errors import InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
@@ -34,7 +34,7 @@ class Optimizer(Resource):
 
     def __init__(
         self,
-        connection: Transport,
+        connection: Connection,
         message: optimizer_pb2.Optimizer,
         *,
         transport: TransportName = "auto",
@@ -55,7 +55,7 @@ class Optimizer(Resource):
         streams = Streams(
             connection,
             open_request,
-            Known(message.step, message.lineage, message.create_time),
+            KnownState(message.step, message.lineage, message.create_time),
             self._model.sizes,
             must_share=must_share,
             takes_curvature=self._model.takes_curvature,
@@ -64,7 +64,7 @@ class Optimizer(Resource):
         self._session = StepSession(
             connection, streams, register=register, feedback=ErrorFeedback() if rounds else None
         )
-        self._lent: Lent | None = None
+        self._shared_buffers: SharedBuffers | None = None
 
     def __repr__(self) -> str:
         mode = ", hosted" if self.hosted else ""
@@ -118,10 +118,10 @@ class Optimizer(Resource):
                 shared.array(GRADIENT, index, item.shape, item.dtype) if shared else empty(item.shape, item.dtype)
             )
         if shared:
-            shared.touch()
-            lent = list(arrays.values())
-            if self._lent is None or not self._lent.are(lent):
-                self._lent = Lent(lent)
+            shared.mark_dirty()
+            buffers = list(arrays.values())
+            if self._shared_buffers is None or not self._shared_buffers.consist_of(buffers):
+                self._shared_buffers = SharedBuffers(buffers)
         return arrays
 
     def step(
@@ -176,38 +176,38 @@ class Optimizer(Resource):
         partial: bool = False,
     ) -> dict[str, np.ndarray]:
         """What `step` does, with a patience that its caller goes on with."""
-        indices = self._model.taking_part(grads, partial=partial)
+        indices = self._model.selected_indices(grads, partial=partial)
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
         diagonals = self._model.diagonals(indices, curvature)
-        if self._lent is not None:
+        if self._shared_buffers is not None:
             # A copy, before the gradient of another parameter is written there.
             arrays = [
-                array.copy() if self._lent.is_of_another(index, array) else array
+                array.copy() if self._shared_buffers.belongs_to_another(index, array) else array
                 for index, array in zip(indices, arrays, strict=True)
             ]
-        updates = self._taking(indices, out, reply)
+        updates = self._updates_for(indices, out, reply)
         gradients = Gradients(
             indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
         )
         self._session.step(gradients, updates, patience)
-        return self._named(updates)
+        return self._by_name(updates)
 
-    def _taking(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:
+    def _updates_for(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:
         """What takes the reply of a step."""
         wanted_reply = reply_of(reply)
         wanted = indices if wanted_reply != steps_pb2.REPLY_NOTHING else []
         arrays = self._model.outputs(wanted, out)
         if out is not None:
-            self._check_lent(wanted, arrays)
+            self._check_buffers(wanted, arrays)
         return Updates(wanted, arrays, self._layouts, wanted_reply)
 
-    def _check_lent(self, indices: list[int], arrays: list[np.ndarray]) -> None:
+    def _check_buffers(self, indices: list[int], arrays: list[np.ndarray]) -> None:
         """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
-        if self._lent is None:
+        if self._shared_buffers is None:
             return
         for index, array in zip(indices, arrays, strict=True):
-            if self._lent.is_of_another(index, array):
+            if self._shared_buffers.belongs_to_another(index, array):
                 name = self._model.parameters[index].name
                 raise InvalidArgumentError(
                     f"The array for {name!r} lies in the buffer of another parameter; pass buffers()[{name!r}] itself, "
@@ -215,7 +215,7 @@ class Optimizer(Resource):
                     metadata={"parameter": name},
                 )
 
-    def _named(self, updates: Updates) -> dict[str, np.ndarray]:
+    def _by_name(self, updates: Updates) -> dict[str, np.ndarray]:
         return dict(zip(self._model.names_of(updates.indices), updates.arrays, strict=True))
 
     @contextmanager
@@ -266,27 +266,27 @@ class Optimizer(Resource):
     ) -> StepUnderWay:
         """What `begin_step` does at its beginning, here and in `optserve.aio`."""
         indices = self._model.indices_of(self._model.names if names is None else names)
-        gradients = GrowingGradients(
+        gradients = IncrementalGradients(
             indices,
             whole=len(indices) == len(self._model),
             wire=self._wire,
             patience=patience,
             with_curvature=self._model.takes_curvature,
         )
-        updates = self._taking(indices, out, reply)
+        updates = self._updates_for(indices, out, reply)
 
         def check(
             name: str, gradient: np.ndarray, curvature: np.ndarray | None
         ) -> tuple[int, np.ndarray, np.ndarray | None]:
             (index,) = self._model.indices_of([name])
             array = self._model.contiguous(index, gradient, "gradient")
-            self._check_lent([index], [array])
+            self._check_buffers([index], [array])
             diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
             return index, array, diagonals[0] if diagonals else None
 
         def run() -> tuple[str, dict[str, np.ndarray]]:
             request_id = self._session.step(gradients, updates, patience)
-            return request_id, self._named(updates)
+            return request_id, self._by_name(updates)
 
         return StepUnderWay(gradients, check, {i: self._model.parameters[i].name for i in indices}, run, patience)
 
@@ -304,14 +304,14 @@ class Optimizer(Resource):
             FailedPreconditionError: There is no such step, the interrupted one was not applied, or its reply is no
                 longer retained.
         """
-        made: list[Updates] = []
+        updates: list[Updates] = []
 
         def make_updates(tensors: list[int]) -> Updates:
-            made.append(self._taking(tensors or list(range(len(self._model))), None, reply))
-            return made[-1]
+            updates.append(self._updates_for(tensors or list(range(len(self._model))), None, reply))
+            return updates[-1]
 
         self._session.replay(make_updates, self._connection.patience(timeout_s))
-        return self._named(made[-1])
+        return self._by_name(updates[-1])
 
     def refresh(self) -> None:
         """Read the current step from the server, giving up what this object believed."""
@@ -323,7 +323,7 @@ class Optimizer(Resource):
 
         self._session.refresh(read)
 
-    def _replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
+    def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
         self._session.refresh(lambda: (optimizer.step, optimizer.lineage))
 
     def cancel(self) -> None:

@@ -67,7 +67,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Asked:
+class StatisticsRequest:
     """What statistics were asked for.
 
     Attributes:
@@ -84,7 +84,7 @@ class Asked:
 
 
 def statistics_from(
-    message: statistics_pb2.GetStatisticsResponse, names: Sequence[str], slots: Sequence[str], asked: Asked
+    message: statistics_pb2.GetStatisticsResponse, names: Sequence[str], slots: Sequence[str], asked: StatisticsRequest
 ) -> Statistics:
     """The statistics that a message holds.
 
@@ -112,7 +112,7 @@ def statistics_from(
     return Statistics(message.step, parameters)
 
 
-def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], asked: Asked) -> None:
+def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], asked: StatisticsRequest) -> None:
     """Raise InternalError unless a message has everything that was asked for, and nothing else."""
     if [tensor.tensor for tensor in message.tensors] != list(asked.tensors):
         raise InternalError("The server's statistics are of other parameters than those that were asked for.")
@@ -131,12 +131,12 @@ def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], 
 
 def _elements(messages: Sequence[statistics_pb2.ElementStatistics], slots: Sequence[str]) -> ElementStatistics:
     def values(field: str) -> np.ndarray | None:
-        there = all(message.HasField(field) for message in messages)
-        return np.array([getattr(message, field) for message in messages]) if there else None
+        is_in_all = all(message.HasField(field) for message in messages)
+        return np.array([getattr(message, field) for message in messages]) if is_in_all else None
 
     return ElementStatistics(
         np.array([message.index for message in messages], np.int64),
         values("effective_rate"),
         values("update"),
-        {slot: np.array([message.slots[turn] for message in messages]) for turn, slot in enumerate(slots)},
+        {slot: np.array([message.slots[position] for message in messages]) for position, slot in enumerate(slots)},
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from optserve import _reasons
 from optserve._resources import replies
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
 from optserve.errors import ClientUseError, OptserveError, StepInDoubtError, WorkerReplacedError
 from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
@@ -21,8 +21,8 @@ from optserve.v1 import optimizer_pb2, replicas_pb2
 
 logger = logging.getLogger(__name__)
 
-BEATS_PER_LEASE = 3
-MAX_BEAT_S = 3600.0
+RENEWALS_PER_LEASE = 3
+MAX_RENEWAL_S = 3600.0
 """A longer lease is renewed as often as one of three hours."""
 LEAVE_TIMEOUT_S = 5.0
 """How long the server is told that a worker leaves; after that the lease runs out by itself."""
@@ -49,7 +49,7 @@ class Worker:
 
     def __init__(
         self,
-        connection: Transport,
+        connection: Connection,
         message: optimizer_pb2.Optimizer,
         name: str,
         transport: TransportName = "auto",
@@ -65,8 +65,8 @@ class Worker:
         )
         self._session = self._optimizer._session
         self._done = connection.clock.event()
-        self._beating = connection.clock.thread(self._beat, f"optserve {self.name}")
-        self._beat_s = 10.0
+        self._renewing = connection.clock.thread(self._renew_lease, f"optserve {self.name}")
+        self._renew_every_s = 10.0
 
     def __repr__(self) -> str:
         return f"Worker({self.name!r} of {self._optimizer.name!r}, {self.steps_made} steps made)"
@@ -74,8 +74,8 @@ class Worker:
     def __enter__(self) -> Self:
         # Only the first use of the number ends other lives, so a report that was lost or comes twice ends nobody.
         self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
-        self._go_on_after(self._register().last_request_id)
-        self._beating.start()
+        self._continue_after(self._register().last_request_id)
+        self._renewing.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -83,7 +83,7 @@ class Worker:
         try:
             self._optimizer.close(for_good=True)
             # A report that is under way to a server that does not answer is not waited for; this life is over.
-            self._beating.join(_LEAVE_WAIT_S)
+            self._renewing.join(_LEAVE_WAIT_S)
             self._report(
                 replicas_pb2.WORKER_STATE_LEAVING, timeout_s=min(LEAVE_TIMEOUT_S, self._connection.config.timeout_s)
             )
@@ -157,7 +157,7 @@ class Worker:
             WorkerReplacedError: This life of the worker is over.
         """
         self._optimizer.refresh()
-        self._go_on_after(self._register().last_request_id)
+        self._continue_after(self._register().last_request_id)
 
     def cancel(self) -> None:
         """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
@@ -192,12 +192,12 @@ class Worker:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
             # Applied, but the server has died since and no longer has the reply; newer parameters are as good.
-            return self._newer(patience, list(grads), out)
+            return self._pull_newer(patience, list(grads), out)
         if reply == "parameters":
             self._session.at_step = self.current_step
         return arrays
 
-    def _newer(
+    def _pull_newer(
         self, patience: Patience, names: Sequence[str], out: Mapping[str, np.ndarray] | None
     ) -> dict[str, np.ndarray]:
         patience.check()
@@ -205,17 +205,17 @@ class Worker:
         found = self.pull(names, out=out)
         return found.arrays if found else {}
 
-    def _go_on_after(self, last_request_id: str) -> None:
+    def _continue_after(self, last_request_id: str) -> None:
         """Count on from the last step that was made under this worker's name, as the life that was begun."""
         self._session.streams.open_request.life = self._life
-        self._session.life.go_on_after(last_request_id)
+        self._session.life.continue_after(last_request_id)
 
     def _register(self) -> replicas_pb2.ReportWorkerResponse:
         response = self._report(replicas_pb2.WORKER_STATE_ALIVE)
         lease_s = replies.seconds(response.lease)
         if not lease_s:
-            raise replies.broken("a worker's lease is 0 s")
-        self._beat_s = min(max(0.1, lease_s / BEATS_PER_LEASE), MAX_BEAT_S)
+            raise replies.invalid_reply("a worker's lease is 0 s")
+        self._renew_every_s = min(max(0.1, lease_s / RENEWALS_PER_LEASE), MAX_RENEWAL_S)
         return response
 
     def _report(
@@ -226,8 +226,8 @@ class Worker:
         self.live_workers = response.live_workers
         return response
 
-    def _beat(self) -> None:
-        while not self._done.wait(self._beat_s):
+    def _renew_lease(self) -> None:
+        while not self._done.wait(self._renew_every_s):
             try:
                 self._register()
             except (WorkerReplacedError, ClientUseError) as error:

@@ -63,14 +63,14 @@ class Threads:
         cancellation = Cancellation()
         future = self._submit(own, cancellation, call)
         try:
-            await signal(future)
+            await completion(future)
             return future.result()
         except asyncio.CancelledError:
             # One that has no thread yet never gets one.
             if grace_s or not future.cancel():
-                await ended(future, grace_s)
+                await wait_until_done(future, grace_s)
                 cancellation.cancel()
-                await ended(future)
+                await wait_until_done(future)
                 if undelivered is not None and future.exception() is None:
                     undelivered(future.result())
             raise
@@ -107,29 +107,29 @@ class Threads:
             self._closed = True
             under_way = list(self._under_way)
         for future in under_way:
-            await ended(future)
+            await wait_until_done(future)
         # No thread has anything left to do, so this does not wait for long.
         for pool in (self._shared, self._own):
             pool.shutdown()
 
 
-def signal(future: Future[Any]) -> asyncio.Future[None]:
+def completion(future: Future[Any]) -> asyncio.Future[None]:
     """Is done when a call's thread is through with it; may be cancelled, which does nothing to the call."""
     loop = asyncio.get_running_loop()
     through: asyncio.Future[None] = loop.create_future()
 
-    def tell(_: Future[Any]) -> None:
+    def notify(_: Future[Any]) -> None:
         # A loop that is closed needs no word.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(lambda: through.done() or through.set_result(None))
 
-    future.add_done_callback(tell)
+    future.add_done_callback(notify)
     return through
 
 
-async def ended(future: Future[Any], timeout_s: float | None = None) -> None:
+async def wait_until_done(future: Future[Any], timeout_s: float | None = None) -> None:
     """Wait until a call's thread is through with it, even if this is cancelled, which is the caller's to raise."""
-    through = signal(future)
+    through = completion(future)
     time = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else time() + timeout_s
     while not through.done():
@@ -140,7 +140,7 @@ async def ended(future: Future[Any], timeout_s: float | None = None) -> None:
             await asyncio.wait([through], timeout=left_s)
 
 
-class Turns:
+class CallQueue:
     """The calls of one optimizer or worker object of which one is made at a time; the others wait without a thread.
 
     The next one begins when the reply of the one before has reached who had asked for it, or is known not to have.
@@ -173,7 +173,7 @@ class Turns:
         patience = self._optimizer._connection.patience(timeout_s)
         outcomes = self._optimizer._outcomes
         # What `turn` does; every step goes through this.
-        waited = await self._take(patience)
+        waited = await self._enter(patience)
         unsettled = outcomes.unsettled
         try:
             return await self._threads.run(
@@ -187,10 +187,10 @@ class Turns:
             outcomes.unsettled |= unsettled
             raise
         finally:
-            self._pass_on()
+            self._let_next_in()
 
     @asynccontextmanager
-    async def turn(self, patience: Patience) -> AsyncIterator[None]:
+    async def exclusive(self, patience: Patience) -> AsyncIterator[None]:
         """Have the turn for the length of a with-block.
 
         Raises:
@@ -198,13 +198,13 @@ class Turns:
             ClientUseError: The client was inherited by a forked process.
         """
         self._threads.check_usable()
-        await self._take(patience)
+        await self._enter(patience)
         try:
             yield
         finally:
-            self._pass_on()
+            self._let_next_in()
 
-    async def _take(self, patience: Patience) -> bool:
+    async def _enter(self, patience: Patience) -> bool:
         with self._lock:
             if not self._taken:
                 self._taken = True
@@ -213,19 +213,19 @@ class Turns:
             self._waiting.append(ticket)
         try:
             async with asyncio.timeout(patience.left_s):
-                await signal(ticket)
+                await completion(ticket)
         except BaseException as error:
             with self._lock, suppress(ValueError):
                 self._waiting.remove(ticket)
             # Its turn may have come at the same moment.
             if not ticket.cancel():
-                self._pass_on()
+                self._let_next_in()
             if isinstance(error, TimeoutError):
                 patience.check()
             raise
         return True
 
-    def _pass_on(self) -> None:
+    def _let_next_in(self) -> None:
         with self._lock:
             while self._waiting:
                 ticket = self._waiting.popleft()

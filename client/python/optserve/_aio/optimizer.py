@@ -12,7 +12,7 @@ import numpy as np
 
 from optserve import algorithms, settings
 from optserve import client as sync
-from optserve._aio.awaiting import Threads, Turns, ended, signal
+from optserve._aio.awaiting import CallQueue, Threads, completion, wait_until_done
 from optserve._aio.worker import LEAVE_S, SETTLE_S
 from optserve._steps.incremental import StepUnderWay
 from optserve.config import ClientConfig
@@ -30,7 +30,7 @@ class AsyncOptimizer:
     def __init__(self, optimizer: sync.Optimizer, threads: Threads) -> None:
         self._optimizer = optimizer
         self._threads = threads
-        self._turns = Turns(self._optimizer, threads)
+        self._queue = CallQueue(self._optimizer, threads)
 
     @property
     def _config(self) -> ClientConfig:
@@ -71,11 +71,11 @@ class AsyncOptimizer:
 
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Optimizer.transport`."""
-        return await self._turns.run(lambda _: self._optimizer.transport, self._config.timeout_s)
+        return await self._queue.run(lambda _: self._optimizer.transport, self._config.timeout_s)
 
     async def buffers(self) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.buffers`."""
-        return await self._turns.run(lambda _: self._optimizer.buffers(), self._config.timeout_s)
+        return await self._queue.run(lambda _: self._optimizer.buffers(), self._config.timeout_s)
 
     async def step(
         self,
@@ -89,7 +89,7 @@ class AsyncOptimizer:
     ) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.step`."""
         step = bound(self._optimizer.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
-        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)
+        return await self._queue.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)
 
     @asynccontextmanager
     async def begin_step(
@@ -102,27 +102,27 @@ class AsyncOptimizer:
     ) -> AsyncIterator[StepUnderWay]:
         """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
         patience = self._optimizer._connection.patience(timeout_s)
-        async with self._turns.turn(patience):
+        async with self._queue.exclusive(patience):
             step = self._optimizer._start_step(patience, names, out=out, reply=reply)
             try:
                 yield step
                 step._complete()
-                await signal(step._ended)
+                await completion(step._ended)
                 step._raise_failure()
             except BaseException:
                 step._cancel()
-                await ended(step._ended)
+                await wait_until_done(step._ended)
                 if step._request_id:
                     self._optimizer._outcomes.undelivered(step._request_id)
                 raise
 
     async def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.replay`."""
-        return await self._turns.run(lambda left_s: self._optimizer.replay(reply=reply, timeout_s=left_s), timeout_s)
+        return await self._queue.run(lambda left_s: self._optimizer.replay(reply=reply, timeout_s=left_s), timeout_s)
 
     async def refresh(self) -> None:
         """See `optserve.Optimizer.refresh`."""
-        await self._turns.run(lambda _: self._optimizer.refresh(), self._config.timeout_s)
+        await self._queue.run(lambda _: self._optimizer.refresh(), self._config.timeout_s)
 
     async def update(
         self,
@@ -218,7 +218,7 @@ class AsyncOptimizer:
 
     async def restore_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.restore_checkpoint`."""
-        await self._turns.run(lambda _: self._optimizer.restore_checkpoint(tag), grace_s=SETTLE_S)
+        await self._queue.run(lambda _: self._optimizer.restore_checkpoint(tag), grace_s=SETTLE_S)
 
     async def delete_checkpoint(self, tag: str) -> None:
         """See `optserve.Optimizer.delete_checkpoint`."""
@@ -231,7 +231,7 @@ class AsyncOptimizer:
     async def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
         """See `optserve.Optimizer.import_state`; `on_progress` is called in another thread."""
         load = bound(self._optimizer.import_state, state, on_progress=on_progress)
-        await self._turns.run(lambda _: load(), grace_s=SETTLE_S)
+        await self._queue.run(lambda _: load(), grace_s=SETTLE_S)
 
     async def close(self, *, for_good: bool = False) -> None:
         """See `optserve.Optimizer.close`."""
@@ -240,4 +240,4 @@ class AsyncOptimizer:
             close = bound(self._optimizer.close, for_good=True)
             await self._threads.run(close, own=True, grace_s=LEAVE_S)
         else:
-            await self._turns.run(lambda _: self._optimizer.close(), self._config.timeout_s)
+            await self._queue.run(lambda _: self._optimizer.close(), self._config.timeout_s)

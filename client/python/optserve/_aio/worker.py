@@ -10,7 +10,7 @@ from typing import Self, overload
 
 import numpy as np
 
-from optserve._aio.awaiting import Threads, Turns
+from optserve._aio.awaiting import CallQueue, Threads
 from optserve.optimizer import ReplyName
 from optserve.state import HostedParameters
 from optserve.worker import Worker
@@ -30,7 +30,7 @@ class AsyncWorker:
         self._worker = worker
         self._optimizer = worker._optimizer
         self._threads = threads
-        self._turns = Turns(self._optimizer, threads)
+        self._queue = CallQueue(self._optimizer, threads)
 
     async def __aenter__(self) -> Self:
         entered: list[Worker] = []
@@ -92,7 +92,7 @@ class AsyncWorker:
 
     async def transport(self) -> tuple[str, str]:
         """See `optserve.Worker.transport`."""
-        return await self._turns.run(lambda _: self._worker.transport)
+        return await self._queue.run(lambda _: self._worker.transport)
 
     @overload
     async def pull(
@@ -120,7 +120,7 @@ class AsyncWorker:
 
     async def refresh(self) -> None:
         """See `optserve.Worker.refresh`."""
-        await self._turns.run(lambda _: self._worker.refresh())
+        await self._queue.run(lambda _: self._worker.refresh())
 
     async def step(
         self,
@@ -134,4 +134,4 @@ class AsyncWorker:
     ) -> dict[str, np.ndarray]:
         """See `optserve.Worker.step`."""
         step = bound(self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
-        return await self._turns.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)
+        return await self._queue.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)

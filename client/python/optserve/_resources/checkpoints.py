@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optserve._resources import replies
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._rpc.retry import is_retryable
 from optserve.errors import OptserveError
 from optserve.state import Checkpoint
@@ -13,14 +13,14 @@ ALL_OPTIMIZERS = "optimizers/-"
 """In the place of an optimizer's resource name: all, deleted ones included, by name."""
 
 
-def list_checkpoints(connection: Transport, optimizer: str) -> list[Checkpoint]:
+def list_checkpoints(connection: Connection, optimizer: str) -> list[Checkpoint]:
     """All checkpoints of the optimizer with that resource name, oldest first; see `ALL_OPTIMIZERS`."""
     request = checkpoints_pb2.ListCheckpointsRequest(parent=optimizer)
     pages = connection.pages(connection.stub.ListCheckpoints, request)
     return [checkpoint_from(item, optimizer) for page in pages for item in page.checkpoints]
 
 
-def delete_checkpoint(connection: Transport, optimizer: str, tag: str) -> None:
+def delete_checkpoint(connection: Connection, optimizer: str, tag: str) -> None:
     """Delete a checkpoint.
 
     Raises:
@@ -46,6 +46,6 @@ def checkpoint_from(message: checkpoints_pb2.Checkpoint, optimizer: str, tag: st
     of, separator, found = message.name.rpartition("/checkpoints/")
     known = bool(separator and found) and of.startswith("optimizers/") and optimizer in (of, ALL_OPTIMIZERS)
     if not known or (tag and found != tag):
-        raise replies.broken(f"{message.name[:200]!r} is not the checkpoint {optimizer}/checkpoints/{tag}")
+        raise replies.invalid_reply(f"{message.name[:200]!r} is not the checkpoint {optimizer}/checkpoints/{tag}")
     created = replies.seconds(message.create_time)
     return Checkpoint(found, message.step, message.size_bytes, created, of.removeprefix("optimizers/"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
 
@@ -42,7 +42,7 @@ def reply_of(reply: ReplyName) -> steps_pb2.Reply:
     return _REPLIES[reply]
 
 
-def shares_memory(connection: Transport, transport: TransportName, wire_dtype: WireDtype) -> tuple[bool, bool]:
+def shares_memory(connection: Connection, transport: TransportName, wire_dtype: WireDtype) -> tuple[bool, bool]:
     """(whether shared memory is asked for, whether nothing else will do).
 
     Raises:

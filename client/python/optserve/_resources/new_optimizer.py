@@ -27,7 +27,7 @@ class ArrayLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class NewSettings:
     """The settings of an optimizer that is to be made, beside its method; see `optserve.Client.create_optimizer`."""
 
     schedule: settings.Schedule | None = None
@@ -39,7 +39,7 @@ class Chosen:
 
 
 def new_optimizer(
-    name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec], chosen: Chosen
+    name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec], new_settings: NewSettings
 ) -> optimizer_pb2.Optimizer:
     """An optimizer that is to be made, as the contract shows it.
 
@@ -47,16 +47,16 @@ def new_optimizer(
         InvalidArgumentError: An argument is not of its type.
     """
     check_mapping(params, "params", "dict(model.named_parameters())")
-    check_kinds(algorithm, chosen.schedule, chosen.clipping, chosen.groups, chosen.consistency)
+    check_kinds(algorithm, new_settings.schedule, new_settings.clipping, new_settings.groups, new_settings.consistency)
     try:
         message = optimizer_pb2.Optimizer(
             algorithm=algorithm.to_message(),
-            schedule=chosen.schedule.to_message() if chosen.schedule else None,
-            clipping=chosen.clipping.to_message() if chosen.clipping else None,
-            groups=group_messages(chosen.groups, algorithm.name),
-            mode=optimizer_pb2.MODE_HOSTED if chosen.hosted else optimizer_pb2.MODE_DELTA,
-            weight_decay=chosen.weight_decay,
-            consistency=chosen.consistency.to_message() if chosen.consistency else None,
+            schedule=new_settings.schedule.to_message() if new_settings.schedule else None,
+            clipping=new_settings.clipping.to_message() if new_settings.clipping else None,
+            groups=group_messages(new_settings.groups, algorithm.name),
+            mode=optimizer_pb2.MODE_HOSTED if new_settings.hosted else optimizer_pb2.MODE_DELTA,
+            weight_decay=new_settings.weight_decay,
+            consistency=new_settings.consistency.to_message() if new_settings.consistency else None,
         )
         for parameter, spec in params.items():
             if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):

@@ -14,9 +14,9 @@ from optserve import _reasons, algorithms, settings
 from optserve._common.wire import WIRE_DTYPES
 from optserve._resources import replies
 from optserve._resources.checkpoints import checkpoint_from, delete_checkpoint, list_checkpoints
-from optserve._resources.parameter_table import Model
+from optserve._resources.parameter_table import ParameterTable
 from optserve._resources.transfer import export_state, import_state, pull_parameters, push_parameters
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._steps.updates import ReplyLayouts, Updates
 from optserve._values.settings_messages import (
     Changes,
@@ -31,7 +31,7 @@ from optserve._values.settings_messages import (
 from optserve.errors import FailedPreconditionError, InvalidArgumentError
 from optserve.optimizer_info import PREFIX
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
-from optserve.statistics import QUANTILES, Asked, Statistics, statistics_from
+from optserve.statistics import QUANTILES, Statistics, StatisticsRequest, statistics_from
 from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb2, statistics_pb2
 
 _Response = TypeVar("_Response")
@@ -49,7 +49,7 @@ class Resource(abc.ABC):
     """
 
     def __init__(
-        self, connection: Transport, message: optimizer_pb2.Optimizer, wire_type: optimizer_pb2.DataType
+        self, connection: Connection, message: optimizer_pb2.Optimizer, wire_type: optimizer_pb2.DataType
     ) -> None:
         self._wire_type = wire_type
         self._wire = WIRE_DTYPES.get(wire_type)
@@ -61,7 +61,7 @@ class Resource(abc.ABC):
         self._slots = list(message.slots)
         self._method = message.algorithm.WhichOneof("method") or ""
         method = algorithms.ALGORITHMS.get(self._method)
-        self._model = Model(
+        self._model = ParameterTable(
             self.name, message.parameters, takes_curvature=method is not None and method.takes_curvature
         )
 
@@ -172,7 +172,7 @@ class Resource(abc.ABC):
                 optimizer is in delta mode (NOT_HOSTED).
             InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
         """
-        indices = self._model.taking_part(params, partial=False, what="parameter")
+        indices = self._model.selected_indices(params, partial=False, what="parameter")
         arrays = [self._model.contiguous(index, params[self._model.names[index]], "parameter") for index in indices]
         push_parameters(self._connection, self._resource, arrays)
 
@@ -248,7 +248,7 @@ class Resource(abc.ABC):
             seed=seed,
         )
         response = self._connection.call(self._connection.stub.GetStatistics, request)
-        asked = Asked(
+        asked = StatisticsRequest(
             list(request.tensors) or list(range(len(self._model))),
             list(quantiles) or QUANTILES,
             list(indices) or None,
@@ -272,7 +272,7 @@ class Resource(abc.ABC):
         request = checkpoints_pb2.SaveCheckpointRequest(
             parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
         )
-        saved = self._call_patiently(self._connection.stub.SaveCheckpoint, request).checkpoint
+        saved = self._call_with_step_timeout(self._connection.stub.SaveCheckpoint, request).checkpoint
         return checkpoint_from(saved, self._resource, tag)
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -290,8 +290,8 @@ class Resource(abc.ABC):
         request = checkpoints_pb2.RestoreCheckpointRequest(
             name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
         )
-        restored = self._call_patiently(self._connection.stub.RestoreCheckpoint, request).optimizer
-        self._replaced(replies.optimizer(restored, self._resource))
+        restored = self._call_with_step_timeout(self._connection.stub.RestoreCheckpoint, request).optimizer
+        self._on_state_replaced(replies.optimizer(restored, self._resource))
 
     def delete_checkpoint(self, tag: str) -> None:
         """Delete a named copy.
@@ -318,9 +318,9 @@ class Resource(abc.ABC):
             FeatureUnavailableError: It has other settings, and the server is too old to import any.
         """
         imported = import_state(self._connection, self._get(), state, on_progress)
-        self._replaced(imported)
+        self._on_state_replaced(imported)
 
-    def _call_patiently(self, method: Callable[..., _Response], request: object) -> _Response:
+    def _call_with_step_timeout(self, method: Callable[..., _Response], request: object) -> _Response:
         """Call a method that takes as long as the state is large."""
         return self._connection.call(method, request, timeout_s=self._connection.config.step_timeout_s)
 
@@ -330,5 +330,5 @@ class Resource(abc.ABC):
         return replies.optimizer(found, self._resource)
 
     @abc.abstractmethod
-    def _replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
+    def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
         """The state is another one from now on, and it is we who have replaced it."""

@@ -33,7 +33,7 @@ class Parameter(NamedTuple):
     dtype: np.dtype
 
 
-class Model:
+class ParameterTable:
     """The parameters of an optimizer, in the order of their indices.
 
     Args:
@@ -64,7 +64,7 @@ class Model:
         """Names of parameters."""
         return self.names if indices is self._all else [self.parameters[index].name for index in indices]
 
-    def taking_part(self, grads: Mapping[str, object], *, partial: bool, what: str = "gradient") -> list[int]:
+    def selected_indices(self, grads: Mapping[str, object], *, partial: bool, what: str = "gradient") -> list[int]:
         """Indices, ascending, of the parameters that have a gradient; all must, unless `partial`.
 
         With `partial`, one that is None counts as absent, as torch has it for parameters that took no part.

@@ -19,7 +19,7 @@ from optserve.v1 import optimizer_pb2, service_pb2
 _YEAR_10000_S = 253_402_300_800
 
 
-def broken(what: str) -> InternalError:
+def invalid_reply(what: str) -> InternalError:
     """The error for an answer that the contract does not allow."""
     return InternalError(f"The server's answer is not what the contract allows: {what}.")
 
@@ -31,24 +31,24 @@ def optimizer(message: optimizer_pb2.Optimizer, name: str) -> optimizer_pb2.Opti
         InternalError: It does not, or it has parameters or slots that cannot be.
     """
     if message.name != name:
-        raise broken(f"it describes {message.name[:80]!r}, not {name!r}")
+        raise invalid_reply(f"it describes {message.name[:80]!r}, not {name!r}")
     names = {item.name for item in message.parameters}
     if not names or len(names) < len(message.parameters) or "" in names:
-        raise broken(f"{name!r} has no parameters, one without a name, or two of one name")
+        raise invalid_reply(f"{name!r} has no parameters, one without a name, or two of one name")
     for item in message.parameters:
         if item.data_type not in DTYPES:
-            raise broken(f"parameter {item.name!r} has the data type {item.data_type}")
+            raise invalid_reply(f"parameter {item.name!r} has the data type {item.data_type}")
     if len(set(message.slots)) < len(message.slots):
-        raise broken(f"{name!r} has two slots of one name")
+        raise invalid_reply(f"{name!r} has two slots of one name")
     return message
 
 
-def made(
+def created(
     message: optimizer_pb2.Optimizer, name: str, wanted: Sequence[optimizer_pb2.Parameter]
 ) -> optimizer_pb2.Optimizer:
     """`message`, if it describes an optimizer of that resource name and with the parameters that were asked for."""
     if list(optimizer(message, name).parameters) != list(wanted):
-        raise broken(f"{name!r} was made with other parameters than those that were asked for")
+        raise invalid_reply(f"{name!r} was made with other parameters than those that were asked for")
     return message
 
 
@@ -71,5 +71,5 @@ def seconds(time: Timestamp | Duration) -> float:
     """A time since 1970, before the year 10000, or a duration, as seconds."""
     value = time.seconds + time.nanos / 1e9
     if not 0 <= value < _YEAR_10000_S:
-        raise broken(f"a time is {time.seconds} s and {time.nanos} ns")
+        raise invalid_reply(f"a time is {time.seconds} s and {time.nanos} ns")
     return value

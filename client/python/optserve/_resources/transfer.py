@@ -15,7 +15,7 @@ from optserve._common import wire
 from optserve._common.wire import DTYPES
 from optserve._resources import replies
 from optserve._resources.parameter_table import empty
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._rpc.retry import Backoff, is_retryable
 from optserve._steps.updates import Updates
 from optserve._values.settings_messages import (
@@ -36,7 +36,7 @@ CHUNK_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
-def export_state(connection: Transport, name: str, on_progress: Progress) -> OptimizerState:
+def export_state(connection: Connection, name: str, on_progress: Progress) -> OptimizerState:
     """Read the state of the optimizer with that resource name.
 
     Raises:
@@ -46,13 +46,13 @@ def export_state(connection: Transport, name: str, on_progress: Progress) -> Opt
 
     def attempt(timeout_s: float) -> OptimizerState:
         with closing(connection.export_state(request, timeout_s)) as frames:
-            return _received(frames, name, on_progress)
+            return _read_state(frames, name, on_progress)
 
-    return _persistently(connection, attempt)
+    return _with_retries(connection, attempt)
 
 
 def import_state(
-    connection: Transport, optimizer: optimizer_pb2.Optimizer, state: OptimizerState, on_progress: Progress
+    connection: Connection, optimizer: optimizer_pb2.Optimizer, state: OptimizerState, on_progress: Progress
 ) -> optimizer_pb2.Optimizer:
     """Replace the state of an optimizer, and the settings that the state says.
 
@@ -71,14 +71,14 @@ def import_state(
     said = state.settings
     # That nobody shared the optimizer is no setting which the new place has to have.
     consistency = said.get("consistency") or ...
-    chosen = Changes(
+    new_settings = Changes(
         said.get("schedule", ...),
         said.get("clipping", ...),
         said.get("groups", ...),
         said.get("weight_decay"),
         consistency,
     )
-    changes = update_request(optimizer.name, state.algorithm.name, state.algorithm, chosen)
+    changes = update_request(optimizer.name, state.algorithm.name, state.algorithm, new_settings)
     if _imports_settings(connection):
         first.optimizer.CopyFrom(changes.optimizer)
         first.update_mask.CopyFrom(changes.update_mask)
@@ -87,7 +87,7 @@ def import_state(
             f"This server cannot import settings, and {others[0]}. Update the optimizer's first, or import "
             "state.without(…) to leave the state's own behind."
         )
-    answer = _persistently(
+    answer = _with_retries(
         connection,
         lambda timeout_s: connection.import_state(
             _messages(first, names, arrays, on_progress, state.size_bytes), timeout_s
@@ -96,12 +96,12 @@ def import_state(
     return replies.optimizer(answer.optimizer, optimizer.name)
 
 
-def _imports_settings(connection: Transport) -> bool:
+def _imports_settings(connection: Connection) -> bool:
     info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
     return any(item.feature == service_pb2.FEATURE_IMPORTED_SETTINGS and item.available for item in info.features)
 
 
-def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarray]) -> int:
+def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarray]) -> int:
     """Upload all parameters of an optimizer, in the order of their indices; gives its step.
 
     Raises:
@@ -119,11 +119,11 @@ def push_parameters(connection: Transport, name: str, arrays: Sequence[np.ndarra
                 yield wire.encode(header, data[offset : offset + CHUNK_BYTES])
         yield wire.encode(replicas_pb2.PushParametersRequest(commit=steps_pb2.Commit()))
 
-    return _persistently(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
+    return _with_retries(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
 
 
 def pull_parameters(
-    connection: Transport, request: replicas_pb2.PullParametersRequest, arrays: Updates
+    connection: Connection, request: replicas_pb2.PullParametersRequest, arrays: Updates
 ) -> tuple[int, bool]:
     """Read parameters into arrays: (their step, whether there was anything newer).
 
@@ -134,34 +134,36 @@ def pull_parameters(
     def received(timeout_s: float) -> tuple[int, bool]:
         arrays.reset()
         with closing(connection.pull_parameters(request, timeout_s)) as frames:
-            first = _first(frames)
+            first = _first_header(frames)
             newer_than = request.newer_than_step if request.HasField("newer_than_step") else None
             if first.not_modified:
                 if newer_than is None or first.step > newer_than or next(frames, None) is not None:
-                    raise replies.broken(f"the parameters of step {first.step} are said not to be newer")
+                    raise replies.invalid_reply(f"the parameters of step {first.step} are said not to be newer")
                 return first.step, False
             if newer_than is not None and first.step <= newer_than:
-                raise replies.broken(f"the parameters are of step {first.step}, which is not newer than {newer_than}")
+                raise replies.invalid_reply(
+                    f"the parameters are of step {first.step}, which is not newer than {newer_than}"
+                )
             for frame in frames:
                 if frame.data is None:
-                    raise replies.broken("a message has no parameters")
+                    raise replies.invalid_reply("a message has no parameters")
                 arrays.put(frame.header.chunk.tensor, frame.header.chunk.offset, frame.data)
                 arrays.write_large()
             arrays.finish()
         return first.step, True
 
-    return _persistently(connection, received)
+    return _with_retries(connection, received)
 
 
-def _first(frames: Iterator[wire.Frame[Any]]) -> Any:
+def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
     """The header of the first message, which has no payload, or raise InternalError."""
     first = next(frames, None)
     if first is None or first.data is not None:
-        raise replies.broken("it does not begin with a message that says what follows")
+        raise replies.invalid_reply("it does not begin with a message that says what follows")
     return first.header
 
 
-def _persistently(connection: Transport, attempt: Callable[[float], _Result]) -> _Result:
+def _with_retries(connection: Connection, attempt: Callable[[float], _Result]) -> _Result:
     """Try until it succeeds, the server refuses, or patience ends; `attempt` is told how many seconds are left."""
     backoff = Backoff(connection.config, connection.clock)
     patience = connection.patience(None)
@@ -173,13 +175,13 @@ def _persistently(connection: Transport, attempt: Callable[[float], _Result]) ->
         # What has not moved for long is discarded; under the same id it is the same upload.
         if not (is_retryable(failure) or failure.reason == _reasons.STEP_TAKEN_OVER):
             raise failure
-        patience.pause(backoff.next_s(failure), failure)
+        patience.pause(backoff.next_pause_s(failure), failure)
 
 
-def _received(
+def _read_state(
     frames: Iterator[wire.Frame[checkpoints_pb2.ExportStateResponse]], name: str, on_progress: Progress
 ) -> OptimizerState:
-    first = _first(frames)
+    first = _first_header(frames)
     optimizer = replies.optimizer(first.optimizer, name)
     parameters = {
         item.name: TensorSpec(tuple(item.shape), DTYPES[item.data_type].name) for item in optimizer.parameters
@@ -198,7 +200,7 @@ def _received(
         chunk = frame.header.chunk
         array = len(optimizer.slots) if chunk.WhichOneof("array") == "parameter" else chunk.slot
         if frame.data is None or array >= per_parameter:
-            raise replies.broken("a message has no state, or some of an array that there is not")
+            raise replies.invalid_reply("a message has no state, or some of an array that there is not")
         received.put(chunk.tensor * per_parameter + array, chunk.offset, frame.data)
         received.write_large()
         done += len(frame.data)
@@ -223,7 +225,7 @@ def _parameter_steps(counts: Sequence[int], names: Sequence[str]) -> dict[str, i
     if not counts:
         return None
     if len(counts) != len(names) or max(counts) > MAX_STEP:
-        raise replies.broken(f"it has the steps of {len(counts)} parameters, up to {max(counts)}")
+        raise replies.invalid_reply(f"it has the steps of {len(counts)} parameters, up to {max(counts)}")
     return dict(zip(names, counts, strict=True))
 
 

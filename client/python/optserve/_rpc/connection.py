@@ -74,14 +74,14 @@ def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Respon
     return read
 
 
-def readable(message: _Response | DecodeError) -> _Response:
+def require_message(message: _Response | DecodeError) -> _Response:
     """A message of a stream, or raise InternalError if it was none."""
     if isinstance(message, DecodeError):
         raise InternalError(f"The server's answer is no message: {message}")
     return message
 
 
-class Transport:
+class Connection:
     """One connection to one server.
 
     Args:
@@ -109,7 +109,7 @@ class Transport:
         self._watchdog = Watchdog(clock)
         self._pid = os.getpid()
         # A client that is dropped without being closed needs its thread no longer.
-        weakref.finalize(self, _end, self._watchdog, self._pid).atexit = False
+        weakref.finalize(self, _end_watchdog, self._watchdog, self._pid).atexit = False
         self._closing = clock.event()
         self._lock = clock.lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
@@ -148,12 +148,12 @@ class Transport:
             self.check_usable()
             try:
                 with self._while_open():
-                    return _answer(method, request, max(patience.left_s, 0.001))
+                    return _call_cancellable(method, request, max(patience.left_s, 0.001))
             except grpc.RpcError as rpc_error:
                 error = self.translate(rpc_error, timeout_s)
             if not is_retryable(error):
                 raise error
-            patience.pause(backoff.next_s(error), error)
+            patience.pause(backoff.next_pause_s(error), error)
 
     def call_once(self, method: Callable[..., _Response], request: Any) -> _Response:
         """Make a unary call and do not try it again.
@@ -164,7 +164,7 @@ class Transport:
         self.check_usable()
         try:
             with self._while_open():
-                return _answer(method, request, self.config.timeout_s)
+                return _call_cancellable(method, request, self.config.timeout_s)
         except grpc.RpcError as error:
             raise self.translate(error, self.config.timeout_s) from None
 
@@ -209,7 +209,7 @@ class Transport:
         with self._while_open():
             return begun(self._stream_steps(messages))
 
-    def close_with_me(self, stream: Closeable) -> None:
+    def close_with_connection(self, stream: Closeable) -> None:
         """Close a stream when this is closed, if it is still there."""
         with self._lock:
             self._streams.add(stream)
@@ -224,7 +224,7 @@ class Transport:
         """Make an ImportState call."""
         self.check_usable()
         with self._while_open():
-            return _answer(self._import_state, messages, timeout_s)
+            return _call_cancellable(self._import_state, messages, timeout_s)
 
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest, timeout_s: float) -> Any:
         """Start a PullParameters call; gives frames."""
@@ -236,7 +236,7 @@ class Transport:
         """Make a PushParameters call."""
         self.check_usable()
         with self._while_open():
-            return _answer(self._push_parameters, messages, timeout_s)
+            return _call_cancellable(self._push_parameters, messages, timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""
@@ -259,7 +259,7 @@ class Transport:
     def close(self) -> None:
         """Close the connection. May be called more than once."""
         self._closing.set()
-        _end(self._watchdog, self._pid)
+        _end_watchdog(self._watchdog, self._pid)
         if os.getpid() == self._pid:
             self._close_channel()
             with self._lock:
@@ -294,13 +294,13 @@ class Transport:
             raise
 
 
-def _end(watchdog: Watchdog, pid: int) -> None:
+def _end_watchdog(watchdog: Watchdog, pid: int) -> None:
     """End a watchdog's thread, in its own process: another one has inherited its lock only, taken perhaps."""
     if os.getpid() == pid:
         watchdog.close()
 
 
-def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
+def _call_cancellable(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
     """Make a call that has one answer, until it comes or the call is cancelled.
 
     Raises:
@@ -310,11 +310,11 @@ def _answer(method: Callable[..., _Response], request: Any, timeout_s: float) ->
     """
     cancelled = cancellation()
     if cancelled is None:
-        return _some(method(request, timeout=timeout_s))
+        return _require_answer(method(request, timeout=timeout_s))
     call = method.future(request, timeout=timeout_s)  # pyright: ignore[reportFunctionMemberAccess]
     with cancelled.watching(call.cancel):
         try:
-            return _some(call.result())
+            return _require_answer(call.result())
         except grpc.FutureCancelledError:
             cancelled.check()
             raise ClientUseError("This client was closed in the middle of a call.") from None
@@ -326,13 +326,13 @@ def _frames(call: Any) -> Iterator[Any]:
     try:
         with cancelled.watching(call.cancel) if cancelled is not None else nullcontext():
             for frame in call:
-                yield readable(frame)
+                yield require_message(frame)
     finally:
         # Of an answer that cannot be used nothing more is wanted.
         call.cancel()
 
 
-def _some(response: _Response | None) -> _Response:
+def _require_answer(response: _Response | None) -> _Response:
     """A unary call's answer; gRPC gives None where a call succeeded without one."""
     if response is None:
         raise InternalError("The server ended a call well and without an answer.")

@@ -108,12 +108,12 @@ class Cancellation:
 
     def run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Make a call that this can end; whatever it waits for in this thread is ended with it."""
-        _in_thread.cancellation = self
+        _thread_state.cancellation = self
         try:
             self.check()
             return call(*args, **kwargs)
         finally:
-            _in_thread.cancellation = None
+            _thread_state.cancellation = None
 
     def cancel(self) -> None:
         """End the call."""
@@ -147,16 +147,16 @@ class Cancellation:
                 self._actions.discard(action)
 
 
-class _InThread(threading.local):
+class _ThreadState(threading.local):
     cancellation: Cancellation | None = None
 
 
-_in_thread = _InThread()
+_thread_state = _ThreadState()
 
 
 def cancellation() -> Cancellation | None:
     """What can end the call that this thread makes; None where nobody can."""
-    return _in_thread.cancellation
+    return _thread_state.cancellation
 
 
 class Patience:
@@ -181,8 +181,8 @@ class Patience:
         self._cancelled = False
         self._settled = False
         self._action: Callable[[], object] | None = None
-        if _in_thread.cancellation is not None:
-            _in_thread.cancellation.add(self.cancel)
+        if _thread_state.cancellation is not None:
+            _thread_state.cancellation.add(self.cancel)
 
     @property
     def left_s(self) -> float:
@@ -250,14 +250,14 @@ class Patience:
             StepCancelledError, DeadlineExceededError: Patience has ended meanwhile.
         """
         if seconds >= self.left_s:
-            raise self._at_the_deadline(error)
+            raise self._error_at_deadline(error)
         wake = self.clock.event()
         # Also woken when the client is closed; the next try then says so.
         with self.watching(wake.set):
             wake.wait(seconds)
         self.check()
 
-    def _at_the_deadline(self, error: OptserveError) -> OptserveError:
+    def _error_at_deadline(self, error: OptserveError) -> OptserveError:
         """What to raise where `error` is the end of the last try that the deadline allows."""
         if not isinstance(error, UnavailableError) or error.reason or isinstance(error, UnreachableError):
             return error
@@ -278,44 +278,44 @@ class _Watching:
         self._patience.stop()
 
 
-class Turn:
+class CallLock:
     """What one call at a time has. Whoever waits for it gives up when its patience ends."""
 
     def __init__(self, clock: Clock = SYSTEM) -> None:
-        self._taken = clock.lock()
-        self._given_back = clock.condition()
+        self._held = clock.lock()
+        self._released = clock.condition()
         self._waiting = 0
 
-    def take(self, patience: Patience) -> None:
+    def acquire(self, patience: Patience) -> None:
         """Wait for it.
 
         Raises:
             DeadlineExceededError, StepCancelledError: Patience has ended first.
         """
-        if not self._taken.acquire(blocking=False):
+        if not self._held.acquire(blocking=False):
             self._wait(patience)
         try:
             patience.check()
         except BaseException:
-            self.give_back()
+            self.release()
             raise
 
     def _wait(self, patience: Patience) -> None:
-        with patience.watching(self._wake), self._given_back:
+        with patience.watching(self._wake), self._released:
             self._waiting += 1
             try:
-                while not self._taken.acquire(blocking=False):
+                while not self._held.acquire(blocking=False):
                     patience.check()
-                    self._given_back.wait(patience.left_s)
+                    self._released.wait(patience.left_s)
             finally:
                 self._waiting -= 1
 
     def _wake(self) -> None:
-        with self._given_back:
-            self._given_back.notify_all()
+        with self._released:
+            self._released.notify_all()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Let the next one have it."""
-        self._taken.release()
+        self._held.release()
         if self._waiting:
             self._wake()

@@ -29,7 +29,7 @@ class Backoff:
         self._began = self._monotonic()
         self._warn_at = self._began + WARN_AFTER_S
 
-    def next_s(self, error: OptserveError) -> float:
+    def next_pause_s(self, error: OptserveError) -> float:
         """Seconds to wait after `error`."""
         now = self._monotonic()
         if now >= self._warn_at and is_retryable(error):

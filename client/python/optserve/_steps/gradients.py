@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,24 @@ ANNOUNCED_BYTES = 1 << 16
 """Steps of workers from this size on are announced."""
 
 
+class _Chunk(NamedTuple):
+    """A stretch of one operand's bytes, which may run on into the next tensors of the step.
+
+    Attributes:
+        operand: Gradient or curvature.
+        tensor: Index of the parameter in which it begins.
+        offset: First byte within that parameter's wire bytes.
+        parts: The bytes, of one tensor each.
+    """
+
+    operand: Operand
+    tensor: int
+    offset: int
+    parts: list[memoryview]
+
+
 class Gradients:
-    """The gradients of one step as it travels.
+    """The gradients of one step, as they are sent.
 
     Args:
         indices: The parameters that take part, ascending.
@@ -27,11 +44,11 @@ class Gradients:
         curvature: The diagonals of the Hessian, like `arrays`, for the methods that take them.
 
     Attributes:
-        rounding: Adds to the gradients what rounding has left out of those before, where that is wanted.
+        rounding: Adds the rounding errors of earlier gradients; None without error feedback.
     """
 
-    grow = False
-    """Whether some may have to be waited for."""
+    incremental = False
+    """Whether the caller adds the gradients one by one, while the step is being sent."""
 
     def __init__(
         self,
@@ -52,10 +69,11 @@ class Gradients:
     def messages(
         self, request: steps_pb2.StreamStepsRequest, max_chunk_bytes: int, *, announce: bool
     ) -> Iterator[bytes]:
-        """`request`, which has begin, then chunks and commit; a step that fits into one chunk is one message.
+        """The messages of a step: `request`, which has `begin`, then chunks, then `commit`.
 
-        Where many workers share a server, begin is better sent ahead: the server reads on when it is its turn, and what
-        it has not read it need not keep.
+        A step that fits into one chunk is one message. With `announce`, a larger step sends `begin` in a message of its
+        own. Where many workers share a server, it then reads the chunks when the upload limiter lets the step in, and
+        does not have to keep them before.
         """
         pending: list[memoryview] = []
         if announce and sum(array.nbytes for array in self.arrays) >= ANNOUNCED_BYTES:
@@ -68,26 +86,24 @@ class Gradients:
                 request, pending = steps_pb2.StreamStepsRequest(), []
             if chunk is None:
                 continue
-            header = request.chunk
-            header.operand, header.tensor, header.offset, pending = chunk
+            header, pending = request.chunk, chunk.parts
+            header.operand, header.tensor, header.offset = chunk.operand, chunk.tensor, chunk.offset
         if attempt is not None:
             attempt.finish()
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
 
-    def _chunks(
-        self, max_chunk_bytes: int, attempt: Attempt | None
-    ) -> Iterator[tuple[Operand, int, int, list[memoryview]] | None]:
-        """(operand, tensor, offset, bytes) of at most `max_chunk_bytes`; small neighbours share a chunk.
+    def _chunks(self, max_chunk_bytes: int, attempt: Attempt | None) -> Iterator[_Chunk | None]:
+        """Chunks of at most `max_chunk_bytes`; small neighbours share one.
 
-        None where the next one may be long in coming, and what there is should be sent.
+        None says that the caller may take long to add the next gradient: send what there is.
         """
         parts: list[memoryview] = []
         operand, index, tensor, offset, size = GRADIENT, 0, 0, 0, 0
         for arrival in self.arrivals():
             # A chunk runs on into the next tensor of the step, and into no other.
-            if parts and (arrival is None or arrival[:2] != (operand, self._after(index))):
-                yield operand, tensor, offset, parts
+            if parts and (arrival is None or arrival[:2] != (operand, self._next_index(index))):
+                yield _Chunk(operand, tensor, offset, parts)
                 parts, size = [], 0
             if arrival is None:
                 yield None
@@ -98,7 +114,7 @@ class Gradients:
                 # Chunks end between elements.
                 room = (max_chunk_bytes - size) // item
                 if room == 0:
-                    yield operand, tensor, offset, parts
+                    yield _Chunk(operand, tensor, offset, parts)
                     parts, size = [], 0
                     continue
                 if not parts:
@@ -107,13 +123,13 @@ class Gradients:
                 if self._wire is None or self._wire == array.dtype:
                     part = elements.data.cast("B")
                 elif attempt is not None and operand == GRADIENT:
-                    part = self._rounded(attempt, index, array, begin, elements.size)
+                    part = self._convert_with_feedback(attempt, index, array, begin, elements.size)
                 else:
-                    part = self._on_the_wire(elements)
+                    part = self._convert(elements)
                 parts.append(part)
                 begin, size = begin + room, size + len(part)
         if parts:
-            yield operand, tensor, offset, parts
+            yield _Chunk(operand, tensor, offset, parts)
 
     @property
     def with_curvature(self) -> bool:
@@ -121,23 +137,25 @@ class Gradients:
         return self._curvature is not None
 
     def arrivals(self) -> Iterator[Arrival | None]:
-        """Each parameter's gradient, then each one's curvature; None before one that is waited for."""
+        """Each parameter's gradient, then each one's curvature; None before one that the caller has not added yet."""
         for index, array in zip(self.indices, self.arrays, strict=True):
             yield GRADIENT, index, array
         for index, array in zip(self.indices, self._curvature or (), strict=False):
             yield CURVATURE, index, array
 
-    def _after(self, index: int) -> int | None:
-        """The parameter after that one in the step."""
+    def _next_index(self, index: int) -> int | None:
+        """Index of the next parameter of the step; None after the last."""
         position = bisect_right(self.indices, index)
         return self.indices[position] if position < len(self.indices) else None
 
-    def _on_the_wire(self, elements: np.ndarray) -> memoryview:
+    def _convert(self, elements: np.ndarray) -> memoryview:
         converted = np.empty(elements.size, self._wire)
         half_floats.convert(elements.reshape(-1), converted)
         return converted.data.cast("B")
 
-    def _rounded(self, attempt: Attempt, index: int, array: np.ndarray, begin: int, size: int) -> memoryview:
+    def _convert_with_feedback(
+        self, attempt: Attempt, index: int, array: np.ndarray, begin: int, size: int
+    ) -> memoryview:
         converted = np.empty(size, self._wire)
         attempt.convert(index, array.reshape(-1), begin, converted)
         return converted.data.cast("B")

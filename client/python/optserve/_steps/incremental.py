@@ -14,18 +14,18 @@ from optserve._steps.shared_memory import CURVATURE, GRADIENT, Arrival
 from optserve.errors import InvalidArgumentError, StepCancelledError
 
 
-class GrowingGradients(Gradients):
-    """Gradients that arrive one by one, and are sent as soon as they are there.
+class IncrementalGradients(Gradients):
+    """Gradients that the caller adds one by one. Each is sent as soon as it is added.
 
     Args:
         indices: The parameters that take part, ascending.
         whole: Whether these are all parameters of the optimizer.
         wire: Dtype of the payload; None for each array's own.
-        patience: How long they may take.
+        patience: How long the caller may take to add all of them.
         with_curvature: Whether each gradient comes with a diagonal of the Hessian.
     """
 
-    grow = True
+    incremental = True
 
     def __init__(
         self,
@@ -40,39 +40,39 @@ class GrowingGradients(Gradients):
         self._gradients: list[np.ndarray] = []
         super().__init__(indices, self._gradients, whole=whole, wire=wire, curvature=[] if with_curvature else None)
         self._patience = patience
-        self._grown = patience.clock.condition()
+        self._changed = patience.clock.condition()
         self._arrived: list[tuple[int, np.ndarray, np.ndarray | None]] = []
         self._added: set[int] = set()
         self._complete = self._aborted = False
 
     def add(self, index: int, gradient: np.ndarray, curvature: np.ndarray | None) -> None:
-        """Let a gradient be sent, and its curvature."""
-        with self._grown:
+        """Add a gradient, and its curvature; the sending thread takes them."""
+        with self._changed:
             self._added.add(index)
             self._gradients.append(gradient)
             self._arrived.append((index, gradient, curvature))
-            self._grown.notify_all()
+            self._changed.notify_all()
 
     def complete(self) -> None:
-        """All are there, and the step is to be made of them."""
-        with self._grown:
+        """All gradients have been added: commit the step."""
+        with self._changed:
             self._complete = True
-            self._grown.notify_all()
+            self._changed.notify_all()
 
     def abort(self) -> None:
-        """There will be no more."""
-        with self._grown:
+        """Abandon the step; no more gradients come."""
+        with self._changed:
             self._aborted = True
-            self._grown.notify_all()
+            self._changed.notify_all()
 
     def __contains__(self, index: int) -> bool:
         """Whether that parameter's gradient has been added."""
         return index in self._added
 
     def arrivals(self) -> Iterator[Arrival | None]:
-        """In the order in which they were added, waiting for the next; from the first one on at every call.
+        """All gradients in the order in which they were added; waits for the next one. Each call begins with the first.
 
-        It ends when the caller says that the step is to be made, so that a step which is given up is never committed.
+        The iterator ends only after `complete`, so that an abandoned step is never committed.
         """
         for position in range(len(self.indices)):
             if len(self._arrived) <= position:
@@ -86,17 +86,17 @@ class GrowingGradients(Gradients):
             yield None
             self._wait(lambda: self._complete)
 
-    def _wait(self, there: Callable[[], bool]) -> None:
-        with self._grown:
-            self._grown.wait_for(lambda: self._aborted or there(), self._patience.left_s)
+    def _wait(self, holds: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._aborted or holds(), self._patience.left_s)
             if self._aborted:
-                raise StepCancelledError("The step was given up before all of its gradients were there.")
-            if not there():
+                raise StepCancelledError("The step was abandoned before all of its gradients were sent.")
+            if not holds():
                 self._patience.check()
 
 
 class StepUnderWay:
-    """What `Optimizer.begin_step` gives: takes the gradients one by one.
+    """A step that `Optimizer.begin_step` has begun; `send` takes its gradients one by one.
 
     Attributes:
         updates: The updates Δx by name, once the with-block has been left.
@@ -104,7 +104,7 @@ class StepUnderWay:
 
     def __init__(
         self,
-        gradients: GrowingGradients,
+        gradients: IncrementalGradients,
         check: Callable[[str, np.ndarray, np.ndarray | None], tuple[int, np.ndarray, np.ndarray | None]],
         names: dict[int, str],
         run: Callable[[], tuple[str, dict[str, np.ndarray]]],
@@ -116,10 +116,10 @@ class StepUnderWay:
         self._names = names
         self._patience = patience
         self._failure: BaseException | None = None
-        # Of the step, once its reply was received.
+        # The step's, once its reply was received; empty before.
         self._request_id = ""
-        # Done when nothing of the step goes on any more. Nobody joins the thread: a join that Ctrl-C has interrupted
-        # takes it for ended (CPython 3.11).
+        # Is done when the step's thread has ended. The thread is not joined: in CPython 3.11 a join that Ctrl-C has
+        # interrupted takes it for ended.
         self._ended: Future[None] = Future()
         self._thread = patience.clock.thread(partial(self._run, run), "optserve-step")
         self._thread.start()
@@ -129,7 +129,7 @@ class StepUnderWay:
         return f"StepUnderWay({sent} of {len(self._names)} gradients sent)"
 
     def send(self, name: str, gradient: np.ndarray, curvature: np.ndarray | None = None) -> None:
-        """Send what a step needs of one parameter, which must not be changed before the step has ended.
+        """Send the gradient of one parameter. The array must not be changed before the step has ended.
 
         Args:
             name: The parameter.
@@ -150,13 +150,13 @@ class StepUnderWay:
         self._gradients.add(index, array, diagonal)
 
     def _finish(self) -> None:
-        """Wait for the updates, or raise what the step has failed with."""
+        """Wait for the updates, or raise the step's failure."""
         self._complete()
         self._ended.result()
         self._raise_failure()
 
     def _complete(self) -> None:
-        """All gradients have been sent, and the step is to be made of them.
+        """All gradients have been sent: commit the step.
 
         Raises:
             InvalidArgumentError: One is missing.
@@ -170,28 +170,28 @@ class StepUnderWay:
         self._gradients.complete()
 
     def _raise_failure(self) -> None:
-        """Raise what the step has failed with, if it has."""
+        """Raise the step's failure, if it has failed."""
         if self._failure is not None:
             raise self._failure
 
     def _abort(self) -> str:
-        """Give the step up; the server discards it. Gives its request id if it was applied all the same, or nothing."""
+        """Abandon the step, and wait until its thread has ended. Returns its request id if it was applied, else ""."""
         self._cancel()
         self._ended.result()
         return self._request_id
 
     def _cancel(self) -> None:
-        """What `_abort` does, without waiting until the step has ended."""
+        """Abandon the step without waiting."""
         self._gradients.abort()
         self._patience.cancel()
 
     def _run(self, run: Callable[[], tuple[str, dict[str, np.ndarray]]]) -> None:
         try:
             self._request_id, self.updates = run()
-        # Raised where the caller is.
+        # Kept, and raised in the caller's thread.
         except BaseException as error:  # noqa: BLE001
             self._failure = error
-            # What sends may still wait for gradients.
+            # The sending thread may still wait for gradients.
             self._gradients.abort()
         finally:
             self._ended.set_result(None)

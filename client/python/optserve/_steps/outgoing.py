@@ -1,4 +1,4 @@
-"""The messages of one stream that are to be sent, made when gRPC is ready for them."""
+"""The queue of messages that one stream has to send."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from optserve.v1 import steps_pb2
 
 
 class Outgoing:
-    """What gRPC's sending thread iterates: step after step, each message made when the wire is ready for it.
+    """An iterator of messages for gRPC's sending thread: step after step. Each message is made when gRPC asks for it.
 
-    It knows nothing of the stream, so that a stream that nobody uses any more can be collected and closed.
+    It has no reference to the stream, so that an unused stream can be collected and closed.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -27,11 +27,11 @@ class Outgoing:
         self._steps.put(messages)
 
     def stop_step(self) -> None:
-        """What has not been sent of the present step need not be."""
+        """Do not send the rest of the present step."""
         self._stop_step = True
 
     def end(self) -> None:
-        """Send nothing any more."""
+        """Send no more messages."""
         self._stop_step = True
         self._steps.put(None)
 
@@ -43,7 +43,8 @@ class Outgoing:
                     if self._stop_step:
                         yield wire.encode(steps_pb2.StreamStepsRequest(abort=steps_pb2.Abort()))
                         break
-            # An exception in here looks to the server like a half-close (grpc#33038), so it is kept for the caller.
+            # An exception in this thread would look to the server like a half-close (grpc#33038). It is kept for the
+            # caller instead.
             except Exception as error:  # noqa: BLE001
                 self.fault = error
                 return

@@ -1,4 +1,4 @@
-"""The memory that a client shares with a server on the same host, instead of sending tensors."""
+"""The segment that a client shares with a server on the same host. Tensors travel through it, not in messages."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from optserve.v1 import steps_pb2
 GRADIENT, CURVATURE = steps_pb2.OPERAND_GRADIENT, steps_pb2.OPERAND_CURVATURE
 Operand: TypeAlias = "steps_pb2.Operand"
 Arrival: TypeAlias = "tuple[Operand, int, np.ndarray]"
-"""Something that a step brings: what it is, the index of the parameter, the array."""
+"""One array of a step: gradient or curvature, index of the parameter, values."""
 
 NONCE_BYTES = 32
 _WORD = np.dtype(np.uint64)
 
 
 class SharedStaging:
-    """The staging area of one optimizer: gradients go in, updates come back in their place.
+    """The segment of one stream. The client writes gradients into it; the server overwrites them by updates.
+
+    Each tensor has a region of its own.
 
     Args:
-        message: The server's offer.
+        message: The server's offer: the segment's name and the offset of each region, in bytes.
         sizes: (bytes, bytes of an element) of each parameter.
-        curved: Whether there is a place for the curvature of each as well.
+        curved: Whether there is a region for the curvature of each parameter as well.
 
     Raises:
         OSError: This process cannot reach the segment.
-        InternalError: The places in it overlap, do not lie in it, or are not those of the parameters.
+        InternalError: Regions overlap, lie outside the segment, or do not fit the parameters.
     """
 
     def __init__(self, message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, int]], *, curved: bool) -> None:
         number = re.fullmatch(r"sysv:([0-9]{1,10})", message.segment)
         if number is None:
             raise OSError(f"{message.segment[:80]!r} is no segment that this version knows")
-        _check_places(message, sizes, curved=curved)
+        _check_regions(message, sizes, curved=curved)
         self._memory = sysv.attach(int(number[1]), message.size_bytes)
         self._offsets = {GRADIENT: message.offsets, CURVATURE: message.curvature_offsets}
-        self._places: dict[tuple[Operand, int], np.ndarray] = {}
+        self._regions: dict[tuple[Operand, int], np.ndarray] = {}
         self._arrays: dict[tuple[Operand, int], np.ndarray] = {}
         self._dirty = self._word(message.dirty_offset)
         self._replied = self._word(message.replied_offset)
@@ -53,85 +55,83 @@ class SharedStaging:
         return self._memory[offset : offset + _WORD.itemsize].view(_WORD)
 
     def array(self, operand: Operand, index: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """The place of one parameter, always the same array, unless its user has made another kind of array of it."""
+        """The region of one parameter as an array; the same object each time, unless the caller has reshaped it."""
         array, shape = self._arrays.get((operand, index)), tuple(shape)
         if array is None or array.shape != shape or array.dtype != dtype or not array.flags.carray:
-            array = self._place(operand, index, math.prod(shape), dtype).reshape(shape)
+            array = self._region(operand, index, math.prod(shape), dtype).reshape(shape)
             self._arrays[operand, index] = array
         return array
 
-    def _is_place(self, operand: Operand, index: int, array: np.ndarray, place: np.ndarray) -> bool:
-        """Whether an array is the place itself, and not to be copied."""
-        return array is self._arrays.get((operand, index)) or _same(place, array)
+    def _is_region(self, operand: Operand, index: int, array: np.ndarray, region: np.ndarray) -> bool:
+        """Whether an array is the region itself, so that it needs no copy."""
+        return array is self._arrays.get((operand, index)) or _same_address(region, array)
 
-    def _place(self, operand: Operand, index: int, size: int, dtype: np.dtype) -> np.ndarray:
-        """Likewise, flat; its size and dtype are always the same."""
-        place = self._places.get((operand, index))
-        if place is None:
+    def _region(self, operand: Operand, index: int, size: int, dtype: np.dtype) -> np.ndarray:
+        """The region of one parameter as a flat array; `size` and `dtype` are the same at each call."""
+        region = self._regions.get((operand, index))
+        if region is None:
             start = self._offsets[operand][index]
-            place = self._places[operand, index] = self._memory[start : start + size * dtype.itemsize].view(dtype)
-        return place
+            region = self._regions[operand, index] = self._memory[start : start + size * dtype.itemsize].view(dtype)
+        return region
 
     def put(self, arrivals: Iterable[Arrival | None]) -> None:
-        """Write what a step brings; an array that is the place itself is there already."""
-        self.touch()
+        """Copy the arrays of a step into their regions; an array that is the region itself needs no copy."""
+        self.mark_dirty()
         for arrival in arrivals:
             if arrival is None:
                 continue
             operand, index, array = arrival
-            place = self._place(operand, index, array.size, array.dtype)
-            if not self._is_place(operand, index, array, place):
-                np.copyto(place, array.reshape(-1))
+            region = self._region(operand, index, array.size, array.dtype)
+            if not self._is_region(operand, index, array, region):
+                np.copyto(region, array.reshape(-1))
 
     def get(self, updates: Mapping[int, np.ndarray]) -> None:
-        """Read updates by index of their parameters."""
+        """Copy updates out of their regions, by index of their parameters."""
         for index, array in updates.items():
-            place = self._place(GRADIENT, index, array.size, array.dtype)
-            if self._is_place(GRADIENT, index, array, place):
-                # They are the caller's from now on, and no longer a reply to be replayed.
-                self.touch()
+            region = self._region(GRADIENT, index, array.size, array.dtype)
+            if self._is_region(GRADIENT, index, array, region):
+                # The caller may change them from now on, so the server must not replay them.
+                self.mark_dirty()
             else:
-                np.copyto(array.reshape(-1), place)
+                np.copyto(array.reshape(-1), region)
 
-    def touch(self) -> None:
-        """Say that what is here may be overwritten from now on."""
+    def mark_dirty(self) -> None:
+        """Set the dirty word: the segment's gradients are new, or its updates may have been changed."""
         self._dirty[0] = 1
 
     def release(self) -> None:
-        """Let go of the memory, which lives on as long as somebody has an array of it."""
+        """Drop all references to the segment; it stays mapped as long as a caller has an array of it."""
         self._memory = self._dirty = self._replied = np.empty(0, np.uint8)
-        self._places.clear()
+        self._regions.clear()
         self._arrays.clear()
 
     def has_overwritten(self, step: int, arrays: Iterable[np.ndarray]) -> bool:
-        """Whether these gradients of a step lie here, and the server has begun to put its updates in their place."""
+        """Whether these gradients lie in the segment, and the server overwrites them by updates of `step`."""
         return int(self._replied[0]) == step and any(np.may_share_memory(self._memory, array) for array in arrays)
 
 
-def _check_places(message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, int]], *, curved: bool) -> None:
-    """Raise InternalError unless everything has a place of its own within the segment."""
-    places = [(message.nonce_offset, NONCE_BYTES, 1)]
-    places += [(offset, _WORD.itemsize, _WORD.itemsize) for offset in (message.dirty_offset, message.replied_offset)]
+def _check_regions(message: steps_pb2.SharedMemory, sizes: Sequence[tuple[int, int]], *, curved: bool) -> None:
+    """Raise InternalError unless each thing has a region of its own within the segment."""
+    regions = [(message.nonce_offset, NONCE_BYTES, 1)]
+    regions += [(offset, _WORD.itemsize, _WORD.itemsize) for offset in (message.dirty_offset, message.replied_offset)]
     for offsets, wanted in ((message.offsets, sizes), (message.curvature_offsets, sizes if curved else ())):
         if len(offsets) != len(wanted):
-            raise InternalError(f"The server's segment has {len(offsets)} places for {len(wanted)} tensors.")
-        places += [(offset, *size) for offset, size in zip(offsets, wanted, strict=True)]
+            raise InternalError(f"The server's segment has {len(offsets)} regions for {len(wanted)} tensors.")
+        regions += [(offset, *size) for offset, size in zip(offsets, wanted, strict=True)]
     free = 0
-    for offset, size_bytes, item_bytes in sorted(places):
+    for offset, size_bytes, item_bytes in sorted(regions):
         if size_bytes and (offset < free or offset % item_bytes):
-            raise InternalError(f"The server's segment has two things at byte {offset}, or one that is not aligned.")
+            raise InternalError(f"The server's segment has regions that overlap or are not aligned at byte {offset}.")
         free = max(free, offset + size_bytes)
     if free > message.size_bytes:
-        raise InternalError(f"The server's segment of {message.size_bytes} bytes has a place up to byte {free}.")
+        raise InternalError(f"The server's segment has {message.size_bytes} bytes, but a region ends at byte {free}.")
 
 
-class Lent:
-    """The places of one staging area's gradients that a user has as arrays.
-
-    It does not keep them, as the memory may be gone before this is.
+class SharedBuffers:
+    """The arrays that `Optimizer.buffers` has returned. It refers to them weakly: the segment may end earlier.
 
     Args:
-        arrays: Those of each parameter.
+        arrays: The region of each parameter, in the order of the parameters.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
@@ -140,12 +140,12 @@ class Lent:
         self._begin = min(self._begins, default=0)
         self._end = max((_address(array) + array.nbytes for array in arrays), default=0)
 
-    def are(self, arrays: Sequence[np.ndarray]) -> bool:
-        """Whether it is made of these very arrays."""
+    def consist_of(self, arrays: Sequence[np.ndarray]) -> bool:
+        """Whether these are the same array objects."""
         return all(known() is array for known, array in zip(self._arrays, arrays, strict=True))
 
-    def is_of_another(self, index: int, array: np.ndarray) -> bool:
-        """Whether an array for one parameter lies in the place of another, which would be overwritten or read late."""
+    def belongs_to_another(self, index: int, array: np.ndarray) -> bool:
+        """Whether an array for one parameter lies in the region of another one, and would be overwritten."""
         if array is self._arrays[index]():
             return False
         address = _address(array)
@@ -156,5 +156,5 @@ def _address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _same(place: np.ndarray, array: np.ndarray) -> bool:
-    return place.__array_interface__["data"] == array.__array_interface__["data"]
+def _same_address(region: np.ndarray, array: np.ndarray) -> bool:
+    return region.__array_interface__["data"] == array.__array_interface__["data"]

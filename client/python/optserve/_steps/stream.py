@@ -1,4 +1,4 @@
-"""One StreamSteps call from the client's side: sends the frames of a step, puts the reply into arrays."""
+"""One StreamSteps call on the client's side: sends the messages of a step, and copies the reply into arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from optserve import _reasons
 from optserve._common import wire
 from optserve._common.control import MAX_PACKET_BYTES, ControlConnection
-from optserve._rpc.connection import Transport, readable
+from optserve._rpc.connection import Connection, require_message
 from optserve._rpc.deadline import Patience
 from optserve._steps.gradients import Gradients
 from optserve._steps.outgoing import Outgoing
@@ -23,59 +23,59 @@ from optserve.errors import InternalError, OptserveError, UnavailableError, from
 from optserve.v1 import steps_pb2
 
 MIN_CHUNK_BYTES = 1024
-"""The contract has no chunk limits below this."""
+"""The smallest chunk limit that the contract allows."""
 
 
 class StepStream:
-    """An open stream of steps on one optimizer. It closes itself when nobody uses it any more.
+    """An open stream of steps on one optimizer. It is closed when it is garbage-collected.
 
     Args:
-        transport: The connection.
-        request: What the stream is opened with.
+        connection: To the server.
+        request: The first message.
         patience: How long to wait for the server's answer.
         sizes: (bytes, bytes of an element) of each parameter.
         takes_curvature: Whether the method takes the diagonal of the Hessian.
 
     Attributes:
         opened: The server's answer to `open`.
-        shared: Memory shared with the server, through which tensors travel then; None if they travel in messages.
-        transport_reason: Why, in words.
+        shared: The segment through which tensors travel; None if they travel in messages.
+        transport_reason: Why tensors travel this way, as a clause.
 
     Raises:
-        OptserveError: It could not be opened.
+        OptserveError: The stream could not be opened.
     """
 
     def __init__(
         self,
-        transport: Transport,
+        connection: Connection,
         request: steps_pb2.Open,
         patience: Patience,
         sizes: Sequence[tuple[int, int]],
         *,
         takes_curvature: bool = False,
     ) -> None:
-        self._transport = transport
+        self._connection = connection
         self._takes_curvature = takes_curvature
         self._worker = request.worker
-        self._outgoing = Outgoing(transport.clock)
+        self._outgoing = Outgoing(connection.clock)
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
-        self._call = transport.stream_steps(iter(self._outgoing))
-        # The shorter way for messages, where memory is shared.
+        self._call = connection.stream_steps(iter(self._outgoing))
+        # Carries short messages faster than gRPC, where memory is shared.
         self._control: ControlConnection | None = None
-        self._close = weakref.finalize(self, _close, self._outgoing, self._call)
-        transport.close_with_me(self)
+        self._end_call = weakref.finalize(self, _end_call, self._outgoing, self._call)
+        connection.close_with_connection(self)
         try:
             with patience.watching(self._interrupt):
-                first = self._next(patience).header
+                first = self._next_message(patience).header
             self.opened: steps_pb2.Opened = first.opened
             if not first.HasField("opened"):
                 raise InternalError("The server's first answer on a stream does not say that it is open.")
             if len(set(self.opened.last_tensors)) < len(self.opened.last_tensors) or any(
                 tensor >= len(sizes) for tensor in self.opened.last_tensors
             ):
-                raise InternalError("The server names parameters of the last step that there are not, or one twice.")
-            self._chunk_bytes = _chunk_bytes(self.opened.limits, transport.config)
-            self.shared, self.transport_reason = _shared(request, self.opened, sizes, curved=takes_curvature)
+                raise InternalError("The server's `last_tensors` has an unknown index, or one index twice.")
+            self._chunk_bytes = _chunk_bytes(self.opened.limits, connection.config)
+            self.shared, self.transport_reason = _attach_segment(request, self.opened, sizes, curved=takes_curvature)
             self._nonce = self.shared.nonce if self.shared else b""
             if self.shared is not None:
                 self._connect_control(self.shared)
@@ -87,7 +87,7 @@ class StepStream:
         try:
             self._control = ControlConnection(self.opened.shared_memory.control_socket, shared.nonce)
         except OSError as error:
-            self.transport_reason += f"; control takes gRPC, as its socket is not to be reached from here: {error}"
+            self.transport_reason += f"; control takes gRPC, because the control socket is out of reach: {error}"
         else:
             weakref.finalize(self, self._control.close)
 
@@ -97,15 +97,15 @@ class StepStream:
         """Make one step and receive its reply.
 
         Args:
-            request: Its first message, which has its request id and expected step.
-            gradients: None to ask for the reply of a step that has been applied.
-            updates: Take the reply.
+            request: The step's first message; it has the request id and the expected step.
+            gradients: None to ask for the reply of a step that was applied before.
+            updates: The arrays for the reply.
             patience: How long to wait.
 
         Raises:
-            StepRefused: The server's error about this step, after which the stream can be used again.
-            UnavailableError: The connection was lost; whether the step was applied is open.
-            DeadlineExceededError, StepCancelledError: Patience is at its end; likewise.
+            StepRefused: The server's error about this step; the stream can be used again.
+            UnavailableError: The connection was lost; the step may have been applied.
+            DeadlineExceededError, StepCancelledError: The patience has ended; the step may have been applied.
         """
         begin = request.begin
         if gradients is not None and not gradients.whole:
@@ -124,7 +124,7 @@ class StepStream:
                 if data is not None and self.shared is None:
                     updates.put(header.chunk.tensor, header.chunk.offset, data)
                 elif data is not None or header.data or not header.HasField("result"):
-                    raise InternalError("The server's answer to a step has no place in one.")
+                    raise InternalError("The server has answered a step with a message of another kind.")
                 if header.HasField("result"):
                     break
                 updates.write_large()
@@ -137,9 +137,9 @@ class StepStream:
         return result
 
     def _check_result(self, begin: steps_pb2.Begin, result: steps_pb2.Result, *, sent: bool) -> None:
-        """Raise InternalError unless a result can be that of the step that was begun; `sent` if with its gradients."""
+        """Raise InternalError unless a result can belong to the step; `sent` if its gradients were sent."""
         if not sent:
-            # The last one that had been applied when the stream was opened; a worker's may be older than others' steps.
+            # The last step that was applied when the stream was opened. A worker's may be older than those of others.
             right = result.replayed and result.step <= self.opened.step
             right &= result.step == self.opened.step or bool(self._worker)
         elif begin.HasField("expected_step"):
@@ -150,16 +150,16 @@ class StepStream:
             right = result.step > 0
         if result.request_id != begin.request_id or not right:
             raise InternalError(
-                f"The server's answer is of step {result.step} with the request id {result.request_id[:80]!r}; that is "
-                f"not the step that was asked for, {begin.request_id!r}."
+                f"The server has answered step {result.step} with request id {result.request_id[:80]!r}; this client "
+                f"asked for request id {begin.request_id!r}."
             )
 
     def _refusal(self, begin: steps_pb2.Begin, message: steps_pb2.StepError, *, replied: bool) -> Exception:
-        """What to raise for an error about the step that was begun; `replied` if part of its reply was received."""
+        """The exception for the server's error about a step; `replied` if part of its reply was received."""
         error = from_status(message.status)
         if message.request_id not in ("", begin.request_id):
             return InternalError(f"The server's error is about another step: {error}")
-        # The reply can be taken away. Anything else comes too late: what is replied to was applied.
+        # The step was applied, since its reply has begun. Only these errors can still follow.
         if replied and error.reason not in (_reasons.STEP_TAKEN_OVER, _reasons.INTERNAL):
             return InternalError(f"The server refuses a step in the middle of its reply: {error}")
         return StepRefused(error)
@@ -167,28 +167,28 @@ class StepStream:
     def _send(
         self, request: steps_pb2.StreamStepsRequest, gradients: Gradients | None
     ) -> Callable[[Patience], wire.ResponseFrame]:
-        """Send a step's messages, or let them be sent; gives what its answer is received with."""
+        """Send a step's messages. Returns the function that receives the next message of the answer."""
         if self.shared is None and gradients is not None:
             messages = gradients.messages(request, self._chunk_bytes, announce=bool(self._worker))
-            # Made here, while the sending thread need not be woken for it.
-            self._outgoing.put(messages if gradients.grow else chain([next(messages)], messages))
-            return self._next
+            # The first message is made in this thread, before the sending thread wakes up.
+            self._outgoing.put(messages if gradients.incremental else chain([next(messages)], messages))
+            return self._next_message
         request.commit.SetInParent()
         message = wire.encode(request)
         if self._control is not None and len(message) <= MAX_PACKET_BYTES:
             self._control.send(message)
             return self._next_packet
         self._outgoing.put(iter([message]))
-        return self._next
+        return self._next_message
 
     def close(self) -> None:
         """End the stream at once. Safe from any thread, and more than once."""
-        self._close()
+        self._end_call()
         if self._control is not None:
             self._control.shut()
 
     def _interrupt(self) -> None:
-        """Let whoever waits for a message go on; the stream is of no further use."""
+        """Wake the thread that waits for a message. The stream cannot be used any more."""
         self._call.cancel()
         if self._control is not None:
             self._control.shut()
@@ -201,21 +201,21 @@ class StepStream:
             except DecodeError as error:
                 raise InternalError("The server's answer is no message.") from error
         patience.check()
-        raise UnavailableError(f"{self._transport.target} closed the stream.")
+        raise UnavailableError(f"{self._connection.target} closed the stream.")
 
-    def _next(self, patience: Patience) -> wire.ResponseFrame:
+    def _next_message(self, patience: Patience) -> wire.ResponseFrame:
         try:
-            return readable(next(self._call))
+            return require_message(next(self._call))
         except StopIteration:
-            error: OptserveError = UnavailableError(f"{self._transport.target} closed the stream.")
+            error: OptserveError = UnavailableError(f"{self._connection.target} closed the stream.")
         except grpc.RpcError as rpc_error:
-            # The call is its own error, and would keep the frames that it came through for as long as it lives.
-            error = self._transport.translate(rpc_error.with_traceback(None), patience.timeout_s)
+            # In gRPC the call is its own error. With a traceback it would keep frames for as long as it lives.
+            error = self._connection.translate(rpc_error.with_traceback(None), patience.timeout_s)
         fault = self._outgoing.fault
         if isinstance(fault, OptserveError):
             raise fault
         if fault is not None:
-            raise InternalError(f"A message could not be made: {fault!r}") from fault
+            raise InternalError(f"This client failed to make a message of the step: {fault!r}") from fault
         patience.check()
         raise error
 
@@ -224,7 +224,7 @@ class StepRefused(Exception):
     """The server's error about one step, in a stream that lives on.
 
     Attributes:
-        error: What the caller is to see.
+        error: The exception for the caller.
     """
 
     def __init__(self, error: OptserveError) -> None:
@@ -237,27 +237,27 @@ def _chunk_bytes(limits: steps_pb2.ServerLimits, config: ClientConfig) -> int:
     preferred = limits.preferred_chunk_bytes or limits.max_chunk_bytes
     if min(preferred, limits.max_chunk_bytes) < MIN_CHUNK_BYTES:
         raise InternalError(
-            f"The server takes chunks of at most {limits.max_chunk_bytes} bytes and likes {preferred} best; it should "
-            f"take {MIN_CHUNK_BYTES}."
+            f"The server's chunk limits are {limits.max_chunk_bytes} and {preferred} bytes; the contract demands at "
+            f"least {MIN_CHUNK_BYTES}."
         )
     wanted = config.max_chunk_bytes or preferred
     return min(wanted, limits.max_chunk_bytes, config.max_receive_bytes)
 
 
-def _shared(
+def _attach_segment(
     request: steps_pb2.Open, opened: steps_pb2.Opened, sizes: Sequence[tuple[int, int]], *, curved: bool
 ) -> tuple[SharedStaging | None, str]:
-    """(memory shared with the server, that it is) or (None, why not)."""
+    """(the shared segment or None, why as a clause)."""
     if request.transport != steps_pb2.TRANSPORT_SHARED_MEMORY:
         return None, "shared memory was not asked for"
     if not opened.HasField("shared_memory"):
-        return None, "the server does not offer shared memory now: it has no room, or another client has it"
+        return None, "the server offers no shared memory now: its memory is full, or another client uses the segment"
     try:
         return SharedStaging(opened.shared_memory, sizes, curved=curved), "the server is on this host"
     except OSError as error:
         return None, f"the server's shared memory cannot be reached: {error}"
 
 
-def _close(outgoing: Outgoing, call: grpc.Call) -> None:
+def _end_call(outgoing: Outgoing, call: grpc.Call) -> None:
     outgoing.end()
     call.cancel()

@@ -1,4 +1,4 @@
-"""The stream that the steps of one object take: opened when it is needed, and compared with what is known."""
+"""The streams of one optimizer object: opened when a step needs one, and compared with the known state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from optserve import _reasons
-from optserve._rpc.connection import Transport
+from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
 from optserve._steps.lives import Life
 from optserve._steps.sharing import Sharing
@@ -18,13 +18,13 @@ from optserve.v1 import steps_pb2
 
 
 @dataclass
-class Known:
-    """What a client knows of an optimizer on the server.
+class KnownState:
+    """The state of an optimizer, as far as a client knows it.
 
     Attributes:
         step: Steps that the server has applied.
-        lineage: Says which state these steps are of.
-        create_time: Says of which optimizer of that name.
+        lineage: The state's lineage.
+        create_time: When the optimizer was created; it differs between optimizers of one name.
     """
 
     step: int
@@ -35,44 +35,44 @@ class Known:
         """Raise unless the server has the state that this client knows."""
         if opened.HasField("create_time") and opened.create_time != self.create_time:
             raise StateReplacedError(
-                f"{name} has been deleted and made anew since this client last looked; it is at step "
-                f"{opened.step}. Get it anew from the client; or refresh() and go on, if its parameters are the same.",
+                f"{name} was deleted and created anew; it is at step {opened.step}. Get it anew with "
+                "client.optimizer(), or call refresh() to go on if its parameters are the same.",
                 reason=_reasons.STATE_REPLACED,
             )
         if opened.step < self.step:
             raise StepsLostError(
-                f"This client has seen step {self.step} of {name}; the server is back at step "
-                f"{opened.step}. Its state was not durable, or it was rolled back. Call refresh() to go on from there."
+                f"This client has seen step {self.step} of {name}; the server is at step {opened.step}. Its state was "
+                "not durable, or somebody has rolled it back. Call refresh() to go on from there."
             )
         if opened.lineage != self.lineage:
             raise StateReplacedError(
-                f"The state of {name} is another one than this client knew: restored, imported, or that of a new "
-                f"optimizer; it is at step {opened.step}. Call refresh() to go on with it."
+                f"The state of {name} was replaced by a restore or an import; it is at step {opened.step}. Call "
+                "refresh() to go on with it."
             )
 
 
 class Streams:
-    """Those of one object, one at a time.
+    """The streams of one optimizer object; one is open at a time.
 
     Args:
         connection: To the server.
-        open_request: What each is opened with.
-        known: What is known of the optimizer.
+        open_request: The first message of each stream.
+        known: The state of the optimizer, as far as this client knows it.
         sizes: (bytes, bytes of an element) of each parameter.
-        must_share: It is an error if memory is not shared.
+        must_share: Whether it is an error if memory is not shared.
         takes_curvature: Whether the method takes the diagonal of the Hessian.
 
     Attributes:
-        now: The one that is open.
-        life: That of the worker, if the object is one.
-        name: The optimizer's, for messages.
+        current: The open stream; None if there is none.
+        life: The life of the worker, or that of a client that is no worker.
+        name: The optimizer's name, quoted, for messages.
     """
 
     def __init__(
         self,
-        connection: Transport,
+        connection: Connection,
         open_request: steps_pb2.Open,
-        known: Known,
+        known: KnownState,
         sizes: Sequence[tuple[int, int]],
         *,
         must_share: bool = False,
@@ -81,7 +81,7 @@ class Streams:
         self.open_request = open_request
         self.known = known
         self.life = Life(open_request.worker)
-        self.now: StepStream | None = None
+        self.current: StepStream | None = None
         self._connection = connection
         self._sharing = Sharing(connection, open_request, must_share=must_share)
         self._sizes = sizes
@@ -89,27 +89,27 @@ class Streams:
         self.name = repr(open_request.name.removeprefix("optimizers/"))
 
     def get(self, patience: Patience) -> StepStream:
-        """The stream of the next step, opened if it is not open.
+        """The open stream, or a new one.
 
         Raises:
-            OptserveError: It could not be opened, or leads to another state than is known.
+            OptserveError: No stream could be opened, or the server has another state than the known one.
         """
-        if self.now is None:
+        if self.current is None:
             pauses = self._sharing.pauses()
-            while self._sharing.may_begin_soon(stream := self._open(patience)):
-                # The server may not have noticed yet that the stream before is gone.
+            while self._sharing.should_retry(stream := self._open(patience)):
+                # The server may not know yet that the previous stream has ended.
                 pause_s = next(pauses, None)
                 if pause_s is None:
                     break
                 stream.close()
-                patience.pause(pause_s, UnavailableError(f"Memory is not shared again: {stream.transport_reason}."))
+                patience.pause(pause_s, UnavailableError(f"Shared memory cannot be used: {stream.transport_reason}."))
             try:
                 self._sharing.check(stream, patience)
             except OptserveError:
                 stream.close()
                 raise
-            self.now = stream
-        return self.now
+            self.current = stream
+        return self.current
 
     def _open(self, patience: Patience) -> StepStream:
         try:
@@ -120,13 +120,13 @@ class Streams:
             if self.known.step == 0:
                 raise
             raise StepsLostError(
-                f"This client has seen step {self.known.step} of {self.name}; the server has no such optimizer "
-                "any more, and would begin at step 0. It has lost its state, or somebody has deleted it."
+                f"This client has seen step {self.known.step} of {self.name}, but the server has no such optimizer; a "
+                "new one begins at step 0. The server has lost its state, or somebody has deleted the optimizer."
             ) from error
         except OptserveError as error:
-            # Interrupted while it was opened: the server may share memory with a stream that is no longer there.
+            # The server may have opened the stream all the same, and may still share memory with it.
             self._sharing.has_shared = True
-            self.life.note(error)
+            self.life.note_error(error)
             raise
         try:
             self.known.check(stream.opened, self.name)
@@ -137,7 +137,7 @@ class Streams:
         return stream
 
     def close(self) -> None:
-        """Close the one that is open; the next step opens another."""
-        stream, self.now = self.now, None
+        """Close the open stream; the next step opens another."""
+        stream, self.current = self.current, None
         if stream is not None:
             stream.close()

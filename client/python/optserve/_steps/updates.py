@@ -1,4 +1,4 @@
-"""The arrays that take what a server sends of tensors: every byte of a reply once, and in order."""
+"""Copies the chunks of a reply into arrays; each byte must come once and in order."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from optserve.errors import InternalError
 from optserve.v1 import steps_pb2
 
 HELD_BYTES = 1 << 20
-"""A reply of up to this size is written all at once, when it is complete and its result is right. Of a longer one, each
-message is written when it has come: holding it back would take as much memory as the reply, and time."""
+"""A reply of up to this size is copied at once, when it is complete and its result is right. Of a longer reply each
+message is copied when it arrives: holding all of them would take time, and as much memory as the reply."""
 
 
 class ReplyLayout:
-    """How a reply lies on the wire.
+    """The order and the sizes of a reply's tensors on the wire.
 
     Args:
-        indices: The parameters that take part.
-        arrays: That take them.
+        indices: The parameters in the reply, ascending.
+        arrays: The array for each of them.
         wire: Dtype of the payload; None for each array's own.
 
     Attributes:
-        ordinals: Which of the reply's tensors each parameter is.
+        ordinals: Position in the reply of each parameter, by its index.
         wires: Dtype of each tensor on the wire.
         begins: First byte of each tensor, and the one after the last.
     """
@@ -40,7 +40,7 @@ class ReplyLayout:
 
 
 class ReplyLayouts:
-    """The layout that one optimizer's replies mostly have, worked out once.
+    """Makes the layouts of one optimizer's replies, and keeps the last one, which is mostly the same.
 
     Args:
         wire: See ReplyLayout.
@@ -50,11 +50,11 @@ class ReplyLayouts:
         self._wire = wire
         self._last: tuple[Sequence[int], ReplyLayout] | None = None
 
-    def of(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> ReplyLayout:
-        """The layout for parameters, whose arrays have always the same sizes and dtypes."""
-        # Looked at once, as other threads may step as well.
+    def layout_for(self, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> ReplyLayout:
+        """The layout of a reply with these parameters; the arrays of a parameter have the same size at each call."""
+        # Read once, because other threads may replace it.
         last = self._last
-        # The very same list: that of all parameters, where all take part.
+        # A step of all parameters always passes the same list object.
         if last is None or last[0] is not indices:
             last = self._last = indices, ReplyLayout(indices, arrays, self._wire)
         return last[1]
@@ -66,11 +66,11 @@ class Updates:
     Args:
         indices: The parameters that take part.
         arrays: C-contiguous, in the parameters' shapes and dtypes.
-        layouts: Those of the optimizer's replies.
-        reply: What is asked for; no arrays for REPLY_NOTHING.
+        layouts: Makes the layout of the reply.
+        reply: What the reply has; no arrays for REPLY_NOTHING.
 
     Attributes:
-        begun: Whether something has been written to the arrays.
+        begun: Whether something was written to the arrays.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Updates:
         self.indices = indices
         self.arrays = arrays
         self._layouts = layouts or ReplyLayouts()
-        # Worked out when something comes: what comes through shared memory needs none.
+        # Made when the first chunk arrives; a reply through shared memory needs none.
         self._layout: ReplyLayout | None = None
         self.begun = False
         self._received = 0
@@ -93,44 +93,44 @@ class Updates:
 
     @property
     def received(self) -> bool:
-        """Whether part of the reply has come."""
+        """Whether a part of the reply has arrived."""
         return self._received > 0
 
     def reset(self) -> None:
-        """Forget what has arrived, before the reply is received once more."""
+        """Forget the chunks that have arrived, before the reply is received once more."""
         self.begun = False
         self._received = self._held_bytes = 0
         self._held.clear()
 
     def _lay_out(self) -> ReplyLayout:
-        self._layout = self._layouts.of(self.indices, self.arrays)
+        self._layout = self._layouts.layout_for(self.indices, self.arrays)
         return self._layout
 
     def put(self, tensor: int, offset: int, data: Buffer) -> None:
-        """Take the next chunk; what is beyond the end of its tensor belongs to the next one.
+        """Take the next chunk. Bytes beyond the end of its tensor belong to the next tensor.
 
         Args:
-            tensor: Index of the parameter in which it begins.
+            tensor: Index of the parameter in which the chunk begins.
             offset: First byte within that parameter's wire bytes.
             data: Elements.
 
         Raises:
-            InternalError: It does not go on where the chunk before has ended, which would leave a gap or a byte that
-                came twice; or it is empty, ends within an element or beyond the last tensor. Nothing of it is written.
+            InternalError: The chunk does not begin where the previous one ended; or it is empty, ends within an
+                element, or ends beyond the last tensor. Nothing of it is written.
         """
         layout = self._layout or self._lay_out()
         begins, received = layout.begins, self._received
         ordinal = layout.ordinals.get(tensor, -1)
-        # A tensor is known by its index alone; an offset beyond its end would be in another.
+        # An offset beyond the end of its tensor would name a byte of another tensor.
         if ordinal < 0 or begins[ordinal] + offset != received or received > begins[ordinal + 1]:
             raise InternalError(
-                f"The server's reply is not in order: byte {offset} of tensor {tensor} came after {received} of "
-                f"{begins[-1]} bytes."
+                f"The server's reply is not in order: after {received} of {begins[-1]} bytes came byte {offset} of "
+                f"tensor {tensor}."
             )
         end = received + len(data)
         if not data or end > begins[-1]:
             raise InternalError(
-                f"The server's reply has a chunk of {len(data)} bytes, where {begins[-1] - received} are missing."
+                f"The server's reply has a chunk of {len(data)} bytes, but {begins[-1] - received} bytes are left."
             )
         last = bisect_right(begins, end) - 1
         if last < len(layout.wires) and (end - begins[last]) % layout.wires[last].itemsize:
@@ -139,12 +139,12 @@ class Updates:
         self._received, self._held_bytes = end, self._held_bytes + len(data)
 
     def write_large(self) -> None:
-        """Write what has come so far, if it is more than is held back."""
+        """Copy the chunks that are held, if they have more than HELD_BYTES."""
         if self._held_bytes > HELD_BYTES:
             self._write()
 
     def finish(self) -> None:
-        """The reply is complete: write what was held back.
+        """The reply is complete: copy the chunks that are held.
 
         Raises:
             InternalError: Bytes are missing.
@@ -163,7 +163,7 @@ class Updates:
         self._held_bytes = 0
 
     def _copy(self, wires: Sequence[np.dtype], ordinal: int, offset: int, data: Buffer) -> None:
-        """Copy a chunk that fits to where it belongs."""
+        """Copy a checked chunk into the arrays."""
         taken, size = 0, len(data)
         while taken < size:
             array, wire_dtype = self.arrays[ordinal].reshape(-1), wires[ordinal]

@@ -1,8 +1,4 @@
-"""What is done after a try of a step that has failed: one table for all errors.
-
-It decides and does nothing; `session.py` carries out what it says. Whether a try that succeeded is believed is not
-decided here.
-"""
+"""Decides what to do after a failed try of a step, for all errors. `session.py` carries the decision out."""
 
 from __future__ import annotations
 
@@ -14,23 +10,23 @@ from optserve._rpc.retry import is_retryable
 from optserve.errors import InternalError, OptserveError, StateLostError
 
 _NEVER_KNOWN = frozenset((_reasons.WRONG_STEP, _reasons.REPLY_GONE, _reasons.WORKER_REPLACED))
-"""Refusals of a step that an earlier try may have applied, after which the server cannot be asked what became of it:
-others may have stepped since, the reply is gone, or the worker's name is another life's."""
+"""Refusals after which the server cannot say whether an earlier try was applied: other clients may have stepped since,
+the reply is gone, or another life has the worker's name."""
 
 
 class Ending(Enum):
-    """How a try of a step has ended without a result."""
+    """How a try of a step has failed."""
 
     NOT_SENT = auto()
-    """Before anything of the step was sent, as while a stream was opened."""
+    """The try failed before anything of the step was sent, for example while the stream was opened."""
     LOST = auto()
-    """The stream is of no further use: the connection broke, time was up, or an answer was not what it must be."""
+    """The stream cannot be used any more: the connection broke, the time was up, or an answer broke the contract."""
     REFUSED = auto()
-    """The server has answered with an error about the step, and the stream can be used again."""
+    """The server has answered with an error about the step. The stream can be used again."""
 
 
 class Action(Enum):
-    """What is done next. The first two try the step again under the same request id, by which it is the same step."""
+    """What the client does next. The first two retry the step, under the same request id."""
 
     RETRY = auto()
     """Pause, then try again."""
@@ -39,19 +35,19 @@ class Action(Enum):
     NOT_APPLIED = auto()
     """Raise the error: the step was certainly not applied."""
     IN_DOUBT = auto()
-    """Raise StepInDoubtError: whether the step was applied can no longer be found out."""
+    """Raise StepInDoubtError: nobody can find out any more whether the step was applied."""
     RAISE = auto()
-    """Raise the error: before the next step it is found out whether this one was applied."""
+    """Raise the error: the next step first finds out whether this one was applied."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a failed try leads to.
+    """The decision after a failed try.
 
     Attributes:
-        action: What is done next.
-        in_doubt: Whether the step may have been applied, by this try or an earlier one.
-        closes_stream: Whether the stream is closed although it can be used again.
+        action: What the client does next.
+        in_doubt: Whether this try or an earlier one may have applied the step.
+        closes_stream: Whether the client closes a stream that it could use again.
     """
 
     action: Action
@@ -60,21 +56,21 @@ class Verdict:
 
 
 def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register: bool) -> Verdict:
-    """What is done after a failed try.
+    """Decide what to do after a failed try.
 
     Args:
-        error: What the try has failed with.
-        ending: How it has ended.
+        error: The error of the try.
+        ending: How the try has failed.
         in_doubt: Whether an earlier try may have applied the step.
-        can_register: Whether this client makes steps as a worker, which can be registered again.
+        can_register: Whether this client is a worker, which can register once more.
     """
-    # A step that has not moved for long is taken over; so is a reply that was read too slowly, of a step that was
-    # applied. Perhaps a later stream was opened: then no step by this one counts any more.
+    # The server takes a step over that makes no progress, and also one that was applied and whose reply is read too
+    # slowly. Or a later stream was opened, and the server takes no more steps from this one.
     taken_over = error.reason == _reasons.STEP_TAKEN_OVER
     if ending is Ending.LOST:
         in_doubt = True
     elif ending is Ending.REFUSED:
-        # Of all refusals only these may come after the step was applied.
+        # Only these refusals may come after the step was applied.
         in_doubt |= taken_over or isinstance(error, InternalError | StateLostError)
     action = next_try(error, can_register=can_register)
     if action is None:
@@ -90,15 +86,15 @@ def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register:
 
 
 def next_try(error: OptserveError, *, can_register: bool) -> Action | None:
-    """RETRY or REGISTER if the same call may succeed after that, else None."""
+    """RETRY or REGISTER if the same call may succeed then, else None."""
     if can_register and error.reason == _reasons.WORKER_UNKNOWN:
-        # The server was started anew, or has not heard of this worker for long.
+        # The server was restarted, or the worker's last report is too old.
         return Action.REGISTER
     return Action.RETRY if is_retryable(error) else None
 
 
 class NotApplied(Exception):
-    """A step was refused, and certainly not applied; `error` says why."""
+    """The server has refused a step, which was certainly not applied; `error` says why."""
 
     def __init__(self, error: OptserveError) -> None:
         super().__init__(error)

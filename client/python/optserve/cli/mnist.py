@@ -14,7 +14,7 @@ import typer
 from optserve import algorithms
 from optserve.cli import mnist_options as options
 from optserve.cli.console import check_writable, console, fail, say
-from optserve.cli.outage import telling_of_outages
+from optserve.cli.outage import reporting_outages
 from optserve.errors import OptserveError
 
 if TYPE_CHECKING:
@@ -239,14 +239,14 @@ def _display(epochs: int, report: Report, target: str) -> Iterator[Any]:
     )
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display,
-        telling_of_outages(target, ClientConfig().step_timeout_s) as moved,
+        reporting_outages(target, ClientConfig().step_timeout_s) as record_step,
     ):
         task = display.add_task("", epoch=1, epochs=epochs, loss=0.0, error="-", rate=0.0, total=None)
         shown = 0
 
         def on_progress(progress: Any) -> None:
             nonlocal shown
-            moved()
+            record_step()
             display.update(
                 task,
                 total=progress.steps,

@@ -73,7 +73,7 @@ def show(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None
 
     with connect(target) as client:
         request = service_pb2.GetOptimizerRequest(name=resource_name(name))
-        item = client._transport.call(client._transport.stub.GetOptimizer, request).optimizer
+        item = client._connection.call(client._connection.stub.GetOptimizer, request).optimizer
     if json:
         print_json(plain(item))
     else:

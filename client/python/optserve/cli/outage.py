@@ -17,7 +17,7 @@ _PROBE_TIMEOUT_S = 2.0
 
 
 @contextmanager
-def telling_of_outages(target: str, timeout_s: float) -> Iterator[Callable[[], None]]:
+def reporting_outages(target: str, timeout_s: float) -> Iterator[Callable[[], None]]:
     """Watch a run for the length of a with-block; what is given is to be called at every step.
 
     Args:
@@ -28,7 +28,7 @@ def telling_of_outages(target: str, timeout_s: float) -> Iterator[Callable[[], N
     thread = threading.Thread(target=watch.run, name="outages", daemon=True)
     thread.start()
     try:
-        yield watch.moved
+        yield watch.record_step
     finally:
         watch.ended.set()
         thread.join()
@@ -39,26 +39,26 @@ class _Watch:
         self.ended = threading.Event()
         self._target = target
         self._timeout_s = timeout_s
-        self._moved_at = time.monotonic()
+        self._last_step_at = time.monotonic()
 
-    def moved(self) -> None:
-        self._moved_at = time.monotonic()
+    def record_step(self) -> None:
+        self._last_step_at = time.monotonic()
 
     def run(self) -> None:
         stood_since: float | None = None
         while not self.ended.wait(QUIET_S / 6):
-            moved_at = self._moved_at
+            last_step_at = self._last_step_at
             if stood_since is not None:
-                if moved_at > stood_since:
-                    say(f"{self._target} answers again after {moved_at - stood_since:.0f} s.", to=console)
+                if last_step_at > stood_since:
+                    say(f"{self._target} answers again after {last_step_at - stood_since:.0f} s.", to=console)
                     stood_since = None
-            elif time.monotonic() - moved_at > QUIET_S:
+            elif time.monotonic() - last_step_at > QUIET_S:
                 reason = self._reason()
                 # While it was asked, a step may have come.
-                if reason and self._moved_at == moved_at and not self.ended.is_set():
-                    say(f"No step for {time.monotonic() - moved_at:.0f} s: {reason}", style="yellow", to=console)
+                if reason and self._last_step_at == last_step_at and not self.ended.is_set():
+                    say(f"No step for {time.monotonic() - last_step_at:.0f} s: {reason}", style="yellow", to=console)
                     say(f"Waiting for {self._target}, for up to {self._timeout_s:.0f} s.", style="yellow", to=console)
-                    stood_since = moved_at
+                    stood_since = last_step_at
 
     def _reason(self) -> str:
         """Why the server makes no steps; empty where it is serving."""

@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from optserve.cli.console import console, fail, say
-from optserve.cli.outage import telling_of_outages
+from optserve.cli.outage import reporting_outages
 
 ExperimentName = Literal[
     "table1", "table2", "figure1", "figure2", "figure3", "figure4", "mnist-tanh", "curvature", "annealing", "all"
@@ -92,13 +92,13 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
 
     with (
         Progress(*columns, console=console) as progress,
-        telling_of_outages(target, ClientConfig().step_timeout_s) as moved,
+        reporting_outages(target, ClientConfig().step_timeout_s) as record_step,
     ):
         steps = {plan.key: 0 for plan in missing}
         task = progress.add_task(name, total=sum(plan.epochs * STEPS_PER_EPOCH for plan in missing))
 
         def on_step(key: str, step: int) -> None:
-            moved()
+            record_step()
             steps[key] = step
             progress.update(task, completed=sum(steps.values()))
 
