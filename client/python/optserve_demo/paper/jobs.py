@@ -18,7 +18,7 @@ from optserve_demo.mnist.data import Dataset, load
 from optserve_demo.paper.plan import Run
 from optserve_demo.paper.training import Result, run, settings_of
 
-TELL_EVERY = 20
+REPORT_EVERY = 20
 """Steps between two reports of a process on its progress."""
 
 
@@ -47,11 +47,14 @@ def carry_out(
         target: Of the server.
         jobs: Runs at a time.
         data_dir: Of MNIST's files; None to fetch or use cached ones.
-        on_step: Told (key of a run, steps that it has made), from another thread.
+        on_step: Called with (key of a run, steps made), from another thread.
     """
     context = multiprocessing.get_context("spawn")
-    told: SimpleQueue[tuple[str, int] | None] = context.SimpleQueue()
-    with _listening(told, on_step), ProcessPoolExecutor(jobs, context, _begin, (target, jobs, data_dir, told)) as pool:
+    reports: SimpleQueue[tuple[str, int] | None] = context.SimpleQueue()
+    with (
+        _listening(reports, on_step),
+        ProcessPoolExecutor(jobs, context, _begin, (target, jobs, data_dir, reports)) as pool,
+    ):
         waiting: set[Future[Result]] = {pool.submit(_carry_out, folder.name, plan) for plan in plans}
         try:
             while waiting:
@@ -66,9 +69,9 @@ def carry_out(
 
 
 @contextmanager
-def _listening(told: SimpleQueue[tuple[str, int] | None], on_step: Callable[[str, int], None]) -> Iterator[None]:
+def _listening(reports: SimpleQueue[tuple[str, int] | None], on_step: Callable[[str, int], None]) -> Iterator[None]:
     def listen() -> None:
-        while (message := told.get()) is not None:
+        while (message := reports.get()) is not None:
             on_step(*message)
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -76,7 +79,7 @@ def _listening(told: SimpleQueue[tuple[str, int] | None], on_step: Callable[[str
     try:
         yield
     finally:
-        told.put(None)
+        reports.put(None)
         thread.join()
 
 
@@ -85,16 +88,16 @@ class _Worker:
 
     client: Client
     dataset: Dataset
-    told: SimpleQueue[tuple[str, int] | None]
+    reports: SimpleQueue[tuple[str, int] | None]
 
 
-def _begin(target: str, jobs: int, data_dir: Path | None, told: SimpleQueue[tuple[str, int] | None]) -> None:
+def _begin(target: str, jobs: int, data_dir: Path | None, reports: SimpleQueue[tuple[str, int] | None]) -> None:
     from optserve import connect
 
     if jobs > 1:
         # Each process computes on one core: several threads in each would only be in one another's way.
         threadpool_limits(1)
-    _Worker.client, _Worker.told = connect(target), told
+    _Worker.client, _Worker.reports = connect(target), reports
     _Worker.dataset = load(data_dir, lambda _line: None)
 
 
@@ -104,13 +107,13 @@ def _carry_out(experiment: str, plan: Run) -> Result:
     with suppress(NotFoundError):
         _Worker.client.delete_optimizer(name)
 
-    told = 0
+    reported_step = 0
 
     def on_step(step: int) -> None:
-        nonlocal told
-        # Of replicas not every step is told of.
-        if step >= told + TELL_EVERY:
-            told = step
-            _Worker.told.put((plan.key, step))
+        nonlocal reported_step
+        # Not every step of several replicas is reported.
+        if step >= reported_step + REPORT_EVERY:
+            reported_step = step
+            _Worker.reports.put((plan.key, step))
 
     return run(_Worker.client, name, plan, _Worker.dataset, on_step)
