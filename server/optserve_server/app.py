@@ -121,11 +121,11 @@ class App:
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving on %s, durability %s", self.target, self._config.durability)
         if self._folder is not None:
-            self._folder.start_snapshots(self._on_folder_moved)
+            self._folder.start_snapshots(self._on_folder_checked)
         elif self._config.data_dir:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
 
-    def _on_folder_moved(self, in_place: bool) -> None:
+    def _on_folder_checked(self, in_place: bool) -> None:
         """A server whose data folder is gone is of no use to anybody, though it can still be read."""
         if not self._stopping.is_set():
             status = health_pb2.HealthCheckResponse.SERVING if in_place else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -147,9 +147,9 @@ class App:
         self._health.close()
         until = time.monotonic() + self._config.drain_s
         # Each optimizer is told under its lock, which a step may hold.
-        telling = threading.Thread(target=self._optimizers.drain, name="drain", daemon=True)
-        telling.start()
-        telling.join(self._config.drain_s)
+        draining = threading.Thread(target=self._optimizers.drain, name="drain", daemon=True)
+        draining.start()
+        draining.join(self._config.drain_s)
         if not self._drain_gate.drain(max(0.0, until - time.monotonic())):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         if not self._server.stop(grace=CLOSING_S).wait(2 * CLOSING_S):
@@ -190,11 +190,11 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     if target_file:
-        _tell_target(target_file, "")
+        _write_target(target_file, "")
     app = App(config)
     app.start()
     if target_file:
-        _tell_target(target_file, app.target)
+        _write_target(target_file, app.target)
     if announce:
         print(f"ready {app.target}", flush=True)
     if exit_on_eof:
@@ -202,7 +202,7 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     os.read(wish_to_stop, 1)
     ended = app.stop()
     if target_file:
-        _tell_target(target_file, "")
+        _write_target(target_file, "")
     if not ended:
         # At its end the interpreter would wait for these threads; what had to be written is on disk.
         logging.shutdown()
@@ -210,7 +210,7 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
         os._exit(0)
 
 
-def _tell_target(path: Path, target: str) -> None:
+def _write_target(path: Path, target: str) -> None:
     """Write what clients connect to into a file, or remove it where there is nothing to connect to."""
     try:
         if not target:

@@ -19,7 +19,7 @@ class Waiting(Places):
         super().__init__("calls wait", count)
         self.count = count
 
-    def end_some_who_wait(self, waited_s: float) -> int:
+    def end_longest_waiting(self, waited_s: float) -> int:
         some = -(-self.count // 2)
         self.count -= some
         return some
@@ -34,7 +34,7 @@ def test_calls_are_ended_for_memory_as_long_as_that_helps(each, ended):
     calls, now = Waiting(16), 100.0
     used_bytes = (lambda: (900 + calls.count * each) * MIB) if each else (lambda: 990 * MIB)
     relief = Relief(1000 * MIB, [calls], used_bytes, no_trim, lambda: now)
-    assert [relief.look() for _ in range(4)] == ended
+    assert [relief.check() for _ in range(4)] == ended
 
 
 def test_nobody_is_ended_where_freed_memory_can_be_given_back():
@@ -45,14 +45,14 @@ def test_nobody_is_ended_where_freed_memory_can_be_given_back():
         used_mib = 500
 
     relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, trim)
-    assert (relief.look(), used_mib, calls.count) == (0, 500, 16)
+    assert (relief.check(), used_mib, calls.count) == (0, 500, 16)
 
 
 def test_freed_memory_is_not_looked_through_again_and_again_where_that_does_not_help():
     trims, now = [], 100.0
     relief = Relief(1000 * MIB, [Waiting(0)], lambda: 990 * MIB, lambda: trims.append(now), lambda: now)
     for _ in range(2):
-        assert [relief.look() for _ in range(20)] == [0] * 20
+        assert [relief.check() for _ in range(20)] == [0] * 20
         now += FIRST_PAUSE_S
     assert trims == [100.0, 100.0 + FIRST_PAUSE_S]
 
@@ -60,17 +60,17 @@ def test_freed_memory_is_not_looked_through_again_and_again_where_that_does_not_
 def test_calls_are_ended_for_memory_again_after_pauses_or_once_it_has_grown():
     calls, now, used_mib = Waiting(1024), 100.0, 960
     relief = Relief(1000 * MIB, [calls], lambda: used_mib * MIB, no_trim, lambda: now)
-    assert (relief.look(), relief.look()) == (512, 0)
+    assert (relief.check(), relief.check()) == (512, 0)
     now += FIRST_PAUSE_S
-    assert (relief.look(), relief.look()) == (256, 0)
+    assert (relief.check(), relief.check()) == (256, 0)
     now += FIRST_PAUSE_S
-    assert relief.look() == 0
+    assert relief.check() == 0
     used_mib = 970
-    assert (relief.look(), relief.look()) == (128, 0)
+    assert (relief.check(), relief.check()) == (128, 0)
     used_mib = 900
-    assert relief.look() == 0
+    assert relief.check() == 0
     used_mib = 960
-    assert (relief.look(), relief.look()) == (64, 0)
+    assert (relief.check(), relief.check()) == (64, 0)
 
 
 def test_a_server_whose_own_memory_is_beyond_the_limit_does_not_end_calls_again_and_again(tmp_path):
@@ -82,7 +82,7 @@ def test_a_server_whose_own_memory_is_beyond_the_limit_does_not_end_calls_again_
             return sum(call in connection.statuses for call in calls)
 
         wait_until(lambda: ended() > 0)
-        assert "its memory is almost used up" in next(iter(connection.statuses.values()))[1]
+        assert "the server's memory is almost full" in next(iter(connection.statuses.values()))[1]
         # They all were ended, half of those that were left every quarter of a second.
         with pytest.raises(AssertionError, match="did not come about"):
             wait_until(lambda: ended() == len(calls), FIRST_PAUSE_S / 2)

@@ -13,7 +13,7 @@ def test_whoever_finds_no_room_is_told_that_and_not_that_there_are_too_many_stre
     replies = Replies(2 * CALL_BYTES + 1000, 60.0)
     taken = replies.add(500, "first", lambda: ended.append("first"))
     replies.add(500, "second", lambda: ended.append("second"))
-    with pytest.raises(OptserveError, match="room for") as caught:
+    with pytest.raises(OptserveError, match="this server keeps at most") as caught:
         replies.add(1, "third", lambda: ended.append("third"))
     assert (caught.value.reason, caught.value.code) == (Reason.REPLIES_FULL, Code.RESOURCE_EXHAUSTED)
     assert caught.value.metadata == {"limit_bytes": str(2 * CALL_BYTES + 1000)}

@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack
 
 import optserve
-from optserve_server.edge.gate.interceptors import ARRIVING, LASTING
+from optserve_server.edge.gate.interceptors import ARRIVING, PROTECTED
 from service.attacks import SERVICE, Raw, attempted, framed, raw, used, wait_until
 from service.worker_harness import config_of
 
@@ -70,9 +70,9 @@ def test_of_many_slow_clients_those_that_came_first_come_to_an_end_and_others_fi
             return connections[number].statuses.get(calls[number], (None, ""))[0]
 
         # Each has a thread while it waits.
-        come(LASTING)
-        wait_until(lambda: used(server).threads >= threads + LASTING)
-        come(ARRIVING - LASTING)
+        come(PROTECTED)
+        wait_until(lambda: used(server).threads >= threads + PROTECTED)
+        come(ARRIVING - PROTECTED)
         wait_until(lambda: used(server).threads >= threads + ARRIVING)
         come(1)
         wait_until(lambda: status(ARRIVING) is not None)
@@ -83,7 +83,7 @@ def test_of_many_slow_clients_those_that_came_first_come_to_an_end_and_others_fi
             return sum(status(number) == CANCELLED for number in range(len(calls))) >= 3
 
         wait_until(some_gave_way)
-        assert "another one needed its place" in next(
+        assert "another call needed its place" in next(
             connection.statuses[call][1]
             for connection, call in zip(connections, calls, strict=True)
             if connection.statuses.get(call, (OK, ""))[0] == CANCELLED
@@ -91,7 +91,7 @@ def test_of_many_slow_clients_those_that_came_first_come_to_an_end_and_others_fi
         # Another client, whose message is there at once, finds a place as well.
         with optserve.connect(server.target) as client:
             assert client.server_info().backend == "numpy"
-        assert [status(number) for number in range(LASTING)] == [None] * LASTING
-        for connection, call in list(zip(connections, calls, strict=True))[:LASTING]:
+        assert [status(number) for number in range(PROTECTED)] == [None] * PROTECTED
+        for connection, call in list(zip(connections, calls, strict=True))[:PROTECTED]:
             connection.send(call, MESSAGE[3:])
-        wait_until(lambda: all(status(number) == OK for number in range(LASTING)))
+        wait_until(lambda: all(status(number) == OK for number in range(PROTECTED)))

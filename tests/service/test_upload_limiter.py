@@ -10,12 +10,12 @@ import optserve
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
 
 
-def entering(upload_limiter: UploadLimiter, who: str, order: list[str]) -> threading.Thread:
+def entering(upload_limiter: UploadLimiter, stream: str, order: list[str]) -> threading.Thread:
     """A thread that goes in; returns when it waits, or is in."""
 
     def enter() -> None:
-        upload_limiter.enter(who)
-        order.append(who)
+        upload_limiter.enter(stream)
+        order.append(stream)
 
     thread = threading.Thread(target=enter)
     waiting = len(upload_limiter._waiting)
@@ -26,8 +26,8 @@ def entering(upload_limiter: UploadLimiter, who: str, order: list[str]) -> threa
 
 
 def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_inside():
-    upload_limiter, order = UploadLimiter(2, patience_s=60), list[str]()
-    threads = [entering(upload_limiter, who, order) for who in "abcdef"]
+    upload_limiter, order = UploadLimiter(2, slow_after_s=60), list[str]()
+    threads = [entering(upload_limiter, stream, order) for stream in "abcdef"]
     assert order == ["a", "b"]
     for leaver, inside in (("b", "abc"), ("a", "abcd"), ("a", "abcd"), ("c", "abcde"), ("d", "abcdef")):
         upload_limiter.leave(leaver)
@@ -36,20 +36,20 @@ def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_insi
 
 
 def test_those_who_do_not_come_out_are_not_waited_for():
-    upload_limiter, order = UploadLimiter(1, patience_s=0.02), list[str]()
-    for thread in [entering(upload_limiter, who, order) for who in "abcdef"]:
+    upload_limiter, order = UploadLimiter(1, slow_after_s=0.02), list[str]()
+    for thread in [entering(upload_limiter, stream, order) for stream in "abcdef"]:
         thread.join(10)
     assert order == list("abcdef")
 
 
 def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
     """Empty chunks every 5 ms held the turn of all optimizers."""
-    upload_limiter, over = UploadLimiter(1, patience_s=0.05), threading.Event()
+    upload_limiter, over = UploadLimiter(1, slow_after_s=0.05), threading.Event()
     upload_limiter.enter("attacker")
 
     def attack() -> None:
         while not over.wait(0.002):
-            upload_limiter.moved("attacker", 1)
+            upload_limiter.record_progress("attacker", 1)
 
     attacker = threading.Thread(target=attack)
     attacker.start()
@@ -63,12 +63,12 @@ def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
 
 
 def test_who_brings_much_is_waited_for():
-    upload_limiter, order = UploadLimiter(1, patience_s=1.0), list[str]()
+    upload_limiter, order = UploadLimiter(1, slow_after_s=1.0), list[str]()
     upload_limiter.enter("first")
     second = entering(upload_limiter, "second", order)
     until = time.monotonic() + 2.0
     while time.monotonic() < until:
-        upload_limiter.moved("first", 64 << 10)
+        upload_limiter.record_progress("first", 64 << 10)
         time.sleep(0.001)
     assert order == []
     upload_limiter.leave("first")

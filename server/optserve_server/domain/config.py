@@ -151,7 +151,7 @@ class ServerConfig:
         self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
         self._require("idle_step_s", 0 < self.idle_step_s <= 86_400, "must be positive and at most a day, 86400")
         self._require("max_checkpoint_bytes", self.max_checkpoint_bytes >= 0, "must not be negative")
-        self._share_memory()
+        self._divide_memory()
         if not self.durability:
             object.__setattr__(self, "durability", "journal" if self.data_dir else "memory")
         self._require(
@@ -164,7 +164,7 @@ class ServerConfig:
         for name in ("snapshot_bytes", "segment_bytes"):
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
 
-    def _share_memory(self) -> None:
+    def _divide_memory(self) -> None:
         """Give what is 0 its part of the memory."""
         self._derive("memory_bytes", machine.usable_bytes())
         self._derive("max_pull_bytes", min(GIB, self.memory_bytes // 16))

@@ -183,7 +183,7 @@ class OptserveError(Exception):
         return RETRY_AFTER_S.get(self.reason)
 
 
-class fields_called:  # noqa: N801 - used as a function; a generator would cost each step some microseconds
+class renaming_fields:  # noqa: N801 - used as a function; a generator would cost each step some microseconds
     """Give the fields of errors from below the paths that they have in a request; the block's own name for each."""
 
     def __init__(self, names: Mapping[str, str]) -> None:

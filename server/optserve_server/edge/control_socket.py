@@ -63,31 +63,31 @@ class ControlSocket:
             while not self._closed:
                 peer, _ = self._listener.accept()
                 try:
-                    if self._take(peer) and self._proves_itself(peer):
+                    if self._adopt(peer) and self._sends_the_nonce(peer):
                         self.proven = True
-                        self._end(self._listener)
+                        self._close(self._listener)
                         self._serve(peer)
                         return
                 finally:
-                    self._end(peer)
+                    self._close(peer)
         # A socket that is shut or gone in the middle of a call: the end, from either side.
         except OSError as error:
             logger.debug("%s ends: %s", self.name, error)
         finally:
-            self._end(self._listener)
+            self._close(self._listener)
 
-    def _end(self, end: socket.socket) -> None:
+    def _close(self, end: socket.socket) -> None:
         with self._lock:
             end.close()
             if end is self._peer:
                 self._peer = None
 
-    def _take(self, peer: socket.socket) -> bool:
+    def _adopt(self, peer: socket.socket) -> bool:
         with self._lock:
             self._peer = peer
             return not self._closed
 
-    def _proves_itself(self, peer: socket.socket) -> bool:
+    def _sends_the_nonce(self, peer: socket.socket) -> bool:
         uid = peer_uid(peer)
         if uid != os.geteuid():
             # Once for each socket: anybody can knock as often as they like.

@@ -58,16 +58,16 @@ class Health(health_pb2_grpc.HealthServicer):
         last: Status | None = None
         while context.is_active():
             with self._changed:
-                while context.is_active() and not self._closed and self._of(request) == last:
+                while context.is_active() and not self._closed and self._status_of(request) == last:
                     self._changed.wait()
-                status, closed = self._of(request), self._closed
+                status, closed = self._status_of(request), self._closed
             if status != last:
                 last = status
                 yield Response(status=status)
             if closed:
                 return
 
-    def _of(self, request: health_pb2.HealthCheckRequest) -> Status:
+    def _status_of(self, request: health_pb2.HealthCheckRequest) -> Status:
         return self._status.get(request.service, Response.SERVICE_UNKNOWN)
 
     def _wake(self) -> None:

@@ -7,9 +7,9 @@ from itertools import chain
 
 from optserve._common import wire
 from optserve.v1 import replicas_pb2, steps_pb2
-from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages
-from optserve_server.edge.gate.places import progress
+from optserve_server.edge.gate.places import record_progress
 from optserve_server.engine.parameter_copies import Copies
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import Outcome
@@ -43,9 +43,9 @@ def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
                         Reason.INVALID_FIELD, "The chunks of an upload have no operand.", field="chunk.operand"
                     )
                 data = frame.data or b""
-                with fields_called(_FIELDS):
+                with renaming_fields(_FIELDS):
                     step.stage(header.chunk.tensor, header.chunk.offset, data, Operand.PARAMETER)
-                progress(len(data))
+                record_progress(len(data))
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):

@@ -33,13 +33,13 @@ class SegmentOffer:
     def __init__(
         self,
         segment: Segment,
-        one_at_a_time: Lock,
+        stream_lock: Lock,
         answer: Callable[[bytes], Generator[bytes]],
         unshare: Callable[[Segment], None],
         receive_s: float,
     ) -> None:
         self.segment: Segment | None = segment
-        self._one_at_a_time = one_at_a_time
+        self._stream_lock = stream_lock
         self._unshare = unshare
         self._receive_s = receive_s
         self._is_proven = False
@@ -57,7 +57,7 @@ class SegmentOffer:
         )
         """As the client gets it."""
 
-    def take_up(self, nonce: bytes) -> Segment | None:
+    def accept(self, nonce: bytes) -> Segment | None:
         """The segment for a step that begins; the first has to prove that its client has found it.
 
         Args:
@@ -91,7 +91,7 @@ class SegmentOffer:
 
     def _withdraw(self) -> None:
         """Nobody has proven to see the segment."""
-        with self._one_at_a_time:
+        with self._stream_lock:
             if self._is_proven or self.segment is None or (self._control is not None and self._control.proven):
                 return
             self._is_withdrawn = True

@@ -7,9 +7,9 @@ from itertools import chain
 
 from optserve._common import wire
 from optserve.v1 import checkpoints_pb2
-from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages, settings_messages
-from optserve_server.edge.gate.places import progress
+from optserve_server.edge.gate.places import record_progress
 from optserve_server.engine.registry import Optimizer, Optimizers
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
@@ -92,9 +92,9 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
             header = frame.header
             if header.HasField("chunk"):
                 data = frame.data or b""
-                with fields_called(_FIELDS):
+                with renaming_fields(_FIELDS):
                     state.stage(header.chunk.tensor, _array(optimizer, header.chunk), header.chunk.offset, data)
-                progress(len(data))
+                record_progress(len(data))
             elif header.data:
                 raise OptserveError(Reason.INVALID_FIELD, "`data` came without `chunk`.", field="chunk")
             if header.HasField("commit"):

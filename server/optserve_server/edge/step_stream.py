@@ -18,7 +18,7 @@ from optserve._common.clock import SYSTEM, Clock
 from optserve._common.wire import RequestFrame, decode_request, encode
 from optserve.v1 import service_pb2, steps_pb2
 from optserve_server.domain.config import UNASKED_CHUNK_BYTES, ServerConfig
-from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import features, messages
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.places import NEXT_MESSAGE, current
@@ -79,7 +79,7 @@ class StepStream:
         self._wire: np.dtype | None = None
         self._lineage = ""
         # Messages come through the stream, or through its control socket.
-        self._one_at_a_time = clock.lock()
+        self._lock = clock.lock()
         self._place = current()
         self._offer: SegmentOffer | None = None
         self._reply_chunk_bytes = config.sent_chunk_bytes
@@ -87,14 +87,14 @@ class StepStream:
         self._request_id = ""
         self._worker, self._life = "", 0
         self._number = 0
-        self._gone = False
+        self._client_gone = False
 
     def interrupt(self) -> None:
         """The client is gone: a commit that waits for other workers need not wait any more.
 
         Called in the thread that serves all calls, which must not wait for a lock.
         """
-        self._gone = True
+        self._client_gone = True
         step = self._step
         if step is not None and self._worker:
             step.given_up = True
@@ -106,7 +106,7 @@ class StepStream:
         Raises:
             OptserveError: What ends the stream: a failed `open`, or none; bytes that are no message.
         """
-        with self._one_at_a_time:
+        with self._lock:
             yield from self._handle(messages.decode(decode_request, raw))
 
     def _handle(self, frame: RequestFrame) -> Iterator[bytes]:
@@ -157,7 +157,7 @@ class StepStream:
         if self._offer is not None:
             # First, so that nothing new comes from there.
             self._offer.close_control()
-        with self._one_at_a_time:
+        with self._lock:
             self._end(_CLOSED)
             if self._offer is not None:
                 self._offer.end()
@@ -166,7 +166,7 @@ class StepStream:
         """`handle` for a message that came through the control socket; ConnectionError where the stream would end."""
         if self._place is not None:
             # The call itself sees nothing of it, and would give way to others as one whose client is silent.
-            self._place.go_on()
+            self._place.resume()
         try:
             yield from self.handle(packet)
         except OptserveError as error:
@@ -197,7 +197,7 @@ class StepStream:
         self._optimizer, self._phase = optimizer, _IDLE
         self._takes_curvature = optimizer.rule.takes_curvature
         self._number = next(_numbers)
-        with fields_called({"worker": "open.worker"}):
+        with renaming_fields({"worker": "open.worker"}):
             messages.check_life(request.life, "open.life")
             step, last_request_id, last, self._lineage = optimizer.steps.last(
                 request.worker, self._number, request.life
@@ -208,7 +208,7 @@ class StepStream:
             if segment is not None:
                 self._offer = SegmentOffer(
                     segment,
-                    self._one_at_a_time,
+                    self._lock,
                     self._answer_packet,
                     optimizer.steps.unshare,
                     self._config.receive_s,
@@ -241,7 +241,7 @@ class StepStream:
                 field="begin.with_curvature",
             )
         reply = messages.reply(request.reply, "begin.reply")
-        segment = self._offer.take_up(request.shared_memory_nonce) if self._offer is not None else None
+        segment = self._offer.accept(request.shared_memory_nonce) if self._offer is not None else None
         self._optimizers.check_is_same(self._optimizer)
         messages.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
@@ -265,7 +265,7 @@ class StepStream:
         finally:
             if self._step is None:
                 self._drain_gate.leave()
-        if self._gone and self._step is not None:
+        if self._client_gone and self._step is not None:
             # Before there was a step to be given up.
             self._step.given_up = True
         self._phase = _STAGING
@@ -293,7 +293,7 @@ class StepStream:
             )
         self._step.stage(chunk.tensor, chunk.offset, data, operand)
         if self._worker:
-            self._upload_limiter.moved(self, len(data))
+            self._upload_limiter.record_progress(self, len(data))
 
     def _commit(self) -> Iterable[bytes]:
         """Apply the step; gives the messages that answer it."""

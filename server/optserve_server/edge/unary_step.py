@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optserve._common import wire
 from optserve.v1 import steps_pb2
-from optserve_server.domain.errors import OptserveError, Reason, fields_called
+from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.step_stream import set_result
@@ -35,12 +35,12 @@ def apply(
         # Refused before the step is applied, not found out after.
         _check_reply_bytes(item, asked.selection.listed, max_reply_bytes)
     with drain_gate.step():
-        with fields_called({"tensors": "gradients"}):
+        with renaming_fields({"tensors": "gradients"}):
             step = item.steps.begin(asked)
         try:
             for position, gradient in enumerate(request.gradients):
                 path = f"gradients[{position}]"
-                with fields_called({"data": f"{path}.data"}):
+                with renaming_fields({"data": f"{path}.data"}):
                     _stage(step, item, asked.selection.listed[position], gradient, path)
             outcome = step.commit()
             wanted = step.payload.tensors if asked.reply is not Reply.NOTHING else ()

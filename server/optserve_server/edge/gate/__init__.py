@@ -1,1 +1,1 @@
-"""Who is let in, for how long, and with how much: places and threads of calls, what their clients owe, what waits."""
+"""Limits of calls: how many have a place and a thread, how long they may wait, how many bytes they may hold."""

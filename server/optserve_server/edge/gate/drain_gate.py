@@ -1,4 +1,4 @@
-"""Lets steps in until the server drains, and tells when the last one has left."""
+"""Admits steps until the server drains, and waits for the admitted ones to end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class DrainGate:
         self._draining = False
 
     def enter(self) -> None:
-        """Let a step in, or raise DRAINING."""
+        """Admit a step, or raise DRAINING."""
         with self._lock:
             if self._draining:
                 raise OptserveError(Reason.DRAINING, "This server is about to stop; try again when it is back.")
             self._under_way += 1
 
     def leave(self) -> None:
-        """A step that was let in has ended."""
+        """An admitted step has ended."""
         with self._lock:
             self._under_way -= 1
             if self._draining:
@@ -34,7 +34,7 @@ class DrainGate:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Let a step in for the length of a with-block."""
+        """Admit a step for the length of a with-block, or raise DRAINING."""
         self.enter()
         try:
             yield
@@ -42,11 +42,11 @@ class DrainGate:
             self.leave()
 
     def close(self) -> None:
-        """Let nothing in any more."""
+        """Admit no more steps."""
         with self._lock:
             self._draining = True
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait for what is under way, once closed; False if some of it outlasted `timeout_s`."""
+        """Wait until all admitted steps have ended; False if some have not within `timeout_s`. Call `close` first."""
         with self._lock:
             return self._drained.wait_for(lambda: self._under_way == 0, timeout_s)

@@ -1,10 +1,10 @@
-"""The places of the calls of one kind: a bounded number, kept by sending and taking, not by being there.
+"""The places of one kind of calls. Their number is limited, and a call keeps its place only while its client acts.
 
-A call has a thread while it has a place. Where all are taken, one whose client owes it something gives way to a
-newcomer; where there is none, the newcomer is told to come back. And whoever waits too long for its client is ended.
+A call has a thread while it has a place. If all places are taken, a newcomer evicts a call that waits for its client.
+If no call can be evicted, the newcomer is refused with a retry hint. A call that waits too long is ended in any case.
 
-gRPC does not tell how much of a message has come. So a call whose one message may be large is waited for as long as
-that may take, where it is one of those that came first; the other places are for newcomers, see `lasting`.
+gRPC does not report how much of a message has arrived. So a call with one large message is given the time that the
+largest message takes, if it is one of the first `protected` calls. The other places are for newcomers.
 """
 
 from __future__ import annotations
@@ -22,28 +22,26 @@ from enum import Enum, auto
 from optserve_server.domain.errors import OptserveError, Reason
 
 SPARED_S = 2.0
-"""A call that has waited for its message for less gives way only to connections that have fewer places.
-
-Those who come when all wait are told to come back in a second.
-"""
+"""Seconds for which a call may wait for its message before a newcomer can evict it. A newcomer from a connection with
+fewer places can do so at once."""
 
 MIN_BYTES_PER_S = 64 << 10
-"""What a client has to move, on average: in a transfer to keep its place, and in a call of one message to be heard."""
+"""Least average rate of a transfer, and of a call's only message."""
 
 
 class Waiting(Enum):
-    """What a call waits for."""
+    """What a call waits for its client to do."""
 
     NOTHING = auto()
-    """From its client; the server is at work."""
+    """The server is at work."""
     FIRST_MESSAGE = auto()
     NEXT_MESSAGE = auto()
-    TAKING = auto()
-    """That the client takes a message."""
+    DELIVERY = auto()
+    """The client has to take a message."""
 
 
 # Python finds a member in its Enum in 80 ns, and each message of a stream has four of them to look at.
-NOTHING, FIRST_MESSAGE, NEXT_MESSAGE, TAKING = Waiting
+NOTHING, FIRST_MESSAGE, NEXT_MESSAGE, DELIVERY = Waiting
 
 
 @dataclass(frozen=True)
@@ -51,26 +49,26 @@ class Patience:
     """How long calls of one kind may wait for their clients, in seconds, by what they wait for.
 
     Attributes:
-        gives_way_s: After so long it gives way to a newcomer that needs the place; what is not named never does.
-        ends_s: After so long it is ended; what is not named never is.
-        by_bytes: `ends_s` is what it may wait in all, and each byte that was missing buys more; otherwise what it may
-            wait for each message.
+        evict_after_s: Seconds after which a newcomer can evict the call; never, for what is not named.
+        end_after_s: Seconds after which the call is ended; never, for what is not named.
+        by_bytes: Whether `end_after_s` limits the whole wait, to which each byte of progress adds time. Otherwise it
+            limits the wait for each message.
     """
 
-    gives_way_s: Mapping[Waiting, float]
-    ends_s: Mapping[Waiting, float]
+    evict_after_s: Mapping[Waiting, float]
+    end_after_s: Mapping[Waiting, float]
     by_bytes: bool = False
 
 
 class Place:
-    """That of one call, in whose thread it is used.
+    """The place of one call. Its methods are called in the thread of that call, but for `end`.
 
     Attributes:
-        peer: The connection that the call came by.
-        patience: With its client.
+        peer: The connection of the call.
+        patience: How long it may wait for its client.
         waiting: What it waits for.
-        since: From when on, by the monotonic clock.
-        waited_s: For how long in all, less what was bought, where that counts.
+        since: Since when it waits, by the monotonic clock.
+        waited_s: Seconds that it has waited in all, less those that progress has added; 0 unless `patience.by_bytes`.
     """
 
     __slots__ = ("_by_bytes", "_end", "patience", "peer", "since", "waited_s", "waiting")
@@ -89,32 +87,32 @@ class Place:
         self.since = time.monotonic()
         self.waiting = waiting
 
-    def go_on(self) -> None:
-        """The client has done what was waited for."""
+    def resume(self) -> None:
+        """The client has done what the call waited for."""
         if self._by_bytes and self.waiting is not FIRST_MESSAGE:
             self.waited_s += time.monotonic() - self.since
         self.waiting = NOTHING
 
-    def moved(self, size: int) -> None:
-        """So many bytes that were missing have come, or have been taken."""
+    def record_progress(self, size: int) -> None:
+        """Count bytes that were missing and have arrived, or that the client has taken."""
         self.waited_s = max(0.0, self.waited_s - size / MIN_BYTES_PER_S)
 
     def end(self, why: str) -> None:
-        """End the call, from any thread, and tell its client why."""
+        """End the call with a message for its client. Safe from any thread."""
         waited_s = time.monotonic() - self.since
         self.waiting = NOTHING
         self._end(f"The server has waited {waited_s:.1f} s for this call's client, and {why}.")
 
-    def left(self) -> None:
-        """The call is over, and must not be kept by its place.
+    def release(self) -> None:
+        """Drop the reference to the call, which is over.
 
-        The call's own context variables have the place: a cycle of what gRPC counts as a stream of its connection, of
-        which it refuses to have more than a limit, and which only the garbage collector would find.
+        The call's context variables refer to the place. The cycle would keep the call until a garbage collection, and
+        gRPC would count it as an open stream of its connection.
         """
-        self._end = _nothing
+        self._end = _do_nothing
 
 
-def _nothing(_why: str) -> None:
+def _do_nothing(_why: str) -> None:
     pass
 
 
@@ -122,44 +120,43 @@ _current: ContextVar[Place] = ContextVar("place")
 
 
 def current() -> Place | None:
-    """The place of the present call, if it has one."""
+    """The place of the call that runs in this thread; None outside a call."""
     return _current.get(None)
 
 
-def progress(size: int) -> None:
-    """The present call, if it has a place, has moved so many bytes that were missing."""
+def record_progress(size: int) -> None:
+    """Count progress of the call that runs in this thread, see `Place.record_progress`."""
     place = current()
     if place is not None:
-        place.moved(size)
+        place.record_progress(size)
 
 
 class Places:
-    """The places of one kind. Safe to use from several threads.
+    """The places of one kind of calls. Safe to use from several threads.
 
     Args:
-        what: The kind and what it does, for messages, as "streams are open".
-        limit: Most of them.
-        lasting: Of the calls that wait for their first messages, so many, those that came first, are spared for as long
-            as they may wait, and not for `gives_way_s` only. So slow clients come to an end however many others there
-            are; and the places beyond are soon free for a newcomer.
+        what: The kind and its state, for messages, such as "streams are open".
+        limit: How many places there are.
+        protected: The first so many of the calls that wait for their first message cannot be evicted before
+            `end_after_s`. So slow clients finish, however many others come; the other places become free soon.
     """
 
-    def __init__(self, what: str, limit: int, lasting: int = 0) -> None:
+    def __init__(self, what: str, limit: int, protected: int = 0) -> None:
         self._what = what
         self._limit = limit
-        self._lasting = lasting
+        self._protected = protected
         self._lock = threading.Lock()
         self._taken: dict[Place, None] = {}
         self._peers: Counter[str] = Counter()
 
     @contextmanager
     def place(self, peer: str, end: Callable[[str], object], patience: Patience) -> Iterator[Place]:
-        """A place for the length of a with-block, in which it is that of the present call.
+        """Take a place for the length of a with-block; `current` returns it there.
 
         Args:
-            peer: The connection that the call came by.
-            end: Ends the call, should it have to go, and tells its client why.
-            patience: With its client.
+            peer: The connection of the call.
+            end: Ends the call with a message for its client.
+            patience: How long the call may wait for its client.
 
         Raises:
             OptserveError: TOO_MANY_STREAMS.
@@ -172,75 +169,75 @@ class Places:
         finally:
             with self._lock:
                 self._remove(place)
-            place.left()
+            place.release()
 
     def _take(self, place: Place) -> None:
         with self._lock:
-            leaver = None
+            evicted = None
             if len(self._taken) >= self._limit:
-                leaver = self._one_that_gives_way(place.peer)
-                if leaver is None:
-                    raise self.full()
-                self._remove(leaver)
+                evicted = self._choose_to_evict(place.peer)
+                if evicted is None:
+                    raise self.full_error()
+                self._remove(evicted)
             self._taken[place] = None
             self._peers[place.peer] += 1
-        if leaver is not None:
-            leaver.end("another one needed its place; try again")
+        if evicted is not None:
+            evicted.end("another call needed its place; try again")
 
-    def full(self) -> OptserveError:
-        """What newcomers are told where nobody gives way."""
+    def full_error(self) -> OptserveError:
+        """The error for a newcomer if no call can be evicted."""
         return OptserveError(
             Reason.TOO_MANY_STREAMS,
-            f"{self._limit} {self._what}, which is all that this server takes; try again later.",
+            f"{self._limit} {self._what}, and this server takes no more; try again later.",
             limit=self._limit,
         )
 
     def _remove(self, place: Place) -> None:
-        # One that had to give way has left already.
+        # An evicted call was removed before.
         if place in self._taken:
             del self._taken[place]
             self._peers[place.peer] -= 1
             if not self._peers[place.peer]:
                 del self._peers[place.peer]
 
-    def _one_that_gives_way(self, newcomer: str) -> Place | None:
-        """Of those who have waited long enough, one of the connection that has the most places, the longest first."""
-        now, own, lasting = time.monotonic(), self._peers[newcomer] + 1, self._lasting
+    def _choose_to_evict(self, newcomer: str) -> Place | None:
+        """The call to evict: of the connection with the most places, the one that has waited longest; or None."""
+        now, in_own_pool, protected = time.monotonic(), self._peers[newcomer] + 1, self._protected
         best, best_key = None, (0, 0.0)
-        # In the order in which they came.
+        # The oldest first.
         for place in self._taken:
             key = (self._peers[place.peer], now - place.since)
-            spared_s = place.patience.gives_way_s.get(place.waiting, math.inf)
+            spared_s = place.patience.evict_after_s.get(place.waiting, math.inf)
             if place.waiting is FIRST_MESSAGE:
-                if lasting > 0:
-                    lasting -= 1
-                    spared_s = place.patience.ends_s.get(place.waiting, math.inf)
-                if key[0] > own:
-                    # Whoever has many places does not keep out those who have few.
+                if protected > 0:
+                    protected -= 1
+                    spared_s = place.patience.end_after_s.get(place.waiting, math.inf)
+                if key[0] > in_own_pool:
+                    # A connection with many places does not keep out one with few.
                     spared_s = 0.0
             if key[1] >= spared_s and key > best_key:
                 best, best_key = place, key
         return best
 
-    def end_some_who_wait(self, waited_s: float) -> int:
-        """End the half that has waited longest for their clients, of those who have for so long; gives how many."""
+    def end_longest_waiting(self, waited_s: float) -> int:
+        """End the longest waiting half of the calls that have waited more than `waited_s`; returns how many."""
         now = time.monotonic()
         with self._lock:
             waiting = [place for place in self._taken if place.waiting is not NOTHING and now - place.since > waited_s]
         waiting.sort(key=lambda place: place.since)
         some = waiting[: -(-len(waiting) // 2)]
         for place in some:
-            place.end("its memory is almost used up; try again later")
+            place.end("the server's memory is almost full; try again later")
         return len(some)
 
-    def end_those_who_wait_too_long(self) -> int:
-        """Look after all; gives how many were ended."""
+    def end_overdue(self) -> int:
+        """End the calls that have waited longer than they may; returns how many."""
         now = time.monotonic()
         with self._lock:
             late = [
                 place
                 for place in self._taken
-                if place.waited_s + now - place.since > place.patience.ends_s.get(place.waiting, math.inf)
+                if place.waited_s + now - place.since > place.patience.end_after_s.get(place.waiting, math.inf)
             ]
         for place in late:
             place.end("that is longer than it may take")

@@ -1,4 +1,4 @@
-"""Replies of unary calls that their clients have not taken yet: they lie in memory, and all of them are counted."""
+"""Counts the memory of unary replies that clients have not taken yet."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from optserve_server.domain.errors import OptserveError, Reason
 
 CALL_BYTES = 16 << 10
-"""What a call takes beside its reply until that is taken."""
+"""Memory of a call beside its reply."""
 
 SPARED_S = 1.0
-"""A reply that has lain for less makes no room for others,"""
+"""Seconds for which a reply may wait before its call can be ended for a newcomer."""
 
 SPARED_BESIDE_OTHERS_S = 0.1
-"""unless its connection has more lying than the newcomer's."""
+"""The same, if its connection has more bytes waiting than the newcomer's."""
 
 WAIT_S = 5.0
-"""How long a call waits for room before it is told to come back."""
+"""Seconds that a call waits for memory before it is refused with REPLIES_FULL."""
 
 
 @dataclass(eq=False)
 class _Reply:
-    """One that lies."""
+    """A reply that its client has not taken."""
 
     size: int
     peer: str
@@ -34,32 +34,32 @@ class _Reply:
 
 
 class Replies:
-    """Keeps all of them within `max_bytes`; one alone may be larger. Safe to use from several threads.
+    """Keeps untaken replies within `max_bytes`; a single one may be larger. Safe to use from several threads.
 
     Args:
-        max_bytes: Of all, with the calls that they belong to.
-        ends_s: A call whose reply has not been taken for so long is ended.
+        max_bytes: Memory of all untaken replies and their calls.
+        end_after_s: Seconds after which a call whose reply is not taken is ended.
     """
 
-    def __init__(self, max_bytes: int, ends_s: float) -> None:
+    def __init__(self, max_bytes: int, end_after_s: float) -> None:
         self._max_bytes = max_bytes
-        self._ends_s = ends_s
-        # Released from gRPC's only event thread, which may hold this lock already in the middle of something.
+        self._end_after_s = end_after_s
+        # Reentrant: gRPC's event thread calls `_remove`, and may hold this lock already.
         self._room = threading.Condition(threading.RLock())
         self._bytes = 0
-        self._lying: dict[_Reply, None] = {}
+        self._untaken: dict[_Reply, None] = {}
         self._peers: Counter[str] = Counter()
 
     def add(self, size: int, peer: str, cancel: Callable[[], object]) -> Callable[[], None]:
-        """Count a reply, once there is room for it.
+        """Wait until there is memory for a reply, and count it.
 
         Args:
-            size: Its bytes.
+            size: Bytes of the reply.
             peer: The connection that it goes to.
-            cancel: Ends its call, should it not be taken.
+            cancel: Ends its call.
 
         Returns:
-            What is to be called when it has been taken, or is gone.
+            A function to call when the client has taken the reply, or is gone.
 
         Raises:
             OptserveError: REPLIES_FULL.
@@ -71,8 +71,8 @@ class Replies:
                 if time.monotonic() >= until:
                     raise OptserveError(
                         Reason.REPLIES_FULL,
-                        f"{self._bytes} bytes of replies wait for clients to take them, and {self._max_bytes} are all "
-                        "that this server has room for; try again later.",
+                        f"{self._bytes} bytes of replies wait for their clients; this server keeps at most "
+                        f"{self._max_bytes} (max_reply_bytes). Try again later.",
                         limit_bytes=self._max_bytes,
                     )
                 self._make_room(reply)
@@ -81,19 +81,19 @@ class Replies:
             self._bytes += reply.size
             self._peers[peer] += reply.size
             reply.since = time.monotonic()
-            self._lying[reply] = None
+            self._untaken[reply] = None
         return lambda: self._remove(reply)
 
     def _fits(self, reply: _Reply) -> bool:
         return not self._bytes or self._bytes + reply.size <= self._max_bytes
 
     def _make_room(self, newcomer: _Reply) -> None:
-        """End calls whose replies have lain too long, the oldest first, until the newcomer has room."""
-        now, own = time.monotonic(), self._peers[newcomer.peer] + newcomer.size
-        for reply in tuple(self._lying):
+        """End calls whose replies have waited too long, the oldest first, until the newcomer fits."""
+        now, in_own_pool = time.monotonic(), self._peers[newcomer.peer] + newcomer.size
+        for reply in tuple(self._untaken):
             if self._fits(newcomer):
                 return
-            spared_s = SPARED_BESIDE_OTHERS_S if self._peers[reply.peer] > own else SPARED_S
+            spared_s = SPARED_BESIDE_OTHERS_S if self._peers[reply.peer] > in_own_pool else SPARED_S
             if now - reply.since >= spared_s:
                 self._end(reply)
 
@@ -103,19 +103,19 @@ class Replies:
 
     def _remove(self, reply: _Reply) -> None:
         with self._room:
-            if reply in self._lying:
-                del self._lying[reply]
+            if reply in self._untaken:
+                del self._untaken[reply]
                 self._bytes -= reply.size
                 self._peers[reply.peer] -= reply.size
                 if not self._peers[reply.peer]:
                     del self._peers[reply.peer]
                 self._room.notify_all()
 
-    def end_those_not_taken(self) -> int:
-        """Look after all; gives how many were ended."""
-        long_ago = time.monotonic() - self._ends_s
+    def end_overdue(self) -> int:
+        """End the calls whose replies have waited longer than `end_after_s`; returns how many."""
+        long_ago = time.monotonic() - self._end_after_s
         with self._room:
-            late = [reply for reply in self._lying if reply.since < long_ago]
+            late = [reply for reply in self._untaken if reply.since < long_ago]
         for reply in late:
             self._end(reply)
         return len(late)

@@ -1,7 +1,7 @@
-"""Lets the gradients of a few workers come in at a time, where many have one to send.
+"""Limits how many workers' gradients the server receives at a time.
 
-A few streams fill the wire and the processors as well as hundreds do. The hundreds would take the interpreter and the
-caches from one another, and from whoever asks whether the server is healthy; so the others are not read meanwhile.
+A few streams use the network and the processors as well as hundreds do. Hundreds would compete for the interpreter and
+the caches, and would delay health checks. So the server does not read the other streams meanwhile.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections import deque
 
 from optserve._common.machine import usable_cores
 
-PATIENCE_S = 0.02
-"""One inside that has not moved for so long is slow, and is not waited for."""
+SLOW_AFTER_S = 0.02
+"""Seconds without progress after which an admitted stream no longer counts."""
 
-MOVED_BYTES = 64 << 10
-"""What it takes to have moved: messages of a few bytes, or of none, could keep the others out for ever."""
+PROGRESS_BYTES = 64 << 10
+"""Fewer bytes are no progress: otherwise empty or tiny messages could keep the others out for ever."""
 
 
 class UploadLimiter:
-    """Lets in as many as may be inside, in the order in which they came.
+    """Admits streams in the order in which they come, at most `limit` at a time.
 
     Args:
-        limit: Of those inside; by default one for each core that may be used.
-        patience_s: How long one inside may not move and still be counted.
+        limit: Most streams at a time; by default one for each usable core.
+        slow_after_s: Seconds without progress after which an admitted stream no longer counts.
     """
 
-    def __init__(self, limit: int = 0, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, limit: int = 0, slow_after_s: float = SLOW_AFTER_S) -> None:
         self._limit = limit or usable_cores()
-        self._patience_s = patience_s
-        # When each one inside has moved last, and the bytes that it has brought since.
+        self._slow_after_s = slow_after_s
+        # The time of each admitted stream's last progress, and the bytes that it has received since.
         self._inside: dict[object, float] = {}
         self._brought: dict[object, int] = {}
         self._waiting: deque[tuple[object, threading.Lock]] = deque()
@@ -38,56 +38,58 @@ class UploadLimiter:
         self._queue_began = threading.Condition(self._lock)
         self._watching = False
 
-    def enter(self, who: object) -> None:
-        """Wait for a turn."""
+    def enter(self, stream: object) -> None:
+        """Wait until the stream is admitted."""
         with self._lock:
             if not self._waiting and len(self._inside) < self._limit:
-                self._let_in(who)
+                self._admit(stream)
                 return
             if not self._watching:
                 threading.Thread(target=self._watch, name="upload limiter", daemon=True).start()
                 self._watching = True
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append((who, turn))
+            admitted = threading.Lock()
+            admitted.acquire()
+            self._waiting.append((stream, admitted))
             if len(self._waiting) == 1:
                 self._queue_began.notify()
-        # Released by who lets it in.
-        turn.acquire()
+        # `_admit_next` releases it.
+        admitted.acquire()
 
-    def leave(self, who: object) -> None:
-        """Come out, if that has not been done; nothing happens otherwise."""
-        if who in self._inside:
+    def leave(self, stream: object) -> None:
+        """Let the next stream in; does nothing if this one is not admitted."""
+        if stream in self._inside:
             with self._lock:
-                self._inside.pop(who, None)
-                self._brought.pop(who, None)
-                self._let_next_in()
+                self._inside.pop(stream, None)
+                self._brought.pop(stream, None)
+                self._admit_next()
 
-    def moved(self, who: object, size: int) -> None:
-        """One that may be inside has brought so many bytes that were missing."""
-        if who in self._inside:
+    def record_progress(self, stream: object, size: int) -> None:
+        """Count bytes of a gradient that a stream has received; does nothing if it is not admitted."""
+        if stream in self._inside:
             with self._lock:
-                if who not in self._inside:
+                if stream not in self._inside:
                     return
-                size += self._brought.get(who, 0)
-                if size >= MOVED_BYTES:
-                    self._inside[who], size = time.monotonic(), 0
-                self._brought[who] = size
+                size += self._brought.get(stream, 0)
+                if size >= PROGRESS_BYTES:
+                    self._inside[stream], size = time.monotonic(), 0
+                self._brought[stream] = size
 
-    def _let_in(self, who: object) -> None:
-        self._inside[who] = time.monotonic()
+    def _admit(self, stream: object) -> None:
+        self._inside[stream] = time.monotonic()
 
-    def _let_next_in(self) -> None:
+    def _admit_next(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
-            who, turn = self._waiting.popleft()
-            self._let_in(who)
-            turn.release()
+            stream, admitted = self._waiting.popleft()
+            self._admit(stream)
+            admitted.release()
 
     def _watch(self) -> None:
         while True:
             with self._lock:
-                self._queue_began.wait(self._patience_s if self._waiting else None)
-                long_ago = time.monotonic() - self._patience_s
-                self._inside = {who: moved_at for who, moved_at in self._inside.items() if moved_at > long_ago}
-                self._brought = {who: size for who, size in self._brought.items() if who in self._inside}
-                self._let_next_in()
+                self._queue_began.wait(self._slow_after_s if self._waiting else None)
+                long_ago = time.monotonic() - self._slow_after_s
+                self._inside = {
+                    stream: progress_at for stream, progress_at in self._inside.items() if progress_at > long_ago
+                }
+                self._brought = {stream: size for stream, size in self._brought.items() if stream in self._inside}
+                self._admit_next()
