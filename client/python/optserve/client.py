@@ -119,7 +119,7 @@ class Client:
             AlreadyExistsError: The name is taken.
             InvalidArgumentError: A name, shape, dtype, value or hyper-parameter that cannot be used. There is no
                 optimizer of that name then.
-            ResourceExhaustedError: The model is too large for the server; likewise.
+            ResourceExhaustedError: The model is too large for the server. There is no optimizer of that name then.
         """
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
@@ -135,17 +135,17 @@ class Client:
     ) -> Optimizer:
         """Make an optimizer that goes on where another one was: with its settings, its state and its step.
 
-        What the state says nothing of is left at its default; see `OptimizerState.without`.
+        Settings that the state does not have get their defaults; see `OptimizerState.without`.
 
         Args:
             name: As for `create_optimizer`.
             state: From `export_state`, a file, or `optserve.torch`. With the parameters, the new one is hosted.
-            on_progress: Told (bytes sent, bytes in all).
+            on_progress: Called with (bytes sent, bytes in all).
 
         Raises:
             AlreadyExistsError: The name is taken; `Optimizer.import_state` replaces what is there.
             InvalidArgumentError: The state cannot be used. There is no optimizer of that name then.
-            ResourceExhaustedError: It is too large for the server; likewise.
+            ResourceExhaustedError: The state is too large for the server. There is no optimizer of that name then.
         """
         check_kind(state, OptimizerState, "state", "opt.export_state()")
         said = state.settings
@@ -176,10 +176,10 @@ class Client:
         weight_decay: float = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> Optimizer:
-        """Find the optimizer of that name, or make it: for programs that are started again, and for several at once.
+        """Find the optimizer of that name, or create it. For programs that are restarted, or that run several times.
 
-        Where it exists, its state and its parameters stay as they are; only parameters that nobody has uploaded yet
-        are uploaded. For the arguments see `create_optimizer`.
+        If it exists, its state and its parameters stay as they are; parameters are uploaded only if nobody has done so.
+        For the arguments see `create_optimizer`.
 
         Raises:
             InvalidArgumentError: The one that exists has other parameters or other settings; or as for
@@ -197,7 +197,7 @@ class Client:
                     weight_decay=weight_decay, consistency=consistency,
                 )  # fmt: skip
             except AlreadyExistsError:
-                # Somebody else was quicker.
+                # Another client has created it meanwhile.
                 found = self.optimizer(name)
         found._check_same(wanted)
         if values:
@@ -213,7 +213,7 @@ class Client:
 
     @contextmanager
     def _deleting_if_refused(self, created: Optimizer) -> Iterator[None]:
-        """An optimizer whose parameters or state are refused in the block never was, so that it can be made again."""
+        """Delete the new optimizer if the server refuses its parameters or state, so that it can be created anew."""
         try:
             yield
         except (InvalidArgumentError, ResourceExhaustedError) as refusal:
@@ -223,7 +223,7 @@ class Client:
                 refusal.add_note(f"{created.name!r} was created, and could not be deleted: {error}")
             raise
         except BaseException as error:
-            # It may all have arrived, and somebody may use it.
+            # Not deleted: the upload may have arrived, and another client may use the optimizer.
             error.add_note(f"{created.name!r} was created; whether its upload arrived is not known.")
             raise
 
@@ -243,12 +243,12 @@ class Client:
                 host; `auto` takes the fastest that works.
             wire_dtype: Element type of gradients and updates on the way; `native` is each parameter's own. State
                 keeps its own in any case.
-            error_feedback: Add to each gradient what rounding it for the wire has left out of those before, so that
-                what this object's steps have applied stays within one rounding of the sum of their gradients. It
-                begins anew when the state is replaced, by a restore or an import.
+            error_feedback: Add the rounding errors of earlier gradients, which the wire's dtype causes, to the next
+                gradient. Then the sum of what was applied stays within one rounding of the sum of the gradients. The
+                errors are dropped when a restore or an import replaces the state.
 
         Raises:
-            NotFoundError: There is none of that name.
+            NotFoundError: There is no optimizer of that name.
         """
         return Optimizer(
             self._connection,
@@ -270,14 +270,14 @@ class Client:
 
         Args:
             name: The optimizer's, as given to `create_optimizer`.
-            worker: This worker's own name among them, 1 to 64 printable characters of ASCII; a random one by default.
-                One that comes back under its old name goes on where it was.
+            worker: The worker's name, 1 to 64 printable characters of ASCII; a random one by default. A worker that
+                enters under its old name goes on where it was.
             transport: As for `optimizer`.
             wire_dtype: As for `optimizer`.
 
         Raises:
             NotFoundError: There is no optimizer of that name.
-            InvalidArgumentError: It has no `consistency`, so it has no workers.
+            InvalidArgumentError: The optimizer has no `consistency`, so it takes no workers.
         """
         return Worker(self._connection, self._found(name), worker, transport, wire_dtype)
 
@@ -296,10 +296,10 @@ class Client:
         """Delete an optimizer and its state.
 
         Raises:
-            NotFoundError: There is none of that name, unless `missing_ok`.
+            NotFoundError: There is no optimizer of that name, unless `missing_ok`.
             StepInProgressError: A step on it is under way.
         """
-        # A retry after a lost answer finds nothing, so whether it was there is asked for beforehand.
+        # Asked before the call, because a retry after a lost answer would find nothing.
         if not missing_ok:
             self.optimizer(name)
         request = service_pb2.DeleteOptimizerRequest(name=resource_name(name), allow_missing=True)

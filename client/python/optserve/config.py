@@ -46,7 +46,8 @@ class ClientConfig:
     """Tell glibc's allocator, for the whole process, to keep up to 16 MiB of freed memory per arena instead of
     returning it after every message. Large steps over gRPC take a quarter less time."""
     keepalive_s: float = 60.0
-    """A silent connection with a call on it is probed after so long. Servers cut off those who probe too often."""
+    """Seconds after which a silent connection with a call on it is probed. Servers close connections that are probed
+    too often."""
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     """What secures the connection, such as `grpc.ssl_channel_credentials(…)`; None for one that is not secured."""
     metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)

@@ -81,7 +81,7 @@ class UnavailableError(OptserveError):
 
 
 class TooFewWorkersError(UnavailableError):
-    """A step takes the gradients of more workers than are alive, and has waited for others in vain.
+    """A step needs the gradients of more workers than are alive, and no others came before the deadline.
 
     The message says which are alive and which have been. The step was not applied.
     """
@@ -92,7 +92,7 @@ class DeadlineExceededError(OptserveError):
 
 
 class UnreachableError(UnavailableError, DeadlineExceededError):
-    """No server was reached, or the connection was lost, until the deadline; the message says what the last try met.
+    """No server was reached before the deadline, or the connection was lost. The message has the last try's error.
 
     A step may or may not have been applied; the next one finds out.
     """

@@ -25,7 +25,7 @@ from optserve.v1 import optimizer_pb2, steps_pb2
 
 
 class Optimizer(Resource):
-    """An optimizer on the server. Its steps come one after the other, also from several threads.
+    """An optimizer on the server. It makes one step at a time, also if several threads call it.
 
     Attributes:
         name: As given to `create_optimizer`.
@@ -96,15 +96,15 @@ class Optimizer(Resource):
 
     @property
     def transport(self) -> tuple[str, str]:
-        """How tensors travel, `shm` or `grpc`, and why; opens a stream if there is none."""
+        """How tensors travel, `shm` or `grpc`, and why, as a clause. Opens a stream if there is none."""
         stream = self._session.stream(self._connection.patience(self._connection.config.timeout_s))
         return "shm" if stream.shared else "grpc", stream.transport_reason
 
     def buffers(self) -> dict[str, np.ndarray]:
-        """An array for each parameter, in which `step` finds gradients and leaves updates without copying either.
+        """An array for each parameter, for gradients and updates that `step` does not have to copy.
 
-        Where memory is shared with the server, these are its staging area. Ask for them anew before each step; after
-        a lost connection they are others, and the old ones are ordinary arrays.
+        With shared memory they are regions of the server's segment. Get them anew before each step: after a lost
+        connection there is another segment, and the old arrays are ordinary memory.
 
         Example:
             >>> arrays = opt.buffers()                   # doctest: +SKIP
@@ -136,16 +136,16 @@ class Optimizer(Resource):
     ) -> dict[str, np.ndarray]:
         """Send the gradients of one step, get its updates.
 
-        The step is applied exactly once: if the connection is lost on the way, it is made again and the step is
-        resumed under the same request id.
+        The step is applied exactly once. If the connection is lost, the client connects again and sends the step under
+        the same request id.
 
         Args:
             grads: The gradient of every parameter, in the parameter's shape and dtype.
             curvature: The diagonal of the Hessian for each of them, likewise, for the methods that take it.
-            out: Arrays that take the reply, which may be those of the gradients; new ones are made by default. If the
-                step raises, they are as they were; of a reply of more than 1 MiB over gRPC, the first elements, in the
-                order of the parameters, may be the reply's. What `buffers` gives of shared memory is the server's until
-                the step returns.
+            out: Arrays for the reply, which may be the arrays of the gradients; new ones are made by default. If the
+                step raises, they are unchanged; but of a reply of more than 1 MiB over gRPC, the first elements, in
+                the order of the parameters, may be overwritten. The server uses arrays of `buffers` until the step
+                returns.
             reply: The updates Δx; or, where the server holds the parameters, the new parameters x or nothing.
             partial: Allow parameters to be absent; they and their state stay as they are.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
@@ -155,11 +155,11 @@ class Optimizer(Resource):
 
         Raises:
             InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
-            WrongStepError: Somebody else has stepped this optimizer; nothing was changed. See `refresh`.
-            StepInDoubtError: An earlier step that was interrupted had been applied. See `replay`.
-            UnavailableError: The server says why it takes no step now; if it is an UnreachableError, see the next.
-            DeadlineExceededError, StepCancelledError: No answer; the next call finds out what became of the step.
-                An UnreachableError where no server was reached, which is a DeadlineExceededError as well.
+            WrongStepError: Another client has stepped this optimizer; nothing was changed. See `refresh`.
+            StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `replay` and `refresh`.
+            UnavailableError: The server takes no step now, and says why.
+            DeadlineExceededError, StepCancelledError: There was no answer in time; the next call finds out whether
+                the step was applied. It is an UnreachableError if no server was reached.
         """
         return self._step(
             self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
@@ -175,13 +175,13 @@ class Optimizer(Resource):
         reply: ReplyName = "updates",
         partial: bool = False,
     ) -> dict[str, np.ndarray]:
-        """What `step` does, with a patience that its caller goes on with."""
+        """Make a step within a patience of the caller, see `step`."""
         indices = self._model.selected_indices(grads, partial=partial)
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
         diagonals = self._model.diagonals(indices, curvature)
         if self._shared_buffers is not None:
-            # A copy, before the gradient of another parameter is written there.
+            # Copied first, because the gradient of another parameter is about to be written there.
             arrays = [
                 array.copy() if self._shared_buffers.belongs_to_another(index, array) else array
                 for index, array in zip(indices, arrays, strict=True)
@@ -194,7 +194,7 @@ class Optimizer(Resource):
         return self._by_name(updates)
 
     def _updates_for(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:
-        """What takes the reply of a step."""
+        """The arrays for the reply of a step."""
         wanted_reply = reply_of(reply)
         wanted = indices if wanted_reply != steps_pb2.REPLY_NOTHING else []
         arrays = self._model.outputs(wanted, out)
@@ -229,13 +229,13 @@ class Optimizer(Resource):
     ) -> Iterator[StepUnderWay]:
         """Make a step whose gradients are sent while others are still being computed, for the length of a with-block.
 
-        Leaving the block applies the step and waits for the updates; leaving it by an exception gives the step up.
+        Leaving the block commits the step and waits for the updates. Leaving it by an exception abandons the step.
 
         Args:
             names: Parameters that take part; all by default.
             out: As for `step`.
             reply: As for `step`.
-            timeout_s: As for `step`; the time in which gradients are computed counts.
+            timeout_s: As for `step`; it includes the time in which the gradients are computed.
 
         Raises:
             OptserveError: As for `step`, from `send` or at the end of the block.
@@ -264,7 +264,7 @@ class Optimizer(Resource):
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
     ) -> StepUnderWay:
-        """What `begin_step` does at its beginning, here and in `optserve.aio`."""
+        """Begin a step whose gradients are sent one by one; `begin_step` and `optserve.aio` use it."""
         indices = self._model.indices_of(self._model.names if names is None else names)
         gradients = IncrementalGradients(
             indices,
@@ -292,17 +292,17 @@ class Optimizer(Resource):
 
     @property
     def _outcomes(self) -> Outcomes:
-        """What became of steps whose callers do not know it; `optserve.aio` adds to it."""
+        """The unsettled steps; `optserve.aio` adds to them."""
         return self._session.outcomes
 
     def replay(self, *, reply: ReplyName = "updates", timeout_s: float | None = None) -> dict[str, np.ndarray]:
-        """The reply of the last applied step once more, the same bytes.
+        """Receive the reply of the last applied step once more, the same bytes.
 
-        For a step whose call was interrupted after the server had applied it.
+        Call it for a step that was interrupted after the server had applied it.
 
         Raises:
-            FailedPreconditionError: There is no such step, the interrupted one was not applied, or its reply is no
-                longer retained.
+            FailedPreconditionError: There is no such step, the interrupted one was not applied, or the server no
+                longer keeps its reply.
         """
         updates: list[Updates] = []
 
@@ -314,7 +314,7 @@ class Optimizer(Resource):
         return self._by_name(updates[-1])
 
     def refresh(self) -> None:
-        """Read the current step from the server, giving up what this object believed."""
+        """Read the current step and lineage from the server, and forget the unsettled steps."""
 
         def read() -> tuple[int, str]:
             found = self._get()
@@ -327,15 +327,15 @@ class Optimizer(Resource):
         self._session.refresh(lambda: (optimizer.step, optimizer.lineage))
 
     def cancel(self) -> None:
-        """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
+        """Interrupt the step that another thread is making, if there is one; it raises StepCancelledError there."""
         self._session.cancel()
 
     def close(self, *, for_good: bool = False) -> None:
         """Close this object's stream; the optimizer itself stays on the server.
 
         Args:
-            for_good: Interrupt the step that another thread is in the middle of, and refuse every later one. Otherwise
-                the stream is closed after that step, and the next one opens another.
+            for_good: Interrupt the step that another thread is making, and refuse every later one. Otherwise wait for
+                that step; the next one opens another stream.
         """
         if for_good:
             self._session.leave()

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
 MAX_RENEWAL_S = 3600.0
-"""A longer lease is renewed as often as one of three hours."""
+"""Longest pause between two renewals of a lease."""
 LEAVE_TIMEOUT_S = 5.0
-"""How long the server is told that a worker leaves; after that the lease runs out by itself."""
+"""How long a worker tries to report that it leaves. If it fails, its lease runs out."""
 
 _LEAVE_WAIT_S = 1.0
 
@@ -37,8 +37,8 @@ class Worker:
     steps raise WorkerReplacedError. Leaving it interrupts a step that another thread waits for.
 
     Attributes:
-        name: Its own among the optimizer's workers.
-        live_workers: How many the server counted when it last heard of this one.
+        name: The worker's name, its own among the optimizer's workers.
+        live_workers: How many workers were alive at this worker's last report.
 
     Example:
         >>> with client.worker("mlp") as worker:              # doctest: +SKIP
@@ -72,7 +72,7 @@ class Worker:
         return f"Worker({self.name!r} of {self._optimizer.name!r}, {self.steps_made} steps made)"
 
     def __enter__(self) -> Self:
-        # Only the first use of the number ends other lives, so a report that was lost or comes twice ends nobody.
+        # Only the second report, with the number of the new life, ends other lives. So the first one can be repeated.
         self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
         self._continue_after(self._register().last_request_id)
         self._renewing.start()
@@ -82,31 +82,31 @@ class Worker:
         self._done.set()
         try:
             self._optimizer.close(for_good=True)
-            # A report that is under way to a server that does not answer is not waited for; this life is over.
+            # The renewing thread may wait for a server that does not answer; it ends by itself.
             self._renewing.join(_LEAVE_WAIT_S)
             self._report(
                 replicas_pb2.WORKER_STATE_LEAVING, timeout_s=min(LEAVE_TIMEOUT_S, self._connection.config.timeout_s)
             )
         except WorkerReplacedError as failure:
-            # The name is another life's, which goes on.
+            # Another life has the name, and goes on.
             logger.debug("%s", failure)
         except OptserveError as failure:
-            # Its lease runs out without that; and an error of the block says more.
-            logger.warning("%s could not take its leave: %s", self.name, failure)
+            # Not raised: the lease runs out, and an error of the block is more important.
+            logger.warning("%s could not report that it leaves: %s", self.name, failure)
 
     @property
     def at_step(self) -> int | None:
-        """The step of the parameters that this worker has; None before it has pulled."""
+        """The step of this worker's parameters; None before its first pull."""
         return self._session.at_step
 
     @property
     def steps_made(self) -> int:
-        """Steps that were applied under this worker's name, those of earlier lives of it included."""
+        """Steps that were applied under this worker's name, in this life and earlier ones."""
         return self._session.life.steps_made
 
     @property
     def staleness(self) -> int:
-        """Steps that had been applied between the parameters of this worker's last gradient and that gradient."""
+        """Steps that were applied between the parameters of this worker's last gradient and that gradient."""
         return self._session.staleness
 
     @property
@@ -151,7 +151,7 @@ class Worker:
         return found
 
     def refresh(self) -> None:
-        """Take the server's word for what this worker's name has done, after an error that says so. Then pull.
+        """Read from the server what was the last step under this worker's name. Call `pull` next.
 
         Raises:
             WorkerReplacedError: This life of the worker is over.
@@ -191,7 +191,7 @@ class Worker:
         except StepInDoubtError as error:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
-            # Applied, but the server has died since and no longer has the reply; newer parameters are as good.
+            # The step was applied, but the server was restarted and has lost the reply. Newer parameters do as well.
             return self._pull_newer(patience, list(grads), out)
         if reply == "parameters":
             self._session.at_step = self.current_step
@@ -206,7 +206,7 @@ class Worker:
         return found.arrays if found else {}
 
     def _continue_after(self, last_request_id: str) -> None:
-        """Count on from the last step that was made under this worker's name, as the life that was begun."""
+        """Go on after the last step under this worker's name, in the present life."""
         self._session.streams.open_request.life = self._life
         self._session.life.continue_after(last_request_id)
 
@@ -231,8 +231,8 @@ class Worker:
             try:
                 self._register()
             except (WorkerReplacedError, ClientUseError) as error:
-                # Another life goes on under the name; or the client was closed in the middle of the block.
-                logger.warning("%s is no longer kept alive: %s", self.name, error)
+                # Another life has the name, or the client was closed during the block.
+                logger.warning("the lease of %s is not renewed any more: %s", self.name, error)
                 return
             except OptserveError as error:
-                logger.warning("%s could not report: %s", self.name, error)
+                logger.warning("the lease of %s could not be renewed: %s", self.name, error)

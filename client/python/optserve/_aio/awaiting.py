@@ -1,7 +1,7 @@
-"""Calls of the synchronous client for event loops: each in a thread, and cancelled by itself.
+"""Makes calls of the synchronous client for event loops. Each call runs in a thread and has its own cancellation.
 
-Whoever is cancelled ends its own call, wherever that waits, and no other. It goes on when the thread is through with
-it: then nothing is written to the caller's arrays any more, and what the call has done is known.
+Cancelling a task ends its own call only, wherever the call waits. The task goes on when the call's thread has finished:
+then nobody writes to the caller's arrays any more, and it is known what the call has done.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from optserve.errors import ClientUseError
 from optserve.optimizer import Optimizer
 
 MAX_CONCURRENT_CALLS = 32
-"""Calls of one client under way at a time, besides those that may wait for one another; more wait for a thread."""
+"""Threads of one client for calls that never wait for each other. More calls wait for a thread."""
 
 _MAX_THREADS = 1 << 20
-"""Of calls that may wait for one another: no bound, as each optimizer or worker object makes one at a time."""
+"""Threads for calls that may wait for each other: practically no limit, since each object makes one call at a time."""
 
 _T = TypeVar("_T")
 
@@ -52,10 +52,10 @@ class Threads:
         """Make a synchronous call in a thread.
 
         Args:
-            call: It is ended when this is cancelled.
-            own: Whether it may wait for other calls; then it has a thread at once, however many there are.
-            grace_s: How long it may still take when this is cancelled; it is made even if it has not begun then.
-            undelivered: Called with what it gives, if that comes too late for who has asked for it.
+            call: The call. It is cancelled when the task is.
+            own: Whether the call may wait for other calls. It then gets a thread at once.
+            grace_s: Seconds that the call may still take after the task was cancelled, even if it has not begun.
+            undelivered: Called with the call's result if the task was cancelled before.
 
         Raises:
             ClientUseError: The client is closed, or was inherited by a forked process.
@@ -66,7 +66,7 @@ class Threads:
             await completion(future)
             return future.result()
         except asyncio.CancelledError:
-            # One that has no thread yet never gets one.
+            # A call that has not begun yet is dropped.
             if grace_s or not future.cancel():
                 await wait_until_done(future, grace_s)
                 cancellation.cancel()
@@ -75,7 +75,7 @@ class Threads:
                     undelivered(future.result())
             raise
         except GeneratorExit:
-            # The loop is gone, and nothing can be awaited any more.
+            # The event loop is closed, so nothing can be awaited.
             cancellation.cancel()
             raise
 
@@ -87,7 +87,7 @@ class Threads:
             try:
                 future = (self._own if own else self._shared).submit(cancellation.run, call)
             except BaseException:
-                # It may be in the queue all the same.
+                # The call may be in the pool's queue nevertheless.
                 cancellation.cancel()
                 raise
             self._under_way.add(future)
@@ -95,12 +95,12 @@ class Threads:
         return future
 
     def check_usable(self) -> None:
-        """Raise ClientUseError if these threads are those of the process that this one was forked from."""
+        """Raise ClientUseError in a forked process, which has not inherited the threads."""
         if os.getpid() != self._pid:
             raise ClientUseError(INHERITED)
 
     async def close(self) -> None:
-        """Wait for all calls, which somebody has ended, and end the threads."""
+        """Wait for all calls to end, and end the threads. The caller has cancelled the calls or closed the client."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -114,12 +114,12 @@ class Threads:
 
 
 def completion(future: Future[Any]) -> asyncio.Future[None]:
-    """Is done when a call's thread is through with it; may be cancelled, which does nothing to the call."""
+    """A future of this loop that is done when the call's thread has finished. Cancelling it does not end the call."""
     loop = asyncio.get_running_loop()
     through: asyncio.Future[None] = loop.create_future()
 
     def notify(_: Future[Any]) -> None:
-        # A loop that is closed needs no word.
+        # The loop may be closed.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(lambda: through.done() or through.set_result(None))
 
@@ -128,7 +128,7 @@ def completion(future: Future[Any]) -> asyncio.Future[None]:
 
 
 async def wait_until_done(future: Future[Any], timeout_s: float | None = None) -> None:
-    """Wait until a call's thread is through with it, even if this is cancelled, which is the caller's to raise."""
+    """Wait until the call's thread has finished, also if the task is cancelled; the caller raises CancelledError."""
     through = completion(future)
     time = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else time() + timeout_s
@@ -141,9 +141,9 @@ async def wait_until_done(future: Future[Any], timeout_s: float | None = None) -
 
 
 class CallQueue:
-    """The calls of one optimizer or worker object of which one is made at a time; the others wait without a thread.
+    """Makes the calls of one optimizer or worker object one at a time. The others wait without a thread.
 
-    The next one begins when the reply of the one before has reached who had asked for it, or is known not to have.
+    The next call begins when the reply of the previous one has reached its task, or is known to be lost.
     """
 
     def __init__(self, optimizer: Optimizer, threads: Threads) -> None:
@@ -161,18 +161,18 @@ class CallQueue:
         is_step: bool = False,
         grace_s: float = 0.0,
     ) -> _T:
-        """Make a call in turn.
+        """Wait for the calls before, then make a call.
 
         Args:
-            call: Is given how long it may take, None for the default.
-            timeout_s: Longest time to wait, for the turn and the call; `ClientConfig.step_timeout_s` by default.
-            is_step: Whether it makes a step, whose reply the caller must know to be lost if it is.
-            grace_s: How long it may still take when this is cancelled.
+            call: The call; its argument is the time that is left, in seconds, or None for the default.
+            timeout_s: Longest time for the wait and the call; `ClientConfig.step_timeout_s` by default.
+            is_step: Whether the call makes a step. If its reply is lost, the step becomes unsettled.
+            grace_s: Seconds that the call may still take after the task was cancelled.
         """
         self._threads.check_usable()
         patience = self._optimizer._connection.patience(timeout_s)
         outcomes = self._optimizer._outcomes
-        # What `turn` does; every step goes through this.
+        # As `exclusive` does; written out, because every step goes through this.
         waited = await self._enter(patience)
         unsettled = outcomes.unsettled
         try:
@@ -183,7 +183,7 @@ class CallQueue:
                 undelivered=(lambda _: outcomes.undelivered()) if is_step else None,
             )
         except asyncio.CancelledError:
-            # What a replay or a refresh has found out, nobody was told.
+            # The task does not get what a replay or a refresh has found out.
             outcomes.unsettled |= unsettled
             raise
         finally:
@@ -191,10 +191,10 @@ class CallQueue:
 
     @asynccontextmanager
     async def exclusive(self, patience: Patience) -> AsyncIterator[None]:
-        """Have the turn for the length of a with-block.
+        """Let no other call run for the length of a with-block.
 
         Raises:
-            DeadlineExceededError: Patience has ended first.
+            DeadlineExceededError: The patience has ended first.
             ClientUseError: The client was inherited by a forked process.
         """
         self._threads.check_usable()
@@ -217,7 +217,7 @@ class CallQueue:
         except BaseException as error:
             with self._lock, suppress(ValueError):
                 self._waiting.remove(ticket)
-            # Its turn may have come at the same moment.
+            # The ticket may have been served at the same moment.
             if not ticket.cancel():
                 self._let_next_in()
             if isinstance(error, TimeoutError):

@@ -236,7 +236,7 @@ class AsyncOptimizer:
     async def close(self, *, for_good: bool = False) -> None:
         """See `optserve.Optimizer.close`."""
         if for_good:
-            # With a thread of its own, and not in turn: it ends the step whose turn it is.
+            # In a thread of its own, and not in the queue, because it ends the call that runs now.
             close = bound(self._optimizer.close, for_good=True)
             await self._threads.run(close, own=True, grace_s=LEAVE_S)
         else:

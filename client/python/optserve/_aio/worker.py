@@ -16,11 +16,11 @@ from optserve.state import HostedParameters
 from optserve.worker import Worker
 
 SETTLE_S = 1.0
-"""Once a call that changes something is cancelled, its answer is waited for so long, so that nothing is changed later.
-Steps are interrupted at once, as the next one finds out about them, and so is what only reads."""
+"""Seconds that a cancelled call which changes something may still take, so that it changes nothing later. Steps and
+calls that only read are interrupted at once; the next step finds out whether the last one was applied."""
 
 LEAVE_S = 5.0
-"""Once leaving a worker's block is cancelled, it takes so long at most. The worker's lease ends it in any case."""
+"""Seconds that leaving a worker's block may still take after its task was cancelled. Then its lease runs out."""
 
 
 class AsyncWorker:
@@ -48,18 +48,18 @@ class AsyncWorker:
         await self._leave()
 
     async def _leave(self) -> None:
-        # With a thread of its own, and not in turn: it ends a step that may be waiting for others.
+        # In a thread of its own, and not in the queue, because it ends a step that may wait for other workers.
         leave = bound(self._worker.__exit__, None, None, None)
         await self._threads.run(leave, own=True, grace_s=LEAVE_S)
 
     @property
     def name(self) -> str:
-        """Its own among the optimizer's workers."""
+        """The worker's name, its own among the optimizer's workers."""
         return self._worker.name
 
     @property
     def live_workers(self) -> int:
-        """How many the server counted when it last heard of this one."""
+        """How many workers were alive at this worker's last report."""
         return self._worker.live_workers
 
     @property
@@ -112,7 +112,7 @@ class AsyncWorker:
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
         """See `optserve.Worker.pull`."""
-        # Only parameters that have arrived are those that the next gradient is taken at.
+        # Set only once the parameters have arrived: the next gradient is taken at them.
         found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
         if found is not None:
             self._worker._session.at_step = found.step

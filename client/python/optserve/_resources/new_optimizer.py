@@ -28,7 +28,7 @@ class ArrayLike(Protocol):
 
 @dataclass(frozen=True)
 class NewSettings:
-    """The settings of an optimizer that is to be made, beside its method; see `optserve.Client.create_optimizer`."""
+    """The settings of a new optimizer, beside its method; see `optserve.Client.create_optimizer`."""
 
     schedule: settings.Schedule | None = None
     clipping: settings.Clipping | None = None

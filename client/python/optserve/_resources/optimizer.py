@@ -280,7 +280,7 @@ class Resource(abc.ABC):
         return list_checkpoints(self._connection, self._resource)
 
     def restore_checkpoint(self, tag: str) -> None:
-        """Roll state, hyper-parameters and step counter back to a named copy. Other clients are told.
+        """Roll state, hyper-parameters and step counter back to a named copy. Other clients get StateReplacedError.
 
         Raises:
             NotFoundError: There is no such tag.
@@ -306,7 +306,7 @@ class Resource(abc.ABC):
         return export_state(self._connection, self._resource, on_progress)
 
     def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
-        """Replace state, step counter and settings by those of a state. Other clients are told.
+        """Replace state, step counter and settings by those of a state. Other clients get StateReplacedError.
 
         Settings that the state does not say stay; see `OptimizerState.without`. So does the consistency where the
         state has none.
@@ -331,4 +331,4 @@ class Resource(abc.ABC):
 
     @abc.abstractmethod
     def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
-        """The state is another one from now on, and it is we who have replaced it."""
+        """This client has replaced the state: go on with the new one."""

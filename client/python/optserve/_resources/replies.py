@@ -1,7 +1,4 @@
-"""What a server may answer to calls about whole optimizers: looked at before anything of it is used.
-
-The answers to steps are checked where they are received.
-"""
+"""Checks the answers to calls about whole optimizers before they are used. `_steps` checks the answers to steps."""
 
 from __future__ import annotations
 

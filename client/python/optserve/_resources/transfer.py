@@ -164,7 +164,7 @@ def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
 
 
 def _with_retries(connection: Connection, attempt: Callable[[float], _Result]) -> _Result:
-    """Try until it succeeds, the server refuses, or patience ends; `attempt` is told how many seconds are left."""
+    """Call `attempt` with the seconds that are left, until it succeeds, the server refuses, or the time is up."""
     backoff = Backoff(connection.config, connection.clock)
     patience = connection.patience(None)
     while True:
@@ -172,7 +172,7 @@ def _with_retries(connection: Connection, attempt: Callable[[float], _Result]) -
             return attempt(max(patience.left_s, 0.001))
         except grpc.RpcError as error:
             failure = connection.translate(error, connection.config.step_timeout_s)
-        # What has not moved for long is discarded; under the same id it is the same upload.
+        # The server discards an upload without progress; a retry under the same id begins it anew.
         if not (is_retryable(failure) or failure.reason == _reasons.STEP_TAKEN_OVER):
             raise failure
         patience.pause(backoff.next_pause_s(failure), failure)

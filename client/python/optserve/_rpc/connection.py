@@ -49,20 +49,20 @@ INHERITED = (
 """What a client says in a process that has inherited it."""
 
 CLOSE_S = 3.0
-"""How long the end of a connection is waited for. It takes milliseconds, unless a call never ends."""
+"""Seconds that `close` waits for the connection to end. That takes milliseconds, unless a call never ends."""
 
 
 class Closeable(Protocol):
-    """A stream that has a thread of gRPC's, which does not end with its channel."""
+    """A stream with a thread of gRPC, which does not end when the channel is closed."""
 
     def close(self) -> None:
-        """End it, from any thread, more than once too."""
+        """End the stream. Safe from any thread, and more than once."""
 
 
 def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Response | DecodeError]:
-    """`decode`, which gives its error instead of raising it.
+    """A deserializer that returns its DecodeError instead of raising it.
 
-    An error that gRPC sees ends the call here and leaves it open on the server, where it keeps its place for good.
+    If gRPC saw the error, it would end the call on this side only; on the server the call would keep its place.
     """
 
     def read(raw: bytes) -> _Response | DecodeError:
@@ -75,17 +75,17 @@ def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Respon
 
 
 def require_message(message: _Response | DecodeError) -> _Response:
-    """A message of a stream, or raise InternalError if it was none."""
+    """The message; raises InternalError if the bytes were no message."""
     if isinstance(message, DecodeError):
         raise InternalError(f"The server's answer is no message: {message}")
     return message
 
 
 class Connection:
-    """One connection to one server.
+    """One connection to one server: its calls, with deadlines, retries and typed errors.
 
     Args:
-        target: The server.
+        target: The server, as gRPC writes it, such as `host:port` or `unix:PATH`.
         config: The client's settings.
         clock: The time.
         channel: What calls are made on, in the place of a connection of gRPC's own to the target.
@@ -108,7 +108,7 @@ class Connection:
             malloc.keep_freed_memory()
         self._watchdog = Watchdog(clock)
         self._pid = os.getpid()
-        # A client that is dropped without being closed needs its thread no longer.
+        # Ends the watchdog's thread when a client is dropped without being closed.
         weakref.finalize(self, _end_watchdog, self._watchdog, self._pid).atexit = False
         self._closing = clock.event()
         self._lock = clock.lock()
@@ -136,10 +136,10 @@ class Connection:
         )
 
     def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
-        """Make a unary call, which must be idempotent; try it again while the server is unavailable.
+        """Make a unary call, and retry it while its errors are retryable. The call must be idempotent.
 
         Raises:
-            OptserveError: The server's answer, or that it gave none.
+            OptserveError: The server has refused the call, or has not answered in time.
         """
         timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
         patience = self.patience(timeout_s)
@@ -156,10 +156,10 @@ class Connection:
             patience.pause(backoff.next_pause_s(error), error)
 
     def call_once(self, method: Callable[..., _Response], request: Any) -> _Response:
-        """Make a unary call and do not try it again.
+        """Make a unary call without retries.
 
         Raises:
-            OptserveError: The server's answer, or that it gave none.
+            OptserveError: The server has refused the call, or has not answered in time.
         """
         self.check_usable()
         try:
@@ -169,12 +169,12 @@ class Connection:
             raise self.translate(error, self.config.timeout_s) from None
 
     def pages(self, method: Callable[..., _Page], request: Any) -> Iterator[_Page]:
-        """Make a unary call for each page of a list, all together within `timeout_s` of waiting.
+        """Make a unary call for each page of a list. All calls together may take `timeout_s`.
 
         Raises:
-            DeadlineExceededError: That is not the end of the list.
-            InternalError: A page leads back to one before.
-            OptserveError: The server's answer, or that it gave none.
+            DeadlineExceededError: The time is up before the end of the list.
+            InternalError: A page's token leads back to an earlier page.
+            OptserveError: The server has refused a call, or has not answered in time.
         """
         left_s = self.config.timeout_s
         tokens = {""}
@@ -186,7 +186,9 @@ class Connection:
             if not page.next_page_token:
                 return
             if page.next_page_token in tokens:
-                raise InternalError(f"The server's list at {self.target} leads back to a page before.")
+                raise InternalError(
+                    f"The list of {self.target} never ends: a page's token leads back to an earlier page."
+                )
             tokens.add(page.next_page_token)
             request.page_token = page.next_page_token
         raise DeadlineExceededError(
@@ -194,7 +196,7 @@ class Connection:
         )
 
     def patience(self, timeout_s: float | None) -> Patience:
-        """The patience of a step that begins now.
+        """The patience of a call that begins now.
 
         Raises:
             InvalidArgumentError: `timeout_s` is negative or not finite.
@@ -210,12 +212,12 @@ class Connection:
             return begun(self._stream_steps(messages))
 
     def close_with_connection(self, stream: Closeable) -> None:
-        """Close a stream when this is closed, if it is still there."""
+        """Close the stream when this connection is closed."""
         with self._lock:
             self._streams.add(stream)
 
     def export_state(self, request: checkpoints_pb2.ExportStateRequest, timeout_s: float) -> Any:
-        """Start an ExportState call; gives frames."""
+        """Start an ExportState call. Returns an iterator of frames."""
         self.check_usable()
         with self._while_open():
             return _frames(begun(self._export_state(request, timeout=timeout_s)))
@@ -227,7 +229,7 @@ class Connection:
             return _call_cancellable(self._import_state, messages, timeout_s)
 
     def pull_parameters(self, request: replicas_pb2.PullParametersRequest, timeout_s: float) -> Any:
-        """Start a PullParameters call; gives frames."""
+        """Start a PullParameters call. Returns an iterator of frames."""
         self.check_usable()
         with self._while_open():
             return _frames(begun(self._pull_parameters(request, timeout=timeout_s)))
@@ -268,15 +270,15 @@ class Connection:
                 stream.close()
 
     def _close_channel(self) -> None:
-        """Close gRPC's channel, and wait for that for CLOSE_S at most.
+        """Close gRPC's channel, in at most CLOSE_S.
 
-        It waits for every call to be taken off its list, and Ctrl-C at a wrong moment within gRPC leaves one there.
+        gRPC waits for every call to end. Ctrl-C at a bad moment within gRPC can leave a call that never ends.
         """
         closing = self.clock.thread(self._channel.close, "optserve-close")
         try:
             closing.start()
         except RuntimeError:
-            # At the end of the interpreter, or of the system's threads, there is none to be had.
+            # No thread can be started: the interpreter is ending, or the system has no more threads.
             self._channel.close()
             return
         closing.join(CLOSE_S)
@@ -285,7 +287,7 @@ class Connection:
 
     @contextmanager
     def _while_open(self) -> Iterator[None]:
-        """Begin a call; the channel may be closed by another thread at that moment."""
+        """Begin a call in the with-block; raises ClientUseError if another thread closes the channel meanwhile."""
         try:
             yield
         except ValueError:
@@ -295,17 +297,17 @@ class Connection:
 
 
 def _end_watchdog(watchdog: Watchdog, pid: int) -> None:
-    """End a watchdog's thread, in its own process: another one has inherited its lock only, taken perhaps."""
+    """End a watchdog's thread. Only in the process that made it: after a fork its lock may be held for ever."""
     if os.getpid() == pid:
         watchdog.close()
 
 
 def _call_cancellable(method: Callable[..., _Response], request: Any, timeout_s: float) -> _Response:
-    """Make a call that has one answer, until it comes or the call is cancelled.
+    """Make a call with one answer; the cancellation of this thread, if there is one, can end it.
 
     Raises:
-        grpc.RpcError: There is no answer.
-        StepCancelledError: It was cancelled.
+        grpc.RpcError: The call failed.
+        StepCancelledError: The call was cancelled.
         InternalError: The call succeeded without an answer.
     """
     cancelled = cancellation()
@@ -321,19 +323,19 @@ def _call_cancellable(method: Callable[..., _Response], request: Any, timeout_s:
 
 
 def _frames(call: Any) -> Iterator[Any]:
-    """The messages of a stream from the server, until it ends or the call is cancelled; to be closed at the end."""
+    """The messages of a stream from the server. Close this iterator to end the call."""
     cancelled = cancellation()
     try:
         with cancelled.watching(call.cancel) if cancelled is not None else nullcontext():
             for frame in call:
                 yield require_message(frame)
     finally:
-        # Of an answer that cannot be used nothing more is wanted.
+        # Ends the call also where the caller has stopped reading.
         call.cancel()
 
 
 def _require_answer(response: _Response | None) -> _Response:
-    """A unary call's answer; gRPC gives None where a call succeeded without one."""
+    """The answer of a unary call; raises InternalError for None, which gRPC returns if the server sent no message."""
     if response is None:
-        raise InternalError("The server ended a call well and without an answer.")
+        raise InternalError("The server ended a call with status OK, but without an answer.")
     return response

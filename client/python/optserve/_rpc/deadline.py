@@ -1,6 +1,6 @@
-"""How long a call may take: until its deadline passes or somebody cancels it.
+"""Ends calls: when their deadline passes, or when somebody cancels them.
 
-A read of a gRPC stream has no time-out of its own (grpc#20562), so a thread watches the clock for all of them.
+A read of a gRPC stream has no time-out (grpc#20562), so one thread, the watchdog, watches the deadlines of all calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class Watchdog:
-    """Calls an action when its deadline passes before it is disarmed. One thread serves all.
+    """Calls an action if its deadline passes before the action is disarmed. One thread serves all actions.
 
     Attributes:
         clock: The time.
@@ -34,10 +34,10 @@ class Watchdog:
 
     def __init__(self, clock: Clock = SYSTEM) -> None:
         self.clock = clock
-        # To be taken again by what is collected, or interrupted, while it is held.
+        # Reentrant: a garbage collection or a signal handler may disarm an action while this thread holds the lock.
         self._lock = clock.rlock()
-        # Wakes the thread, also if it does not wait yet: an action, or what is collected meanwhile, may close or arm in
-        # the thread itself.
+        # A queue, because a token in it wakes the thread even if it does not wait yet: an action, or a garbage
+        # collection, may call `close` or `arm` in the watchdog's own thread.
         self._wake = clock.queue()
         self._armed: dict[object, tuple[float, Callable[[], object]]] = {}
         self._wakes_at = float("inf")
@@ -45,9 +45,9 @@ class Watchdog:
         self._closed = False
 
     def arm(self, key: object, deadline: float, action: Callable[[], object]) -> None:
-        """Call `action`, which must not block, unless `key` is disarmed before `deadline`, by this clock.
+        """Call `action` at `deadline`, in seconds of this clock, unless `key` is disarmed before.
 
-        Once this is closed it is called at once.
+        `action` must not block. If the watchdog is closed, it is called at once.
         """
         with self._lock:
             if not self._closed:
@@ -55,14 +55,14 @@ class Watchdog:
                 if self._thread is None:
                     self._thread = self.clock.thread(self._run, "optserve-watchdog")
                     self._thread.start()
-                # The thread is woken for a deadline before its next look only; most waits end long before theirs.
+                # Wake the thread only for a deadline before its next check; most calls end long before their deadline.
                 elif deadline < self._wakes_at:
                     self._wake.put(None)
                 return
         action()
 
     def disarm(self, key: object) -> None:
-        """Do not call the action of that key any more."""
+        """Forget the action of that key."""
         with self._lock:
             self._armed.pop(key, None)
 
@@ -76,7 +76,7 @@ class Watchdog:
         while not self._closed:
             with self._lock:
                 now = self.clock.monotonic()
-                # Whoever arms before this is known wakes the thread.
+                # Until the next deadline is known, `arm` always wakes the thread.
                 self._wakes_at = math.inf
                 self._call_due(now)
                 self._wakes_at = min((deadline for deadline, _ in list(self._armed.values())), default=now + 3600.0)
@@ -90,7 +90,7 @@ class Watchdog:
     def _call_due(self, now: float) -> None:
         """Call the actions whose deadlines have passed.
 
-        Not where the thread waits: names there would keep the last action, and with it a stream that nobody uses.
+        A method of its own: local names of `_run` would keep the last action, and with it an unused stream, alive.
         """
         for key, (deadline, action) in list(self._armed.items()):
             if deadline <= now:
@@ -99,7 +99,7 @@ class Watchdog:
 
 
 class Cancellation:
-    """Ends one call of the synchronous client, from any thread and wherever it waits; `optserve.aio` is made of it."""
+    """Ends one call of the synchronous client, from any thread and wherever it waits. `optserve.aio` uses it."""
 
     def __init__(self) -> None:
         self._lock = SYSTEM.lock()
@@ -107,7 +107,7 @@ class Cancellation:
         self._actions: set[Callable[[], object]] = set()
 
     def run(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Make a call that this can end; whatever it waits for in this thread is ended with it."""
+        """Make a call in this thread; `cancel` ends everything that it waits for."""
         _thread_state.cancellation = self
         try:
             self.check()
@@ -129,7 +129,7 @@ class Cancellation:
             raise StepCancelledError("The call was cancelled; it may or may not have been carried out.")
 
     def add(self, action: Callable[[], object]) -> None:
-        """Call `action`, which must not block, when the call is cancelled; at once if it was."""
+        """Call `action` when the call is cancelled, at once if it was cancelled before. `action` must not block."""
         with self._lock:
             if not self._cancelled:
                 self._actions.add(action)
@@ -138,7 +138,7 @@ class Cancellation:
 
     @contextmanager
     def watching(self, action: Callable[[], object]) -> Iterator[None]:
-        """What `add` does, for the length of a with-block."""
+        """Call `action` if the call is cancelled during the with-block. `action` must not block."""
         self.add(action)
         try:
             yield
@@ -155,20 +155,20 @@ _thread_state = _ThreadState()
 
 
 def cancellation() -> Cancellation | None:
-    """What can end the call that this thread makes; None where nobody can."""
+    """The cancellation of the call that this thread makes; None if it has none."""
     return _thread_state.cancellation
 
 
 class Patience:
-    """The patience of one call.
+    """The time limit of one call, and its cancellation.
 
     Args:
-        watchdog: Watches the deadline, by its clock.
-        timeout_s: From now on.
+        watchdog: Watches the deadline.
+        timeout_s: Seconds until the deadline.
 
     Attributes:
-        timeout_s: The same, in whole, for messages.
-        clock: The time.
+        timeout_s: As given, for messages.
+        clock: The watchdog's clock.
     """
 
     def __init__(self, watchdog: Watchdog, timeout_s: float) -> None:
@@ -190,7 +190,7 @@ class Patience:
         return max(self._deadline - self._monotonic(), 0.0)
 
     def cancel(self) -> bool:
-        """End the call, from any thread; False if it had succeeded before."""
+        """End the call. Returns False if it has succeeded before. Safe from any thread."""
         with self._lock:
             if self._settled:
                 return False
@@ -201,14 +201,14 @@ class Patience:
         return True
 
     def settle(self) -> None:
-        """The call has succeeded; raise StepCancelledError if it was cancelled before."""
+        """Mark the call as succeeded; raise StepCancelledError if it was cancelled before."""
         with self._lock:
             self._settled = not self._cancelled
         if not self._settled:
-            raise StepCancelledError("The step was cancelled when it had just been applied.")
+            raise StepCancelledError("The step was cancelled just after the server had applied it.")
 
     def check(self) -> None:
-        """Raise StepCancelledError or DeadlineExceededError if it is at its end."""
+        """Raise StepCancelledError if the call was cancelled, DeadlineExceededError if its deadline has passed."""
         if self._cancelled:
             raise StepCancelledError("The step was cancelled; it may or may not have been applied.")
         if self._monotonic() >= self._deadline:
@@ -217,21 +217,21 @@ class Patience:
             )
 
     def watching(self, action: Callable[[], object]) -> _Watching:
-        """Call `action`, which must not block, when patience ends before the with-block does."""
+        """Call `action` if the patience ends during the with-block. `action` must not block."""
         return _Watching(self, action)
 
     def start(self, action: Callable[[], object]) -> None:
-        """What `watching` does at its beginning."""
+        """Begin to watch: call `action` when the patience ends."""
         with self._lock:
             self._action = action
             cancelled = self._cancelled
         self._watchdog.arm(self, self._deadline, action)
-        # Cancelled before the action was in place: nobody else will call it.
+        # `cancel` was called before the action was known, and has not called it.
         if cancelled:
             action()
 
     def stop(self) -> None:
-        """What `watching` does at its end."""
+        """End watching."""
         self._watchdog.disarm(self)
         with self._lock:
             self._action = None
@@ -242,26 +242,30 @@ class Patience:
         return self._cancelled or self._monotonic() >= self._deadline
 
     def pause(self, seconds: float, error: OptserveError) -> None:
-        """Wait before another try.
+        """Wait before the next try.
+
+        Args:
+            seconds: How long.
+            error: The error of the last try.
 
         Raises:
-            UnreachableError: That would be beyond the deadline, and `error` is only that no server was reached.
-            OptserveError: `error` itself, where the server has said more.
-            StepCancelledError, DeadlineExceededError: Patience has ended meanwhile.
+            UnreachableError: The wait would pass the deadline, and the last try has reached no server.
+            OptserveError: The wait would pass the deadline: `error` itself.
+            StepCancelledError, DeadlineExceededError: The patience has ended during the wait.
         """
         if seconds >= self.left_s:
             raise self._error_at_deadline(error)
         wake = self.clock.event()
-        # Also woken when the client is closed; the next try then says so.
+        # Closing the client ends the wait too; the next try then raises.
         with self.watching(wake.set):
             wake.wait(seconds)
         self.check()
 
     def _error_at_deadline(self, error: OptserveError) -> OptserveError:
-        """What to raise where `error` is the end of the last try that the deadline allows."""
+        """The exception for the caller, if the deadline allows no more tries after `error`."""
         if not isinstance(error, UnavailableError) or error.reason or isinstance(error, UnreachableError):
             return error
-        return UnreachableError(f"No success within {self.timeout_s:g} s; at last: {error.message}")
+        return UnreachableError(f"No server was reached within {self.timeout_s:g} s; the last error: {error.message}")
 
 
 class _Watching:
@@ -279,7 +283,7 @@ class _Watching:
 
 
 class CallLock:
-    """What one call at a time has. Whoever waits for it gives up when its patience ends."""
+    """A lock that one call at a time holds. Waiting for it ends with the patience of the call that waits."""
 
     def __init__(self, clock: Clock = SYSTEM) -> None:
         self._held = clock.lock()
@@ -287,10 +291,10 @@ class CallLock:
         self._waiting = 0
 
     def acquire(self, patience: Patience) -> None:
-        """Wait for it.
+        """Wait for the lock.
 
         Raises:
-            DeadlineExceededError, StepCancelledError: Patience has ended first.
+            DeadlineExceededError, StepCancelledError: The patience has ended first.
         """
         if not self._held.acquire(blocking=False):
             self._wait(patience)
@@ -315,7 +319,7 @@ class CallLock:
             self._released.notify_all()
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Give the lock to the next call."""
         self._held.release()
         if self._waiting:
             self._wake()

@@ -1,4 +1,4 @@
-"""When a call is tried again, and after which pause."""
+"""Which errors are retryable, and how long to wait before a retry."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from optserve.errors import OptserveError, UnavailableError
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_S, WARN_EVERY_S = 2.0, 30.0
-"""After so many seconds of tries a warning says what they wait for, and then again after each of the second length."""
+"""Seconds after which a warning says why a call is still being retried, and seconds between later warnings."""
 
 
 class Backoff:
-    """The pauses between tries: doubling, with jitter, and not shorter than the server asks for.
+    """The pauses between the tries of one call. They double, have jitter, and are at least what the server asks for.
 
-    While no server is there they are at most RECONNECT_PAUSE_S. Who waits for long reads in the log for what.
+    While no server answers they are at most RECONNECT_PAUSE_S. A warning in the log says what a long call waits for.
     """
 
     def __init__(self, config: ClientConfig, clock: Clock = SYSTEM) -> None:
@@ -30,13 +30,13 @@ class Backoff:
         self._warn_at = self._began + WARN_AFTER_S
 
     def next_pause_s(self, error: OptserveError) -> float:
-        """Seconds to wait after `error`."""
+        """Seconds to wait before the next try, after `error`."""
         now = self._monotonic()
         if now >= self._warn_at and is_retryable(error):
             logger.warning("still trying after %.0f s: %s", now - self._began, error)
             self._warn_at = now + WARN_EVERY_S
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._max_pause_s)
-        # What a server says of itself has a reason.
+        # Without a reason, the error does not come from a server: none was reached.
         if isinstance(error, UnavailableError) and not error.reason:
             pause_s = min(pause_s, RECONNECT_PAUSE_S)
         return max(pause_s, error.retry_after_s or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
