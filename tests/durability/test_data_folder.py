@@ -18,7 +18,8 @@ import pytest
 import optserve
 from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizers, OtherState
+from optserve_server.engine.optimizer import OtherState
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.layout import Layout, Parameter

@@ -8,8 +8,8 @@ import pytest
 
 from durability.folder import F4, F8, PARAMETERS, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import ReplacementRecord
-from optserve_server.engine.registry import OtherState
 from optserve_server.numerics import rules
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import Adadelta

@@ -9,6 +9,7 @@ import pytest
 from durability.folder import F4, F8, Server, fingerprint, step
 from golden.test_folder import FOLDERS, golden
 from optserve_server.engine import records, transition
+from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import (
     CreationRecord,
     DeletionRecord,
@@ -17,7 +18,6 @@ from optserve_server.engine.records import (
     StepRecord,
     UpdateRecord,
 )
-from optserve_server.engine.registry import OtherState
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import AsyncConsistency, SyncConsistency

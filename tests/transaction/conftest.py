@@ -1,6 +1,6 @@
 import pytest
 
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.numerics.layout import Parameter
 from transaction.harness import F4, make_steps
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from optserve._common import sysv
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Operand, Parameter

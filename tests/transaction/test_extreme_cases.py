@@ -17,8 +17,8 @@ from extremes import F4, F8, Case, any_case, any_rule, any_values, pick
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import UpdateRecord
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Operand, Payload, Selection

@@ -10,7 +10,7 @@ import pytest
 from extremes import Case, any_case, any_values, pick
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import AsyncConsistency, Consistency, SyncConsistency

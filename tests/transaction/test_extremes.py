@@ -9,7 +9,7 @@ import pytest
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.clipping import Clipping

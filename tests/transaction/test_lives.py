@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
 from transaction.harness import F4, write_shared
 from transaction.test_workers import ONES, shared_by, x_of

@@ -12,9 +12,9 @@ import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.optimizer import Steps
 from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.step_slot import StepSlot
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import CONSISTENCIES, AsyncConsistency, Consistency, SyncConsistency

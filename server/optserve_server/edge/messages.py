@@ -18,7 +18,7 @@ from optserve.v1 import checkpoints_pb2, optimizer_pb2, statistics_pb2, steps_pb
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.edge.settings_messages import set_settings
-from optserve_server.engine.registry import Optimizer, is_id
+from optserve_server.engine.optimizer import Optimizer, is_id
 from optserve_server.engine.statistics import TensorStatistics
 from optserve_server.engine.transaction import Reply
 from optserve_server.numerics.layout import Layout, Operand, Parameter

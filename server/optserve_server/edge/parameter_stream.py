@@ -10,8 +10,9 @@ from optserve.v1 import replicas_pb2, steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages
 from optserve_server.edge.gate.places import record_progress
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.parameter_copies import Copies
-from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import Outcome
 from optserve_server.numerics.layout import Operand, Payload, Selection
 from optserve_server.numerics.trial import check_reply

@@ -21,8 +21,9 @@ from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.status import to_status
 from optserve_server.edge.step_stream import StepStream
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.parameter_copies import Copies
-from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.statistics import QUANTILES, Query, statistics
 from optserve_server.numerics.backends import Choice
 from optserve_server.numerics.layout import Layout
@@ -87,7 +88,7 @@ class Servicer:
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
         """Make an optimizer."""
         messages.check_known(request.optimizer, "mode", "optimizer")
-        self._optimizers.check_count(len(request.optimizer.parameters))
+        self._optimizers.capacity.check_count(len(request.optimizer.parameters))
         layout = messages.layout(request.optimizer)
         settings = settings_messages.settings(request.optimizer, layout)
         messages.check_showable(layout, settings, self._config.max_message_bytes)

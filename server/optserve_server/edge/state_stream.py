@@ -10,7 +10,8 @@ from optserve.v1 import checkpoints_pb2
 from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages, settings_messages
 from optserve_server.edge.gate.places import record_progress
-from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.optimizer import Optimizer
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.parameter_steps import each

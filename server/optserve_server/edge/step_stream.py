@@ -23,9 +23,11 @@ from optserve_server.edge import features, messages
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.places import NEXT_MESSAGE, current
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
+from optserve_server.edge.results import reply_message, set_result
 from optserve_server.edge.segment_offer import SegmentOffer
-from optserve_server.engine.registry import Optimizer, Optimizers
-from optserve_server.engine.transaction import Outcome, ReplyChunk, Step, StepRequest
+from optserve_server.engine.optimizer import Optimizer
+from optserve_server.engine.registry import Optimizers
+from optserve_server.engine.transaction import Step, StepRequest
 from optserve_server.numerics.layout import ALL, Selection
 
 _numbers = itertools.count(1)
@@ -312,7 +314,7 @@ class StepStream:
         set_result(last.result, outcome)
         if self._step.segment is not None or not self._step.reply_bytes:
             return (encode(last),)
-        return self._step.reply(self._reply_chunk_bytes, lambda piece: _message(piece, last))
+        return self._step.reply(self._reply_chunk_bytes, lambda piece: reply_message(piece, last))
 
     def _fail(self, error: Exception) -> bytes:
         failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
@@ -329,22 +331,3 @@ class StepStream:
                 step.close()
             finally:
                 self._drain_gate.leave()
-
-
-def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:
-    """Show a step's outcome as the contract does."""
-    result.request_id, result.step = outcome.request_id, outcome.step
-    if outcome.replayed:
-        result.replayed = True
-    if outcome.staleness:
-        result.staleness = outcome.staleness
-    if outcome.gradient_norm is not None:
-        result.gradient_norm = outcome.gradient_norm
-
-
-def _message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:
-    header = last if piece.last else steps_pb2.StreamStepsResponse()
-    chunk = header.chunk
-    chunk.tensor, chunk.offset = piece.tensor, piece.offset
-    chunk.SetInParent()
-    return encode(header, piece.data)

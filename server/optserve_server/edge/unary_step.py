@@ -7,8 +7,8 @@ from optserve.v1 import steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages
 from optserve_server.edge.gate.drain_gate import DrainGate
-from optserve_server.edge.step_stream import set_result
-from optserve_server.engine.registry import Optimizer
+from optserve_server.edge.results import set_result
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics.layout import Operand, Selection
 

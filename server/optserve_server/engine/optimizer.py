@@ -1,446 +1,122 @@
-"""The transaction: begin, stage, commit, reply, replay. Knows nothing of protobuf or gRPC.
-
-One `Steps` guards one optimizer, and decides when a step is applied; its `StepSlot` decides who may make one. Errors
-name their field by itself (`tensors`, `offset`); the edges add the path.
-
-    begin ──> staging ──commit──> replying ──close──> (the reply stays, for replays)
-                 └──close, error──> nothing changed
-"""
+"""One optimizer of the server: what it is called, its state, and its steps."""
 
 from __future__ import annotations
 
-import logging
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
-from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine import transition
-from optserve_server.engine.durability import Durability
-from optserve_server.engine.records import DeletionRecord, PlacementRecord, ReplacementRecord, StepRecord, UpdateRecord
-from optserve_server.engine.step_slot import ClientSlot, StepSlot
-from optserve_server.engine.transaction import (
-    NOTHING,
-    PARAMETERS,
-    UPDATES,
-    Outcome,
-    Step,
-    StepRequest,
-    check_request_id,
-)
-from optserve_server.engine.transition import Replacement, WrittenStep
-from optserve_server.engine.workers.buffer_budget import BufferBudget
-from optserve_server.engine.workers.coordinator import Workers
-from optserve_server.numerics.headroom import Answers
-from optserve_server.numerics.layout import ALL, Largest, Operand, Payload, Payloads, Selection
+from optserve_server.engine.steps import Steps
+from optserve_server.engine.transition import Replacement
+from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import Written
+from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
-from optserve_server.numerics.shared_segment import Segment
-from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
-from optserve_server.numerics.trial import try_out
 
-logger = logging.getLogger(__name__)
-
-MAX_REPLACEMENT_REQUESTS = 32
-"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
-
-_PARAMETER = Operand.PARAMETER
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-class Steps:
-    """The steps of one optimizer, one after the other.
+def is_id(text: str) -> bool:
+    """Whether it can be an optimizer's id, or a checkpoint's tag; such a text is harmless as the name of a file."""
+    return _ID.fullmatch(text) is not None
 
-    Args:
-        name: The optimizer's, for messages and records.
-        state: Its arrays.
-        durability: Told of every change before it is made.
-        idle_step_s: After so many seconds without a move, a step is discarded.
-        buffer_budget: For the buffers of workers.
-        clock: The time.
+
+@dataclass(eq=False)
+class Optimizer:
+    """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
+
+    id: str
+    state: State
+    steps: Steps
+    creation_request_id: str
+    create_time: datetime
+    created_lsn: int = 0
+
+    @property
+    def etag(self) -> str:
+        """Changes with settings and state."""
+        return self.steps.etag
+
+    @property
+    def update_time(self) -> datetime:
+        """When settings or state were changed last."""
+        return self.steps.update_time
+
+    @property
+    def replacements(self) -> deque[Replacement]:
+        """The last restores and imports."""
+        return self.steps.replacements
+
+    @property
+    def settings(self) -> Settings:
+        """The method with its present hyper-parameters."""
+        return self.state.settings
+
+    @property
+    def rule(self) -> Rule:
+        """The method."""
+        return self.settings.rule
+
+    @property
+    def layout(self) -> Layout:
+        """Its parameters."""
+        return self.state.layout
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
+
+    def was_replaced_by(self, request_id: str, target: str) -> bool:
+        """Whether a restore or an import of that request id, which may be empty, has been made.
+
+        Raises:
+            OptserveError: REQUEST_ID_REUSED, if it was made of something else.
+        """
+        made = next((made for made in tuple(self.replacements) if request_id and made.request_id == request_id), None)
+        if made is not None and made.target not in ("", target):
+            raise refusals.request_id_reused(request_id, made.target, target)
+        return made is not None
+
+    def check_is_what_is_made(self, layout: Layout, settings: Settings) -> None:
+        """Raise REQUEST_ID_REUSED unless a creation is of this; other settings may have been changed since."""
+        same = self.layout.parameters == layout.parameters and self.settings.hosted == settings.hosted
+        if not same or self.rule.name != settings.rule.name:
+            made = f"an optimizer {self.id!r} of another method, mode or other parameters"
+            raise refusals.request_id_reused(self.creation_request_id, made, "this one")
+
+    def check_etag(self, etag: str) -> None:
+        """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
+        if etag and etag != self.etag:
+            raise OptserveError(
+                Reason.ETAG_MISMATCH,
+                f"Optimizer {self.id!r} has changed since etag {etag!r} was read; read it again.",
+                field="etag",
+                etag=self.etag,
+            )
+
+
+@dataclass(frozen=True)
+class OtherState:
+    """A state that is to take the place of an optimizer's own.
 
     Attributes:
-        main: Where its client makes steps, if it has one.
-        workers: Those who share it otherwise.
-        step: Steps that were applied.
-        lsn: Number that the last change was given.
-        lineage: Says which state this is; changes when it is replaced.
-        placed_by: Request id that put the hosted parameters in place; None while nobody has.
-        etag: Changes with settings and state.
-        update_time: When they were changed last.
-        replacements: The last restores and imports.
-        payloads: Of its steps.
+        step: Its step counter.
+        arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
+        parameter_steps: Steps that each parameter has taken part in; None where that is not known: all in all steps.
+        placed_by: See `Steps.placed_by`.
+        target: What it is, in words; the same request id with another one is refused.
     """
 
-    def __init__(
-        self,
-        name: str,
-        state: State,
-        durability: Durability,
-        idle_step_s: float = 60.0,
-        buffer_budget: BufferBudget | None = None,
-        clock: Clock = SYSTEM,
-    ) -> None:
-        self._name = name
-        self._state = state
-        self._durability = durability
-        # As a condition, workers wait for one another on it.
-        self._lock = clock.rlock()
-        self.lock = clock.condition(self._lock)
-        self._monotonic = clock.monotonic
-        self._fatal: OptserveError | None = None
-        self.payloads = Payloads(state.layout)
-        self.main = ClientSlot(name, state, self._lock, self._commit, idle_step_s, clock)
-        budget = buffer_budget or BufferBudget(1 << 62, 1 << 62, clock=clock)
-        self.workers = Workers(name, state, self, budget, idle_step_s, clock)
-        self.placed_by: str | None = None
-        self.step = 0
-        self.lsn = 0
-        self.lineage = ""
-        self.etag, self.update_time = "", datetime.fromtimestamp(0, UTC)
-        self.replacements: deque[Replacement] = deque(maxlen=MAX_REPLACEMENT_REQUESTS)
-
-    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, Selection, str]:
-        """(step, last request id of a worker, what took part in it, lineage); waits for a step under way.
-
-        With the number of a stream that a life of a worker has just opened, its earlier streams and lives make no steps
-        after this.
-
-        Raises:
-            OptserveError: INVALID_FIELD, WORKER_UNKNOWN or WORKER_REPLACED.
-        """
-        with self._lock:
-            self._check_worker(worker)
-            step_slot = self.workers.attach(worker, stream, life).step_slot if worker else self.main
-            retained = step_slot.retained
-            selection = retained.selection.within(self._state.layout) if retained else ALL
-            return self.step, step_slot.last_request_id, selection, self.lineage
-
-    def _check_worker(self, worker: str) -> None:
-        """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
-        if bool(worker) != (self._state.settings.consistency is not None):
-            raise OptserveError(
-                Reason.INVALID_FIELD,
-                f"{self._name} has no workers, so name none."
-                if worker
-                else f"Several workers share {self._name}; say which one this is.",
-                field="worker",
-            )
-
-    def begin(self, request: StepRequest) -> Step:
-        """Start a step and hold the staging buffer for it.
-
-        Raises:
-            OptserveError: STEP_IN_PROGRESS, STATE_REPLACED, WRONG_STEP, REPLY_GONE, UNKNOWN_PARAMETER,
-                DUPLICATE_PARAMETER, INVALID_FIELD, NOT_HOSTED, PARAMETERS_MISSING, WORKER_UNKNOWN, WORKER_REPLACED,
-                GRADIENT_LATE, STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
-        """
-        check_request_id(request.request_id)
-        worker = request.worker
-        if worker:
-            with self._lock:
-                self._check_worker(worker)
-                known = self.workers.act(worker, request.life)
-            return self.workers.turns.hand_over(
-                known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
-            )
-        with self._lock:
-            if self._state.settings.consistency is not None:
-                self._check_worker(worker)
-            step = self.main.holder = self._make(self.main, request)
-            return step
-
-    def _make(self, step_slot: StepSlot, request: StepRequest) -> Step:
-        """A step that may hold a step slot; a holder with the same request id loses it. Nothing can fail any more."""
-        self.check_usable()
-        if self._state.settings.hosted:
-            self.check_placed()
-        elif request.reply is not UPDATES:
-            # Whoever does not hear the update cannot apply it.
-            raise refusals.not_hosted(self._name, "reply")
-        self.check_lineage(request.lineage)
-        worker, parameters_step = request.worker, request.parameters_step
-        repeated = step_slot.repeated(request.request_id, request.reply)
-        if repeated is None:
-            if request.expected_step is not None and request.expected_step != self.step:
-                raise refusals.wrong_step(self._name, self.step, request.expected_step)
-            if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
-                raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
-        at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self.payloads.of(repeated.selection if repeated else request.selection, request.wire)
-        if request.segment is None:
-            step_slot.stage_apart()
-        step = Step(
-            step_slot, request, payload, self._state.operand_kinds, replay=repeated is not None,
-            parameters_step=at_step, lineage=self.lineage,
-        )  # fmt: skip
-        step_slot.take_over(step)
-        return step
-
-    def _parameters_step(self, worker: str, given: int | None) -> int:
-        if given is None:
-            return self.workers.registry.get(worker).at_step if worker else self.step
-        if not worker:
-            raise refusals.no_other_step(self._name)
-        if given > self.step:
-            raise refusals.no_such_step(self._name, self.step, given)
-        return given
-
-    def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
-        """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
-
-        Args:
-            request_id: Identifies the upload for retries.
-            wire: Dtype of the payload; None for each parameter's own.
-
-        Raises:
-            OptserveError: NOT_HOSTED, PARAMETERS_IN_PLACE, STEP_IN_PROGRESS, STATE_LOST or OPTIMIZER_NOT_FOUND.
-        """
-        check_request_id(request_id)
-        with self._lock:
-            self.check_usable()
-            if not self._state.settings.hosted:
-                raise refusals.not_hosted(self._name, "name")
-            placed = self.placed_by is not None
-            if placed and self.placed_by != request_id:
-                raise refusals.parameters_in_place(self._name)
-            if self.main.holder and self.main.holder.request_id != request_id:
-                self.main.evict_if_idle()
-            self.main.staging.leave_segment()
-            payload, operands = self.payloads.of(ALL, wire), (Operand.PARAMETER,)
-            step = Step(self.main, StepRequest(request_id, reply=NOTHING), payload, operands, replay=placed)
-            self.main.take_over(step)
-            self.main.holder = step
-            return step
-
-    def check_placed(self) -> None:
-        """Raise NOT_HOSTED or PARAMETERS_MISSING unless the server holds the parameters."""
-        if not self._state.settings.hosted:
-            raise refusals.not_hosted(self._name, "name")
-        if self.placed_by is None:
-            raise refusals.parameters_missing(self._name)
-
-    def payload(self, selection: Selection, wire: np.dtype | None) -> Payload:
-        """The payload of some of the parameters; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
-        with self._lock:
-            return self.payloads.of(selection, wire)
-
-    def share(self) -> Segment | None:
-        """Share memory with a client on this host; None if another client has that, or there is no room for it.
-
-        Each worker may have some, beside its buffer.
-
-        Where nothing else reads the staging buffer, it moves into the segment and gradients are computed in place;
-        otherwise they are copied, so that what is written down is what was computed with.
-        """
-        with self._lock:
-            self.check_usable()
-            if self._state.settings.consistency is not None:
-                return self.workers.share()
-            staging = self.main.staging
-            if staging.segment is not None:
-                return None
-            in_place = not self._durability.reads_staging and self.main.holder is None
-            try:
-                return staging.share(in_place=in_place)
-            except OSError as error:
-                logger.warning("%s is not shared: %s", self._name, error)
-                return None
-
-    def unshare(self, segment: Segment) -> None:
-        """The client has gone; the segment ends when its memory of it does."""
-        with self._lock:
-            self.workers.unshare(segment)
-            if self.main.staging.segment is segment:
-                self.main.look_for_overwriting()
-                self.main.staging.unshare()
-
-    def update(self, record: UpdateRecord) -> None:
-        """Have other settings from the next commit on.
-
-        Raises:
-            OptserveError: HYPERPARAMETER_OUT_OF_RANGE, STEP_IN_PROGRESS, NOT_DURABLE, that workers are alive whose
-                consistency would change, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
-        """
-        with self._lock:
-            self.check_usable()
-            self._make_ready_for(record.settings)
-            transition.note_update(self, record, self._durability.write(record))
-
-    def _make_ready_for(self, settings: Settings) -> None:
-        """Check settings that are about to be set, and then let go what would be in their way."""
-        self._state.check(settings)
-        if settings.consistency != self._state.settings.consistency:
-            if self.workers.registry.alive:
-                raise refusals.workers_attached(self._name, len(self.workers.registry.alive))
-            # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
-            self.main.evict_if_idle()
-        if settings.consistency is not None:
-            self.main.staging.leave_segment()
-
-    def replace(self, record: ReplacementRecord) -> None:
-        """Put another state in the place of this one. That also mends a state that a device has lost.
-
-        Raises:
-            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, HYPERPARAMETER_OUT_OF_RANGE, that workers are alive whose
-                consistency would change, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
-        """
-        with self._lock:
-            if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
-                raise self._fatal.again()
-            self.main.evict_if_idle()
-            self._make_ready_for(record.settings)
-            lsn = self._durability.write(record)
-            self._fatal = None
-            try:
-                transition.apply_replacement(self._state, record)
-            except Exception as error:
-                raise self._lose("while the state was replaced") from error
-            transition.note_replacement(self, record, lsn)
-
-    def retire(self, reason: OptserveError) -> None:
-        """Delete the optimizer: refuse everything from now on with `reason`.
-
-        Raises:
-            OptserveError: STEP_IN_PROGRESS, or `reason` where that was done before.
-        """
-        with self._lock:
-            if self._fatal is not None and self._fatal.reason is reason.reason:
-                raise self._fatal.again()
-            self.main.evict_if_idle()
-            self.workers.evict_if_idle()
-            self._durability.write(DeletionRecord(self._name))
-            self._fatal = reason
-            self.workers.release()
-            # Open streams may keep this object for long, but not its arrays.
-            self.main.staging.release()
-            self._state.release()
-
-    def discard_idle(self) -> None:
-        """Discard the step under way if it has not moved for long, though nobody wants its place."""
-        self.main.discard_idle()
-        self.workers.discard_idle()
-
-    def check_lineage(self, lineage: str) -> None:
-        """Raise STATE_REPLACED if that is not the present one; empty to leave it unchecked."""
-        if lineage and lineage != self.lineage:
-            raise refusals.state_replaced(self._name, self.lineage, self.step)
-
-    def check_usable(self) -> None:
-        """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
-        if self._fatal:
-            raise self._fatal.again()
-
-    @contextmanager
-    def held_still(self) -> Iterator[State]:
-        """Keep everything as it is for the length of a with-block, to look at or to restore the state."""
-        with self._lock:
-            yield self._state
-
-    def _commit(self, step: Step) -> Outcome:
-        """Apply the step that holds the main step slot."""
-        step_slot = self.main
-        with self._lock:
-            staging = step_slot.hold(step)
-            if _PARAMETER in step.coverage:
-                return self._commit_placement(step)
-            step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
-            if step.replay and step_slot.retained:
-                step_slot.check_replay(step)
-                step_slot.give_shared(step, self.step)
-                return Outcome(step.request_id, step_slot.retained.step, replayed=True)
-            step_slot.take_shared(step)
-            step.check_complete()
-            written = self.prepare(staging, step.payload, step.largest, step.answers, request_id=step.request_id)
-            norm = self.apply(written, step.segment)
-            step.committed = True
-            if step.segment:
-                step_slot.give_shared(step, self.step)
-            step.moved_at = self._monotonic()
-            return Outcome(step.request_id, self.step, replayed=False, gradient_norm=norm)
-
-    def _commit_placement(self, step: Step) -> Outcome:
-        if not step.replay:
-            step.check_complete()
-            arrived = step.payload.parts(self.main.staging.updates)
-            record = PlacementRecord(self._name, step.request_id, arrived)
-            lsn = self._durability.write(record)
-            transition.apply_placement(self._state, step.payload.runs, record)
-            transition.note_placement(self, record, lsn)
-            step.committed = True
-        return Outcome(step.request_id, self.step, replayed=step.replay)
-
-    def prepare(
-        self,
-        staging: Staging,
-        payload: Payload,
-        largest: Largest,
-        answers: Answers,
-        workers: Sequence[tuple[str, str, int]] = (),
-        *,
-        staleness: int = 0,
-        request_id: str = "",
-    ) -> WrittenStep:
-        """Check the complete step that a buffer holds, and write it down, under the lock; nothing changes.
-
-        Args:
-            staging: The buffer.
-            payload: What takes part.
-            largest: Magnitudes of what it holds.
-            answers: How the reply is read.
-            workers: See StepRecord, where several share the optimizer.
-            staleness: By which the learning rate is scaled; 0 where it is not.
-            request_id: Of the step, where they do not.
-
-        Raises:
-            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE.
-        """
-        prepared = self._state.prepare(payload, staging.updates, largest, answers)
-        if not prepared.covered:
-            try_out(self._state, staging.operands, payload, prepared, answers, self.step, staleness)
-        lsn, operands = self.lsn, []
-        is_read = self._durability.reads_staging
-        if is_read:
-            operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
-        record = StepRecord(self._name, self.step, request_id, payload.selection, operands, workers, staleness)
-        if is_read:
-            lsn = self._durability.write(record)
-        return WrittenStep(record, lsn, payload, staging, prepared)
-
-    def apply(self, written: WrittenStep, segment: Segment | None = None) -> float | None:
-        """Apply a step that was prepared, with no other change in between, under the lock.
-
-        Args:
-            written: The step.
-            segment: In which the gradients are, if a client shares them.
-
-        Returns:
-            The norm, where clipping needed it.
-
-        Raises:
-            OptserveError: STATE_LOST.
-        """
-        record, lsn, payload, staging, prepared = written
-        if segment and staging.in_place:
-            segment.replying(record.step + 1)
-        try:
-            transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
-        except Exception as error:
-            raise self._lose(f"in step {record.step}") from error
-        transition.note_step(self, record, payload.selection, lsn)
-        return prepared.clip.norm if prepared.clip else None
-
-    def _lose(self, what: str) -> OptserveError:
-        """The error for slots that could not be changed, after which nothing is to be trusted any more."""
-        # They may be half changed, and there is no second copy of them in memory.
-        logger.exception("%s was lost %s", self._name, what)
-        self._fatal = OptserveError(
-            Reason.STATE_LOST,
-            f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
-            optimizer=self._name,
-        )
-        return self._fatal.again()
+    step: int
+    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    parameter_steps: Written | None = None
+    placed_by: str | None = None
+    target: str = ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.layout import Arenas
 
 WAIT_S = 5.0

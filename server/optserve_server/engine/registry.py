@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import bisect
 import logging
-import re
 import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-
-import numpy as np
+from collections.abc import Callable
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import footprint, transition
+from optserve_server.engine.capacity import Capacity
 from optserve_server.engine.durability import Durability
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.optimizer import Optimizer, OtherState, is_id
 from optserve_server.engine.records import CreationRecord, ReplacementRecord, UpdateRecord
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import check_request_id
-from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.layout import Layout
-from optserve_server.numerics.parameter_steps import Written
-from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.shared_segment import Segment
-from optserve_server.numerics.state import State, operands_of
+from optserve_server.numerics.state import State
 
 logger = logging.getLogger(__name__)
 
 CREATION_WAIT_S = 60.0
 """How long a retried creation waits for the first call, which is compiling or allocating."""
-
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-def is_id(text: str) -> bool:
-    """Whether it can be an optimizer's id, or a checkpoint's tag; such a text is harmless as the name of a file."""
-    return _ID.fullmatch(text) is not None
 
 
 def _token() -> str:
@@ -50,101 +36,19 @@ def _token() -> str:
     return uuid.uuid4().hex[:16]
 
 
-@dataclass(eq=False)
-class Optimizer:
-    """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
-
-    id: str
-    state: State
-    steps: Steps
-    creation_request_id: str
-    create_time: datetime
-    created_lsn: int = 0
-
-    @property
-    def etag(self) -> str:
-        """Changes with settings and state."""
-        return self.steps.etag
-
-    @property
-    def update_time(self) -> datetime:
-        """When settings or state were changed last."""
-        return self.steps.update_time
-
-    @property
-    def replacements(self) -> deque[Replacement]:
-        """The last restores and imports."""
-        return self.steps.replacements
-
-    @property
-    def settings(self) -> Settings:
-        """The method with its present hyper-parameters."""
-        return self.state.settings
-
-    @property
-    def rule(self) -> Rule:
-        """The method."""
-        return self.settings.rule
-
-    @property
-    def layout(self) -> Layout:
-        """Its parameters."""
-        return self.state.layout
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that it occupies."""
-        return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
-
-    def was_replaced_by(self, request_id: str, target: str) -> bool:
-        """Whether a restore or an import of that request id, which may be empty, has been made.
-
-        Raises:
-            OptserveError: REQUEST_ID_REUSED, if it was made of something else.
-        """
-        made = next((made for made in tuple(self.replacements) if request_id and made.request_id == request_id), None)
-        if made is not None and made.target not in ("", target):
-            raise refusals.request_id_reused(request_id, made.target, target)
-        return made is not None
-
-    def check_etag(self, etag: str) -> None:
-        """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
-        if etag and etag != self.etag:
-            raise OptserveError(
-                Reason.ETAG_MISMATCH,
-                f"Optimizer {self.id!r} has changed since etag {etag!r} was read; read it again.",
-                field="etag",
-                etag=self.etag,
-            )
-
-
-@dataclass(frozen=True)
-class OtherState:
-    """A state that is to take the place of an optimizer's own.
+class Optimizers:
+    """All optimizers of one server. Safe to use from several threads.
 
     Attributes:
-        step: Its step counter.
-        arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
-        parameter_steps: Steps that each parameter has taken part in; None where that is not known: all in all steps.
-        placed_by: See `Steps.placed_by`.
-        target: What it is, in words; the same request id with another one is refused.
+        capacity: What there is room for.
     """
-
-    step: int
-    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
-    parameter_steps: Written | None = None
-    placed_by: str | None = None
-    target: str = ""
-
-
-class Optimizers:
-    """All optimizers of one server. Safe to use from several threads."""
 
     def __init__(self, backend: Backend, durability: Durability, config: ServerConfig, clock: Clock = SYSTEM) -> None:
         self.backend = backend
         self._clock = clock
         self._durability = durability
         self._config = config
+        self.capacity = Capacity(config)
         self._buffer_budget = BufferBudget(config.max_staged_bytes, config.max_optimizer_staged_bytes, clock=clock)
         self._lock = clock.condition()
         self._by_id: dict[str, Optimizer] = {}
@@ -201,8 +105,8 @@ class Optimizers:
             )
         if request_id:
             check_request_id(request_id)
-        self._check_size(layout)
-        self._check_workers(layout, settings)
+        self.capacity.check_size(layout)
+        self.capacity.check_workers(layout, settings)
         with self._lock:
             # A retry that comes while the first call is still at work waits for it.
             self._lock.wait_for(
@@ -210,7 +114,7 @@ class Optimizers:
             )
             existing = self._by_id.get(optimizer_id)
             if existing and request_id and existing.creation_request_id == request_id:
-                _check_same(existing, layout, settings)
+                existing.check_is_what_is_made(layout, settings)
                 return existing
             if existing or optimizer_id in self._reserved:
                 raise OptserveError(
@@ -316,7 +220,7 @@ class Optimizers:
         with optimizer.steps.held_still():
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
-            self._check_workers(optimizer.layout, settings)
+            self.capacity.check_workers(optimizer.layout, settings)
             growth = footprint.description_bytes(optimizer.layout, settings)
             growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
             if growth > 0:
@@ -351,7 +255,7 @@ class Optimizers:
                 return
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
-            self._check_workers(optimizer.layout, settings)
+            self.capacity.check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
                 optimizer.id, state.step, settings, _token(), _token(), request_id,
                 self._clock.now(), state.arrays, state.placed_by, state.target, state.parameter_steps,
@@ -369,30 +273,6 @@ class Optimizers:
                 del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)
 
-    def _check_workers(self, layout: Layout, settings: Settings) -> None:
-        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
-        if settings.consistency is not None:
-            settings.consistency.check_room(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
-
-    def check_count(self, parameters: int) -> None:
-        """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""
-        self._check_limit("parameters", parameters, self._config.max_parameters)
-
-    def _check_size(self, layout: Layout) -> None:
-        self.check_count(len(layout.parameters))
-        self._check_limit("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes)
-
-    @staticmethod
-    def _check_limit(what: str, actual: int, limit: int) -> None:
-        if actual > limit:
-            raise OptserveError(
-                Reason.MODEL_TOO_LARGE,
-                f"The model has {actual} {what}; this server accepts {limit}.",
-                field="optimizer.parameters",
-                limit=limit,
-                actual=actual,
-            )
-
     def _reserved_by(self, optimizer_id: str) -> str:
         """The request id that is making an optimizer of that id; empty if none is."""
         return self._reserved.get(optimizer_id, ("", 0))[0]
@@ -400,48 +280,11 @@ class Optimizers:
     def _reserve(self, optimizer_id: str, request_id: str, layout: Layout, settings: Settings) -> None:
         """Count the memory of an optimizer that is about to be made; called under the lock."""
         required = footprint.standing_bytes(layout, settings)
-        self._check_room(optimizer_id, required, self._beside_bytes(layout, settings))
-        if len(self._by_id) + len(self._reserved) >= self._config.max_optimizers:
-            raise OptserveError(
-                Reason.SERVER_FULL,
-                f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
-                limit=self._config.max_optimizers,
-            )
+        self._check_room(optimizer_id, required, self.capacity.beside_bytes(layout, settings))
+        self.capacity.check_number(len(self._by_id) + len(self._reserved))
         self._reserved[optimizer_id] = (request_id, required)
 
-    def _beside_bytes(self, layout: Layout, settings: Settings) -> int:
-        """What an optimizer takes for a while, beside what it always does."""
-        journalled = self._config.durability == "journal"
-        return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
-
     def _check_room(self, optimizer_id: str, required_bytes: int, beside_bytes: int = 0) -> None:
-        """Raise SERVER_FULL if so much more is beyond the limit, or, with the most beside it, beyond the machine."""
-        optimizers = list(self._by_id.values())
-        used = self.memory_bytes + sum(size for _, size in self._reserved.values())
-        used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
-        beside = max((self._beside_bytes(item.layout, item.settings) for item in optimizers), default=0)
-        beside = max(beside, beside_bytes)
-        for what, setting, needed, limit in (
-            ("", "max_state_bytes", required_bytes, self._config.max_state_bytes),
-            (
-                f", {beside} of them while a step is recovered or parameters are pulled",
-                "memory_bytes, less what the process itself and messages take",
-                required_bytes + beside,
-                self._config.room_bytes,
-            ),
-        ):
-            if used + needed > limit:
-                raise OptserveError(
-                    Reason.SERVER_FULL,
-                    f"{optimizer_id!r} needs {needed} bytes{what}; {max(0, limit - used)} of this server's {limit} are "
-                    f"free ({setting}).",
-                    limit=limit,
-                )
-
-
-def _check_same(existing: Optimizer, layout: Layout, settings: Settings) -> None:
-    """Raise REQUEST_ID_REUSED unless a creation is of what there is; other settings may have been changed since."""
-    same = existing.layout.parameters == layout.parameters and existing.settings.hosted == settings.hosted
-    if not same or existing.rule.name != settings.rule.name:
-        made = f"an optimizer {existing.id!r} of another method, mode or other parameters"
-        raise refusals.request_id_reused(existing.creation_request_id, made, "this one")
+        """Raise SERVER_FULL unless there is room for so much more; see `Capacity.check_room`."""
+        reserved_bytes = sum(size for _, size in self._reserved.values())
+        self.capacity.check_room(optimizer_id, required_bytes, list(self._by_id.values()), reserved_bytes, beside_bytes)

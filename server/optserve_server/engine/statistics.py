@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.state import State
 
 MAX_SAMPLE = 1 << 20

@@ -20,6 +20,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import NOTHING, PARAMETERS, Outcome, Reply, ReplyChunk, Retained, Step
 from optserve_server.numerics.headroom import NATIVE
 from optserve_server.numerics.layout import Operand, Run
+from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from optserve_server.numerics.trial import check_reply
@@ -272,6 +273,26 @@ class ClientSlot(StepSlot):
         segment = self._staging.segment
         if segment and self.retained and self._staging.in_place and segment.dirty:
             self.retained.intact = False
+
+    def share(self, *, may_be_in_place: bool) -> Segment | None:
+        """Share memory with a client on this host; None if another one has that, or there is no room for it.
+
+        Args:
+            may_be_in_place: Whether the buffer may move into the segment; it does if no step holds it.
+        """
+        if self._staging.segment is not None:
+            return None
+        try:
+            return self._staging.share(in_place=may_be_in_place and self.holder is None)
+        except OSError as error:
+            logger.warning("%s is not shared: %s", self.optimizer, error)
+            return None
+
+    def unshare(self, segment: Segment) -> None:
+        """The client of that segment has gone."""
+        if self._staging.segment is segment:
+            self.look_for_overwriting()
+            self._staging.unshare()
 
     def overwrite(self) -> Staging:
         """The buffer, for something else than a step from here; the reply that it keeps is lost."""

@@ -25,7 +25,7 @@ from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import Prepared, State
 
 if TYPE_CHECKING:
-    from optserve_server.engine.optimizer import Steps
+    from optserve_server.engine.steps import Steps
 
 Stretches = Callable[[np.dtype, int, int], Iterable[tuple[int, int]]]
 """Gives the stretches, of the part of an arena from one element to another, that a change is to be made in."""

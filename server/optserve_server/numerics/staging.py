@@ -1,7 +1,7 @@
 """The staging buffer of an optimizer: takes the gradients of a step, checked, and then the updates in their place.
 
 Gradients come in chunks, or lie in a segment that the server shares with a client. Where nothing else reads the buffer,
-it is the segment, and nothing is copied. It knows nothing of steps as transactions; `engine/optimizer.py` decides what
+it is the segment, and nothing is copied. It knows nothing of steps as transactions; `engine/steps.py` decides what
 may happen to it and when.
 """
 

@@ -1,7 +1,7 @@
 """The state of one optimizer: its slots, and how a step changes them. Generic over rules and backends.
 
 It knows nothing of gradients on their way in, see `staging.py`, nor of steps as transactions, see
-`engine/optimizer.py`.
+`engine/steps.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizer, is_id
+from optserve_server.engine.optimizer import Optimizer, is_id
 from optserve_server.persistence.state_file import Description, StateFile
 
 

@@ -18,7 +18,8 @@ from typing import BinaryIO
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
-from optserve_server.engine.registry import Optimizer, Optimizers, OtherState
+from optserve_server.engine.optimizer import Optimizer, OtherState
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.parameter_steps import Written

@@ -13,6 +13,7 @@ from itertools import repeat
 import numpy as np
 
 from optserve_server.engine import records, transition
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.records import (
     CreationRecord,
     DeletionRecord,
@@ -21,7 +22,7 @@ from optserve_server.engine.records import (
     StepRecord,
     UpdateRecord,
 )
-from optserve_server.engine.registry import Optimizer, Optimizers
+from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import Retained
 from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.layout import ALL, Run, Selection

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.transaction import Retained
 from optserve_server.numerics.layout import Layout, dtype_of
 from optserve_server.numerics.settings import Settings, UnknownSettingError

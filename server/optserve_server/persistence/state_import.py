@@ -8,7 +8,7 @@ import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
 from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
-from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.layout import ALL, Layout, Parameter, Payload
 from optserve_server.numerics.parameter_steps import MAX_STEP, each
 from optserve_server.numerics.settings import PARAMETER, Settings

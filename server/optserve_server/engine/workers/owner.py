@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from optserve._common.clock import Condition
+from optserve_server.engine.committer import Committer
 from optserve_server.engine.step_slot import ClientSlot
-from optserve_server.engine.transition import WrittenStep
-from optserve_server.numerics.headroom import Answers
-from optserve_server.numerics.layout import Largest, Payload
-from optserve_server.numerics.staging import Staging
 
 
 class Owner(Protocol):
@@ -19,6 +15,7 @@ class Owner(Protocol):
     lock: Condition
     step: int
     main: ClientSlot
+    committer: Committer
 
     def check_usable(self) -> None:
         """Raise what every step is refused with."""
@@ -26,21 +23,4 @@ class Owner(Protocol):
 
     def check_lineage(self, lineage: str) -> None:
         """Raise STATE_REPLACED if the state is another one."""
-        ...
-
-    def prepare(
-        self,
-        staging: Staging,
-        payload: Payload,
-        largest: Largest,
-        answers: Answers,
-        workers: Sequence[tuple[str, str, int]],
-        *,
-        staleness: int = 0,
-    ) -> WrittenStep:
-        """Check the step that a buffer holds, and write it down."""
-        ...
-
-    def apply(self, written: WrittenStep) -> float | None:
-        """Apply it; gives the norm where clipping needed it."""
         ...

@@ -239,14 +239,14 @@ class Turns:
         made = [(worker.name, step.request_id, worker.clock + 1) for worker, step in zip(there, steps, strict=True)]
         scaled_by = consistency.scaled_by(max(stale))
         try:
-            written = owner.prepare(
+            written = owner.committer.prepare(
                 gradient.staging, payload, gradient.largest, _answers(steps), made, staleness=scaled_by
             )
         except OptserveError as error:
             if error.reason in (Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW):
                 self._refuse_all(there, steps, error)
             raise
-        norm = owner.apply(written)
+        norm = owner.committer.apply(written)
         for worker, step, staleness in zip(there, steps, stale, strict=True):
             if step.replies is Reply.UPDATES and worker.step_slot.staging is not gradient.staging:
                 worker.step_slot.staging.copy_updates(gradient.staging.updates, payload)

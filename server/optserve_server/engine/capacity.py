@@ -1,0 +1,93 @@
+"""What this server has room for: how large a model may be, how many optimizers, how much memory they take together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optserve_server.domain.config import ServerConfig
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine import footprint
+from optserve_server.engine.optimizer import Optimizer
+from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.state import operands_of
+
+
+class Capacity:
+    """The limits of the configuration, compared with what there is and what is asked for.
+
+    Args:
+        config: Has the limits.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+
+    def check_workers(self, layout: Layout, settings: Settings) -> None:
+        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
+        if settings.consistency is not None:
+            settings.consistency.check_room(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
+
+    def check_count(self, parameters: int) -> None:
+        """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""
+        self._check_limit("parameters", parameters, self._config.max_parameters)
+
+    def check_size(self, layout: Layout) -> None:
+        """Raise MODEL_TOO_LARGE for a model of too many parameters or bytes."""
+        self.check_count(len(layout.parameters))
+        self._check_limit("bytes of parameters", layout.size_bytes, self._config.max_parameter_bytes)
+
+    @staticmethod
+    def _check_limit(what: str, actual: int, limit: int) -> None:
+        if actual > limit:
+            raise OptserveError(
+                Reason.MODEL_TOO_LARGE,
+                f"The model has {actual} {what}; this server accepts {limit}.",
+                field="optimizer.parameters",
+                limit=limit,
+                actual=actual,
+            )
+
+    def check_number(self, optimizers: int) -> None:
+        """Raise SERVER_FULL if there are as many optimizers as there may be."""
+        if optimizers >= self._config.max_optimizers:
+            raise OptserveError(
+                Reason.SERVER_FULL,
+                f"This server keeps at most {self._config.max_optimizers} optimizers; delete one.",
+                limit=self._config.max_optimizers,
+            )
+
+    def beside_bytes(self, layout: Layout, settings: Settings) -> int:
+        """What an optimizer takes for a while, beside what it always does."""
+        journalled = self._config.durability == "journal"
+        return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
+
+    def check_room(
+        self,
+        optimizer_id: str,
+        required_bytes: int,
+        optimizers: Sequence[Optimizer],
+        reserved_bytes: int,
+        beside_bytes: int = 0,
+    ) -> None:
+        """Raise SERVER_FULL if so much more is beyond the limit, or, with the most beside it, beyond the machine."""
+        used = reserved_bytes + sum(optimizer.memory_bytes for optimizer in optimizers)
+        used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
+        beside = max((self.beside_bytes(item.layout, item.settings) for item in optimizers), default=0)
+        beside = max(beside, beside_bytes)
+        for what, setting, needed, limit in (
+            ("", "max_state_bytes", required_bytes, self._config.max_state_bytes),
+            (
+                f", {beside} of them while a step is recovered or parameters are pulled",
+                "memory_bytes, less what the process itself and messages take",
+                required_bytes + beside,
+                self._config.room_bytes,
+            ),
+        ):
+            if used + needed > limit:
+                raise OptserveError(
+                    Reason.SERVER_FULL,
+                    f"{optimizer_id!r} needs {needed} bytes{what}; {max(0, limit - used)} of this server's {limit} are "
+                    f"free ({setting}).",
+                    limit=limit,
+                )

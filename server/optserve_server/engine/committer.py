@@ -1,0 +1,141 @@
+"""A complete step becomes the next one in two operations: it is written down, and then applied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from optserve_server.engine import transition
+from optserve_server.engine.durability import Durability
+from optserve_server.engine.records import PlacementRecord, StepRecord
+from optserve_server.engine.transaction import PARAMETERS, Outcome, Step
+from optserve_server.engine.transition import WrittenStep
+from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.layout import Largest, Operand, Payload
+from optserve_server.numerics.shared_segment import Segment
+from optserve_server.numerics.staging import Staging
+from optserve_server.numerics.state import State
+from optserve_server.numerics.trial import try_out
+
+if TYPE_CHECKING:
+    from optserve_server.engine.steps import Steps
+
+
+# Python looks a member up in its Enum more slowly than a name.
+_PARAMETER = Operand.PARAMETER
+
+
+class Committer:
+    """Makes complete steps of one optimizer.
+
+    Args:
+        steps: Count what is made here.
+        name: The optimizer's, for records.
+        state: Its arrays.
+        durability: Writes each step down before it is applied.
+    """
+
+    def __init__(self, steps: Steps, name: str, state: State, durability: Durability) -> None:
+        self._steps = steps
+        self._name = name
+        self._state = state
+        self._durability = durability
+
+    def commit(self, step: Step) -> Outcome:
+        """Apply the step that holds the step slot of the optimizer's client.
+
+        Raises:
+            OptserveError: See `Step.commit`.
+        """
+        steps = self._steps
+        step_slot = steps.main
+        with step_slot.lock:
+            staging = step_slot.hold(step)
+            if _PARAMETER in step.coverage:
+                return self._commit_placement(step)
+            step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
+            if step.replay and step_slot.retained:
+                step_slot.check_replay(step)
+                step_slot.give_shared(step, steps.step)
+                return Outcome(step.request_id, step_slot.retained.step, replayed=True)
+            step_slot.take_shared(step)
+            step.check_complete()
+            written = self.prepare(staging, step.payload, step.largest, step.answers, request_id=step.request_id)
+            norm = self.apply(written, step.segment)
+            step.committed = True
+            if step.segment:
+                step_slot.give_shared(step, steps.step)
+            step.moved_at = step_slot.monotonic()
+            return Outcome(step.request_id, steps.step, replayed=False, gradient_norm=norm)
+
+    def _commit_placement(self, step: Step) -> Outcome:
+        steps = self._steps
+        if not step.replay:
+            step.check_complete()
+            arrived = step.payload.parts(steps.main.staging.updates)
+            record = PlacementRecord(self._name, step.request_id, arrived)
+            lsn = self._durability.write(record)
+            transition.apply_placement(self._state, step.payload.runs, record)
+            transition.note_placement(steps, record, lsn)
+            step.committed = True
+        return Outcome(step.request_id, steps.step, replayed=step.replay)
+
+    def prepare(
+        self,
+        staging: Staging,
+        payload: Payload,
+        largest: Largest,
+        answers: Answers,
+        workers: Sequence[tuple[str, str, int]] = (),
+        *,
+        staleness: int = 0,
+        request_id: str = "",
+    ) -> WrittenStep:
+        """Check the complete step that a buffer holds, and write it down, under the lock; nothing changes.
+
+        Args:
+            staging: The buffer.
+            payload: What takes part.
+            largest: Magnitudes of what it holds.
+            answers: How the reply is read.
+            workers: See StepRecord, where several share the optimizer.
+            staleness: By which the learning rate is scaled; 0 where it is not.
+            request_id: Of the step, where they do not.
+
+        Raises:
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE.
+        """
+        prepared = self._state.prepare(payload, staging.updates, largest, answers)
+        if not prepared.covered:
+            try_out(self._state, staging.operands, payload, prepared, answers, self._steps.step, staleness)
+        lsn, operands = self._steps.lsn, []
+        is_read = self._durability.reads_staging
+        if is_read:
+            operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
+        record = StepRecord(self._name, self._steps.step, request_id, payload.selection, operands, workers, staleness)
+        if is_read:
+            lsn = self._durability.write(record)
+        return WrittenStep(record, lsn, payload, staging, prepared)
+
+    def apply(self, written: WrittenStep, segment: Segment | None = None) -> float | None:
+        """Apply a step that was prepared, with no other change in between, under the lock.
+
+        Args:
+            written: The step.
+            segment: In which the gradients are, if a client shares them.
+
+        Returns:
+            The norm, where clipping needed it.
+
+        Raises:
+            OptserveError: STATE_LOST.
+        """
+        record, lsn, payload, staging, prepared = written
+        if segment and staging.in_place:
+            segment.replying(record.step + 1)
+        try:
+            transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
+        except Exception as error:
+            raise self._steps.lose(f"in step {record.step}") from error
+        transition.note_step(self._steps, record, payload.selection, lsn)
+        return prepared.clip.norm if prepared.clip else None
