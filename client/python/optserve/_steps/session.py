@@ -261,7 +261,9 @@ class StepSession:
                     shared.release()
                 updates.reset()
                 sent, shared = True, stream.shared
-                result = stream.step(self._begin(request_id), None if applied else gradients, updates, patience)
+                result = stream.step(
+                    self.streams.begin(request_id, self.at_step), None if applied else gradients, updates, patience
+                )
                 self._record_result(result, known=in_doubt or gradients is None)
             except StepRefused as refusal:
                 error, ending = refusal.error, Ending.REFUSED
@@ -316,17 +318,6 @@ class StepSession:
             raise InternalError(
                 f"The server answers a new step of {self._name} with a replay, although it was sent once only."
             )
-
-    def _begin(self, request_id: str) -> steps_pb2.StreamStepsRequest:
-        """The first message of a step."""
-        request = steps_pb2.StreamStepsRequest()
-        begin = request.begin
-        begin.request_id = request_id
-        if not self._is_worker:
-            begin.expected_step = self.known.step
-        elif self.at_step is not None:
-            begin.parameters_step = self.at_step
-        return request
 
     def _check_intact(self, gradients: Gradients, updates: Updates, shared: SharedStaging | None) -> None:
         """Raise StepInDoubtError if an earlier try has overwritten the gradients by updates."""

@@ -136,6 +136,17 @@ class Streams:
             raise
         return stream
 
+    def begin(self, request_id: str, at_step: int | None) -> steps_pb2.StreamStepsRequest:
+        """The first message of a step."""
+        request = steps_pb2.StreamStepsRequest()
+        begin = request.begin
+        begin.request_id = request_id
+        if not self.open_request.worker:
+            begin.expected_step = self.known.step
+        elif at_step is not None:
+            begin.parameters_step = at_step
+        return request
+
     def close(self) -> None:
         """Close the open stream; the next step opens another."""
         stream, self.current = self.current, None
