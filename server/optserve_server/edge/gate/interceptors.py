@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import grpc
@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 from optserve._common import machine, malloc
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.edge.gate.kinds import ConcurrencyLimit, Kind
 from optserve_server.edge.gate.places import (
     DELIVERY,
     FIRST_MESSAGE,
@@ -53,9 +54,6 @@ ARRIVING = PROTECTED + 32
 QUEUED_PER_THREAD = 8
 """Unary calls that may wait for each unary thread."""
 
-QUEUE_WAIT_S = 10.0
-"""Seconds that a unary call may wait for a thread before it is refused with TOO_MANY_STREAMS."""
-
 LEAVING = 192
 """Calls that have no place yet, or have lost it and still hold a thread."""
 
@@ -70,59 +68,6 @@ STALLED_S = 5.0
 
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _CANCELLED: int = grpc.StatusCode.CANCELLED.value[0]
-
-
-class Kind:
-    """A kind of calls, with its places and threads.
-
-    Args:
-        name: Name of the threads.
-        places: The places of these calls.
-        limit: Most calls with a thread, those without a place included.
-
-    Attributes:
-        pool: The threads.
-    """
-
-    def __init__(self, name: str, places: Places, limit: int) -> None:
-        self.places = places
-        self.pool = ThreadPoolExecutor(limit, thread_name_prefix=name)
-        self._free = threading.BoundedSemaphore(limit)
-
-    def enter(self) -> bool:
-        """Reserve a thread for a call; False if there is none. Called in gRPC's event thread."""
-        return self._free.acquire(blocking=False)
-
-    def in_own_pool(self, behaviour: Any) -> Any:
-        """Let gRPC call this method in the threads of the kind."""
-        behaviour.experimental_thread_pool = self.pool
-        return behaviour
-
-    def leave(self) -> None:
-        """Give a reserved thread back."""
-        self._free.release()
-
-
-class ConcurrencyLimit:
-    """Lets `threads` calls be answered at a time; the others wait."""
-
-    def __init__(self, threads: int) -> None:
-        self._free = threading.BoundedSemaphore(threads)
-        self._threads = threads
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Be one of these calls for the length of a with-block, or raise TOO_MANY_STREAMS after QUEUE_WAIT_S."""
-        if not self._free.acquire(timeout=QUEUE_WAIT_S):
-            raise OptserveError(
-                Reason.TOO_MANY_STREAMS,
-                f"This server answers {self._threads} calls at a time, and all of them are busy; try again.",
-                limit=self._threads,
-            )
-        try:
-            yield
-        finally:
-            self._free.release()
 
 
 class Gate(grpc.ServerInterceptor):
