@@ -88,7 +88,7 @@ def test_parts_of_a_step_are_clipped_as_they_are_in_the_whole_step(kind):
     for _ in range(200):
         turns = sorted(rng.integers(len(whole), size=rng.integers(1, 5)).tolist())
         parts = [(turn, *sorted(rng.integers(0, whole[turn].size + 1, size=2).tolist())) for turn in turns]
-        within = found.within(parts)
+        within = found.for_parts(parts)
         for place, (turn, start, stop) in enumerate(parts):
             part = payload.parts(arenas)[turn][start:stop].copy()
             within.apply(place, 0, part)

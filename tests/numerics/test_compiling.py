@@ -42,15 +42,15 @@ def compilations(call) -> int:
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_a_copy_is_compiled_once(loops, dtype):
     sent = np.frombuffer(np.ones(8, dtype).tobytes(), dtype)
-    assert compilations(lambda: loops.take(np.empty(8, dtype), sent)) == 1
-    assert compilations(lambda: loops.take(np.empty(8, dtype), sent)) == 0
+    assert compilations(lambda: loops.receive(np.empty(8, dtype), sent)) == 1
+    assert compilations(lambda: loops.receive(np.empty(8, dtype), sent)) == 0
 
 
 def test_conversions_and_checks_are_compiled_once(loops):
     ones = np.ones(8, np.float32)
-    half = np.frombuffer(loops.give_bfloat16(ones).tobytes(), np.uint16)
+    half = np.frombuffer(loops.to_bfloat16(ones).tobytes(), np.uint16)
     assert compilations(lambda: loops.largest(ones)) == 1
-    assert compilations(lambda: loops.take_bfloat16(np.empty(8, np.float32), half)) == 1
+    assert compilations(lambda: loops.receive_bfloat16(np.empty(8, np.float32), half)) == 1
 
 
 def test_a_rule_is_compiled_once():

@@ -59,12 +59,15 @@ def test_a_step_may_be_applied(consistency, clock, arrived, clocks, expected):
     ],
 )
 def test_others_are_told_only_of_steps_that_they_may_wait_for(consistency, clocks, expected):
-    assert consistency.frees_others(1, Clocks(*clocks)) is expected
+    assert consistency.may_wake_others(1, Clocks(*clocks)) is expected
 
 
 def test_only_sync_takes_several_gradients_and_only_of_the_present_x():
     one_by_one, sync = AsyncConsistency(), SyncConsistency(workers=2)
-    assert (list(one_by_one.taken("b", ["a", "b"])), list(sync.taken("b", ["a", "b"]))) == (["b"], ["a", "b"])
+    assert (list(one_by_one.contributors("b", ["a", "b"])), list(sync.contributors("b", ["a", "b"]))) == (
+        ["b"],
+        ["a", "b"],
+    )
     one_by_one.check_gradient("a", 3, 5)
     sync.check_gradient("a", 5, 5)
     with pytest.raises(OptserveError) as late:
@@ -90,10 +93,10 @@ def test_sync_merges_by_the_mean_and_the_others_take_the_gradient_as_it_is():
 
 def test_sync_needs_as_many_workers_as_can_be_connected_and_have_room():
     config = ServerConfig(max_streams=4, max_optimizer_staged_bytes=100)
-    SyncConsistency(workers=2, backup_workers=1).check_room(50, config)
+    SyncConsistency(workers=2, backup_workers=1).check_capacity(50, config)
     for consistency, size in ((SyncConsistency(workers=2), 51), (SyncConsistency(workers=2, backup_workers=2), 1)):
         with pytest.raises(OptserveError) as refused:
-            consistency.check_room(size, config)
+            consistency.check_capacity(size, config)
         assert refused.value.reason is Reason.INVALID_FIELD
 
 

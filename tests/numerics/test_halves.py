@@ -29,7 +29,7 @@ def test_rounding_is_torchs(backend, wire, kind):
     expected = torch_half(values, kind)
     here = np.empty(values.size, wire)
     half_floats.convert(values, here)
-    for actual in (here, backend.give(values.copy(), wire)):
+    for actual in (here, backend.to_wire(values.copy(), wire)):
         assert np.array_equal(actual.view(np.uint16)[numbers], expected[numbers])
         back = np.empty(values.size, np.float32)
         half_floats.convert(actual, back)
@@ -52,13 +52,13 @@ def test_what_comes_in_is_converted_and_checked(backend, dtype, wire, aligned):
     sent = np.frombuffer(memoryview(raw)[1:] if not aligned else sent.tobytes(), wire)
     expected, staged = np.empty(1000, dtype), np.empty(1000, dtype)
     half_floats.convert(sent, expected)
-    assert backend.take(staged, sent) == np.abs(expected).max()
+    assert backend.receive(staged, sent) == np.abs(expected).max()
     assert np.array_equal(staged, expected)
     for bad in (np.nan, np.inf, -np.inf):
         spoilt = sent.copy()
         half_floats.convert(np.array([bad]), spoilt[777:778])
         assert half_floats.value(spoilt[777:778]) == bad or np.isnan(bad)
-        assert not backend.take(staged, spoilt) <= np.finfo(dtype).max
+        assert not backend.receive(staged, spoilt) <= np.finfo(dtype).max
 
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
@@ -68,10 +68,10 @@ def test_the_largest_magnitude_is_exact(backend, dtype, size):
     for place in {0, size // 2, size - 1} if size else ():
         for top in (3.5, -3.5, np.finfo(dtype).max, -np.finfo(dtype).max, np.inf, -np.inf):
             staged[place] = top
-            assert backend.largest(staged) == backend.take_all(staged.copy(), staged) == abs(dtype.type(top))
+            assert backend.largest(staged) == backend.receive_large(staged.copy(), staged) == abs(dtype.type(top))
         staged[place] = np.nan
         assert np.isnan(backend.largest(staged))
-        assert np.isnan(backend.take_all(staged.copy(), staged))
+        assert np.isnan(backend.receive_large(staged.copy(), staged))
         staged[place] = 0
     assert backend.largest(staged) == (np.abs(staged).max() if size else 0)
 

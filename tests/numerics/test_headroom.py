@@ -5,7 +5,7 @@ import pytest
 
 from optserve._common import half_floats
 from optserve_server.numerics.backends.numpy import NumpyBackend
-from optserve_server.numerics.headroom import NATIVE, Answers
+from optserve_server.numerics.headroom import NATIVE, ReplyWires
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import RULES
 from optserve_server.numerics.settings import Settings
@@ -24,7 +24,7 @@ class Counting(NumpyBackend):
         return super().extremes(slot)
 
 
-def steps_of(rule, answers: Answers = NATIVE, steps: int = 1000, **settings):
+def steps_of(rule, reply_wires: ReplyWires = NATIVE, steps: int = 1000, **settings):
     """(looks at each slot, steps that bounds did not cover) with ordinary gradients."""
     backend = Counting(1)
     layout = Layout((Parameter("x", (50,), F4),))
@@ -36,7 +36,7 @@ def steps_of(rule, answers: Answers = NATIVE, steps: int = 1000, **settings):
         for operand, arena in arenas.items():
             arena[F4][...] = rng.standard_normal(50) * rng.uniform(0.1, 3)
             largest[operand, F4] = float(np.abs(arena[F4]).max())
-        prepared = state.prepare(payload, arenas[Operand.GRADIENT], largest, answers)
+        prepared = state.prepare(payload, arenas[Operand.GRADIENT], largest, reply_wires)
         uncovered += not prepared.covered
         state.apply(arenas, payload.runs, step, prepared=prepared)
         state.count(ALL)
@@ -54,7 +54,7 @@ def test_a_look_is_rare(kind, hosted):
 
 @pytest.mark.parametrize("kind", RULES.values(), ids=RULES)
 def test_it_is_rare_where_the_wire_is_narrow(kind):
-    looks, uncovered = steps_of(kind(), Answers(updates=(half_floats.FLOAT16,)))
+    looks, uncovered = steps_of(kind(), ReplyWires(updates=(half_floats.FLOAT16,)))
     assert uncovered == 0
     assert looks <= 50
 
@@ -64,7 +64,7 @@ def test_a_first_gradient_that_is_much_larger_does_not_last():
     layout = Layout((Parameter("x", (1,), F4),))
     state = State(layout, Settings(RULES["momentum"]()), backend)
     arenas = layout.arenas(np.zeros(4, np.uint8))
-    payload, narrow = Payload(layout, ALL), Answers(updates=(half_floats.FLOAT16,))
+    payload, narrow = Payload(layout, ALL), ReplyWires(updates=(half_floats.FLOAT16,))
     for size in (1e6, *[1.0] * 500):
         assert state.prepare(payload, arenas, {(Operand.GRADIENT, F4): size}, narrow).covered
     assert backend.looks < 20

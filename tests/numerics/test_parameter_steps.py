@@ -12,7 +12,7 @@ from optserve_server.numerics.schedule import Exponential
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
-from optserve_server.numerics.trial import try_out
+from optserve_server.numerics.trial import run_trial
 from toy import SignDescent, sign_descent
 
 F4, F8 = np.dtype("<f4"), np.dtype("<f8")
@@ -47,7 +47,7 @@ def play(
         data = b"".join(gradients[tensor].tobytes() for tensor in payload.tensors)
         staging.stage(payload, Operand.GRADIENT, 0, data, largest)
         prepared = state.prepare(payload, staging.updates, largest, NATIVE)
-        try_out(state, staging.operands, payload, prepared, NATIVE, step, 0)
+        run_trial(state, staging.operands, payload, prepared, NATIVE, step, 0)
         state.apply(staging.operands, payload.runs, step, 0, prepared)
         state.count(selection)
         for tensor, parameter in enumerate(layout.parameters):

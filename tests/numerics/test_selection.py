@@ -30,16 +30,16 @@ def test_some_are_those_that_are_listed_in_that_order():
 
 
 def test_each_in_their_own_order_is_all_and_in_another_it_is_not():
-    assert Selection((0, 1, 2, 3, 4)).within(LAYOUT) is ALL
+    assert Selection((0, 1, 2, 3, 4)).normalized(LAYOUT) is ALL
     shuffled = Selection((4, 0, 1, 2, 3))
-    assert shuffled.within(LAYOUT) is shuffled
-    assert Payloads(LAYOUT).of(Selection((0, 1, 2, 3, 4)), None).selection is ALL
+    assert shuffled.normalized(LAYOUT) is shuffled
+    assert Payloads(LAYOUT).payload_for(Selection((0, 1, 2, 3, 4)), None).selection is ALL
 
 
 @pytest.mark.parametrize(("listed", "reason"), [((5,), Reason.UNKNOWN_PARAMETER), ((1, 1), Reason.DUPLICATE_PARAMETER)])
 def test_what_the_model_has_not_is_refused(listed, reason):
     with pytest.raises(OptserveError) as refused:
-        Payloads(LAYOUT).of(Selection(listed), None)
+        Payloads(LAYOUT).payload_for(Selection(listed), None)
     assert (refused.value.reason, refused.value.field) == (reason, "tensors")
 
 

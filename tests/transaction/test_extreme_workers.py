@@ -116,7 +116,7 @@ def test_a_step_of_many_is_applied_for_all_or_for_none(workers):
                 assert digest(made.steps) == was, seed
                 continue
             applied += 1
-            answers = {name: result for name, result in results.items() if isinstance(result, bytes)}
+            reply_wires = {name: result for name, result in results.items() if isinstance(result, bytes)}
             merged: Operands = []
             for position in range(len(made.state.operand_kinds)):
                 merged.append({})
@@ -125,7 +125,7 @@ def test_a_step_of_many_is_applied_for_all_or_for_none(workers):
                     merged[-1][dtype] = np.empty_like(parts[0])
                     mean(parts, merged[-1][dtype], max(float(np.abs(part).max(initial=0)) for part in parts))
             assert is_applied(made, merged, before, was[0]), seed
-            assert all(is_finite(answers[name], made, wire) for name, wire in zip(names, wires, strict=True)), seed
+            assert all(is_finite(reply_wires[name], made, wire) for name, wire in zip(names, wires, strict=True)), seed
     assert min(applied, refused) > 10
 
 

@@ -81,5 +81,5 @@ def pull(
             header = replicas_pb2.PullParametersResponse()
             header.chunk.tensor, header.chunk.offset = payload.locate(begin)
             header.chunk.SetInParent()
-            elements = optimizer.steps.main.staging.give(copy.arenas, run, begin, min(begin + stride, run.end))
+            elements = optimizer.steps.main.staging.to_wire(copy.arenas, run, begin, min(begin + stride, run.end))
             yield wire.encode(header, elements.data.cast("B"))

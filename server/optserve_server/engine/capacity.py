@@ -26,7 +26,7 @@ class Capacity:
     def check_workers(self, layout: Layout, settings: Settings) -> None:
         """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
         if settings.consistency is not None:
-            settings.consistency.check_room(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
+            settings.consistency.check_capacity(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
 
     def check_count(self, parameters: int) -> None:
         """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""

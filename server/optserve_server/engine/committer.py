@@ -10,12 +10,12 @@ from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import PlacementRecord, StepRecord
 from optserve_server.engine.transaction import PARAMETERS, Outcome, Step
 from optserve_server.engine.transition import WrittenStep
-from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.layout import Largest, Operand, Payload
 from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
-from optserve_server.numerics.trial import try_out
+from optserve_server.numerics.trial import run_trial
 
 if TYPE_CHECKING:
     from optserve_server.engine.steps import Steps
@@ -60,7 +60,7 @@ class Committer:
                 return Outcome(step.request_id, step_slot.retained.step, replayed=True)
             step_slot.take_shared(step)
             step.check_complete()
-            written = self.prepare(staging, step.payload, step.largest, step.answers, request_id=step.request_id)
+            written = self.prepare(staging, step.payload, step.largest, step.reply_wires, request_id=step.request_id)
             norm = self.apply(written, step.segment)
             step.committed = True
             if step.segment:
@@ -85,7 +85,7 @@ class Committer:
         staging: Staging,
         payload: Payload,
         largest: Largest,
-        answers: Answers,
+        reply_wires: ReplyWires,
         workers: Sequence[tuple[str, str, int]] = (),
         *,
         staleness: int = 0,
@@ -97,7 +97,7 @@ class Committer:
             staging: The buffer.
             payload: What takes part.
             largest: Magnitudes of what it holds.
-            answers: How the reply is read.
+            reply_wires: The wire dtypes of the reply.
             workers: See StepRecord, where several share the optimizer.
             staleness: By which the learning rate is scaled; 0 where it is not.
             request_id: Of the step, where they do not.
@@ -105,9 +105,9 @@ class Committer:
         Raises:
             OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE.
         """
-        prepared = self._state.prepare(payload, staging.updates, largest, answers)
+        prepared = self._state.prepare(payload, staging.updates, largest, reply_wires)
         if not prepared.covered:
-            try_out(self._state, staging.operands, payload, prepared, answers, self._steps.step, staleness)
+            run_trial(self._state, staging.operands, payload, prepared, reply_wires, self._steps.step, staleness)
         lsn, operands = self._steps.lsn, []
         is_read = self._durability.reads_staging
         if is_read:
@@ -132,7 +132,7 @@ class Committer:
         """
         record, lsn, payload, staging, prepared = written
         if segment and staging.in_place:
-            segment.replying(record.step + 1)
+            segment.begin_reply(record.step + 1)
         try:
             transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
         except Exception as error:

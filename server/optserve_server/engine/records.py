@@ -156,7 +156,7 @@ class StepRecord(NamedTuple):
         """The reverse of `encode`; the operands are copies."""
         selection = Selection(tuple(message["tensors"]))
         workers = tuple((name, request_id, clock) for name, request_id, clock in message.get("workers", ()))
-        operands = list(_operands(payloads.of(selection, None), data))
+        operands = list(_operands(payloads.payload_for(selection, None), data))
         return cls(
             message["optimizer"], message["step"], message["request_id"], selection, operands, workers,
             message.get("staleness", 0),
@@ -235,7 +235,7 @@ class PlacementRecord:
     @classmethod
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> PlacementRecord:
         """The reverse of `encode`; the parameters are copies."""
-        return cls(message["optimizer"], message["request_id"], list(_operands(payloads.of(ALL, None), data)))
+        return cls(message["optimizer"], message["request_id"], list(_operands(payloads.payload_for(ALL, None), data)))
 
 
 Change = CreationRecord | UpdateRecord | DeletionRecord | StepRecord | ReplacementRecord | PlacementRecord

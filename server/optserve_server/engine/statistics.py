@@ -187,8 +187,8 @@ class _Look:
         stride = max(1, -(-parameter.size // max_sample))
         part = slice(start, start + parameter.size, stride)
         slots = range(len(self.rule.slots))
-        self.sample = [state.look(parameter.dtype, slot, part) for slot in slots]
-        self.elements = [state.look(parameter.dtype, slot, start + indices) for slot in slots]
+        self.sample = [state.sample(parameter.dtype, slot, part) for slot in slots]
+        self.elements = [state.sample(parameter.dtype, slot, start + indices) for slot in slots]
         self.sample_updates = self.updates = None
         if steps.main.keeps_updates(tensor):
             updates = steps.main.staging.updates[parameter.dtype]

@@ -159,7 +159,7 @@ class StepSlot(abc.ABC):
         if segment is None or step.replay:
             return
         self.hold(step)
-        if not segment.dirty:
+        if not segment.is_dirty:
             # Else the last reply would be taken for a gradient, or the last gradient once more.
             raise OptserveError(
                 Reason.MISSING_CHUNK,
@@ -170,19 +170,19 @@ class StepSlot(abc.ABC):
         if self.retained:
             self.retained.intact = False
         # Taken once: whoever does not write again has nothing more to be taken.
-        segment.clean()
-        self.staging.take_from(segment, step.payload, step.largest)
+        segment.clear_dirty()
+        self.staging.take_gradients(segment, step.payload, step.largest)
         step.taken_whole = True
 
     def check_replay(self, step: Step) -> None:
         """Raise REPLY_OVERFLOW unless the reply that is to be given again fits the wire, which may be another one."""
-        if step.answers is not NATIVE:
+        if step.reply_wires is not NATIVE:
             check_reply(self._state, step.payload, step.reply_source)
 
     def give_shared(self, step: Step, number: int) -> None:
         """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
         if step.segment and step.replies is not NOTHING:
-            self.staging.give_to(step.segment, step.payload, number, step.reply_source)
+            self.staging.write_reply(step.segment, step.payload, number, step.reply_source)
 
     # What the step that holds the buffer asks for.
 
@@ -212,7 +212,7 @@ class StepSlot(abc.ABC):
     def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
         """See Holder."""
         with self.lock:
-            elements = self.hold(step).give(step.reply_source, run, begin, end)
+            elements = self.hold(step).to_wire(step.reply_source, run, begin, end)
             tensor, offset = step.payload.locate(begin)
             # Used under the lock: nobody writes there meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
@@ -271,7 +271,7 @@ class ClientSlot(StepSlot):
     def look_for_overwriting(self) -> None:
         """See StepSlot. Where the buffer is the segment, a reply lies where the client writes."""
         segment = self._staging.segment
-        if segment and self.retained and self._staging.in_place and segment.dirty:
+        if segment and self.retained and self._staging.in_place and segment.is_dirty:
             self.retained.intact = False
 
     def share(self, *, may_be_in_place: bool) -> Segment | None:

@@ -115,7 +115,7 @@ class Steps:
             self._check_worker(worker)
             step_slot = self.workers.attach(worker, stream, life).step_slot if worker else self.main
             retained = step_slot.retained
-            selection = retained.selection.within(self._state.layout) if retained else ALL
+            selection = retained.selection.normalized(self._state.layout) if retained else ALL
             return self.step, step_slot.last_request_id, selection, self.lineage
 
     def _check_worker(self, worker: str) -> None:
@@ -169,7 +169,7 @@ class Steps:
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self.payloads.of(repeated.selection if repeated else request.selection, request.wire)
+        payload = self.payloads.payload_for(repeated.selection if repeated else request.selection, request.wire)
         if request.segment is None:
             step_slot.stage_apart()
         step = Step(
@@ -209,7 +209,7 @@ class Steps:
             if self.main.holder and self.main.holder.request_id != request_id:
                 self.main.evict_if_idle()
             self.main.staging.leave_segment()
-            payload, operands = self.payloads.of(ALL, wire), (Operand.PARAMETER,)
+            payload, operands = self.payloads.payload_for(ALL, wire), (Operand.PARAMETER,)
             step = Step(self.main, StepRequest(request_id, reply=NOTHING), payload, operands, replay=placed)
             self.main.take_over(step)
             self.main.holder = step
@@ -225,7 +225,7 @@ class Steps:
     def payload(self, selection: Selection, wire: np.dtype | None) -> Payload:
         """The payload of some of the parameters; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
         with self._lock:
-            return self.payloads.of(selection, wire)
+            return self.payloads.payload_for(selection, wire)
 
     def share(self) -> Segment | None:
         """Share memory with a client on this host; None if another client has that, or there is no room for it.

@@ -11,7 +11,7 @@ import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overlap, TooManyFragments
-from optserve_server.numerics.headroom import NATIVE, Answers
+from optserve_server.numerics.headroom import NATIVE, ReplyWires
 from optserve_server.numerics.layout import ALL, Arenas, Largest, Operand, Payload, Run, Selection
 from optserve_server.numerics.shared_segment import Segment
 
@@ -174,12 +174,12 @@ class Step:
         return 0 if self.replies is NOTHING else self.payload.size_bytes
 
     @property
-    def answers(self) -> Answers:
+    def reply_wires(self) -> ReplyWires:
         """How its reply is read."""
         narrow = self.payload.narrow
         if narrow is None or self.replies is NOTHING:
             return NATIVE
-        return Answers(updates=(narrow,)) if self.replies is UPDATES else Answers(parameters=(narrow,))
+        return ReplyWires(updates=(narrow,)) if self.replies is UPDATES else ReplyWires(parameters=(narrow,))
 
     def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
         """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
@@ -201,7 +201,7 @@ class Step:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"The method of this optimizer takes no {operand.value}.", field="operand"
             )
-        place = self.payload.places.get(tensor)
+        place = self.payload.byte_ranges.get(tensor)
         if place is None:
             raise OptserveError(
                 Reason.UNKNOWN_PARAMETER,
@@ -211,9 +211,11 @@ class Step:
             )
         position = place[0] + offset
         if position > place[1]:
-            raise self.payload.misfit(tensor, offset, "begins beyond the end of its tensor")
+            raise self.payload.out_of_bounds(tensor, offset, "begins beyond the end of its tensor")
         if position + len(data) > self.payload.size_bytes:
-            raise self.payload.misfit(tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step")
+            raise self.payload.out_of_bounds(
+                tensor, offset, f"reaches {len(data)} bytes, beyond the last tensor of the step"
+            )
         try:
             self._holder.stage(self, position, data, operand)
         except Overlap as overlap:

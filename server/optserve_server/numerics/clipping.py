@@ -14,13 +14,13 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.layout import Payload
 
 BLOCK = 1 << 16
-"""Elements whose squares are summed at a time, in float64. The order is fixed, so that the sum is always the same."""
+"""Elements whose squares are summed at once, in float64. The order is fixed, so that the sum is always the same."""
 
 _MOST = float(np.finfo(np.float64).max)
 
 
 class _Norm(NamedTuple):
-    """The norm unit * ratio. Both are finite, which their product need not be."""
+    """The norm unit * ratio. Both factors are finite; their product may be infinite."""
 
     unit: float
     ratio: float
@@ -32,7 +32,7 @@ class _Norm(NamedTuple):
 
 
 class _Scaled(NamedTuple):
-    """A part of a run that is divided by `divisor`, a power of two, unless that is 1, and then multiplied."""
+    """A part of a run that is divided by `divisor`, a power of two, and then multiplied by `factor`."""
 
     start: int
     stop: int
@@ -45,9 +45,9 @@ class Clip:
     """What clipping does to the gradient of one step.
 
     Attributes:
-        norm: That over all tensors of the step before clipping, at most the largest float64; None where not needed.
-        bound: Of every element afterwards. A norm is met but for rounding, and so is this.
-        by_value: Whether that is all.
+        norm: The norm over all tensors of the step before clipping, at most the largest float64; None if not needed.
+        bound: Largest magnitude of an element after clipping, up to rounding.
+        by_value: Whether each element is clipped by itself.
         scaled: Otherwise, the parts of each run that are scaled down.
     """
 
@@ -56,13 +56,13 @@ class Clip:
     by_value: bool
     scaled: Sequence[Sequence[_Scaled]] = ()
 
-    def apply(self, turn: int, start: int, gradient: np.ndarray) -> None:
-        """Clip, in place, a part of the run number `turn` of the payload, from the run's element `start` on."""
+    def apply(self, run_number: int, start: int, gradient: np.ndarray) -> None:
+        """Clip, in place, a part of one run of the payload, from the run's element `start` on."""
         if self.by_value:
             bound = gradient.dtype.type(min(self.bound, float(np.finfo(gradient.dtype).max)))
             np.clip(gradient, -bound, bound, out=gradient)
             return
-        for scaled in self.scaled[turn]:
+        for scaled in self.scaled[run_number]:
             low, high = max(scaled.start - start, 0), min(scaled.stop - start, gradient.size)
             if low < high:
                 part = gradient[low:high]
@@ -70,20 +70,21 @@ class Clip:
                     np.divide(part, part.dtype.type(scaled.divisor), out=part)
                 np.multiply(part, part.dtype.type(scaled.factor), out=part)
 
-    def within(self, parts: Iterable[tuple[int, int, int]]) -> Clip:
-        """The same, where only parts of the runs are there to be clipped, each in the place of a run.
+    def for_parts(self, parts: Iterable[tuple[int, int, int]]) -> Clip:
+        """The same clipping for some parts of the runs, each of which then counts as a run.
 
         Args:
             parts: (number of the run, first element in it, element after the last) of each part.
         """
         return self if self.by_value else replace(self, scaled=[self._scaled_in(*part) for part in parts])
 
-    def _scaled_in(self, turn: int, start: int, stop: int) -> list[_Scaled]:
-        """What is scaled of a part of a run, as seen from its first element."""
+    def _scaled_in(self, run_number: int, start: int, stop: int) -> list[_Scaled]:
+        """The scaled parts within a part of a run, counted from its first element."""
         found: list[_Scaled] = []
-        # A run has as many of them as tensors, and may be in as many parts.
-        for position in range(bisect_right(self.scaled[turn], start, key=lambda s: s.stop), len(self.scaled[turn])):
-            scaled = self.scaled[turn][position]
+        of_run = self.scaled[run_number]
+        # Found by bisection, because a run may have many scaled parts, and may be divided into many parts.
+        for position in range(bisect_right(of_run, start, key=lambda s: s.stop), len(of_run)):
+            scaled = of_run[position]
             if scaled.start >= stop:
                 break
             found.append(scaled._replace(start=scaled.start - start, stop=scaled.stop - start))
@@ -118,31 +119,33 @@ class Clipping:
             )
 
     def measure(self, payload: Payload, gradients: Sequence[np.ndarray]) -> Clip:
-        """Find out what is to be done to a step's gradient, without doing it.
+        """Compute the clipping of a step's gradient, without applying it.
 
         Args:
-            payload: Says which tensors take part.
-            gradients: Theirs, run by run; finite.
+            payload: The parameters of the step.
+            gradients: Finite arrays, one for each run of the payload.
         """
         if self.kind == "value":
             return Clip(None, self.bound, True)
         tensors = list(_tensors(payload, gradients))
-        norms = [_norm(gradients[turn][start:stop]) for turn, start, stop in tensors]
+        norms = [_norm(gradients[run_number][start:stop]) for run_number, start, stop in tensors]
         total = _norm_of_norms(norms)
         scaled: list[list[_Scaled]] = [[] for _ in gradients]
-        for (turn, start, stop), own in zip(tensors, norms, strict=True):
+        for (run_number, start, stop), own in zip(tensors, norms, strict=True):
             norm = total if self.kind == "global_norm" else own
             if norm.value > self.bound:
-                scaled[turn].append(_Scaled(start, stop, *_factors(self.bound, norm, gradients[turn].dtype)))
+                scaled[run_number].append(
+                    _Scaled(start, stop, *_factors(self.bound, norm, gradients[run_number].dtype))
+                )
         return Clip(min(total.value, _MOST), self.bound, False, scaled)
 
 
 def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
     """(number of the run, first element in it, element after the last) of each tensor, in the order of the payload."""
-    for turn, run in enumerate(payload.runs[: len(gradients)]):
+    for run_number, run in enumerate(payload.runs[: len(gradients)]):
         for index in payload.tensors_of(run):
             start = payload.layout.starts[index] - run.start
-            yield turn, start, start + payload.layout.parameters[index].size
+            yield run_number, start, start + payload.layout.parameters[index].size
 
 
 def _factors(bound: float, norm: _Norm, dtype: np.dtype) -> tuple[float, float]:
@@ -171,15 +174,15 @@ def _norm(array: np.ndarray) -> _Norm:
     """The Euclidean norm."""
     norm = math.sqrt(_sum_of_squares(array, 1.0))
     if math.isfinite(norm):
-        # No bound is as small as a norm whose squares vanish.
+        # Squares of very small elements vanish, but no bound is as small as the norm of these.
         return _Norm(1.0, norm)
-    # The squares are beyond float64, which the norm itself need not be.
+    # The squares overflow float64; the norm itself may not.
     largest = float(np.abs(array).max())
     return _Norm(largest, math.sqrt(_sum_of_squares(array, largest)))
 
 
 def _sum_of_squares(array: np.ndarray, unit: float) -> float:
-    """That of the elements in a unit. Not fsum, which raises where the sum is infinite."""
+    """The sum of the squares of element / unit. Not by fsum, which raises if the sum is infinite."""
     blocks = (array[start : start + BLOCK].astype(np.float64) for start in range(0, array.size, BLOCK))
     with np.errstate(over="ignore"):
         return sum(float(np.square(block / unit).sum()) for block in blocks)

@@ -1,6 +1,6 @@
-"""How the gradients of several workers on one optimizer come together: one strategy for each kind.
+"""When a worker's step is applied, and of which gradients: one strategy for each kind of consistency.
 
-A strategy decides; who waits, and on what, is `engine/workers/coordinator.py`'s.
+A strategy decides; `engine/workers` makes the workers wait.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 LEASE_S = 30.0
 MAX_WORKERS = 4096
-"""Most that one step can need."""
+"""Most workers whose gradients can make one step."""
 
 _WRITTEN: dict[str, Any] = {
     "staleness": 0, "workers": 0, "backup_workers": 0, "lease_s": LEASE_S, "scale_by_staleness": False,
 }  # fmt: skip
-"""What is written down of each kind, in this order: servers of earlier versions read the fields of all of them."""
+"""The fields that are written down for every kind, in this order, because earlier servers read all of them."""
 
 _Worker = TypeVar("_Worker")
 
 
-class Crowd(Protocol):
-    """The workers, as a strategy sees them."""
+class WorkerClocks(Protocol):
+    """The numbers of steps that the workers have made."""
 
     def slowest(self, default: int) -> int:
-        """The least number of steps that one of those alive has made; `default` where none is."""
+        """The least number of steps that a live worker has made; `default` if no worker is alive."""
         ...
 
 
@@ -46,9 +46,9 @@ class Consistency(abc.ABC):
     Attributes:
         kind: Its name in the contract.
         waits: Whether a worker's commit may wait for other workers.
-        lease_s: How long a worker lives after its last report.
-        scale_by_staleness: Divide the learning rate by 1 + the steps applied since the x that the gradient was taken
-            at (Zhang et al., arXiv:1511.05950). Not the gradient: most rules would scale that up again.
+        lease_s: Seconds for which a worker counts as alive after its last report.
+        scale_by_staleness: Divide the learning rate by 1 + the staleness of the gradient (Zhang et al.,
+            arXiv:1511.05950). The gradient itself is not divided: most rules would cancel that.
     """
 
     kind: ClassVar[str]
@@ -57,7 +57,7 @@ class Consistency(abc.ABC):
     lease_s: float = LEASE_S
     scale_by_staleness: bool = False
 
-    # What is checked when it is set.
+    # Checks of the settings.
 
     def check(self) -> None:
         """Raise INVALID_FIELD for impossible values."""
@@ -68,89 +68,89 @@ class Consistency(abc.ABC):
                 field="optimizer.consistency.lease",
             )
 
-    def check_room(self, gradient_bytes: int, config: ServerConfig) -> None:  # noqa: B027
-        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room.
+    def check_capacity(self, gradient_bytes: int, config: ServerConfig) -> None:  # noqa: B027
+        """Raise INVALID_FIELD if a step needs more workers than can be connected, or more bytes than the limits allow.
 
         Args:
-            gradient_bytes: What one worker's buffer takes.
-            config: The server's.
+            gradient_bytes: Bytes of one worker's buffer.
+            config: The server's settings.
         """
 
-    # What is decided for each gradient.
+    # Decisions about each gradient.
 
     @property
     def needed(self) -> int:
-        """Workers that must be alive, so that one of them can expect to be done with waiting."""
+        """Least number of live workers with which a step can be applied."""
         return 0
 
     def check_gradient(self, name: str, taken_at: int, step: int) -> None:  # noqa: B027
-        """Raise GRADIENT_LATE for one that cannot become a step any more.
+        """Raise GRADIENT_LATE for a gradient that can no longer be applied.
 
         Args:
-            name: The optimizer's, for messages.
-            taken_at: Step of the x that it was taken at.
-            step: The present one.
+            name: The optimizer's name, for messages.
+            taken_at: The step of the x at which the gradient was taken.
+            step: The present step.
         """
 
     def check_alike(self, selection: Selection, others: Iterable[Selection]) -> None:  # noqa: B027
-        """Raise INVALID_FIELD for one of other tensors than those with which it is to be merged.
+        """Raise INVALID_FIELD if a gradient has other parameters than the gradients that it is merged with.
 
         Args:
-            selection: What it is of.
-            others: Those of the gradients that are there.
+            selection: The parameters of the gradient.
+            others: The selections of the gradients that have arrived.
         """
 
     @abc.abstractmethod
-    def may_apply(self, clock: int, arrived: int, crowd: Crowd) -> bool:
-        """Whether a step can be applied now that a worker's gradient is there.
+    def may_apply(self, clock: int, arrived: int, clocks: WorkerClocks) -> bool:
+        """Whether a step can be applied now that a worker's gradient has arrived.
 
         Args:
             clock: Steps that this worker has made.
-            arrived: Gradients that are there and not applied, its own included.
-            crowd: All workers.
+            arrived: Number of gradients that have arrived and are not applied, this one included.
+            clocks: The steps that all workers have made.
         """
 
-    def taken(self, worker: _Worker, arrived: Collection[_Worker]) -> Collection[_Worker]:  # noqa: ARG002
-        """Those whose gradients become the step that may be applied.
+    def contributors(self, worker: _Worker, arrived: Collection[_Worker]) -> Collection[_Worker]:  # noqa: ARG002
+        """The workers whose gradients make the step that may be applied.
 
         Args:
-            worker: Whose gradient has come last.
-            arrived: All whose gradients are there.
+            worker: The worker whose gradient has arrived last.
+            arrived: All workers whose gradients have arrived.
         """
         return (worker,)
 
-    def merge(self, payload: Payload, gradients: Sequence[Gradient], room: Callable[[], Staging]) -> Gradient:  # noqa: ARG002
-        """One gradient of those that are taken.
+    def merge(self, payload: Payload, gradients: Sequence[Gradient], make_buffer: Callable[[], Staging]) -> Gradient:  # noqa: ARG002
+        """Merge the gradients of the contributors into one.
 
         Args:
-            payload: What takes part, in all of them.
-            gradients: In an order that does not depend on when they came.
-            room: Gives a buffer for what is made of them.
+            payload: The parameters, the same for all gradients.
+            gradients: In an order that does not depend on the order of arrival.
+            make_buffer: Makes the buffer for the result.
         """
         return gradients[0]
 
     def scaled_by(self, staleness: int) -> int:
-        """By how many steps of staleness the learning rate is divided, for a gradient that is so many steps old."""
+        """The staleness by which the learning rate is divided: that of the gradient, or 0."""
         return staleness if self.scale_by_staleness else 0
 
     @abc.abstractmethod
-    def frees_others(self, clock: int, crowd: Crowd) -> bool:
-        """Whether a step may have let others go on that waited.
+    def may_wake_others(self, clock: int, clocks: WorkerClocks) -> bool:
+        """Whether workers that wait may be able to go on after a step.
 
         Args:
-            clock: Steps that its worker has made, this one included.
-            crowd: All workers.
+            clock: Steps that the step's worker has made, this one included.
+            clocks: The steps that all workers have made.
         """
 
-    # Its form in messages and on disk.
+    # The form in messages and on disk.
 
     def values(self) -> dict[str, Any]:
-        """What is of this kind alone, by field name."""
+        """The fields of this kind alone, by name."""
         common = {item.name for item in fields(Consistency)}
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in common}
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The form on disk."""
         return {
             "kind": self.kind,
             **{name: getattr(self, name, absent) for name, absent in _WRITTEN.items()},
@@ -158,13 +158,13 @@ class Consistency(abc.ABC):
         }
 
     @classmethod
-    def names(cls) -> set[str]:
-        """All that may be written down of it."""
+    def field_names(cls) -> set[str]:
+        """Names of all fields that the form on disk may have."""
         return {"kind", *_WRITTEN, *(item.name for item in fields(cls))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The reverse of `to_json`; what is written down of other kinds is left out."""
+        """The reverse of `to_json`; it ignores the fields of other kinds."""
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -176,34 +176,34 @@ class AsyncConsistency(Consistency):
     kind = "async"
     waits = False
 
-    def may_apply(self, clock: int, arrived: int, crowd: Crowd) -> bool:  # noqa: ARG002
+    def may_apply(self, clock: int, arrived: int, clocks: WorkerClocks) -> bool:  # noqa: ARG002
         """Always."""
         return True
 
-    def frees_others(self, clock: int, crowd: Crowd) -> bool:  # noqa: ARG002
-        """Nobody waits."""
+    def may_wake_others(self, clock: int, clocks: WorkerClocks) -> bool:  # noqa: ARG002
+        """Never, because nobody waits."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedConsistency(Consistency):
-    """Likewise, but a worker that has made more than `staleness` steps more than the slowest live one waits.
+    """As async, but a worker that is more than `staleness` steps ahead of the slowest live one waits.
 
     Attributes:
-        staleness: In steps of a worker.
+        staleness: Steps that a worker may be ahead.
     """
 
     kind = "bounded"
 
     staleness: int = 0
 
-    def may_apply(self, clock: int, arrived: int, crowd: Crowd) -> bool:  # noqa: ARG002
+    def may_apply(self, clock: int, arrived: int, clocks: WorkerClocks) -> bool:  # noqa: ARG002
         """Unless the worker is too far ahead."""
-        return clock - crowd.slowest(clock) <= self.staleness
+        return clock - clocks.slowest(clock) <= self.staleness
 
-    def frees_others(self, clock: int, crowd: Crowd) -> bool:
-        """Where its worker was the last of the slowest."""
-        return crowd.slowest(clock) >= clock
+    def may_wake_others(self, clock: int, clocks: WorkerClocks) -> bool:
+        """If no live worker is slower than this one now."""
+        return clocks.slowest(clock) >= clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +230,14 @@ class SyncConsistency(Consistency):
             )
         super().check()
 
-    def check_room(self, gradient_bytes: int, config: ServerConfig) -> None:
-        """See Consistency. The gradients of a step are all there at a time."""
+    def check_capacity(self, gradient_bytes: int, config: ServerConfig) -> None:
+        """See Consistency. All gradients of a step are in memory at the same time."""
         wanted = self.workers * gradient_bytes
         if self.workers > 1 and wanted > config.max_optimizer_staged_bytes:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                f"The gradients of {self.workers} workers take {wanted} bytes at a time; this server has room "
-                f"for {config.max_optimizer_staged_bytes} (max_optimizer_staged_bytes).",
+                f"The gradients of {self.workers} workers take {wanted} bytes at a time; this server allows "
+                f"{config.max_optimizer_staged_bytes} (max_optimizer_staged_bytes).",
                 field="optimizer.consistency.sync.workers",
             )
         if self.workers + self.backup_workers >= config.max_streams:
@@ -254,34 +254,34 @@ class SyncConsistency(Consistency):
         return self.workers
 
     def check_gradient(self, name: str, taken_at: int, step: int) -> None:
-        """See Consistency. All of a step are taken at the same x."""
+        """See Consistency. All gradients of a step are taken at the same x."""
         if taken_at != step:
             raise refusals.gradient_late(name, step, taken_at)
 
     def check_alike(self, selection: Selection, others: Iterable[Selection]) -> None:
         """See Consistency."""
-        # All of them are alike.
+        # The gradients that have arrived have the same selection, so one comparison is enough.
         if next(iter(others), selection) != selection:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                "The gradients of one step are of the same parameters; other workers' are of others.",
+                "All gradients of one step must be of the same parameters; those of other workers are of other ones.",
                 field="tensors",
             )
 
-    def may_apply(self, clock: int, arrived: int, crowd: Crowd) -> bool:  # noqa: ARG002
-        """Once W are there."""
+    def may_apply(self, clock: int, arrived: int, clocks: WorkerClocks) -> bool:  # noqa: ARG002
+        """Once W gradients have arrived."""
         return arrived >= self.workers
 
-    def taken(self, worker: _Worker, arrived: Collection[_Worker]) -> Collection[_Worker]:  # noqa: ARG002
-        """All that are there."""
+    def contributors(self, worker: _Worker, arrived: Collection[_Worker]) -> Collection[_Worker]:  # noqa: ARG002
+        """All workers whose gradients have arrived."""
         return arrived
 
-    def merge(self, payload: Payload, gradients: Sequence[Gradient], room: Callable[[], Staging]) -> Gradient:
+    def merge(self, payload: Payload, gradients: Sequence[Gradient], make_buffer: Callable[[], Staging]) -> Gradient:
         """Their mean."""
-        return merge(payload, gradients, room())
+        return merge(payload, gradients, make_buffer())
 
-    def frees_others(self, clock: int, crowd: Crowd) -> bool:  # noqa: ARG002
-        """The others whose gradients it has."""
+    def may_wake_others(self, clock: int, clocks: WorkerClocks) -> bool:  # noqa: ARG002
+        """Always: the other contributors wait for the step."""
         return True
 
 

@@ -1,4 +1,4 @@
-"""The gradients of several workers, which are applied as one step: their mean."""
+"""The mean of the gradients of several workers, which are applied as one step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from optserve_server.numerics.staging import Staging
 
 BLOCK = 1 << 16
-"""Elements of a mean that are scaled at a time."""
+"""Elements of a mean that are scaled at once."""
 
 
 class Gradient(NamedTuple):
-    """What one step brings, or several workers' together.
+    """The operands of one step, or the mean of those of several workers.
 
     Attributes:
-        staging: The buffer that holds it.
-        largest: Magnitudes of its operands.
+        staging: The buffer that holds them.
+        largest: The largest magnitude of each operand.
     """
 
     staging: Staging
@@ -33,29 +33,29 @@ def merge(payload: Payload, gradients: Sequence[Gradient], target: Staging) -> G
     """Put the mean of the operands of several steps into a buffer.
 
     Args:
-        payload: What takes part, in all of them.
-        gradients: Theirs, in an order that does not depend on when they came.
-        target: Takes the mean.
+        payload: The parameters, the same for all gradients.
+        gradients: In an order that does not depend on the order of arrival.
+        target: The buffer for the mean.
     """
-    largest = {key: max(given.largest[key] for given in gradients) for key in gradients[0].largest}
+    largest = {key: max(gradient.largest[key] for gradient in gradients) for key in gradients[0].largest}
     for operand, arenas in target.operands.items():
-        for turn, part in enumerate(payload.parts(arenas)):
-            parts = [payload.parts(given.staging.operands[operand])[turn] for given in gradients]
+        for run_number, part in enumerate(payload.parts(arenas)):
+            parts = [payload.parts(gradient.staging.operands[operand])[run_number] for gradient in gradients]
             mean(parts, part, largest[operand, part.dtype])
     # Rounding can make the mean a little larger than all of its parts.
     return Gradient(target, {key: 1.001 * value for key, value in largest.items()})
 
 
 def mean(parts: Sequence[np.ndarray], target: np.ndarray, largest: float) -> None:
-    """The mean of several workers' gradients, summed in the order in which they are given.
+    """The mean of several workers' gradients, summed in the given order.
 
-    Where the sum could be beyond the dtype, which the mean never is, it is taken in a smaller unit, a power of two: the
-    same bits, but for elements so small that they lose digits by that.
+    If the sum could overflow, it is computed in a smaller unit, a power of two. This gives the same bits, except for
+    elements that are so small that they lose digits in that unit.
 
     Args:
-        parts: One array for each worker.
-        target: Takes the mean.
-        largest: No element of the parts has a larger magnitude.
+        parts: One flat array for each worker.
+        target: The array for the mean.
+        largest: The largest magnitude of any element.
     """
     count = target.dtype.type(len(parts))
     if len(parts) * largest <= float(np.finfo(target.dtype).max) / 2:

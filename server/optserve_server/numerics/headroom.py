@@ -1,8 +1,8 @@
-"""For how many steps nothing can become infinite, worked out from bounds, so that most steps need no look at the data.
+"""Computes from bounds for how many steps nothing can become infinite, so that most steps need no pass over the state.
 
-A rule bounds its own results (`Rule.bounds`). From the extremes of the slots, once measured, some steps ahead are
-bounded with gradients larger than those that have come; while theirs are no larger, a step costs a comparison. Nothing
-here is exact: what is not covered may still be good, and is tried out, see `trial.py`.
+`Rule.bounds` bounds the results of a rule. From the measured extremes of the slots, the next steps are bounded for
+gradients larger than the present ones. As long as gradients stay below, a step costs one comparison. The bounds are not
+exact: a step that they do not cover may still be good, and is checked by a trial, see `trial.py`.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.rules.base import NUMBERS, Interval, Scalars
 
 LOOK_AHEAD = (64, 32, 8)
-"""How many steps are looked ahead at a time, the most first. For fewer, the state is looked at."""
+"""Numbers of steps to bound at once, in the order of the tries. If fewer are covered, the state is measured anew."""
 ENDLESS = 1 << 62
-"""Steps where none changes any bound."""
+"""Number of steps that are covered if no step changes a bound."""
 SLACK = 1 + 2e-6
 """Bounds are computed in float64, and widened for each step by more than float32 loses in the operations of a rule."""
-GENEROUS = (8.0, 2.0, SLACK)
-"""So many times larger the gradients of the steps ahead may be, the most first."""
+GRADIENT_FACTORS = (8.0, 2.0, SLACK)
+"""How many times larger the gradients of the next steps may be, in the order of the tries."""
 
 
-class Answers(NamedTuple):
-    """The wire dtypes in which a step's reply is read that are narrower than the state's.
+class ReplyWires(NamedTuple):
+    """The wire dtypes of a step's reply that are narrower than the state's.
 
     Attributes:
-        updates: Where the reply has the updates.
-        parameters: Where it has x.
+        updates: If the reply has the updates.
+        parameters: If the reply has x.
     """
 
     updates: tuple[np.dtype, ...] = ()
     parameters: tuple[np.dtype, ...] = ()
 
 
-NATIVE = Answers()
-"""What is computed, as it is."""
+NATIVE = ReplyWires()
+"""A reply in the state's own dtypes, or none."""
 
 
 class Bounds(NamedTuple):
-    """Of one dtype's state.
+    """The bounds of the state of one dtype.
 
     Attributes:
-        slots: In which the elements of each lie.
-        parameters: The largest magnitude of x; 0 where it is not hosted.
+        slots: The interval of each slot's elements.
+        parameters: The largest magnitude of x; 0 in delta mode.
     """
 
     slots: tuple[Interval, ...]
@@ -64,8 +64,8 @@ class Headroom:
     """Follows the bounds of one optimizer.
 
     Args:
-        measure: Looks at the state.
-        hosted: Whether it has x.
+        measure: Measures the bounds of the state, in one pass over it.
+        hosted: Whether the state has x.
     """
 
     def __init__(self, measure: Callable[[], dict[np.dtype, Bounds]], *, hosted: bool) -> None:
@@ -73,86 +73,89 @@ class Headroom:
         self._hosted = hosted
         self._rule: type[Rule] = Rule
         self._scalars: Mapping[np.dtype, Sequence[Scalars]] = {}
-        # The bounds before some steps with operands of at most `_admitted`, and how many of these have been made.
+        # `_begin` are the bounds before the first of `_steps_covered` steps, with operands of at most `_admitted`;
+        # `_steps_made` of them have been made.
         self._begin: dict[np.dtype, Bounds] | None = None
-        self._taken = self._covered = 0
+        self._steps_made = self._steps_covered = 0
         self._admitted: Largest = {}
         self._limits: dict[np.dtype, _Limits] = {}
 
     def set(self, rule: type[Rule], scalars: Mapping[np.dtype, Sequence[Scalars]]) -> None:
-        """Take other constants.
+        """Set the constants of the rule.
 
         Args:
             rule: The method.
-            scalars: The constants of each rule without a schedule, by whose factor a learning rate only becomes
-                smaller, rounded to the dtype.
+            scalars: The constants of each group's rule, rounded to the dtype, without a schedule. (A schedule only
+                makes a learning rate smaller.)
         """
         self._rule, self._scalars = rule, {dtype: list(dict.fromkeys(rows)) for dtype, rows in scalars.items()}
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """The state has changed by something else than a step that was covered."""
+    def reset(self) -> None:
+        """Forget the bounds: the state was changed by something else than a covered step."""
         self._begin = None
-        self._taken = self._covered = 0
+        self._steps_made = self._steps_covered = 0
 
-    def covers(self, largest: Largest, answers: Answers) -> bool:
-        """Whether a step leaves everything finite, and its reply too; it then counts as made.
+    def covers(self, largest: Largest, reply_wires: ReplyWires) -> bool:
+        """Whether bounds show that a step leaves the state and its reply finite. If so, the step counts as made.
 
         Args:
-            largest: Of its operands, once clipped.
-            answers: How its reply is read.
+            largest: The largest magnitudes of its operands, after clipping.
+            reply_wires: The wire dtypes of its reply.
         """
-        if self._taken >= self._covered or (answers is not NATIVE and not self._answers(answers)):
-            return self._look_ahead(largest, answers)
+        if self._steps_made >= self._steps_covered or (
+            reply_wires is not NATIVE and not self._within_reply_limits(reply_wires)
+        ):
+            return self._look_ahead(largest, reply_wires)
         admitted = self._admitted
         for key, value in largest.items():
             if not value <= admitted.get(key, -1.0):
-                return self._look_ahead(largest, answers)
-        self._taken += 1
+                return self._look_ahead(largest, reply_wires)
+        self._steps_made += 1
         return True
 
-    def _answers(self, answers: Answers) -> bool:
-        """Whether the steps ahead keep within the limits of a reply."""
-        wanted = {dtype: _limits(dtype, answers) for dtype in self._limits}
+    def _within_reply_limits(self, reply_wires: ReplyWires) -> bool:
+        """Whether the covered steps stay within the limits of a reply."""
+        wanted = {dtype: _limits(dtype, reply_wires) for dtype in self._limits}
         return all(
             self._limits[dtype].update <= limits.update and self._limits[dtype].parameters <= limits.parameters
             for dtype, limits in wanted.items()
         )
 
-    def _look_ahead(self, largest: Largest, answers: Answers) -> bool:
-        """Look ahead anew: from what is known, or else from a look at the state."""
-        limits = {dtype: _limits(dtype, answers) for dtype in self._scalars}
-        known = self._after(self._begin, self._admitted, self._limits, self._taken) if self._begin else None
-        generous = self._generous(largest)
-        if known and any(self._goes_on(known, generous, limits, steps) for steps in LOOK_AHEAD):
+    def _look_ahead(self, largest: Largest, reply_wires: ReplyWires) -> bool:
+        """Cover more steps: from the known bounds, or else from measured ones."""
+        limits = {dtype: _limits(dtype, reply_wires) for dtype in self._scalars}
+        known = self._after(self._begin, self._admitted, self._limits, self._steps_made) if self._begin else None
+        generous = self._enlarged(largest)
+        if known and any(self._covers_steps(known, generous, limits, steps) for steps in LOOK_AHEAD):
             return True
         measured = self._measure()
-        # Rather smaller gradients than fewer steps: one that was very large may have been the only one.
-        admitted = [generous, *({key: factor * value for key, value in largest.items()} for factor in GENEROUS)]
-        if any(self._goes_on(measured, most, limits, steps) for steps in (*LOOK_AHEAD, 1) for most in admitted):
+        # Smaller gradients are tried before fewer steps: a very large gradient may have been the only one.
+        admitted = [generous, *({key: factor * value for key, value in largest.items()} for factor in GRADIENT_FACTORS)]
+        if any(self._covers_steps(measured, most, limits, steps) for steps in (*LOOK_AHEAD, 1) for most in admitted):
             return True
-        self.forget()
+        self.reset()
         return False
 
-    def _generous(self, largest: Largest) -> Largest:
-        """As much as ever came, also of dtypes that take no part now, and more than what comes now."""
-        more = {key: max(GENEROUS[0] * value, self._admitted.get(key, 0.0)) for key, value in largest.items()}
+    def _enlarged(self, largest: Largest) -> Largest:
+        """Magnitudes to admit: the largest so far, and more than the present ones."""
+        more = {key: max(GRADIENT_FACTORS[0] * value, self._admitted.get(key, 0.0)) for key, value in largest.items()}
         return self._admitted | more
 
-    def _goes_on(
+    def _covers_steps(
         self, begin: dict[np.dtype, Bounds], admitted: Largest, limits: dict[np.dtype, _Limits], steps: int
     ) -> bool:
-        """Whether so many steps from these bounds on are covered; the first counts as made then."""
+        """Whether `steps` steps from these bounds on are covered. If so, the first counts as made."""
         if self._after(begin, admitted, limits, steps) is None:
             return False
         self._begin, self._admitted, self._limits = begin, admitted, limits
-        self._taken, self._covered = 1, steps if self._rule.slots or self._hosted else ENDLESS
+        self._steps_made, self._steps_covered = 1, steps if self._rule.slots or self._hosted else ENDLESS
         return True
 
     def _after(
         self, before: dict[np.dtype, Bounds], admitted: Largest, limits: dict[np.dtype, _Limits], steps: int
     ) -> dict[np.dtype, Bounds] | None:
-        """The bounds after some steps, each of all or some parameters; None if something may be beyond its limit."""
+        """The bounds after `steps` steps of all or some parameters; None if something may exceed its limit."""
         after: dict[np.dtype, Bounds] = {}
         slack = SLACK ** min(steps, LOOK_AHEAD[0])
         for dtype, bounds in before.items():
@@ -164,36 +167,39 @@ class Headroom:
             numbers, slots, update = NUMBERS[dtype], bounds.slots, 0.0
             for scalars in self._scalars[dtype]:
                 found = self._rule.bounds(numbers, gradient, curvature, bounds.slots, scalars, steps)
-                # In this form it holds for NaN as well.
+                # `not <=` also catches NaN.
                 if found is None or not found[0] * slack <= limits[dtype].update:
                     return None
                 update = max(update, found[0] * slack)
                 slots = tuple(_widened(*pair, slack, numbers.tiny) for pair in zip(slots, found[1], strict=True))
             parameters = (bounds.parameters + steps * update) * slack if self._hosted else 0.0
-            if not (parameters <= limits[dtype].parameters and all(_reach(slot) <= numbers.most for slot in slots)):
+            if not (
+                parameters <= limits[dtype].parameters
+                and all(_largest_magnitude(slot) <= numbers.most for slot in slots)
+            ):
                 return None
             after[dtype] = Bounds(slots, parameters)
         return after
 
 
 def _widened(known: Interval, found: Interval, slack: float, tiny: float) -> Interval:
-    """Both intervals, the one that was found with all that rounding may add to it."""
+    """An interval around `known` and `found`, where `found` is widened by what rounding may add."""
     low, high = found
-    # What is never negative is never rounded to something negative.
+    # A number that is not negative is never rounded to a negative one.
     low = low if low >= 0 else low * slack - tiny
     return min(known[0], low), max(known[1], high * slack + tiny)
 
 
-def _reach(interval: Interval) -> float:
+def _largest_magnitude(interval: Interval) -> float:
     """The largest magnitude in an interval; NaN if there is one."""
     low, high = interval
     return high if high >= -low else -low
 
 
-def _limits(dtype: np.dtype, answers: Answers) -> _Limits:
+def _limits(dtype: np.dtype, reply_wires: ReplyWires) -> _Limits:
     """The largest magnitudes of updates and x that a dtype and the wires hold."""
     most = NUMBERS[dtype].most
     return _Limits(
-        min((half_floats.largest(wire) for wire in answers.updates), default=most),
-        min((half_floats.largest(wire) for wire in answers.parameters), default=most),
+        min((half_floats.largest(wire) for wire in reply_wires.updates), default=most),
+        min((half_floats.largest(wire) for wire in reply_wires.parameters), default=most),
     )

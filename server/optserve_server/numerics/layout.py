@@ -1,7 +1,7 @@
-"""Where every tensor lies: in the arrays of the server, and in the bytes of a step.
+"""The positions of tensors: in the server's arrays, and in the bytes of a step.
 
-Parameters of one dtype lie side by side in one flat array (an arena), in the order of their creation, so that a
-whole model is one call of a kernel, and one chunk of bytes can cover many small tensors.
+The parameters of one dtype lie side by side in one flat array (an arena), in the order of their indices. So one call of
+a kernel can cover a whole model, and one chunk of bytes many small tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 FLOAT32 = np.dtype("<f4")
 FLOAT64 = np.dtype("<f8")
 STATE_DTYPES = (FLOAT64, FLOAT32)
-"""Dtypes of state; the wider first, which keeps both arenas of a buffer aligned."""
+"""Dtypes of state. The wider one comes first, so that both arenas of a buffer are aligned."""
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -31,9 +31,9 @@ def dtype_of(name: str) -> np.dtype:
 
 
 class Operand(Enum):
-    """What arrives for each parameter. In the gradient's place come the update later, and x when it is uploaded."""
+    """What a client sends for each parameter. The update, and an uploaded x, use the arenas of the gradient."""
 
-    # Every step looks its operands up; that of Enum is a call of Python code.
+    # Faster than the hash of Enum, which is Python code; every step looks its operands up.
     __hash__ = object.__hash__
 
     GRADIENT = "gradient"
@@ -69,8 +69,8 @@ class Layout:
     """The arenas of a model.
 
     Attributes:
-        parameters: In the order of creation, which is also that of the contract's indices.
-        all_tensors: All indices.
+        parameters: In the order of their indices in the contract.
+        all_tensors: The indices of all parameters.
         indices: Index of each parameter by name.
         starts: First element of each parameter in the arena of its dtype.
         sizes: Elements of each arena.
@@ -98,17 +98,14 @@ class Layout:
         return views
 
     def each_arena(self, arrays: int) -> Iterator[tuple[np.dtype, int, int]]:
-        """(dtype, array, elements) of the arenas of so many arrays, in the order in which they are written down.
-
-        Empty ones are left out.
-        """
+        """(dtype, index of the array, elements) of each arena that is not empty, in the order of files."""
         for array in range(arrays):
             for dtype, size in self.sizes.items():
                 if size:
                     yield dtype, array, size
 
     def to_json(self) -> list[list[Any]]:
-        """As it is written down."""
+        """The form on disk."""
         return [[item.name, list(item.shape), item.dtype.name] for item in self.parameters]
 
     @classmethod
@@ -119,7 +116,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Run:
-    """Tensors of a step that are neighbours both on the wire and in their arena.
+    """A stretch of tensors that are neighbours both on the wire and in their arena.
 
     Attributes:
         begin: First byte within the payload of the step.
@@ -140,33 +137,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parameters something is of, in the order in which they are on the wire; each of them whole.
+    """The parameters that take part in a step, a reply or an upload, in their order on the wire.
 
     Attributes:
-        listed: Their indices, as the contract and the journal list them: none for all.
+        listed: Their indices, as in the contract and the journal; empty for all parameters.
     """
 
     listed: tuple[int, ...] = ()
 
     @property
     def is_all(self) -> bool:
-        """Whether it is of all parameters, in their own order."""
+        """Whether it has all parameters, in the order of their indices."""
         return not self.listed
 
     def __contains__(self, tensor: int) -> bool:
-        """Whether the parameter with an index is part of it."""
+        """Whether it has the parameter with this index."""
         return not self.listed or tensor in self.listed
 
     def tensors(self, layout: Layout) -> tuple[int, ...]:
-        """Their indices, each of them."""
+        """The indices of its parameters."""
         return self.listed or layout.all_tensors
 
-    def within(self, layout: Layout) -> Selection:
-        """The same for the parameters of a model: ALL where it lists each of them in their own order."""
+    def normalized(self, layout: Layout) -> Selection:
+        """An equal selection: ALL if it lists all parameters of the model in order, else itself."""
         return ALL if self.listed == layout.all_tensors else self
 
     def check(self, layout: Layout) -> None:
-        """Raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER where it cannot be of the parameters of a model."""
+        """Raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER unless its indices are different parameters of the model."""
         seen: set[int] = set()
         for index in self.listed:
             if index >= len(layout.parameters):
@@ -187,7 +184,7 @@ class Selection:
             seen.add(index)
 
     def runs(self, layout: Layout, wire: np.dtype | None) -> Iterator[Run]:
-        """Where each of them is on the wire, one behind the other, and in its arena; neighbours are not joined.
+        """A run for each parameter, in order; neighbours are not joined.
 
         Args:
             layout: The model.
@@ -207,7 +204,7 @@ ALL = Selection()
 
 
 def _joined(runs: Iterable[Run]) -> Iterator[Run]:
-    """Runs of which those that are neighbours are one, without empty ones."""
+    """Join neighbouring runs, and leave out empty ones."""
     last: Run | None = None
     for run in runs:
         if last is not None and last.dtype == run.dtype and last.stop == run.start:
@@ -221,20 +218,20 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
 
 
 class Payload:
-    """The bytes of one step, seen as one line: the tensors that take part, one after the other.
+    """The wire bytes of a selection: its tensors, one after the other. Positions count from the first byte.
 
     Args:
         layout: The model.
-        selection: What takes part, which has been checked.
+        selection: The parameters; it has been checked.
         wire: Dtype on the wire; None for each parameter's own.
 
     Attributes:
-        tensors: Indices of the parameters that take part.
-        begins: Position of each tensor, in their order.
-        places: (first byte, byte after the last) of each tensor, by index of its parameter.
-        size_bytes: Of all.
-        narrow: The dtype on the wire, where it does not hold all that some of the parameters' own dtypes do.
-        runs: The stretches of arenas that take part.
+        tensors: Indices of the parameters, in order.
+        begins: Position of each tensor's first byte, in order.
+        byte_ranges: (first byte, byte after the last) of each tensor, by index of its parameter.
+        size_bytes: Bytes of all tensors.
+        narrow: The dtype on the wire, if it is narrower than the dtype of some parameter; else None.
+        runs: The stretches of the arenas, in order, joined.
     """
 
     def __init__(self, layout: Layout, selection: Selection, wire: np.dtype | None = None) -> None:
@@ -247,14 +244,14 @@ class Payload:
         self.narrow = next((run.wire for run in each if run.wire.itemsize < run.dtype.itemsize), None)
         self.runs = tuple(_joined(each))
         self._run_begins = [run.begin for run in self.runs]
-        self.places = dict(zip(self.tensors, pairwise((*self.begins, self.size_bytes)), strict=True))
+        self.byte_ranges = dict(zip(self.tensors, pairwise((*self.begins, self.size_bytes)), strict=True))
 
     def parts(self, arenas: Arenas) -> list[np.ndarray]:
-        """What the step has of some arenas, run by run."""
+        """The part of the arenas that each run covers."""
         return [arenas[run.dtype][run.start : run.stop] for run in self.runs]
 
     def tensors_of(self, run: Run) -> tuple[int, ...]:
-        """The tensors of a run, in their order; empty ones may be missing."""
+        """Indices of a run's parameters, in order; parameters without elements may be missing."""
         first, end = bisect_left(self.begins, run.begin), bisect_left(self.begins, run.end)
         return self.tensors[first:end]
 
@@ -268,12 +265,12 @@ class Payload:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(index of the tensor, byte within it) of a position in the payload."""
-        # Of the tensors that begin at one position all but the last are empty.
+        # If several tensors begin at one position, all but the last of them are empty.
         ordinal = bisect_right(self.begins, position) - 1
         return self.tensors[ordinal], position - self.begins[ordinal]
 
-    def misfit(self, tensor: int, offset: int, what: str) -> OptserveError:
-        """The error for a chunk at a byte of a tensor that does not fit there."""
+    def out_of_bounds(self, tensor: int, offset: int, what: str) -> OptserveError:
+        """The error CHUNK_OUT_OF_BOUNDS for a chunk at byte `offset` of a tensor; `what` completes the sentence."""
         name = self.layout.parameters[tensor].name
         return OptserveError(
             Reason.CHUNK_OUT_OF_BOUNDS,
@@ -285,7 +282,7 @@ class Payload:
 
 
 class Payloads:
-    """The payloads of one model's steps; those of all parameters are made once.
+    """Makes the payloads of one model's steps, and keeps those of all parameters.
 
     Attributes:
         layout: The model.
@@ -295,17 +292,17 @@ class Payloads:
         self.layout = layout
         self._whole: dict[np.dtype | None, Payload] = {}
 
-    def of(self, selection: Selection, wire: np.dtype | None) -> Payload:
+    def payload_for(self, selection: Selection, wire: np.dtype | None) -> Payload:
         """The payload of a step.
 
         Args:
-            selection: What takes part.
+            selection: The parameters.
             wire: Dtype on the wire; None for each parameter's own.
 
         Raises:
             OptserveError: UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
         """
-        selection = selection.within(self.layout)
+        selection = selection.normalized(self.layout)
         if selection.is_all:
             if wire not in self._whole:
                 self._whole[wire] = Payload(self.layout, ALL, wire)

@@ -205,7 +205,7 @@ def _clipping(values: Mapping[str, Any]) -> Clipping:
 
 def _consistency(values: Mapping[str, Any]) -> Consistency:
     kind = _kind_of("consistency", CONSISTENCIES, values["kind"])
-    _check_names("consistency", kind.names(), values)
+    _check_names("consistency", kind.field_names(), values)
     return kind.from_json(values)
 
 

@@ -18,17 +18,17 @@ DIRTY_OFFSET, REPLIED_OFFSET = 64, 128
 
 
 class Segment:
-    """A segment that this server has made. A client writes into it whatever and whenever it likes.
+    """A segment that this server has made. A client can write anything into it at any time.
 
     Attributes:
-        name: For the client.
-        size_bytes: Of the whole.
-        nonce: What the client has to find in it.
+        name: The name under which the client attaches it.
+        size_bytes: Bytes of the segment.
+        nonce: Random bytes in the segment, by which the client proves that it sees it.
         operands: Views of the staging arenas.
         offsets: First byte of each parameter, for each operand.
 
     Raises:
-        OSError: There is no room, or no shared memory here.
+        OSError: The system has no shared memory, or not enough.
     """
 
     def __init__(self, layout: Layout, operands: Collection[Operand]) -> None:
@@ -37,7 +37,7 @@ class Segment:
         self.name = f"sysv:{number}"
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         memory[NONCE_OFFSET : NONCE_OFFSET + NONCE_BYTES] = np.frombuffer(self.nonce, np.uint8)
-        # Not as an array, whose elements take five times as long to reach.
+        # A memoryview, because access to an array's element takes five times as long.
         self._words = memory[:_CONTROL_BYTES].data.cast("B").cast("Q")
         begin = _CONTROL_BYTES
         self.operands: Operands = {}
@@ -52,16 +52,16 @@ class Segment:
             begin += _aligned(layout.size_bytes)
 
     @property
-    def dirty(self) -> bool:
-        """Whether the client has, or may have, overwritten what was last put into it or taken from it."""
+    def is_dirty(self) -> bool:
+        """Whether the client has set the dirty word: it has written new gradients, or may have changed the reply."""
         return bool(self._words[DIRTY_OFFSET // 8])
 
-    def clean(self) -> None:
-        """Gradients have been taken from it, or a reply has been put into it."""
+    def clear_dirty(self) -> None:
+        """Clear the dirty word: the gradients were taken, or a reply was written."""
         self._words[DIRTY_OFFSET // 8] = 0
 
-    def replying(self, step: int) -> None:
-        """The updates of that step are about to take the place of its gradients."""
+    def begin_reply(self, step: int) -> None:
+        """Say in the segment that the updates of this step begin to overwrite its gradients."""
         self._words[REPLIED_OFFSET // 8] = step
 
 

@@ -34,10 +34,10 @@ class Staging:
     def __init__(self, state: State) -> None:
         self._state = state
         self._backend = state.backend
-        self.operands = self._fresh()
+        self.operands = self._new_operands()
         self.segment: Segment | None = None
 
-    def _fresh(self) -> Operands:
+    def _new_operands(self) -> Operands:
         layout = self._state.layout
         return {
             operand: layout.arenas(self._backend.staging(layout.size_bytes)) for operand in self._state.operand_kinds
@@ -53,7 +53,7 @@ class Staging:
         """The arenas that hold the updates once a step is applied, and its gradients before."""
         return self.operands[_GRADIENT]
 
-    def _place(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
+    def _arena_for(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
         """(arena that takes an operand, largest magnitude that it may have)."""
         if operand is _PARAMETER:
             return self.updates[dtype], float(np.finfo(dtype).max)
@@ -102,12 +102,12 @@ class Staging:
     ) -> None:
         size = run.wire.itemsize
         if (position - run.begin) % size or len(data) % size:
-            raise payload.misfit(*payload.locate(position), "does not begin and end on an element")
+            raise payload.out_of_bounds(*payload.locate(position), "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
-        arena, limit = self._place(operand, run.dtype)
+        arena, limit = self._arena_for(operand, run.dtype)
         start = run.start + (position - run.begin) // size
         staged = arena[start : start + elements.size]
-        found = self._backend.take(staged, elements)
+        found = self._backend.receive(staged, elements)
         # In this form it holds for NaN as well.
         if not found <= limit:
             bad = _first_beyond(staged, limit)
@@ -118,14 +118,14 @@ class Staging:
         if found > largest.get(key, -1.0):
             largest[key] = found
 
-    def give(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
+    def to_wire(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
         """What a source has from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
 
         A view of the source where that is its own.
         """
         size = run.wire.itemsize
         part = source[run.dtype][run.start + (begin - run.begin) // size : run.start + (end - run.begin) // size]
-        return part if run.wire is run.dtype else self._backend.give(part, run.wire)
+        return part if run.wire is run.dtype else self._backend.to_wire(part, run.wire)
 
     # Shared memory.
 
@@ -148,7 +148,7 @@ class Staging:
     def leave_segment(self) -> None:
         """Be in the segment no more, so that its client cannot write into the steps of others."""
         if self.in_place:
-            self._move_to(self._fresh())
+            self._move_to(self._new_operands())
 
     def _move_to(self, operands: Operands) -> None:
         before, self.operands = self.operands, operands
@@ -168,19 +168,19 @@ class Staging:
         segment = self.segment
         return segment.size_bytes if segment is not None and self.operands is not segment.operands else 0
 
-    def take_from(self, segment: Segment, payload: Payload, largest: Largest) -> None:
+    def take_gradients(self, segment: Segment, payload: Payload, largest: Largest) -> None:
         """Take the gradients that a client has written into a segment, and note of their magnitudes.
 
         Raises:
             OptserveError: NON_FINITE_VALUE or GRADIENT_OVERFLOW.
         """
-        here = segment.operands is self.operands
+        is_in_place = segment.operands is self.operands
         for operand, arenas in self.operands.items():
             for run in payload.runs:
                 part = slice(run.start, run.stop)
                 staged, limit = arenas[run.dtype][part], self._state.limits[operand, run.dtype]
                 source = segment.operands[operand][run.dtype][part]
-                found = self._backend.largest(staged) if here else self._backend.take_all(staged, source)
+                found = self._backend.largest(staged) if is_in_place else self._backend.receive_large(staged, source)
                 if not found <= limit:
                     bad = _first_beyond(staged, limit)
                     position = run.begin + bad * run.dtype.itemsize
@@ -188,15 +188,15 @@ class Staging:
                 key = (operand, run.dtype)
                 largest[key] = max(found, largest.get(key, 0.0))
 
-    def give_to(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
+    def write_reply(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
         """Put the reply of a step where a client has written its gradients."""
         target = segment.operands[_GRADIENT]
         if source is not target:
-            segment.replying(step)
+            segment.begin_reply(step)
             for run in payload.runs:
                 part = slice(run.start, run.stop)
                 self._backend.copy(source[run.dtype][part], target[run.dtype][part])
-        segment.clean()
+        segment.clear_dirty()
 
     def _bad_value(self, payload: Payload, operand: Operand, run: Run, position: int, value: float) -> OptserveError:
         """The error for an element at a position of the payload."""

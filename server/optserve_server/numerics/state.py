@@ -15,7 +15,7 @@ from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.clipping import Clip
 from optserve_server.numerics.constants import Constants, Part, Rows, constants_of
-from optserve_server.numerics.headroom import Answers, Bounds, Headroom
+from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import PARAMETER, Settings
@@ -149,17 +149,17 @@ class State:
         """What clipping does to a step's gradients, run by run; None where there is no clipping."""
         return self.settings.clipping.measure(payload, gradients) if self.settings.clipping else None
 
-    def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, answers: Answers) -> Prepared:
-        """Look at a step that is about to be applied; changes nothing.
+    def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, reply_wires: ReplyWires) -> Prepared:
+        """Prepare a step: measure its clipping, and find out whether bounds cover it; changes nothing.
 
         Args:
             payload: What takes part.
             gradients: The arenas of the gradient.
             largest: Magnitudes of the operands.
-            answers: How its reply is read.
+            reply_wires: The wire dtypes of its reply.
         """
         if self.settings.clipping is None:
-            return _COVERED if self._headroom.covers(largest, answers) else Prepared(None, False)
+            return _COVERED if self._headroom.covers(largest, reply_wires) else Prepared(None, False)
         clip = self.settings.clipping.measure(payload, payload.parts(gradients))
         # Rounding may leave a little more, of the smallest numbers up to twice as much.
         bound = 1.001 * clip.bound + _SMALLEST
@@ -167,7 +167,7 @@ class State:
             (operand, dtype): min(value, bound) if operand is Operand.GRADIENT else value
             for (operand, dtype), value in largest.items()
         }
-        return Prepared(clip, self._headroom.covers(clipped, answers))
+        return Prepared(clip, self._headroom.covers(clipped, reply_wires))
 
     def apply(
         self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0, prepared: Prepared | None = None
@@ -185,10 +185,10 @@ class State:
         self._last = constants, step, staleness
         rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
-            self._headroom.forget()
-        for turn, run in enumerate(runs):
+            self._headroom.reset()
+        for run_number, run in enumerate(runs):
             if clip is not None:
-                clip.apply(turn, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
+                clip.apply(run_number, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
             for part, position, counter in constants.parts_of(run, self.parameter_steps):
                 slots = [slot[part] for slot in self.slots[run.dtype]]
                 staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
@@ -202,32 +202,34 @@ class State:
         if self.parameter_steps.size:
             self.parameter_steps[slice(None) if selection.is_all else list(selection.listed)] += 1
 
-    def set_parameter_steps(self, given: parameter_steps.Written | None, step: int) -> None:
-        """Put other step counters in place, where the rule uses them.
+    def set_parameter_steps(self, written: parameter_steps.Written | None, step: int) -> None:
+        """Replace the step counters of the parameters, if the rule uses them.
 
         Args:
-            given: As they are written down; None where an earlier version has not, or another method: then it is taken
-                that all parameters have taken part in all steps.
+            written: The counters in the form on disk; None if an earlier version or another method has written none.
+                Then every parameter counts as having taken part in all steps.
             step: Steps that were applied.
 
         Raises:
-            ValueError: They are none of these parameters.
+            ValueError: They do not fit the parameters.
         """
         if self.parameter_steps.size:
-            self.parameter_steps[:] = parameter_steps.each(step if given is None else given, self.parameter_steps.size)
+            self.parameter_steps[:] = parameter_steps.each(
+                step if written is None else written, self.parameter_steps.size
+            )
 
     @property
     def written_parameter_steps(self) -> parameter_steps.Written | None:
         """The step counters as they are written down; None where the rule does not use them."""
         return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
 
-    def tried(
-        self, given: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, staleness: int
+    def trial_step(
+        self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, staleness: int
     ) -> dict[str, Any]:
         """What a step would make of a part of an arena that has one row of constants: all arrays, and the update.
 
         Args:
-            given: The operands there, clipped; the first becomes the update.
+            operand_parts: The operands there, clipped; the first becomes the update.
             dtype: Of the arena.
             part: Of the arena.
             rows: Of `constants_at`.
@@ -238,7 +240,7 @@ class State:
         """
         where, position, counter = part
         slots = [self.backend.clone(slot[where]) for slot in self.slots[dtype]]
-        update, *inputs = given
+        update, *inputs = operand_parts
         self._kernels[dtype](update, slots, rows.of(dtype, position, counter), *inputs)
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
         if self.parameters:
@@ -277,7 +279,7 @@ class State:
         """The state is another one, which that step has not made."""
         self._last = None
 
-    def look(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
+    def sample(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
         """A copy of elements of one arena of one slot, in float64."""
         if dtype not in self.slots:
             return np.empty(0)
@@ -291,7 +293,7 @@ class State:
 
     def write(self, dtype: np.dtype, array: int, start: int, values: np.ndarray) -> None:
         """The reverse of `read`."""
-        self._headroom.forget()
+        self._headroom.reset()
         if array == len(self.rule.slots):
             self.backend.copy(values, self.parameters[dtype][start : start + values.size])
         else:

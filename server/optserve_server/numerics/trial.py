@@ -1,7 +1,7 @@
-"""Whether a step may be applied: whether all that it makes, and its reply as it will be read, is finite.
+"""Checks exactly whether a step leaves the state and its reply finite, by making it on copies.
 
-Bounds answer that for most steps, see `headroom.py`. Where they do not, the step is tried out on copies of small
-blocks, by the kernel that would apply it, so the answer is exact. It takes one more pass, and memory for one block.
+Most steps need no trial, see `headroom.py`. A trial copies one block after the other and runs the real kernel on it. It
+takes one more pass, and memory for one block.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import numpy as np
 
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.layout import Arenas, Operands, Payload, Run
 from optserve_server.numerics.settings import PARAMETER
 from optserve_server.numerics.state import UPDATE, Prepared, State
 
 BLOCK = 1 << 17
-"""Elements that are tried out at a time."""
+"""Elements of one block."""
 
 
 def check_reply(state: State, payload: Payload, source: Arenas) -> None:
-    """Raise REPLY_OVERFLOW unless the wire of a payload holds what a reply brings from some arenas.
+    """Raise REPLY_OVERFLOW if a value of a reply does not fit into its wire dtype.
 
     Args:
-        state: Whose layout the arenas have.
-        payload: Of the reply.
-        source: The arenas.
+        state: Its layout is that of the arenas.
+        payload: The payload of the reply.
+        source: The arenas that the reply is made of.
     """
     if payload.narrow is None:
         return
@@ -39,23 +39,23 @@ def check_reply(state: State, payload: Payload, source: Arenas) -> None:
                 _check_wire(payload, run, run.start + start, part[start : start + BLOCK], run.wire)
 
 
-def try_out(
+def run_trial(
     state: State,
     operands: Operands,
     payload: Payload,
     prepared: Prepared,
-    answers: Answers,
+    reply_wires: ReplyWires,
     step: int,
     staleness: int,
 ) -> None:
-    """Make a step of copies, block by block; changes nothing.
+    """Make a step on copies, block by block; changes nothing.
 
     Args:
-        state: To which the step is to be applied.
+        state: The state that the step would change.
         operands: The arenas that hold the operands.
-        payload: What takes part.
+        payload: The parameters.
         prepared: Says how the gradient is clipped.
-        answers: How its reply is read.
+        reply_wires: The wire dtypes of the step's reply.
         step: See `State.apply`.
         staleness: See `State.apply`.
 
@@ -63,17 +63,17 @@ def try_out(
         OptserveError: GRADIENT_OVERFLOW or REPLY_OVERFLOW.
     """
     rows = state.constants_at(step, staleness)
-    for turn, run in enumerate(payload.runs):
+    for run_number, run in enumerate(payload.runs):
         for part, position, counter in state.parts_of(run):
             for start in range(part.start, part.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, part.stop))
-                given = [arenas[run.dtype][block].copy() for arenas in operands.values()]
+                operand_parts = [arenas[run.dtype][block].copy() for arenas in operands.values()]
                 if prepared.clip is not None:
-                    prepared.clip.apply(turn, start - run.start, given[0])
-                gradient = given[0].copy()
-                made = state.tried(given, run.dtype, (block, position, counter), rows, staleness)
+                    prepared.clip.apply(run_number, start - run.start, operand_parts[0])
+                gradient = operand_parts[0].copy()
+                made = state.trial_step(operand_parts, run.dtype, (block, position, counter), rows, staleness)
                 _check_finite(state, payload, run, block, made, gradient)
-                for array, wires in ((UPDATE, answers.updates), (PARAMETER, answers.parameters)):
+                for array, wires in ((UPDATE, reply_wires.updates), (PARAMETER, reply_wires.parameters)):
                     for wire in wires:
                         _check_wire(payload, run, start, made[array], wire)
 
@@ -86,12 +86,12 @@ def _check_finite(
             continue
         host = state.backend.to_host(values)
         bad = int(np.argmin(np.isfinite(host)))
-        name, index = _place(payload, run, block.start + bad)
+        name, index = _locate_element(payload, run, block.start + bad)
         raise OptserveError(
             Reason.GRADIENT_OVERFLOW,
             f"The {array} of {name!r} would be {host[bad]:g} at flat index {index}, with a gradient there of "
             f"{gradient[bad]:g}"
-            + _already(state, run.dtype, array, block.start + bad)
+            + _earlier_overflow(state, run.dtype, array, block.start + bad)
             + ". The step was refused and nothing was changed; lower the learning rate or the gradient.",
             parameter=name,
             index=index,
@@ -99,8 +99,8 @@ def _check_finite(
         )
 
 
-def _already(state: State, dtype: np.dtype, array: str, index: int) -> str:
-    """What to add where the state was not finite before: an older version of this server may have left it so."""
+def _earlier_overflow(state: State, dtype: np.dtype, array: str, index: int) -> str:
+    """A clause for the error if the state was not finite before; an older server may have left it so."""
     if array not in state.settings.arrays:
         return ""
     before = state.read(dtype, state.settings.arrays.index(array), index, index + 1)
@@ -116,7 +116,7 @@ def _check_wire(payload: Payload, run: Run, start: int, values: np.ndarray, wire
     if finite.all():
         return
     bad = int(np.argmin(finite))
-    name, index = _place(payload, run, start + bad)
+    name, index = _locate_element(payload, run, start + bad)
     raise OptserveError(
         Reason.REPLY_OVERFLOW,
         f"The reply for {name!r} is {values[bad]:g} at flat index {index}, too large for "
@@ -126,7 +126,7 @@ def _check_wire(payload: Payload, run: Run, start: int, values: np.ndarray, wire
     )
 
 
-def _place(payload: Payload, run: Run, element: int) -> tuple[str, int]:
+def _locate_element(payload: Payload, run: Run, element: int) -> tuple[str, int]:
     """(parameter, flat index in it) of an element of an arena."""
     tensor, byte = payload.locate(run.begin + (element - run.start) * run.wire.itemsize)
     return payload.layout.parameters[tensor].name, byte // run.wire.itemsize

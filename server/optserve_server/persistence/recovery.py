@@ -60,7 +60,7 @@ class Replay:
             item.steps.main.retained = Retained(
                 retained["request_id"],
                 retained["step"],
-                Selection(tuple(retained["tensors"])).within(item.layout),
+                Selection(tuple(retained["tensors"])).normalized(item.layout),
                 retained["intact"],
             )
         with item.steps.held_still() as state:
@@ -104,7 +104,7 @@ class Replay:
         self._newest_piece.pop(name, None)
 
     def _step(self, item: Optimizer, record: StepRecord, lsn: int) -> None:
-        payload = item.steps.payloads.of(record.selection, None)
+        payload = item.steps.payloads.payload_for(record.selection, None)
         operands, runs = item.steps.main.staging.operands, payload.runs
         given = [
             record.operands[begin : begin + len(runs)] for begin in range(0, len(record.operands), max(len(runs), 1))
@@ -120,14 +120,14 @@ class Replay:
                 arenas[run.dtype][run.start : run.stop] = arrays[turn][first:end]
         # A norm is that of the whole step, of which some parts may not be behind.
         clip = item.state.measure(payload, given[0] if given else ())
-        prepared = Prepared(clip.within(parts) if clip else None, covered=False)
+        prepared = Prepared(clip.for_parts(parts) if clip else None, covered=False)
         transition.apply_step(item.state, operands, behind, record, prepared)
         if lsn > item.steps.lsn:
             transition.note_step(item.steps, record, payload.selection, lsn)
         self._last_step[item.id] = lsn
 
     def _place(self, item: Optimizer, record: PlacementRecord, lsn: int) -> None:
-        runs = item.steps.payloads.of(ALL, None).runs
+        runs = item.steps.payloads.payload_for(ALL, None).runs
         transition.apply_placement(item.state, runs, record, partial(self._behind, item.id, lsn))
         if lsn > item.steps.lsn:
             transition.note_placement(item.steps, record, lsn)

@@ -123,7 +123,7 @@ class StateImport:
         self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id, counted)
 
     def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
-        begin = slot * self._payload.size_bytes + self._payload.places[tensor][0] + offset
+        begin = slot * self._payload.size_bytes + self._payload.byte_ranges[tensor][0] + offset
         name = self._optimizer.layout.parameters[tensor].name
         try:
             self._coverage.add(begin, begin + size)
@@ -152,9 +152,9 @@ class StateImport:
             if name not in rule.signed_slots:
                 good &= values >= 0
                 negative = True
-            impossible = rule.impossible(name, values)
-            if impossible is not None:
-                good &= ~impossible
+            unreachable_values = rule.unreachable_values(name, values)
+            if unreachable_values is not None:
+                good &= ~unreachable_values
         if good.all():
             return
         index = start + int(np.argmin(good))

@@ -22,7 +22,7 @@ from optserve_server.engine.workers.registry import Worker, WorkerRegistry
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.numerics.consistency import Consistency
 from optserve_server.numerics.gradient_mean import Gradient
-from optserve_server.numerics.headroom import Answers
+from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.state import State
 
 
@@ -191,8 +191,8 @@ class Turns:
         worker.contribution = step
         self._giving.add(worker)
         if consistency.may_apply(worker.clock, len(self._giving), self._registry):
-            self._apply(consistency, consistency.taken(worker, self._giving))
-            if consistency.frees_others(worker.clock, self._registry):
+            self._apply(consistency, consistency.contributors(worker, self._giving))
+            if consistency.may_wake_others(worker.clock, self._registry):
                 self.wake()
 
     def _wait(self, worker: Worker, step: Step, wakes_seen: int) -> None:
@@ -281,11 +281,11 @@ def _evict_given_up(worker: Worker) -> None:
         worker.step_slot.holder = None
 
 
-def _answers(steps: Sequence[Step]) -> Answers:
+def _answers(steps: Sequence[Step]) -> ReplyWires:
     """How the replies of a step are read that several have made."""
     if len(steps) == 1:
-        return steps[0].answers
-    return Answers(
-        tuple(wire for step in steps for wire in step.answers.updates),
-        tuple(wire for step in steps for wire in step.answers.parameters),
+        return steps[0].reply_wires
+    return ReplyWires(
+        tuple(wire for step in steps for wire in step.reply_wires.updates),
+        tuple(wire for step in steps for wire in step.reply_wires.parameters),
     )

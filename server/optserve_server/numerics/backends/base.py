@@ -1,4 +1,4 @@
-"""What a backend is: it owns the arrays and executes rules on them.
+"""The base of all backends. A backend makes the arrays and executes rules on them.
 
 Every backend compiles the same `Rule.update`; none has a formula of its own.
 """
@@ -27,14 +27,14 @@ class Kernel(Protocol):
         Args:
             staged: Holds g on entry and the update on return.
             slots: Change in place.
-            scalars: The rule's, in that dtype.
-            inputs: What the rule takes besides g, in host memory: the curvature, or nothing.
+            scalars: The rule's constants, in that dtype.
+            inputs: The rule's other operands, in host memory: the curvature, or nothing.
         """
         ...
 
 
 DECAY_BLOCK = 1 << 16
-"""Elements of x that are decayed at a time, so that the memory for it stays small and in the cache."""
+"""Elements of x that are decayed at once, so that temporaries stay in the cache."""
 
 
 class Backend(abc.ABC):
@@ -49,7 +49,7 @@ class Backend(abc.ABC):
     @property
     @abc.abstractmethod
     def device(self) -> str:
-        """What it computes on, in words."""
+        """The device, in words."""
 
     @abc.abstractmethod
     def staging(self, size_bytes: int) -> np.ndarray:
@@ -57,7 +57,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def zeros(self, size: int, dtype: np.dtype) -> Any:
-        """A slot of `size` elements, all 0, where the kernels want it."""
+        """A slot of `size` elements, all 0, in the memory that the kernels use."""
 
     @abc.abstractmethod
     def to_host(self, slot: Any) -> np.ndarray:
@@ -68,39 +68,39 @@ class Backend(abc.ABC):
         """Overwrite a slot, or a slice of one, by values from host memory."""
 
     def clone(self, slot: Any) -> Any:
-        """A copy of a slot, or of a slice of one, where the kernels want it."""
+        """A copy of a slot, or of a slice of one, in the memory that the kernels use."""
         return slot.copy()
 
     def extremes(self, slot: Any) -> tuple[float, float]:
         """The least and the largest element of a slot; NaN where there is one, 0 where the slot is empty."""
         return (float(slot.min()), float(slot.max())) if slot.size else (0.0, 0.0)
 
-    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
-        """Copy what came over the wire into the staging buffer, and look at it on the way.
+    def receive(self, staged: np.ndarray, elements: np.ndarray) -> float:
+        """Copy received elements into the staging buffer, and find their largest magnitude.
 
         Args:
             staged: A stretch of the staging buffer.
-            elements: As many in a wire dtype.
+            elements: The same number of elements, in a wire dtype.
 
         Returns:
-            The largest magnitude of what is staged then; NaN if one is NaN, 0 if there are none.
+            The largest magnitude of the staged elements; NaN if one is NaN, 0 if there are none.
         """
         half_floats.convert(elements, staged)
         return self.largest(staged)
 
-    def take_all(self, staged: np.ndarray, elements: np.ndarray) -> float:
-        """`take` for large arrays in memory, over as many threads as there are."""
-        return self.take(staged, elements)
+    def receive_large(self, staged: np.ndarray, elements: np.ndarray) -> float:
+        """`receive` for large arrays in memory, on all threads of the backend."""
+        return self.receive(staged, elements)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copy large arrays in memory, over as many threads as there are."""
+        """Copy large arrays in memory, on all threads of the backend."""
         target[...] = source
 
     def advance(self, parameters: np.ndarray, updates: np.ndarray, decay: np.floating) -> None:
         """Apply updates to hosted parameters: x <- x + (Δx - λ x).
 
-        Not (1 - λ) x + Δx: in float32 1 - λ is 1 for a λ of 1e-8, and has 1.3 % too much of one of 1e-6. What is taken
-        from x is small like Δx, and is rounded once with it.
+        Not (1 - λ) x + Δx: in float32, 1 - λ is 1 for λ = 1e-8, and takes 1.3 % too much for λ = 1e-6. λ x is as small
+        as Δx, and is rounded once together with it.
 
         Args:
             parameters: x, in host memory.
@@ -125,8 +125,8 @@ class Backend(abc.ABC):
         high, low = float(staged.max()), -float(staged.min())
         return high if high >= low else low
 
-    def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
-        """Elements of the staging buffer in a wire dtype; the elements themselves where that is their own."""
+    def to_wire(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
+        """Elements of the staging buffer in a wire dtype; the same array if the dtype is the same."""
         if wire == staged.dtype:
             return staged
         elements = np.empty(staged.size, wire)

@@ -100,16 +100,16 @@ class CupyBackend(Backend):
         def kernel(
             staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
-            given = (staged, *inputs)
+            operand_parts = (staged, *inputs)
             with self._device:
                 streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-                buffers = [[cupy.empty(min(BLOCK, staged.size), dtype) for _ in given] for _ in streams]
+                buffers = [[cupy.empty(min(BLOCK, staged.size), dtype) for _ in operand_parts] for _ in streams]
                 for turn, low in enumerate(range(0, staged.size, BLOCK)):
                     part = slice(low, min(low + BLOCK, staged.size))
                     stream = streams[turn % 2]
                     blocks = [buffer[: part.stop - low] for buffer in buffers[turn % 2]]
                     with stream:
-                        for block, host in zip(blocks, given, strict=True):
+                        for block, host in zip(blocks, operand_parts, strict=True):
                             block.set(host[part], stream=stream)
                         fused(*scalars, *blocks, *(slot[part] for slot in slots))
                         blocks[0].get(out=staged[part], stream=stream, blocking=False)

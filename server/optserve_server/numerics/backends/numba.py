@@ -27,22 +27,22 @@ class NumbaBackend(NumpyBackend):
 
     name = "numba"
 
-    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
+    def receive(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """Copy and look in one pass; see Backend."""
         if elements.dtype == staged.dtype:
-            return numba_loops.take(staged, elements)
+            return numba_loops.receive(staged, elements)
         if elements.dtype == half_floats.BFLOAT16 and staged.dtype == np.dtype("<f4"):
-            return numba_loops.take_bfloat16(staged, elements)
-        return super().take(staged, elements)
+            return numba_loops.receive_bfloat16(staged, elements)
+        return super().receive(staged, elements)
 
     def _largest(self, staged: np.ndarray) -> float:
         return numba_loops.largest(staged)
 
-    def give(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
+    def to_wire(self, staged: np.ndarray, wire: np.dtype) -> np.ndarray:
         """Convert in one pass; see Backend."""
         if wire == half_floats.BFLOAT16 and staged.dtype == np.dtype("<f4"):
-            return numba_loops.give_bfloat16(staged)
-        return super().give(staged, wire)
+            return numba_loops.to_bfloat16(staged)
+        return super().to_wire(staged, wire)
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Compile the fused loop, in about half a second."""
@@ -66,7 +66,7 @@ class NumbaBackend(NumpyBackend):
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
             arrays = (staged, *inputs, *slots)
-            if self._slices.is_one(staged.size):
+            if self._slices.fits_one_thread(staged.size):
                 loop(*arrays, *scalars)
                 return
 

@@ -23,14 +23,14 @@ _MAGNITUDE = {_FLOAT32: np.uint32(0x7FFF_FFFF), _FLOAT64: np.uint64(0x7FFF_FFFF_
 _Loop = TypeVar("_Loop", bound=Callable[..., float | None])
 
 
-def take(staged: np.ndarray, elements: np.ndarray) -> float:
+def receive(staged: np.ndarray, elements: np.ndarray) -> float:
     """Copy elements of the staging buffer's own dtype; gives the largest magnitude, NaN if one is NaN."""
-    return _take(staged.dtype, elements.flags.aligned)(staged, elements)
+    return _receive(staged.dtype, elements.flags.aligned)(staged, elements)
 
 
-def take_bfloat16(staged: np.ndarray, elements: np.ndarray) -> float:
+def receive_bfloat16(staged: np.ndarray, elements: np.ndarray) -> float:
     """Likewise from bfloat16 to float32."""
-    return _take_bfloat16(elements.flags.aligned)(staged, elements)
+    return _receive_bfloat16(elements.flags.aligned)(staged, elements)
 
 
 def largest(staged: np.ndarray) -> float:
@@ -38,14 +38,14 @@ def largest(staged: np.ndarray) -> float:
     return _largest(staged.dtype)(staged)
 
 
-def give_bfloat16(staged: np.ndarray) -> np.ndarray:
+def to_bfloat16(staged: np.ndarray) -> np.ndarray:
     """float32 rounded to bfloat16."""
     elements = np.empty(staged.size, np.uint16)
     _narrow()(staged, elements)
     return elements
 
 
-def _once(make: Callable[..., _Loop]) -> Callable[..., _Loop]:
+def _compile_once(make: Callable[..., _Loop]) -> Callable[..., _Loop]:
     """`functools.cache`, which lets every thread make what is not there yet, and here it takes half a second.
 
     The first step of each of many streams would wait for as many compilations. What is there is found without the lock.
@@ -66,13 +66,13 @@ def _compiled(loop: Callable[..., float], staged: np.dtype, *elements: numba.typ
     return numba.njit(element(element[::1], *elements), nogil=True)(loop)
 
 
-def _received(dtype: np.dtype, *, aligned: bool) -> numba.types.Array:
+def _wire_array(dtype: np.dtype, *, aligned: bool) -> numba.types.Array:
     """What has come over the wire is read-only and lies anywhere."""
     return numba.types.Array(numba.from_dtype(dtype), 1, "C", readonly=True, aligned=aligned)
 
 
-@_once
-def _take(dtype: np.dtype, aligned: bool) -> Callable[..., float]:
+@_compile_once
+def _receive(dtype: np.dtype, aligned: bool) -> Callable[..., float]:
     number, bits, magnitude = dtype.type, _BITS[dtype], _MAGNITUDE[dtype]
 
     def loop(staged: np.ndarray, elements: np.ndarray) -> float:
@@ -84,11 +84,11 @@ def _take(dtype: np.dtype, aligned: bool) -> Callable[..., float]:
             largest = max(largest, bits(word & magnitude))
         return np.full(1, bits(largest)).view(number)[0]
 
-    return _compiled(loop, dtype, _received(dtype, aligned=aligned))
+    return _compiled(loop, dtype, _wire_array(dtype, aligned=aligned))
 
 
-@_once
-def _take_bfloat16(aligned: bool) -> Callable[..., float]:
+@_compile_once
+def _receive_bfloat16(aligned: bool) -> Callable[..., float]:
     magnitude = _MAGNITUDE[_FLOAT32]
 
     def loop(staged: np.ndarray, elements: np.ndarray) -> float:
@@ -100,10 +100,10 @@ def _take_bfloat16(aligned: bool) -> Callable[..., float]:
             largest = max(largest, np.uint32(wide & magnitude))
         return np.full(1, np.uint32(largest)).view(np.float32)[0]
 
-    return _compiled(loop, _FLOAT32, _received(np.dtype("<u2"), aligned=aligned))
+    return _compiled(loop, _FLOAT32, _wire_array(np.dtype("<u2"), aligned=aligned))
 
 
-@_once
+@_compile_once
 def _largest(dtype: np.dtype) -> Callable[..., float]:
     number, bits, magnitude = dtype.type, _BITS[dtype], _MAGNITUDE[dtype]
 
@@ -117,7 +117,7 @@ def _largest(dtype: np.dtype) -> Callable[..., float]:
     return _compiled(loop, dtype)
 
 
-@_once
+@_compile_once
 def _narrow() -> Callable[..., None]:
     magnitude = _MAGNITUDE[_FLOAT32]
 

@@ -55,18 +55,18 @@ class NumpyBackend(Backend):
         self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])))
         return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))
 
-    def take(self, staged: np.ndarray, elements: np.ndarray) -> float:
+    def receive(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """On the calling thread, which may be one of the kernel's own; see Backend."""
         half_floats.convert(elements, staged)
         return self._largest(staged)
 
-    def take_all(self, staged: np.ndarray, elements: np.ndarray) -> float:
+    def receive_large(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.is_one(staged.size):
-            return self.take(staged, elements)
+        if self._slices.fits_one_thread(staged.size):
+            return self.receive(staged, elements)
         found: list[float] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self.take(staged[a:b], elements[a:b])))
-        return _greatest(found)
+        self._slices.run(staged.size, lambda a, b: found.append(self.receive(staged[a:b], elements[a:b])))
+        return _max_or_nan(found)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Slice by slice; see Backend."""
@@ -79,11 +79,11 @@ class NumpyBackend(Backend):
 
     def largest(self, staged: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.is_one(staged.size):
+        if self._slices.fits_one_thread(staged.size):
             return self._largest(staged)
         found: list[float] = []
         self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])))
-        return _greatest(found)
+        return _max_or_nan(found)
 
     def _largest(self, staged: np.ndarray) -> float:
         return super().largest(staged)
@@ -99,8 +99,8 @@ class NumpyBackend(Backend):
                     for low in range(start, stop, BLOCK):
                         block = slice(low, min(low + BLOCK, stop))
                         views = [staged[block], *(slot[block] for slot in slots)]
-                        given = (views[0], *(array[block] for array in inputs), *views[1:])
-                        results = rule.update(np.sqrt, *given, *scalars)
+                        operand_parts = (views[0], *(array[block] for array in inputs), *views[1:])
+                        results = rule.update(np.sqrt, *operand_parts, *scalars)
                         for view, result in zip(views, results if slots else (results,), strict=True):
                             view[...] = result
 
@@ -109,6 +109,6 @@ class NumpyBackend(Backend):
         return kernel
 
 
-def _greatest(magnitudes: Sequence[float]) -> float:
+def _max_or_nan(magnitudes: Sequence[float]) -> float:
     """NaN if one is NaN. NumPy takes 10 µs for so few, as long as all else that a small step does with its numbers."""
     return math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes)

@@ -22,13 +22,13 @@ class Slices:
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
-    def is_one(self, size: int) -> bool:
+    def fits_one_thread(self, size: int) -> bool:
         """Whether [0, size) is not worth a second thread."""
         return size < PARALLEL_FROM or self.threads == 1
 
     def run(self, size: int, work: Callable[[int, int], None]) -> None:
         """Call work(start, stop) until [0, size) is covered, and return when all calls have returned."""
-        if self.is_one(size):
+        if self.fits_one_thread(size):
             work(0, size)
             return
         # Multiples of 16 elements keep neighbouring threads off each other's cache lines.

@@ -1,4 +1,4 @@
-"""What a rule is: the formula of one method, per dimension, and nothing about arrays, devices or wires."""
+"""The base of all rules. A rule is the formula of one method, per dimension; it knows no arrays, devices or wires."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Numbers(NamedTuple):
     """The numbers of a dtype.
 
     Attributes:
-        most: A little less than the largest, by which rounding may exceed a bound.
-        tiny: The smallest that has all its digits.
+        most: A little less than the largest number, because rounding may exceed a bound a little.
+        tiny: The smallest number with all its digits.
     """
 
     most: float
     tiny: float
 
     def steepest(self, floor: float) -> float:
-        """The most that |g| / (√(g²) + floor) can be: 1, but for squares that vanish."""
+        """The largest possible |g| / (√(g²) + floor). It is 1, or more if small squares vanish."""
         return max(1.0, math.sqrt(self.tiny) / floor)
 
 
@@ -69,7 +69,7 @@ def hyperparameter(default: Any, interval: str) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """One method with its hyper-parameters, which `rules.contract` has from the contract; the rest is in a file each.
+    """One method with its hyper-parameters. `rules.contract` has these from the contract; each formula has a file.
 
     Attributes:
         name: The method's field in `optserve.v1.Algorithm`.
@@ -78,8 +78,8 @@ class Rule:
         counts_steps: Whether `scalars` uses the step counter.
         takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
-        gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²], where there are such.
-        eps_in_root: Whether `eps` is added to these before a root is drawn.
+        gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²]; None if there are none.
+        eps_in_root: Whether `eps` is added to these before the square root.
         update: The formula: (sqrt, g, *slots, *scalars) -> (update, *slots), or the update alone without slots; with
             curvature (sqrt, g, h, *slots, *scalars). Plain arithmetic, and abs, on whatever the backend passes:
             numbers in a compiled loop, arrays otherwise.
@@ -98,7 +98,7 @@ class Rule:
 
     @classmethod
     def range_of(cls, name: str) -> Range:
-        """That of a hyper-parameter."""
+        """The range of a hyper-parameter."""
         return cls.__dataclass_fields__[name].metadata["range"]
 
     def scalars(self, step: int) -> tuple[float, ...]:
@@ -120,7 +120,7 @@ class Rule:
         scalars: Scalars,  # noqa: ARG003
         steps: int,  # noqa: ARG003
     ) -> tuple[float, Sequence[Interval]] | None:
-        """What `update` can make in some steps, for all operands and slots within bounds, but for rounding.
+        """Bounds of the results of at most `steps` steps, for all operands and slots within bounds, up to rounding.
 
         Args:
             numbers: Of the dtype.
@@ -141,25 +141,22 @@ class Rule:
         """The factor on −g that the last step used, in float64; None if it does not follow from the slots.
 
         Args:
-            slots: As that step has left them behind, in float64.
-            update: What it answered with, in float64; None where that is no longer known.
+            slots: The slots after that step, in float64.
+            update: The update of that step, in float64; None if it is no longer known.
         """
         return None
 
     @property
     def rate_needs_update(self) -> bool:
-        """Whether `effective_rate` is another one without the update."""
+        """Whether `effective_rate` needs the update to be exact."""
         return False
 
-    def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
-        """Which values of a slot no step leaves behind, as booleans, beside negative ones of slots that have no sign.
-
-        None for none.
-        """
+    def unreachable_values(self, slot: str, values: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """A mask of the values that no step can leave in a slot, beside negative values of unsigned slots; or None."""
         return None
 
     def check(self, dtype: np.dtype) -> None:
-        """Refuse hyper-parameters that are out of range, or become so when rounded to `dtype`.
+        """Refuse hyper-parameters that are out of range, also after rounding to `dtype`.
 
         Raises:
             OptserveError: HYPERPARAMETER_OUT_OF_RANGE, with the field's path.

@@ -78,7 +78,7 @@ class Vsgd(contract.Vsgd):
         started = (slots["tau"] > 0) & (slots["tau"] != self.initial_steps)
         return started * signal / (slots["curvature_avg"] + self.eps)
 
-    def impossible(self, slot: str, values: np.ndarray) -> np.ndarray | None:
+    def unreachable_values(self, slot: str, values: np.ndarray) -> np.ndarray | None:
         """τ is at least 1, or minus a number of steps that is less than `initial_steps` can be.
 
         Steps add at most 1 to it, so it comes to no number from which the next whole one is not told any more.
