@@ -240,8 +240,17 @@ def test_who_waits_alone_is_told_after_seconds_who_is_there(client, name, caplog
     with client.worker(name, "one") as one:
         one.pull()
         there = r"takes 2 workers, of which 1 are alive \('one'\)\. No longer alive: 'gone'\."
-        with pytest.raises(optserve.TooFewWorkersError, match=there):
-            one.step(full(-1), timeout_s=3.5)
+        raised: optserve.OptserveError | None = None
+        # On a busy machine a deadline may fall into one of the tries, and then says nothing of the pauses between them.
+        for _ in range(5):
+            caplog.clear()
+            with pytest.raises((optserve.TooFewWorkersError, optserve.DeadlineExceededError)) as caught:
+                one.step(full(-1), timeout_s=3.5)
+            raised = caught.value
+            if isinstance(raised, optserve.TooFewWorkersError):
+                break
+        assert isinstance(raised, optserve.TooFewWorkersError)
+        assert re.search(there, raised.message)
         assert [record.levelname for record in caplog.records if re.search(there, record.getMessage())] == ["WARNING"]
         caplog.clear()
         # One that is there and slow is waited for, without a word.
