@@ -143,7 +143,7 @@ def test_a_client_that_steps_on_is_told_of_a_restore_by_another(durable):
     # Without a stream it is told as well, with both steps.
     mine.close()
     theirs.restore_checkpoint("one")
-    with pytest.raises(optserve.StepsLostError, match=r"seen step 2 of 'a'; the server is back at step 1"):
+    with pytest.raises(optserve.StepsLostError, match=r"seen step 2 of 'a'; the server is at step 1"):
         mine.step(gradient(2))
     mine.refresh()
     mine.close()
