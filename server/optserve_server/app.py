@@ -39,13 +39,13 @@ from optserve_server.persistence.journal import JournalError
 logger = logging.getLogger(__name__)
 
 CLOSING_S = 1.0
-"""How long clients have to take what is left for them when the server stops; then their connections are closed."""
+"""Seconds that clients have to take their last answers when the server stops; then their connections are closed."""
 
 NO_COMPRESSION = 1
-"""Of gRPC's bits for the algorithms that are taken, that of the identity."""
+"""gRPC's bit set of accepted compression algorithms, with none but the identity."""
 
 LOOKS_PER_IDLE_TIME = 4
-"""How often `idle_step_s` is looked for steps that have not moved for so long."""
+"""How many times during `idle_step_s` the server searches for idle steps."""
 
 
 class App:
@@ -113,7 +113,7 @@ class App:
 
     def start(self) -> None:
         """Begin to answer."""
-        # A full collection would go through all that Numba has loaded, and hold up every call for a tenth of a second.
+        # Without this, each full garbage collection would go through all of Numba, and delay calls by 0.1 s.
         gc.collect()
         gc.freeze()
         self._server.start()
@@ -126,7 +126,7 @@ class App:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
 
     def _on_folder_checked(self, in_place: bool) -> None:
-        """A server whose data folder is gone is of no use to anybody, though it can still be read."""
+        """Report NOT_SERVING while the data folder is gone: the server refuses every change then."""
         if not self._stopping.is_set():
             status = health_pb2.HealthCheckResponse.SERVING if in_place else health_pb2.HealthCheckResponse.NOT_SERVING
             self._health.set(status)
@@ -136,24 +136,24 @@ class App:
             self._optimizers.discard_idle_steps()
 
     def stop(self) -> bool:
-        """Let steps under way end, refuse new ones, then close every connection. No stage waits for a client.
+        """Refuse new steps, let those under way end, then close every connection. No stage waits for a client.
 
         Returns:
             Whether all threads have ended.
         """
         self._stopping.set()
-        # First, so that who is told finds it so.
+        # First, so that the server already refuses steps when clients hear that it stops.
         self._drain_gate.close()
         self._health.close()
         until = time.monotonic() + self._config.drain_s
-        # Each optimizer is told under its lock, which a step may hold.
+        # In a thread, because each optimizer's lock is needed, and a step may hold it.
         draining = threading.Thread(target=self._optimizers.drain, name="drain", daemon=True)
         draining.start()
         draining.join(self._config.drain_s)
         if not self._drain_gate.drain(max(0.0, until - time.monotonic())):
             logger.warning("steps were still under way after %s s and are discarded", self._config.drain_s)
         if not self._server.stop(grace=CLOSING_S).wait(2 * CLOSING_S):
-            logger.warning("some calls have not ended %s s after they were told to", CLOSING_S)
+            logger.warning("some calls have not ended %s s after they were cancelled", CLOSING_S)
         ended = self._gate.close(CLOSING_S)
         if not ended:
             logger.warning("some threads have not ended %s s after their calls; they end with the process", CLOSING_S)
@@ -164,8 +164,8 @@ class App:
 
 
 ARENAS = 4
-"""Of the allocator. What each keeps of the memory of messages is a part of `ServerConfig.wire_bytes`; by itself glibc
-has 8 for each processor, and hundreds of threads to fill them."""
+"""Arenas of the C library's allocator. The freed memory that they keep is a part of `ServerConfig.wire_bytes`. glibc's
+default is 8 for each processor, which hundreds of threads would fill."""
 
 
 def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file: Path | None = None) -> None:
@@ -174,11 +174,11 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     Args:
         config: The settings.
         announce: Print `ready TARGET` on standard output once the server answers.
-        exit_on_eof: Stop as well when standard input ends, that is, when the parent process is gone.
-        target_file: Holds the target while the server answers.
+        exit_on_eof: Stop as well when standard input ends, that is, when the parent process has ended.
+        target_file: A file that has the target while the server answers.
     """
-    # The system may give a signal to any thread, which leaves a main thread that waits for an event asleep. The wakeup
-    # descriptor is written whichever thread it is.
+    # The system may deliver a signal to any thread. Then a main thread that waits for an event does not wake up, but
+    # the wakeup descriptor is written in any case.
     wish_to_stop, stop = os.pipe()
     os.set_blocking(stop, False)
     signal.set_wakeup_fd(stop, warn_on_full_buffer=False)
@@ -204,14 +204,14 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
     if target_file:
         _write_target(target_file, "")
     if not ended:
-        # At its end the interpreter would wait for these threads; what had to be written is on disk.
+        # The interpreter would wait for these threads at its end. All data is on disk.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
 
 
 def _write_target(path: Path, target: str) -> None:
-    """Write what clients connect to into a file, or remove it where there is nothing to connect to."""
+    """Write the target into a file; remove the file if the target is empty."""
     try:
         if not target:
             path.unlink(missing_ok=True)
@@ -220,7 +220,7 @@ def _write_target(path: Path, target: str) -> None:
         whole.write_text(f"{target}\n", encoding="utf-8")
         whole.replace(path)
     except OSError as error:
-        logger.warning("%s, from which commands take the target, cannot be written: %s", path, error)
+        logger.warning("the target file %s cannot be written: %s", path, error)
 
 
 def _wait_for_eof(stop: int) -> None:
@@ -230,9 +230,9 @@ def _wait_for_eof(stop: int) -> None:
 
 
 def _check_unused(path: str) -> None:
-    """Raise ConfigError if a server answers at a Unix socket: gRPC would put its own in the place of it.
+    """Raise ConfigError if a server answers at a Unix socket: gRPC would replace the socket silently.
 
-    A socket that nobody listens at is left by a server that was killed, and may be replaced.
+    A socket where nobody listens is left by a killed server, and may be replaced.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
@@ -252,10 +252,10 @@ def _data_folder(config: ServerConfig) -> DataFolder | None:
 
 
 def _checkpoint_store(config: ServerConfig, folder: DataFolder | None) -> Store:
-    """Where checkpoints are kept, and how many.
+    """The store of checkpoints, with its limits.
 
     Raises:
-        JournalError: The folder with those of an earlier server cannot be read.
+        JournalError: The folder with the checkpoints cannot be read.
     """
     where = Path(config.data_dir if folder else tempfile.gettempdir())
     try:
@@ -275,7 +275,7 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_frame_bytes),
         *wire.http2_options(),
         ("grpc.so_reuseport", 0),
-        # Gradients hardly shrink, and a few bytes could become a message of the largest size, many times over.
+        # Compression hardly shrinks gradients, and lets a few bytes become messages of the largest size.
         ("grpc.compression_enabled_algorithms_bitset", NO_COMPRESSION),
         ("grpc.max_allowed_incoming_connections", room_for_connections(config.max_connections, config.max_streams)),
         ("grpc.max_connection_idle_ms", 1000 * config.connection_idle_s),

@@ -133,7 +133,7 @@ def test_a_client_that_steps_on_is_told_of_a_restore_by_another(durable):
     theirs = durable.optimizer("a")
     theirs.restore_checkpoint("one")
     # The same step number, and yet another state than mine: one that I do not know of.
-    with pytest.raises(optserve.StateReplacedError, match="replaced, by a restore, an import"):
+    with pytest.raises(optserve.StateReplacedError, match="was replaced by a restore, an import"):
         mine.step(gradient(1))
     with pytest.raises(optserve.StateReplacedError):
         mine.step(gradient(1))
@@ -416,7 +416,7 @@ def test_a_request_id_stands_for_what_it_was_sent_with(tmp_path, folder):
 
     def check(server: Server, checkpoints: Checkpoints) -> None:
         before = fingerprint(server.optimizers.get("a"))
-        with pytest.raises(OptserveError, match="is that of a restore of checkpoint 'one', not of") as caught:
+        with pytest.raises(OptserveError, match="was used for a restore of checkpoint 'one', not for") as caught:
             checkpoints.restore("a", "two", request_id="restore")
         assert caught.value.reason is Reason.REQUEST_ID_REUSED
         optimizer = server.optimizers.get("a")
@@ -512,7 +512,7 @@ def test_their_number_is_bounded(folder):
     checkpoints.save("a", "c", overwrite=True)
     assert [item.tag for item in checkpoints.page("a", 2, "")[0]] == ["a", "b"]
     assert checkpoints.page("a", 2, "")[1]
-    (rest,), more = checkpoints.page("a", 2, checkpoints.page("a", 2, "")[0][-1].place)
+    (rest,), more = checkpoints.page("a", 2, checkpoints.page("a", 2, "")[0][-1].sort_key)
     assert (rest.tag, more) == ("c", "")
 
 

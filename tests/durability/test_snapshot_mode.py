@@ -70,7 +70,7 @@ def test_a_client_is_told_of_what_was_lost(tmp_path, options):
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
     with optserve.local_server(tmp_path / "data", options=["--config", str(path), "--port", port]):
-        with pytest.raises(optserve.StepsLostError, match=r"seen step 3 of 'a'; the server is back at step \d"):
+        with pytest.raises(optserve.StepsLostError, match=r"seen step 3 of 'a'; the server is at step \d"):
             opt.step(gradient(3))
         opt.refresh()
         assert [item.tag for item in opt.list_checkpoints()] == ["zero"]

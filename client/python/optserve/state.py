@@ -208,7 +208,7 @@ class OptimizerState:
         path = Path(path)
         specs = [(name, np.dtype(spec.dtype), tuple(spec.shape)) for name, spec in self.parameters.items()]
         slots = list(next(iter(self.slots.values()), {}))
-        entries = safetensors.place(specs, slots)
+        entries = safetensors.lay_out(specs, slots)
         arrays = {f"{name}.{slot}": array for name, slots in self.slots.items() for slot, array in slots.items()}
         for name, entry in entries.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != (entry.dtype, entry.shape):
@@ -274,7 +274,7 @@ class OptimizerState:
         if content["format"] > FORMAT_VERSION:
             raise ValueError(f"it has format {content['format']}; this version knows up to {FORMAT_VERSION}")
         specs = [(name, np.dtype(dtype), tuple(shape)) for name, shape, dtype in content["parameters"]]
-        entries = safetensors.place(specs, content["slots"])
+        entries = safetensors.lay_out(specs, content["slots"])
         head = safetensors.encode_head(entries, metadata)
         file.seek(0)
         if file.read(len(head)) != head:

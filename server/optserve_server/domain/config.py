@@ -165,7 +165,7 @@ class ServerConfig:
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
 
     def _divide_memory(self) -> None:
-        """Give what is 0 its part of the memory."""
+        """Compute the limits of memory that are 0."""
         self._derive("memory_bytes", machine.usable_bytes())
         self._derive("max_pull_bytes", min(GIB, self.memory_bytes // 16))
         self._derive("max_reply_bytes", min(64 * MIB, self.memory_bytes // 64))
@@ -180,18 +180,18 @@ class ServerConfig:
 
     @property
     def _bytes_for_optimizers(self) -> int:
-        """What the process itself and what is on its way leave of the memory, for states and staging buffers."""
+        """Memory for states and staging buffers: what the process itself, messages, pulls and replies leave."""
         own = NUMPY_BYTES if self.backend == "numpy" else COMPILER_BYTES
         return max(0, self.memory_bytes - own - self.wire_bytes - self.max_pull_bytes - self.max_reply_bytes)
 
     @property
     def wire_bytes(self) -> int:
-        """Memory that is kept for messages on their way, of all streams."""
+        """Memory that is reserved for the messages of all streams."""
         return min(2 * GIB, self.memory_bytes // 10)
 
     @property
     def room_bytes(self) -> int:
-        """What there is for states, whatever `max_state_bytes` says, with what a recovery or a pull takes beside."""
+        """Memory for states and for what a recovery needs beside them, whatever `max_state_bytes` says."""
         room = self._bytes_for_optimizers
         return room - min(self.max_staged_bytes, room // 10)
 
@@ -206,12 +206,12 @@ class ServerConfig:
 
     @property
     def max_frame_bytes(self) -> int:
-        """What gRPC lets through: well above our own limits, so that it is we who explain a refusal."""
+        """Limit of a message in gRPC itself: well above ours, so that our errors explain a refusal."""
         return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a TOML file sets, by name; the values are not checked yet.
+    """The settings in a TOML file, by name; the values are not checked yet.
 
     Raises:
         ConfigError: The file cannot be read, or has an unknown key.
@@ -228,7 +228,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
-    """Read a TOML file, if there is one, and let `overrides` win over it; entries that are None do not count.
+    """Read a TOML file, if there is one. Entries of `overrides` that are not None replace its values.
 
     Raises:
         ConfigError: The file cannot be read, has an unknown key, or a value cannot be used.

@@ -1,4 +1,4 @@
-"""File descriptors: as many as connections may take, beside those that the server cannot do without."""
+"""File descriptors: how many connections there can be, beside the descriptors that the server itself needs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FEWEST_CONNECTIONS = 16
 
 
 def room_for_connections(wanted: int, max_streams: int) -> int:
-    """How many connections there is room for, up to those wanted; the soft limit is raised for them if need be.
+    """How many connections the server can accept; raises the soft limit of descriptors if needed.
 
     Args:
-        wanted: Most that are to be let in.
-        max_streams: Streams that may be open beside.
+        wanted: Most connections that are wanted.
+        max_streams: Streams that may be open at the same time.
     """
     reserved = RESERVED + PER_STREAM * max_streams
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -29,10 +29,10 @@ def room_for_connections(wanted: int, max_streams: int) -> int:
     room = limit - reserved
     if room >= wanted:
         return wanted
-    # Where even what is reserved is more than half, both get by with less.
+    # With a very low limit, half of the descriptors go to connections, and fewer than RESERVED to the rest.
     room = max(room, limit // 2, FEWEST_CONNECTIONS)
     logger.warning(
-        "the system grants %d descriptors (RLIMIT_NOFILE), so %d connections are let in, not %d",
+        "the system grants %d descriptors (RLIMIT_NOFILE), so the server accepts %d connections, not %d",
         limit,
         room,
         wanted,
@@ -41,7 +41,7 @@ def room_for_connections(wanted: int, max_streams: int) -> int:
 
 
 def _raised(soft: int, hard: int, wanted: int) -> int:
-    """The soft limit, after it was raised as far as that is wanted and allowed."""
+    """Raise the soft limit as far as it is wanted and allowed; returns the new one."""
     if soft == resource.RLIM_INFINITY:
         return wanted
     target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -152,10 +152,10 @@ RETRY_AFTER_S: dict[Reason, float] = {
 
 
 class OptserveError(Exception):
-    """A call that fails for a reason that its caller can understand.
+    """A call fails for a reason that its caller can understand.
 
     Args:
-        reason: Why.
+        reason: The reason, as in the contract.
         message: What is wrong and what to do about it, in one sentence or two.
         field: Path of the offending request field, if there is one.
         metadata: Machine-readable particulars, see `ErrorReason` in the contract.
@@ -184,7 +184,7 @@ class OptserveError(Exception):
 
 
 class renaming_fields:  # noqa: N801 - used as a function; a generator would cost each step some microseconds
-    """Give the fields of errors from below the paths that they have in a request; the block's own name for each."""
+    """Replace the `field` of errors that leave the with-block by its path in the request, from a table of names."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names
@@ -199,7 +199,7 @@ class renaming_fields:  # noqa: N801 - used as a function; a generator would cos
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What the disk refuses in the with-block becomes NOT_DURABLE."""
+    """Turn an OSError of the with-block into NOT_DURABLE."""
     try:
         yield
     except OSError as error:

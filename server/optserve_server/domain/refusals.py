@@ -1,4 +1,4 @@
-"""The errors with which an optimizer refuses what would be of the wrong state, mode or moment."""
+"""The errors of calls that do not fit an optimizer's state, mode or step."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ from optserve_server.domain.errors import OptserveError, Reason
 
 
 def state_replaced(name: str, lineage: str, step: int) -> OptserveError:
-    """The client knew another state."""
+    """The client knows an older state."""
     return OptserveError(
         Reason.STATE_REPLACED,
-        f"The state of {name} has been replaced, by a restore, an import or a new optimizer of that name, since this "
-        f"client last looked; it is at step {step}.",
+        f"The state of {name} was replaced by a restore, an import or a new optimizer of that name; it is at step "
+        f"{step}. Read the optimizer again, then decide whether to go on with the new state.",
         lineage=lineage,
         current_step=step,
     )
 
 
 def wrong_step(name: str, step: int, expected: int) -> OptserveError:
-    """The client believes in another step."""
+    """The client expects another step."""
     return OptserveError(
         Reason.WRONG_STEP, f"{name} is at step {step}, not {expected}.", current_step=step, expected_step=expected
     )
 
 
 def no_such_step(name: str, step: int, given: int) -> OptserveError:
-    """A gradient was taken at an x that is still to come."""
+    """A gradient names an x of a later step than the present one."""
     return OptserveError(
         Reason.INVALID_FIELD, f"{name} is at step {step}; there has been no step {given}.", field="parameters_step"
     )
 
 
 def no_other_step(name: str) -> OptserveError:
-    """Only workers have gradients of earlier steps."""
+    """A client that is no worker names another step's x."""
     return OptserveError(
-        Reason.INVALID_FIELD, f"{name} has no workers, so x is of no other step.", field="parameters_step"
+        Reason.INVALID_FIELD,
+        f"{name} has no workers, so a gradient can only be of the present step.",
+        field="parameters_step",
     )
 
 
@@ -48,7 +50,7 @@ def not_hosted(name: str, field: str) -> OptserveError:
 
 
 def parameters_missing(name: str) -> OptserveError:
-    """Nobody has uploaded the parameters."""
+    """The parameters were not uploaded yet."""
     return OptserveError(
         Reason.PARAMETERS_MISSING,
         f"The parameters of {name} have not been uploaded yet; push them first.",
@@ -57,7 +59,7 @@ def parameters_missing(name: str) -> OptserveError:
 
 
 def parameters_in_place(name: str) -> OptserveError:
-    """Somebody has uploaded the parameters."""
+    """The parameters were uploaded before."""
     return OptserveError(
         Reason.PARAMETERS_IN_PLACE,
         f"The parameters of {name} have been uploaded before; pull them, or import a state.",
@@ -66,10 +68,10 @@ def parameters_in_place(name: str) -> OptserveError:
 
 
 def workers_attached(name: str, alive: int) -> OptserveError:
-    """Workers rely on the consistency."""
+    """The consistency cannot be changed while workers are alive."""
     return OptserveError(
         Reason.WORKERS_ATTACHED,
-        f"{alive} workers are alive on {name}; its consistency can be changed when they have left.",
+        f"{alive} workers of {name} are alive; change its consistency when they have left.",
         field="optimizer.consistency",
         live_workers=alive,
     )
@@ -79,15 +81,15 @@ def worker_replaced(name: str, worker: str) -> OptserveError:
     """A life of a worker is over."""
     return OptserveError(
         Reason.WORKER_REPLACED,
-        f"This life of worker {worker!r} of {name} is over: another one has begun under its name since, or it has "
-        "taken its leave. Nothing was changed; to go on under this name, enter it as a new worker.",
+        f"This life of worker {worker!r} of {name} is over: another life has begun under its name, or the worker has "
+        "left. Nothing was changed; to go on under this name, enter it as a new worker.",
         field="worker",
         worker=worker,
     )
 
 
 def wrong_last_request(name: str, step: int, last_request_id: str) -> OptserveError:
-    """The client believes that another step was the last one under its name."""
+    """The client takes another step for the last one under its name."""
     return OptserveError(
         Reason.WRONG_STEP,
         f"The last step that was applied on {name} under this name is {last_request_id!r}, not the one that this "
@@ -99,10 +101,10 @@ def wrong_last_request(name: str, step: int, last_request_id: str) -> OptserveEr
 
 
 def request_id_reused(request_id: str, made: str, wanted: str) -> OptserveError:
-    """A request id stands for something else."""
+    """A request id was used for another call."""
     return OptserveError(
         Reason.REQUEST_ID_REUSED,
-        f"Request id {request_id!r} is that of {made}, not of {wanted}, so nothing was changed; a new call needs a new "
+        f"Request id {request_id!r} was used for {made}, not for {wanted}. Nothing was changed; a new call needs a new "
         "request id.",
         field="request_id",
         request_id=request_id,
@@ -110,7 +112,7 @@ def request_id_reused(request_id: str, made: str, wanted: str) -> OptserveError:
 
 
 def optimizer_not_found(optimizer_id: str) -> OptserveError:
-    """Nothing has that name."""
+    """There is no optimizer of that name."""
     return OptserveError(
         Reason.OPTIMIZER_NOT_FOUND,
         f"There is no optimizer {optimizer_id!r}.",
@@ -120,7 +122,7 @@ def optimizer_not_found(optimizer_id: str) -> OptserveError:
 
 
 def gradient_late(name: str, step: int, taken_at: int) -> OptserveError:
-    """A step has gone on without this gradient."""
+    """A step was applied without this gradient."""
     return OptserveError(
         Reason.GRADIENT_LATE,
         f"The gradient was taken at step {taken_at}; {name} is at step {step}. Pull the parameters and compute "

@@ -17,25 +17,25 @@ _BACKLOG = 8
 
 
 class ControlSocket:
-    """Answers one client, which has to prove first that it shares memory with this server.
+    """Answers one client, which first has to prove that it shares memory with this server.
 
     Args:
-        nonce: What the client's first packet has to be.
-        answer: Carries out a message and gives those that answer it. ConnectionError ends the connection.
+        nonce: The client's first packet has to be this.
+        answer: Carries out a message and yields the answers. ConnectionError ends the connection.
 
     Attributes:
-        name: Of the socket, which is in no file system (an abstract one), and ends with this process.
-        proven: Whether the client has proven it.
+        name: Name of the abstract socket, which has no file and ends with this process.
+        proven: Whether the client has sent the nonce.
 
     Raises:
-        OSError: There are no such sockets here, or no thread to be had.
+        OSError: The system has no such sockets, or no thread.
     """
 
     def __init__(self, nonce: bytes, answer: Callable[[bytes], Generator[bytes]]) -> None:
         self.name = f"optserve-{secrets.token_hex(16)}"
         self._nonce = nonce
         self._answer = answer
-        # Held while a socket is closed or shut, so that its number is that of no other by then.
+        # Held while a socket is closed or shut, so that another file cannot have got its number meanwhile.
         self._lock = threading.Lock()
         self._closed = False
         self.proven = False
@@ -48,10 +48,10 @@ class ControlSocket:
             threading.Thread(target=self._run, name="control", daemon=True).start()
         except (OSError, RuntimeError) as error:
             self._listener.close()
-            raise OSError(f"a control socket cannot be had: {error}") from error
+            raise OSError(f"a control socket cannot be made: {error}") from error
 
     def close(self) -> None:
-        """End the connection, from any thread; a message that is being answered is answered to nobody."""
+        """End the connection; the answer to a message that is being handled is dropped. Safe from any thread."""
         with self._lock:
             self._closed = True
             for end in (self._listener, self._peer):
@@ -70,7 +70,7 @@ class ControlSocket:
                         return
                 finally:
                     self._close(peer)
-        # A socket that is shut or gone in the middle of a call: the end, from either side.
+        # One side has shut or closed the socket: the end of the connection.
         except OSError as error:
             logger.debug("%s ends: %s", self.name, error)
         finally:
@@ -90,7 +90,7 @@ class ControlSocket:
     def _sends_the_nonce(self, peer: socket.socket) -> bool:
         uid = peer_uid(peer)
         if uid != os.geteuid():
-            # Once for each socket: anybody can knock as often as they like.
+            # Logged once for each socket, because another user can connect any number of times.
             logger.log(logging.DEBUG if self._refused else logging.WARNING, "user %s is refused at %s", uid, self.name)
             self._refused = True
             return False
@@ -98,7 +98,7 @@ class ControlSocket:
         try:
             proven = secrets.compare_digest(peer.recv(len(self._nonce) + 1), self._nonce)
         except OSError as error:
-            logger.debug("nobody proves itself at %s: %s", self.name, error)
+            logger.debug("a client at %s has sent no nonce: %s", self.name, error)
             return False
         peer.settimeout(None)
         return proven
@@ -113,5 +113,5 @@ class ControlSocket:
                     # A client that does not read its answers is cut off, not waited for.
                     peer.send(message, socket.MSG_DONTWAIT)
             finally:
-                # Also where it is in the middle, with a lock held.
+                # Also after an error, because the generator may hold the stream's lock.
                 answers.close()

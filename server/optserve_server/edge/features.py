@@ -1,4 +1,4 @@
-"""Which parts of the contract this server has: all that are written here, as far as the host lets them work."""
+"""The optional parts of the contract that this server has, as far as they work on its host."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _ANYWHERE = frozenset(
         pb.FEATURE_WORKERS,
     }
 )
-"""What works on every host."""
+"""Features that work on every host."""
 
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM)
-"""Errors that pass: the host has shared memory, and has lent all of it."""
+"""Errors that do not count: the host has shared memory, but all of it is in use now."""
 
 _PROBE_BYTES = 4096
 
 
 @cache
 def available() -> frozenset[int]:
-    """What works on this host, which is looked at once."""
+    """The features that work on this host; found out once."""
     return _ANYWHERE | {pb.FEATURE_SHARED_MEMORY} if _has_shared_memory() else _ANYWHERE
 
 
 def _has_shared_memory() -> bool:
-    """Whether segments can be made and used; a kernel, a container's profile or a limit may forbid them."""
+    """Whether this process can make and attach segments; a kernel, a container's profile or a limit may forbid it."""
     if not sysv.host_id():
         return False
     try:
@@ -54,13 +54,13 @@ def _has_shared_memory() -> bool:
     except OSError as error:
         if error.errno in _NO_ROOM:
             return True
-        logger.info("no shared memory with clients: %s", error)
+        logger.info("shared memory does not work on this host: %s", error)
         return False
     return True
 
 
 def host_id() -> str:
-    """By which a client recognizes a server with which it can share memory; empty where it cannot."""
+    """An id of the host; a client with the same id can share memory. Empty if this server shares none."""
     return sysv.host_id() if pb.FEATURE_SHARED_MEMORY in available() else ""
 
 
@@ -68,8 +68,8 @@ def check(feature: pb.Feature, field: str) -> None:
     """Raise FEATURE_UNAVAILABLE unless this server has a feature.
 
     Args:
-        feature: What a client has asked for.
-        field: Of its request, by which it has.
+        feature: The feature that a client asks for.
+        field: Path of the request's field that asks for it.
     """
     if feature not in available():
         name = pb.Feature.Name(feature)

@@ -1,7 +1,7 @@
 """The standard health service, grpc.health.v1.
 
-Each watcher has a thread of its own, of which there is a limited number: whoever does not take what it is sent holds up
-nobody else, and the status is changed without waiting for anybody.
+Each watcher has a thread of its own, and their number is limited. A watcher that does not take its messages delays
+nobody else, and a change of the status waits for nobody.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Status = health_pb2.HealthCheckResponse.ServingStatus.ValueType
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Says whether each of some services is serving.
+    """Answers whether services are serving.
 
     Args:
-        services: Their names; the empty one stands for the server as a whole.
+        services: Names of the services; the empty name stands for the server as a whole.
     """
 
     def __init__(self, services: tuple[str, ...]) -> None:
@@ -29,13 +29,13 @@ class Health(health_pb2_grpc.HealthServicer):
         self._closed = False
 
     def set(self, status: Status) -> None:
-        """Give all services a status, of which their watchers are told."""
+        """Set the status of all services, and send it to their watchers."""
         with self._changed:
             self._status = dict.fromkeys(self._status, status)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nothing is served any more; watchers are told so, and that is the last."""
+        """Set all services to NOT_SERVING, send that to the watchers, and end their streams."""
         with self._changed:
             self._status = dict.fromkeys(self._status, Response.NOT_SERVING)
             self._closed = True
@@ -52,7 +52,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def Watch(  # noqa: N802 - pyright: ignore[reportIncompatibleMethodOverride]
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> Iterator[Response]:
-        """The status of a service now and whenever it changes."""
+        """The present status of a service, and each change of it."""
         if not context.add_callback(self._wake):
             return
         last: Status | None = None
@@ -71,6 +71,6 @@ class Health(health_pb2_grpc.HealthServicer):
         return self._status.get(request.service, Response.SERVICE_UNKNOWN)
 
     def _wake(self) -> None:
-        """A watcher is gone. Called in gRPC's event thread; the lock is never held while anything is waited for."""
+        """A watcher is gone. Called in gRPC's event thread, which may take this lock: nobody waits while holding it."""
         with self._changed:
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Memory that a stream offers to share with its client, until the client proves to see it or has waited too long."""
+"""The segment that a stream offers to its client. The client has to prove in time that it sees the segment."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 class SegmentOffer:
-    """A segment for one stream, and the socket for the messages about it. It takes as much memory as a gradient.
+    """A segment for one stream, with a socket for the stream's messages. It takes as much memory as a gradient.
 
     Args:
-        segment: What is offered.
-        one_at_a_time: The stream's lock, held by whoever calls `take_up` and `end`.
+        segment: The segment.
+        stream_lock: The stream's lock; the caller of `accept` and `end` holds it.
         answer: Answers a message that comes through the socket.
         unshare: Gives the segment back.
-        receive_s: The offer ends after so many seconds without proof.
+        receive_s: Seconds that the client has to prove that it sees the segment.
 
     Attributes:
-        segment: None once it was given back.
+        segment: The segment; None once it was given back.
     """
 
     def __init__(
@@ -51,28 +51,29 @@ class SegmentOffer:
         try:
             self._control = ControlSocket(segment.nonce, answer)
         except OSError as error:
-            logger.warning("no control socket, so that steps take a round trip of gRPC: %s", error)
+            logger.warning("there is no control socket, so each step takes a round trip over gRPC: %s", error)
         self.message: steps_pb2.SharedMemory = messages.shared_memory(
             segment, self._control.name if self._control else ""
         )
-        """As the client gets it."""
+        """The offer, as the client gets it."""
 
     def accept(self, nonce: bytes) -> Segment | None:
-        """The segment for a step that begins; the first has to prove that its client has found it.
+        """The segment for a step that begins; None if its gradients come in messages.
 
         Args:
-            nonce: What the client has read there; empty if it has not found it, and sends gradients in messages.
+            nonce: The bytes that the client has read in the segment, with the first step of the stream; empty if it
+                cannot reach the segment.
 
         Raises:
-            OptserveError: INVALID_FIELD for another nonce; STEP_TAKEN_OVER if the offer has ended.
+            OptserveError: INVALID_FIELD for a wrong nonce; STEP_TAKEN_OVER if the offer has ended.
         """
         if self.segment is not None and not self._is_proven:
             self._check(self.segment, nonce)
         elif self._is_withdrawn and nonce:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
-                f"The segment that was offered has waited {self._receive_s:g} s for its proof and is gone; open "
-                "another stream.",
+                f"The client has not proven within {self._receive_s:g} s that it sees the segment, so the segment is "
+                "gone; open another stream.",
             )
         return self.segment
 
@@ -90,7 +91,7 @@ class SegmentOffer:
             )
 
     def _withdraw(self) -> None:
-        """Nobody has proven to see the segment."""
+        """End the offer, because the client has not proven in time that it sees the segment."""
         with self._stream_lock:
             if self._is_proven or self.segment is None or (self._control is not None and self._control.proven):
                 return
@@ -106,6 +107,6 @@ class SegmentOffer:
             self._unshare(segment)
 
     def close_control(self) -> None:
-        """Take no message through the socket any more. Not with the stream's lock held: one may be on its way."""
+        """Close the socket. Without holding the stream's lock, which a message on its way may need."""
         if self._control is not None:
             self._control.close()

@@ -1,4 +1,4 @@
-"""Any exception as a google.rpc.Status: the one place where errors become what clients see."""
+"""Translates every exception into a google.rpc.Status; nothing else does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_METADATA_BYTES = 300
 def to_status(error: Exception) -> status_pb2.Status:
     """The status of an error, with ErrorInfo and, where they apply, BadRequest and RetryInfo.
 
-    An error that is not ours becomes INTERNAL; its particulars go to the log and not to the client.
+    An unknown exception becomes INTERNAL; its details go to the log, not to the client.
     """
     known = error if isinstance(error, OptserveError) else _internal(error)
     message = _shortened(known.message, _MAX_MESSAGE_BYTES)

@@ -24,15 +24,15 @@ def apply(
     Args:
         item: The optimizer that the request names.
         request: The step.
-        drain_gate: Passed by the step.
-        max_reply_bytes: Largest reply.
+        drain_gate: Admits the step.
+        max_reply_bytes: Largest reply, in bytes.
 
     Raises:
-        OptserveError: What the step is refused with.
+        OptserveError: The step is refused.
     """
     asked = _asked(item, request)
     if asked.reply is not Reply.NOTHING:
-        # Refused before the step is applied, not found out after.
+        # Before the step is applied, because it cannot be undone.
         _check_reply_bytes(item, asked.selection.listed, max_reply_bytes)
     with drain_gate.step():
         with renaming_fields({"tensors": "gradients"}):
@@ -53,12 +53,16 @@ def apply(
 
 
 def _asked(item: Optimizer, request: steps_pb2.ApplyGradientsRequest) -> StepRequest:
-    """What the message asks for, in the engine's words."""
+    """The message as a request of the engine."""
     reply = messages.reply(request.reply, "reply")
     messages.check_life(request.life, "life")
     if item.settings.consistency is not None and item.settings.consistency.waits:
-        # Those who wait must not keep the threads from those whom they wait for.
-        raise OptserveError(Reason.INVALID_FIELD, "A step that waits for other workers takes a stream.", field="worker")
+        # A step that waits would keep a thread that the steps which it waits for may need.
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            "A worker's step may wait for others, so it needs a stream; use StreamSteps.",
+            field="worker",
+        )
     tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
     if not tensors:
         raise OptserveError(Reason.INVALID_FIELD, "A step needs at least one gradient.", field="gradients")

@@ -73,11 +73,11 @@ class Store(Protocol):
         """Give a temporary file its place, durably; raise FileExistsError if it is taken, unless `overwrite`."""
         ...
 
-    def settle(self, optimizer: str) -> None:
+    def make_durable(self, optimizer: str) -> None:
         """Make sure that what is there of an optimizer is durable."""
         ...
 
-    def check_room(self, optimizer: str, tag: str, size_bytes: int) -> None:
+    def check_capacity(self, optimizer: str, tag: str, size_bytes: int) -> None:
         """Raise SERVER_FULL if there is no room for a file. `keep` does so as well."""
         ...
 
@@ -122,7 +122,7 @@ class FolderStore:
         self._limits = limits or Limits()
         self._check_in_place = check_in_place
         self._lock = clock.lock()
-        self._sizes = self._measured()
+        self._sizes = self._measure_files()
         # No optimizer's name begins with a dot.
         for leftover in path.glob(f"{_TEMPORARY}*"):
             disk.unlink(leftover)
@@ -141,7 +141,7 @@ class FolderStore:
         with self._lock:
             if not overwrite and target.exists():
                 raise FileExistsError(target)
-            self._check_room((optimizer, tag), size_bytes)
+            self._check_capacity((optimizer, tag), size_bytes)
             try:
                 self.disk.link(Path(file.name), second)
                 self.disk.make_folder(target.parent)
@@ -151,22 +151,22 @@ class FolderStore:
             self._sizes[optimizer, tag] = size_bytes
             self._sync(target.parent)
 
-    def settle(self, optimizer: str) -> None:  # noqa: D102
+    def make_durable(self, optimizer: str) -> None:  # noqa: D102
         self._sync(self._path / optimizer)
 
-    def check_room(self, optimizer: str, tag: str, size_bytes: int) -> None:  # noqa: D102
+    def check_capacity(self, optimizer: str, tag: str, size_bytes: int) -> None:  # noqa: D102
         with self._lock:
-            self._check_room((optimizer, tag), size_bytes)
+            self._check_capacity((optimizer, tag), size_bytes)
 
-    def _check_room(self, key: Key, size_bytes: int) -> None:
+    def _check_capacity(self, key: Key, size_bytes: int) -> None:
         try:
             self._limits.check(self._sizes, key, size_bytes)
         except OptserveError:
             # Somebody may have removed files by hand.
-            self._sizes = self._measured()
+            self._sizes = self._measure_files()
             self._limits.check(self._sizes, key, size_bytes)
 
-    def _measured(self) -> dict[Key, int]:
+    def _measure_files(self) -> dict[Key, int]:
         return {
             (path.parent.name, path.name.removesuffix(_SUFFIX)): path.stat().st_size
             for path in self._path.glob(f"*/*{_SUFFIX}")
@@ -225,12 +225,12 @@ class TemporaryStore:
             if before is not None and not overwrite:
                 raise FileExistsError(tag)
             self._limits.check(self._sizes, (optimizer, tag), size_bytes)
-            self._files[optimizer, tag] = _again(file)
+            self._files[optimizer, tag] = _duplicate(file)
             self._sizes[optimizer, tag] = size_bytes
         if before is not None:
             before.close()
 
-    def check_room(self, optimizer: str, tag: str, size_bytes: int) -> None:  # noqa: D102
+    def check_capacity(self, optimizer: str, tag: str, size_bytes: int) -> None:  # noqa: D102
         with self._lock:
             self._limits.check(self._sizes, (optimizer, tag), size_bytes)
 
@@ -238,7 +238,7 @@ class TemporaryStore:
         with self._lock:
             return sorted(self._files)
 
-    def settle(self, optimizer: str) -> None:
+    def make_durable(self, optimizer: str) -> None:
         """Nothing is durable here."""
 
     def tags(self, optimizer: str) -> list[str]:  # noqa: D102
@@ -249,7 +249,7 @@ class TemporaryStore:
         with self._lock:
             if (optimizer, tag) not in self._files:
                 raise FileNotFoundError(tag)
-            return _again(self._files[optimizer, tag])
+            return _duplicate(self._files[optimizer, tag])
 
     def remove(self, optimizer: str, tag: str) -> None:  # noqa: D102
         with self._lock:
@@ -259,6 +259,6 @@ class TemporaryStore:
             del self._sizes[optimizer, tag]
 
 
-def _again(file: BinaryIO) -> BinaryIO:
+def _duplicate(file: BinaryIO) -> BinaryIO:
     """The same file under another descriptor."""
     return os.fdopen(os.dup(file.fileno()), "rb")

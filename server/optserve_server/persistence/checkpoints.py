@@ -52,7 +52,7 @@ class Checkpoint:
     request_id: str
 
     @property
-    def place(self) -> str:
+    def sort_key(self) -> str:
         """Its place in lists: by age, then by tag."""
         return f"{self.create_time.isoformat(timespec='microseconds')} {self.tag}"
 
@@ -118,9 +118,9 @@ class Checkpoints:
             The checkpoints, and the place of the last one if more follow, else an empty text.
         """
         found = self._all_known([(optimizer_id, tag) for tag in self._store.tags(optimizer_id)])
-        found.sort(key=lambda item: item.place)
-        rest = [item for item in found if item.place > after]
-        return rest[:size], rest[size - 1].place if len(rest) > size else ""
+        found.sort(key=lambda item: item.sort_key)
+        rest = [item for item in found if item.sort_key > after]
+        return rest[:size], rest[size - 1].sort_key if len(rest) > size else ""
 
     def page_of_all(self, size: int, after: str) -> tuple[list[Checkpoint], str]:
         """Likewise the checkpoints of all optimizers, deleted ones included, by optimizer and tag."""
@@ -209,7 +209,7 @@ class Checkpoints:
                 exported = StateFile(file, description, disk=self._store.disk)
                 if to_keep_as:
                     check_readable(optimizer, exported)
-                    self._store.check_room(optimizer.id, to_keep_as, exported.size_bytes)
+                    self._store.check_capacity(optimizer.id, to_keep_as, exported.size_bytes)
                 exported.allocate()
                 exported.fill(state)
             yield exported
@@ -274,7 +274,7 @@ class Checkpoints:
             return None
         with disk_errors():
             # The first call may have ended before that.
-            self._store.settle(optimizer_id)
+            self._store.make_durable(optimizer_id)
         return existing
 
     def _known(self, optimizer_id: str, tag: str) -> Checkpoint:

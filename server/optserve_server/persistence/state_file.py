@@ -40,7 +40,7 @@ class Plan:
 
     def __init__(self, layout: Layout, arrays: tuple[str, ...], metadata: dict[str, str] | None = None) -> None:
         parameters = [(parameter.name, parameter.dtype, parameter.shape) for parameter in layout.parameters]
-        self.head = safetensors.encode_head(safetensors.place(parameters, arrays), metadata)
+        self.head = safetensors.encode_head(safetensors.lay_out(parameters, arrays), metadata)
         self.arenas: list[tuple[np.dtype, int, int, int]] = []
         """(dtype, array, first byte, elements) of those that are not empty, in the order of the file."""
         offset = len(self.head)

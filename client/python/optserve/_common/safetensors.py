@@ -42,7 +42,7 @@ class Entry:
         return self.begin + math.prod(self.shape) * self.dtype.itemsize
 
 
-def place(parameters: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Sequence[str]) -> dict[str, Entry]:
+def lay_out(parameters: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Sequence[str]) -> dict[str, Entry]:
     """Where a model's state is in a file: entries PARAMETER.ARRAY, one behind the other.
 
     Array by array; within an array float64 before float32; within these in the order of the parameters.
