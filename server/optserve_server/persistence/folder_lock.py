@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.journal import JournalError, segment_paths
+
+logger = logging.getLogger(__name__)
 
 LOCK = "LOCK"
 UNCLEAN = "UNCLEAN"
@@ -29,8 +32,7 @@ class FolderLock:
         # As text, which is twice as fast at each change.
         self._file = str(path / LOCK)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            disk.make_folder(path)
+            _make_durably(path, disk)
             self._descriptor = disk.open(path / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise JournalError(f"The data folder {path} cannot be used: {error}.") from error
@@ -50,6 +52,20 @@ class FolderLock:
     def release(self) -> None:
         """Let others in."""
         self._disk.close(self._descriptor)
+
+
+def _make_durably(path: Path, disk: Disk) -> None:
+    """Make a folder and those that it is in, unless they are there, so that a power failure does not take them away."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(path)
+    # That of the folder itself also where it is there: an earlier start may have ended before it came to that.
+    for folder in (path, *missing):
+        try:
+            disk.sync_path(folder.parent)
+        except PermissionError:
+            # Somebody else's, who has made the folder for this server.
+            logger.debug("%s is not synced, as it may not be read", folder.parent)
 
 
 @contextmanager
