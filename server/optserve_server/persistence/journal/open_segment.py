@@ -23,6 +23,8 @@ from optserve_server.persistence.journal.newest import newest_name, set_newest
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_BYTES = 1 << 16
+
 
 class OpenSegment:
     """The segment that is being written. Not safe to use from several threads.
@@ -136,6 +138,38 @@ class OpenSegment:
     def close(self) -> None:
         """Close the file."""
         self._disk.close(self._descriptor)
+
+
+def write_anew(path: Path, disk: Disk) -> None:
+    """Make a segment durable that another process has written.
+
+    A sync alone would not do: where one has failed in that process, the system keeps what it could not write in its
+    cache, takes it for written, and the next sync has nothing to do. So what is there is written once more.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    descriptor = disk.open(path, os.O_RDWR)
+    try:
+        try:
+            _write_again(descriptor, disk)
+        except OSError as error:
+            # A file system that never writes in place needs room for it; a start must not.
+            if error.errno != errno.ENOSPC:
+                raise
+            logger.warning("%s cannot be written once more, as the disk is full, and is synced only", path)
+        disk.sync(descriptor)
+    finally:
+        disk.close(descriptor)
+
+
+def _write_again(descriptor: int, disk: Disk) -> None:
+    position = 0
+    while block := os.pread(descriptor, _BLOCK_BYTES, position):
+        # What was never written, at the end, stays so.
+        if block.strip(b"\0"):
+            write_all(descriptor, [block], position, disk)
+        position += len(block)
 
 
 def _is_nameless(descriptor: int) -> bool:

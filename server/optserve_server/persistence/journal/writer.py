@@ -19,7 +19,7 @@ from optserve_server.persistence.journal.format import (
     segment_paths,
 )
 from optserve_server.persistence.journal.newest import newest_name, set_newest
-from optserve_server.persistence.journal.open_segment import OpenSegment
+from optserve_server.persistence.journal.open_segment import OpenSegment, write_anew
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Journal:
         self.bytes_written = 0
         # What a killed process has written may have been read from the system's cache only.
         for path in segment_paths(folder)[-1:]:
-            disk.sync_path(path)
+            write_anew(path, disk)
 
     @property
     def last_lsn(self) -> int:
