@@ -192,7 +192,11 @@ class Worker:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
             # The step was applied, but the server was restarted and has lost the reply. Newer parameters do as well.
-            return self._pull_newer(patience, list(grads), out)
+            try:
+                return self._pull_newer(patience, list(grads), out)
+            except WorkerReplacedError as replaced:
+                # By itself that would say that the step was not applied.
+                raise error from replaced
         if reply == "parameters":
             self._session.at_step = self.current_step
         return arrays

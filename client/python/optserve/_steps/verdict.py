@@ -78,11 +78,16 @@ def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register:
             action = Action.RETRY
         elif not in_doubt:
             action = Action.NOT_APPLIED
-        elif error.reason in _NEVER_KNOWN:
+        elif is_never_known(error):
             action = Action.IN_DOUBT
         else:
             action = Action.RAISE
     return Verdict(action, in_doubt, closes_stream=taken_over)
+
+
+def is_never_known(error: OptserveError) -> bool:
+    """Whether, after that error, nobody can be asked what became of a step that an earlier try may have applied."""
+    return error.reason in _NEVER_KNOWN
 
 
 def next_try(error: OptserveError, *, can_register: bool) -> Action | None:
