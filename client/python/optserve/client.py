@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +14,7 @@ from optserve._resources import replies
 from optserve._resources.checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
 from optserve._resources.new_optimizer import ArrayLike, NewSettings, new_optimizer, values_of
 from optserve._rpc.connection import Connection
+from optserve._rpc.retry import Backoff
 from optserve._values.arrays import check_kind
 from optserve.config import ClientConfig
 from optserve.errors import (
@@ -22,6 +23,7 @@ from optserve.errors import (
     NotFoundError,
     OptserveError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from optserve.optimizer import Optimizer, TransportName, WireDtype
 from optserve.optimizer_info import PREFIX, OptimizerInfo, info_from, resource_name
@@ -188,21 +190,29 @@ class Client:
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
         values = values_of(params) if hosted else {}
+        patience = self._connection.patience(self._connection.config.timeout_s)
+        backoff = Backoff(self._connection.config, self._connection.clock)
+        while (found := self._find_or_create(name, wanted)) is None:
+            # Another client is creating it, and may yet fail.
+            taken = UnavailableError(f"{name!r} is being made, or deleted, by somebody else.")
+            patience.pause(backoff.next_pause_s(taken), taken)
+        found, is_new = found
+        if not is_new:
+            found._check_same(wanted)
+        with self._deleting_if_refused(found) if is_new else nullcontext():
+            if values:
+                found._push_parameters_if_missing(values)
+        return found
+
+    def _find_or_create(self, name: str, wanted: optimizer_pb2.Optimizer) -> tuple[Optimizer, bool] | None:
+        """An optimizer, and whether it was made just now; None if it is neither there nor can be made."""
         try:
-            found = self.optimizer(name)
+            return self.optimizer(name), False
         except NotFoundError:
             try:
-                return self.create_optimizer(
-                    name, algorithm, params, schedule=schedule, clipping=clipping, groups=groups, hosted=hosted,
-                    weight_decay=weight_decay, consistency=consistency,
-                )  # fmt: skip
+                return self._create(name, wanted), True
             except AlreadyExistsError:
-                # Another client has created it meanwhile.
-                found = self.optimizer(name)
-        found._check_same(wanted)
-        if values:
-            found._push_parameters_if_missing(values)
-        return found
+                return None
 
     def _create(self, name: str, wanted: optimizer_pb2.Optimizer) -> Optimizer:
         request = service_pb2.CreateOptimizerRequest(

@@ -309,8 +309,8 @@ class StepSession:
     def _in_doubt(self, error: OptserveError) -> StepInDoubtError:
         """The error for a step of which nobody can be asked any more whether an earlier try has applied it."""
         return StepInDoubtError(
-            f"The connection was lost in the middle of a step of {self._name}. Then the server answered: {error.message} "
-            "Whether the step was applied is no longer known. Call refresh() to go on."
+            f"The connection was lost in the middle of a step of {self._name}. Then the server answered: "
+            f"{error.message} Whether the step was applied is no longer known. Call refresh() to go on."
         )
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError, action: Action) -> None:
