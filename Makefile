@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torture fuzz test-debian test-newest check format generate pins bench wheels clean
+.PHONY: help demo test test-fast torture simulate fuzz test-debian test-newest check format generate pins bench wheels clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes 
 torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
 	OPTSERVE_KILLS=1000 $(BIN)/pytest -n 2 tests/durability/test_kill.py
 
+simulate: .venv/.dev ## Play 100,000 seeds of the simulation; SEEDS=<number> of them, FROM=<first>
+	$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)
+
 fuzz: .venv/.dev ## Feed a server 5,000,000 malformed frames
 	OPTSERVE_FUZZ=5000000 $(BIN)/pytest -n 2 tests/service/test_fuzz.py
 
@@ -35,7 +38,7 @@ test-debian: .venv/.dev ## Run the tests of server and client under the Python o
 test-newest: ## Run the fast tests on the newest release of everything
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q --upgrade -e ".[server,numba,plots]" safetensors pytest pytest-xdist pytest-timeout hypothesis \
-		psutil h2 torch==2.13.0 grpcio-tools mypy-protobuf
+		greenlet psutil h2 torch==2.13.0 grpcio-tools mypy-protobuf
 	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet" --deselect \
 		tests/project/test_contract.py::test_what_is_committed_is_what_the_contract_generates
 

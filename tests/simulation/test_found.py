@@ -1,0 +1,169 @@
+"""Faults that the simulation has found, each in the few moves that it takes, in the orders that these can have."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optserve
+from optserve._rpc.connection import Connection
+from optserve_server.engine.records import STEPPED
+from optserve_server.persistence.journal import Journal, Reader
+from simulation.actors import CONFIG
+from simulation.channel import Channel
+from simulation.clock import VirtualClock
+from simulation.disk import SimulatedDisk
+from simulation.network import Network
+from simulation.run import deterministic
+from simulation.service import Server
+from simulation.world import Task, World
+
+X = {"w": np.zeros(4)}
+LIMIT_S = 300.0
+
+
+class Scene:
+    """A server, and whoever a test lets call it."""
+
+    def __init__(self, seed: int, root: Path) -> None:
+        self.world = World(seed)
+        self.network = Network(self.world)
+        self.disk = SimulatedDisk(self.world, root)
+        self.server = Server(self.world, self.network, self.disk, snapshot_bytes=4096, segment_bytes=8192)
+        self.server.start()
+        self.channels: dict[str, Channel] = {}
+
+    def let(self, name: str, act: Callable[[optserve.Client], object]) -> Task:
+        """Let a client act, in a process of its own."""
+        process = self.world.process(name)
+        channel = self.channels[name] = Channel(self.network, process)
+
+        def run() -> None:
+            self.world.sleep(self.world.random.uniform(0.0, 0.5))
+            with optserve.Client("sim", CONFIG, Connection("sim", CONFIG, VirtualClock(process), channel)) as client:
+                act(client)
+
+        return process.start(run, "main")
+
+    def play(self, *tasks: Task) -> None:
+        """Until all of them have ended."""
+        self.world.run(lambda: all(task.ended for task in tasks), LIMIT_S)
+
+    def restart(self, *, power: bool) -> None:
+        """The server is killed, and started again."""
+        self.server.kill(power=power)
+        self.server.start()
+
+
+@contextmanager
+def scene(seed: int, folder: Path) -> Iterator[Scene]:
+    root = folder / str(seed)
+    root.mkdir()
+    with deterministic(seed):
+        yield Scene(seed, root)
+
+
+def hosted(client: optserve.Client) -> optserve.Optimizer:
+    return client.get_or_create_optimizer(
+        "a", optserve.Sgd(learning_rate=1.0), X, hosted=True, consistency=optserve.Async(lease_s=2.0)
+    )
+
+
+def test_a_data_folder_that_was_just_made_outlives_a_power_failure(tmp_path):
+    for seed in range(100):
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", hosted))
+            there.restart(power=True)
+            there.play(there.let("finder", lambda client: client.optimizer("a")))
+
+
+def test_of_several_who_make_one_optimizer_at_once_none_fails(tmp_path):
+    """One was told that the parameters are in place already, where another one had found and uploaded them."""
+    for seed in range(100):
+        with scene(seed, tmp_path) as there:
+            there.network.weather.slowest_s, there.network.weather.breaking = 0.3, 0.25
+            there.play(*(there.let(f"maker {number}", hosted) for number in range(3)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_comes_while_another_one_fails_to_make_an_optimizer_makes_it(tmp_path, seed):
+    """It was told that there is one of that name, and then that there is none."""
+    with scene(seed, tmp_path) as there:
+        faults = there.disk.faults
+        there.world.at(0.1, lambda: vars(faults).update(failing=0.3, slowest_s=0.3))
+        there.world.at(3.0, lambda: vars(faults).update(failing=0.0))
+        there.play(*(there.let(f"maker {number}", hosted) for number in range(3)))
+
+
+def test_a_worker_that_is_replaced_while_it_registers_is_not_told_that_its_step_was_not_applied(tmp_path):
+    replaced: list[str] = []
+    for seed in range(150):
+        told: list[str] = []
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", hosted))
+            _replace_while_it_registers(there, told)
+            replaced += told
+            applied = _is_applied(there)
+        assert told != ["WorkerReplacedError"] or not applied, f"seed {seed}"
+    assert set(replaced) == {"StepInDoubtError", "WorkerReplacedError"}
+
+
+def _is_applied(there: Scene) -> bool:
+    found: list[np.ndarray] = []
+    there.play(there.let("looks", lambda client: found.append(client.optimizer("a").pull_parameters().arrays["w"])))
+    return found[0][0] != 0
+
+
+class StubbornDisk(SimulatedDisk):
+    """A failing one of these does not cut files either."""
+
+    def truncate(self, descriptor: int, size_bytes: int) -> None:
+        if self.faults.failing:
+            raise OSError(errno.EIO, "Input/output error")
+        super().truncate(descriptor, size_bytes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_failed_sync_has_left_in_the_cache_is_durable_once_a_start_has_read_it(tmp_path, seed):
+    """The system takes it for written after the failure, so that a sync alone does nothing."""
+    disk = StubbornDisk(World(seed), tmp_path)
+    journal = Journal(tmp_path, 1, 8192, disk=disk)
+    journal.append(STEPPED, b"", [b"a" * 1000])
+    disk.faults.failing = 1.0
+    with pytest.raises(OSError, match="Input/output error"):
+        journal.append(STEPPED, b"", [b"b" * 1000])
+    disk.crash(power=False)
+    disk.faults.failing = 0.0
+    assert [record.lsn for record in Reader(tmp_path, 0)] == [1, 2]
+    Journal(tmp_path, 3, 8192, disk=disk)
+    disk.crash(power=True)
+    assert [record.lsn for record in Reader(tmp_path, 0)] == [1, 2]
+
+
+def _replace_while_it_registers(there: Scene, told: list[str]) -> None:
+    """A worker's step is applied, its reply lost with the server, and its name taken by another life meanwhile."""
+    world = there.world
+
+    def first(client: optserve.Client) -> None:
+        with client.worker("a", "w") as worker:
+            worker.pull()
+            # The reply is lost.
+            world.at(world.now + world.random.uniform(0.02, 0.08), lambda: there.restart(power=False))
+            there.network.weather.slowest_s = 0.02
+            try:
+                worker.step({"w": np.array([1.0, 0, 0, 0])}, timeout_s=20.0)
+            except optserve.OptserveError as error:
+                told.append(type(error).__name__)
+
+    def second(client: optserve.Client) -> None:
+        while there.server.starts < 2:
+            world.sleep(0.01)
+        world.sleep(world.random.uniform(0.0, 0.3))
+        with client.worker("a", "w"):
+            world.sleep(1.0)
+
+    there.play(there.let("first", first), there.let("second", second))
+    there.network.weather.slowest_s = 0.005
