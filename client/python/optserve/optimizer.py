@@ -41,7 +41,7 @@ class Optimizer(Resource):
         wire_dtype: WireDtype = "native",
         error_feedback: bool = False,
         worker: str = "",
-        register: Callable[[], object] | None = None,
+        register: Callable[[float], object] | None = None,
     ) -> None:
         super().__init__(connection, message, wire_type(wire_dtype))
         share, must_share = shares_memory(connection, transport, wire_dtype)

@@ -214,8 +214,8 @@ class Worker:
         self._session.streams.open_request.life = self._life
         self._session.life.continue_after(last_request_id)
 
-    def _register(self) -> replicas_pb2.ReportWorkerResponse:
-        response = self._report(replicas_pb2.WORKER_STATE_ALIVE)
+    def _register(self, timeout_s: float | None = None) -> replicas_pb2.ReportWorkerResponse:
+        response = self._report(replicas_pb2.WORKER_STATE_ALIVE, timeout_s=timeout_s)
         lease_s = replies.seconds(response.lease)
         if not lease_s:
             raise replies.invalid_reply("a worker's lease is 0 s")

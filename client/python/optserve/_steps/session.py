@@ -46,7 +46,8 @@ class StepSession:
     Args:
         connection: To the server.
         streams: Opens the streams on which steps are sent.
-        register: Registers the worker with the server once more; None for a client that is no worker.
+        register: Registers the worker with the server once more, within so many seconds; None for a client that is no
+            worker.
         feedback: Adds rounding errors to the next gradients; None without error feedback.
 
     Attributes:
@@ -64,7 +65,7 @@ class StepSession:
         connection: Connection,
         streams: Streams,
         *,
-        register: Callable[[], object] | None = None,
+        register: Callable[[float], object] | None = None,
         feedback: ErrorFeedback | None = None,
     ) -> None:
         self.known = streams.known
@@ -317,7 +318,7 @@ class StepSession:
         """Wait before the next try, and register the worker if that is needed."""
         patience.pause(backoff.next_pause_s(error), error)
         if action is Action.REGISTER and self._register is not None:
-            self._register()
+            self._register(max(patience.left_s, 0.001))
 
     def _record_result(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Record a step's result; `known` if the step was sent before, so that a replay is a right answer."""
