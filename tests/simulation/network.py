@@ -125,6 +125,7 @@ class Pipe:
         for timer, _ in self._under_way:
             timer.clear()
         self._under_way.clear()
+        self._last_at = self._world.now
         for item in (*items, RESET):
             self._send(item, self._world.random.uniform(0, lingering_s))
 

@@ -87,10 +87,10 @@ class Server:
     def _try(self) -> None:
         try:
             self._run()
-        except JournalError as error:
-            told = str(error)
+        except (JournalError, OSError) as error:
+            told, cause = str(error), error if isinstance(error, OSError) else error.__cause__
             # A server does not start on a disk that fails; on one that does not, it has to.
-            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.EIO, errno.ENOSPC):
+            if not isinstance(cause, OSError) or cause.errno not in (errno.EIO, errno.ENOSPC):
                 raise
             self.world.log(lambda: f"the server does not start: {told}")
             if self.process is not None:

@@ -2,7 +2,8 @@
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ class Scene:
     def play(self, *tasks: Task) -> None:
         """Until all of them have ended."""
         self.world.run(lambda: all(task.ended for task in tasks), LIMIT_S)
+
+    def silence(self) -> None:
+        """Nothing arrives any more, for minutes."""
+        self.network.weather.slowest_s = LIMIT_S
 
     def restart(self, *, power: bool) -> None:
         """The server is killed, and started again."""
@@ -109,6 +114,31 @@ def test_a_worker_that_is_replaced_while_it_registers_is_not_told_that_its_step_
             applied = _is_applied(there)
         assert told != ["WorkerReplacedError"] or not applied, f"seed {seed}"
     assert set(replaced) == {"StepInDoubtError", "WorkerReplacedError"}
+
+
+def test_a_step_ends_at_its_time_out_also_where_its_worker_has_to_register(tmp_path):
+    for seed in range(30):
+        took: list[float] = []
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", hosted))
+            there.play(there.let("worker", partial(_step_without_answers, there, took)))
+        assert max(took) < STEP_S + 1.0, f"seed {seed}"
+
+
+STEP_S = 2.0
+
+
+def _step_without_answers(there: Scene, took: list[float], client: optserve.Client) -> None:
+    """The server starts anew, knows the worker no longer, says so, and then is not heard of any more."""
+    with client.worker("a", "w") as worker:
+        worker.pull()
+        there.restart(power=False)
+        there.world.at(there.world.now + there.world.random.uniform(0.05, 0.3), there.silence)
+        for _ in range(20):
+            began = there.world.now
+            with suppress(optserve.OptserveError):
+                worker.step({"w": np.zeros(4)}, timeout_s=STEP_S)
+            took.append(there.world.now - began)
 
 
 def _is_applied(there: Scene) -> bool:
