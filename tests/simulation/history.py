@@ -12,7 +12,7 @@ from itertools import combinations, product
 import numpy as np
 
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.optimizer import Steps
+from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Parameter

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import optserve
-from optserve_server.engine.registry import Optimizer
+from optserve_server.engine.optimizer import Optimizer
 
 from .actors import NAME, Actor, Client, DeltaClient, Rude, Worker
 from .disk import Faults, SimulatedDisk
