@@ -23,7 +23,7 @@ from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.stream import StepRefused, StepStream
 from optserve._steps.streams import Streams
 from optserve._steps.updates import Updates
-from optserve._steps.verdict import Action, Ending, NotApplied, Verdict, is_never_known, judge, next_try
+from optserve._steps.verdict import Action, Ending, NotApplied, Verdict, is_never_known, judge, never_known, next_try
 from optserve.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -293,7 +293,7 @@ class StepSession:
             case Action.NOT_APPLIED:
                 raise NotApplied(error)
             case Action.IN_DOUBT:
-                raise self._in_doubt(error) from error
+                raise never_known(self._name, error) from error
             case Action.RAISE:
                 raise error
             case Action.RETRY | Action.REGISTER as action:
@@ -304,15 +304,8 @@ class StepSession:
                         raise NotApplied(ended) from None
                     # The worker may have been replaced while it registers: that says nothing of a try before.
                     if is_never_known(ended):
-                        raise self._in_doubt(ended) from ended
+                        raise never_known(self._name, ended) from ended
                     raise ended from None
-
-    def _in_doubt(self, error: OptserveError) -> StepInDoubtError:
-        """The error for a step of which nobody can be asked any more whether an earlier try has applied it."""
-        return StepInDoubtError(
-            f"The connection was lost in the middle of a step of {self._name}. Then the server answered: "
-            f"{error.message} Whether the step was applied is no longer known. Call refresh() to go on."
-        )
 
     def _pause(self, patience: Patience, backoff: Backoff, error: OptserveError, action: Action) -> None:
         """Wait before the next try, and register the worker if that is needed."""

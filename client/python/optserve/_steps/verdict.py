@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from optserve import _reasons
 from optserve._rpc.retry import is_retryable
-from optserve.errors import InternalError, OptserveError, StateLostError
+from optserve.errors import InternalError, OptserveError, StateLostError, StepInDoubtError
 
 _NEVER_KNOWN = frozenset((_reasons.WRONG_STEP, _reasons.REPLY_GONE, _reasons.WORKER_REPLACED))
 """Refusals after which the server cannot say whether an earlier try was applied: other clients may have stepped since,
@@ -88,6 +88,14 @@ def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register:
 def is_never_known(error: OptserveError) -> bool:
     """Whether, after that error, nobody can be asked what became of a step that an earlier try may have applied."""
     return error.reason in _NEVER_KNOWN
+
+
+def never_known(name: str, error: OptserveError) -> StepInDoubtError:
+    """The error for a step of the optimizer of that name, where nobody can be asked what became of an earlier try."""
+    return StepInDoubtError(
+        f"The connection was lost in the middle of a step of {name}. Then the server answered: {error.message} "
+        "Whether the step was applied is no longer known. Call refresh() to go on."
+    )
 
 
 def next_try(error: OptserveError, *, can_register: bool) -> Action | None:
