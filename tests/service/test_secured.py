@@ -1,26 +1,28 @@
 """Connections that are secured, metadata that is sent with every call, and interceptors on either side."""
 
 import asyncio
-import shutil
-import subprocess
+import ipaddress
 import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
 from optserve import aio
 from optserve_server.app import App
 from optserve_server.domain.config import ServerConfig
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make certificates")
 
 X = np.ones(1000, np.float32)
 TOKEN = ("authorization", "Bearer hunter2")
@@ -34,21 +36,28 @@ class Identity(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def identity(tmp_path_factory) -> Callable[[str], Identity]:
+def identity() -> Callable[[str], Identity]:
     """Makes identities for this host."""
 
     def make(name: str) -> Identity:
-        folder: Path = tmp_path_factory.mktemp(name)
-        key, certificate = folder / "key.pem", folder / "certificate.pem"
-        subprocess.run(
-            [
-                "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-                "-keyout", str(key), "-out", str(certificate),
-            ],
-            check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
-        return Identity(key.read_bytes(), certificate.read_bytes())
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return Identity(private, certificate.public_bytes(Encoding.PEM))
 
     return make
 
@@ -118,7 +127,6 @@ SHAPES = {"CreateOptimizer", "StreamSteps", "PushParameters", "PullParameters", 
 """Calls of all four shapes."""
 
 
-@needs_openssl
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
 def test_every_call_works_over_a_secured_connection(identity, transport):
     own = identity("server")
@@ -128,7 +136,6 @@ def test_every_call_works_over_a_secured_connection(identity, transport):
             every_shape_of_call(client, "a", transport)
 
 
-@needs_openssl
 def test_the_asyncio_client_and_health_checks_work_over_it_too(identity):
     own = identity("server")
     credentials = grpc.ssl_channel_credentials(own.certificate)
@@ -150,7 +157,6 @@ def test_the_asyncio_client_and_health_checks_work_over_it_too(identity):
             watch.cancel()
 
 
-@needs_openssl
 def test_who_trusts_another_certificate_or_none_does_not_reach_a_secured_server(identity):
     own, other = identity("server"), identity("other")
     with serving(grpc.ssl_server_credentials([(own.key, own.certificate)])) as target:
@@ -161,7 +167,6 @@ def test_who_trusts_another_certificate_or_none_does_not_reach_a_secured_server(
             assert isinstance(refused.value, (optserve.UnavailableError, optserve.DeadlineExceededError))
 
 
-@needs_openssl
 def test_a_server_can_ask_for_certificates_of_its_clients(identity):
     own, known, stranger = identity("server"), identity("known"), identity("stranger")
     credentials = grpc.ssl_server_credentials(
