@@ -19,6 +19,8 @@ RETIRED = {
     "turnstile": "upload limiter",
     "lent": "shared",
     "told": "reported",
+    "again": "retry, replay or copy",
+    "turns": "call lock, limit or queue",
 }
 """Words of which no identifier is made, with what to write instead."""
 

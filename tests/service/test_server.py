@@ -163,7 +163,7 @@ def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path)
         name = create(stub, "a", {"x": (2,)}).name
         with stream(stub, name) as idle:
             idle.send(begin(), chunk(0, 0, bytes(4)))
-            _wait_until_logged(server.process.pid, "has not moved for long")
+            _wait_until_logged(server.process.pid, "has made no progress for long")
             idle.send(chunk(0, 4, bytes(4)))
             assert details(idle.error())[0] == "STEP_TAKEN_OVER"
             idle.send(commit(), begin(), chunk(0, 0, bytes(8)), commit())
@@ -218,7 +218,7 @@ def test_a_client_that_has_stalled_goes_on_with_the_same_step(tmp_path):
         opt = client.optimizer("a", transport="grpc")
         with opt.begin_step() as step:
             step.send("x", first)
-            _wait_until_logged(server.process.pid, "has not moved for long")
+            _wait_until_logged(server.process.pid, "has made no progress for long")
             step.send("y", second)
         assert [update.tolist() for update in step.updates.values()] == [[-1, -2], [-3]]
         assert opt.current_step == 1

@@ -448,12 +448,12 @@ def test_a_reply_from_before_there_were_workers_is_gone_after_their_steps(stub, 
 @pytest.mark.parametrize("request_id", ["step-1", "step-3"])
 def test_what_a_stream_that_was_given_up_brings_late_is_not_applied(stub, made, request_id):
     report(stub, made, "w")
-    with stream(stub, made, worker="w") as given_up, stream(stub, made, worker="w") as steps:
+    with stream(stub, made, worker="w") as abandoned, stream(stub, made, worker="w") as steps:
         for number in (1, 2):
             steps.send(begin(f"step-{number}"), chunk(0, 0, bytes(8)), commit())
             assert steps.reply()[1].step == number
-        given_up.send(begin(request_id), chunk(0, 0, bytes(8)), commit())
-        assert details(given_up.error())[0] == "STEP_TAKEN_OVER"
+        abandoned.send(begin(request_id), chunk(0, 0, bytes(8)), commit())
+        assert details(abandoned.error())[0] == "STEP_TAKEN_OVER"
         steps.send(begin("step-3"), chunk(0, 0, bytes(8)), commit())
         assert steps.reply()[1].step == 3
 

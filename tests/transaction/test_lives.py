@@ -99,8 +99,8 @@ def test_a_step_that_waits_is_refused_when_the_next_life_begins_and_does_not_cou
     if kind == "bounded":
         make(steps, "before", first, "a")
     waits, refusals = threading.Event(), []
-    wait = steps.workers.turns._wait
-    monkeypatch.setattr(steps.workers.turns, "_wait", lambda *them: (waits.set(), wait(*them)))
+    wait = steps.workers.steps._wait
+    monkeypatch.setattr(steps.workers.steps, "_wait", lambda *them: (waits.set(), wait(*them)))
 
     def give() -> None:
         try:

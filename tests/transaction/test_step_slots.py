@@ -59,37 +59,37 @@ def test_a_clients_slot_always_has_its_buffer(client_slot):
 def test_a_workers_slot_has_a_buffer_when_it_is_equipped(worker_slot):
     with pytest.raises(OptserveError, match="taken back"):
         _ = worker_slot.staging
-    worker_slot.equip()
+    worker_slot.make_buffer()
     assert worker_slot.staging.updates[np.dtype("<f4")].size == 4
-    assert worker_slot.strip()
-    assert not worker_slot.equipped
+    assert worker_slot.drop_buffer()
+    assert not worker_slot.has_buffer
 
 
 def test_a_buffer_is_not_taken_from_a_step(worker_slot, freed):
-    worker_slot.equip()
+    worker_slot.make_buffer()
     step = held_by_a_step(worker_slot)
-    assert not worker_slot.strip()
+    assert not worker_slot.drop_buffer()
     step.close()
     assert freed == [worker_slot]
-    assert worker_slot.strip()
+    assert worker_slot.drop_buffer()
 
 
 def test_a_clients_slot_can_give_parameters_again_though_the_buffer_was_overwritten(client_slot):
     client_slot.retained = Retained("request", 1, ALL, intact=False)
     for reply in (PARAMETERS, NOTHING):
-        assert client_slot.repeated("request", reply) is client_slot.retained
+        assert client_slot.find_replay("request", reply) is client_slot.retained
     with pytest.raises(OptserveError, match="no longer retained"):
-        client_slot.repeated("request", UPDATES)
+        client_slot.find_replay("request", UPDATES)
 
 
 def test_a_workers_slot_gives_again_what_its_buffer_keeps_and_nothing_else(worker_slot):
-    worker_slot.equip()
+    worker_slot.make_buffer()
     worker_slot.retained = Retained("request", 1, ALL, holds=PARAMETERS)
     for reply in (PARAMETERS, NOTHING):
-        assert worker_slot.repeated("request", reply) is worker_slot.retained
+        assert worker_slot.find_replay("request", reply) is worker_slot.retained
     with pytest.raises(OptserveError, match="no longer retained"):
-        worker_slot.repeated("request", UPDATES)
-    worker_slot.strip()
+        worker_slot.find_replay("request", UPDATES)
+    worker_slot.drop_buffer()
     with pytest.raises(OptserveError, match="no longer retained"):
-        worker_slot.repeated("request", PARAMETERS)
-    assert worker_slot.repeated("request", NOTHING) is worker_slot.retained
+        worker_slot.find_replay("request", PARAMETERS)
+    assert worker_slot.find_replay("request", NOTHING) is worker_slot.retained

@@ -59,7 +59,7 @@ def x_of(steps: Steps) -> list[float]:
 def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(monkeypatch):
     steps = shared_by("bounded", "fast", "slow")
     make_step(steps, "fast")
-    wait, waited = steps.workers.turns._wait, []
+    wait, waited = steps.workers.steps._wait, []
 
     def late(worker, step, told):
         if not waited:
@@ -68,7 +68,7 @@ def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(mon
             make_step(steps, "slow")
         wait(worker, step, told)
 
-    monkeypatch.setattr(steps.workers.turns, "_wait", late)
+    monkeypatch.setattr(steps.workers.steps, "_wait", late)
     numbers: list[int] = []
     thread = threading.Thread(target=lambda: numbers.append(make_step(steps, "fast")), daemon=True)
     thread.start()
@@ -157,16 +157,16 @@ def test_a_stream_that_was_given_up_begins_nothing_and_disturbs_nothing():
 def test_what_a_given_up_stream_had_begun_is_not_applied_and_gives_way_at_once():
     steps = shared_by("async", "w")
     steps.last("w", stream=1)
-    given_up = steps.begin(StepRequest("step-1", worker="w", stream=1))
-    given_up.stage(0, 0, ONES)
+    abandoned = steps.begin(StepRequest("step-1", worker="w", stream=1))
+    abandoned.stage(0, 0, ONES)
     steps.last("w", stream=2)
     with pytest.raises(OptserveError, check=is_taken_over):
-        given_up.commit()
+        abandoned.commit()
     # Under another name, so not taken over for being the same.
     with closing(steps.begin(StepRequest("another", worker="w", stream=2))) as step:
         with pytest.raises(OptserveError, check=is_taken_over):
-            given_up.stage(0, 0, ONES)
-        given_up.close()
+            abandoned.stage(0, 0, ONES)
+        abandoned.close()
         step.stage(0, 0, ONES)
         assert step.commit().step == 1
 
@@ -176,21 +176,21 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     segment = steps.share()
     assert segment is not None
     steps.last("w", stream=1)
-    given_up = steps.begin(StepRequest("step-1", segment=segment, worker="w", stream=1))
+    abandoned = steps.begin(StepRequest("step-1", segment=segment, worker="w", stream=1))
     steps.last("w", stream=2)
-    assert isinstance(given_up._holder, StepSlot)
-    before = given_up._holder.staging.updates[F4].copy()
+    assert isinstance(abandoned._holder, StepSlot)
+    before = abandoned._holder.staging.updates[F4].copy()
     write_shared(segment, np.full(2, 5, F4))
     with pytest.raises(OptserveError, check=is_taken_over):
-        given_up.commit()
+        abandoned.commit()
     assert np.array_equal(steps.workers.registry.get("w").step_slot.staging.updates[F4], before)
 
 
 def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     steps = shared_by("sync", "a", "b")
     waits, refused = threading.Event(), []
-    wait = steps.workers.turns._wait
-    monkeypatch.setattr(steps.workers.turns, "_wait", lambda *them: (waits.set(), wait(*them)))
+    wait = steps.workers.steps._wait
+    monkeypatch.setattr(steps.workers.steps, "_wait", lambda *them: (waits.set(), wait(*them)))
 
     def give(worker: str, value: int, stream: int) -> None:
         with closing(steps.begin(StepRequest("step-1", reply=Reply.NOTHING, worker=worker, stream=stream))) as step:
@@ -278,7 +278,7 @@ def test_a_client_that_goes_while_its_step_waits_is_said_to_have_gone():
     steps = shared_by("sync", "v", "w")
     step = steps.begin(StepRequest("step-1", worker="w", stream=1))
     step.stage(0, 0, ONES)
-    step.given_up = True
+    step.abandoned = True
     with pytest.raises(OptserveError, match="client of worker 'w' has gone") as refused:
         step.commit()
     assert refused.value.reason is Reason.CLIENT_GONE

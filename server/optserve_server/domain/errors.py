@@ -168,7 +168,7 @@ class OptserveError(Exception):
         self.field = field
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
-    def again(self) -> OptserveError:
+    def copy(self) -> OptserveError:
         """The same error, to be raised anew: an exception that is raised twice keeps both tracebacks alive."""
         return OptserveError(self.reason, self.message, field=self.field, **self.metadata)
 

@@ -99,7 +99,7 @@ class StepStream:
         self._client_gone = True
         step = self._step
         if step is not None and self._worker:
-            step.given_up = True
+            step.abandoned = True
             self._clock.thread(self._optimizer.steps.workers.wake, "wake").start()
 
     def handle(self, raw: bytes) -> Iterator[bytes]:
@@ -269,7 +269,7 @@ class StepStream:
                 self._drain_gate.leave()
         if self._client_gone and self._step is not None:
             # Before there was a step to be given up.
-            self._step.given_up = True
+            self._step.abandoned = True
         self._phase = _STAGING
         if announced and self._worker:
             # With its buffer: one that waited for room in here would keep others out who have theirs.

@@ -50,22 +50,22 @@ class Committer:
         steps = self._steps
         step_slot = steps.main
         with step_slot.lock:
-            staging = step_slot.hold(step)
+            staging = step_slot.check_holds(step)
             if _PARAMETER in step.coverage:
                 return self._commit_placement(step)
             step.reply_source = self._state.parameters if step.replies is PARAMETERS else staging.updates
             if step.replay and step_slot.retained:
                 step_slot.check_replay(step)
-                step_slot.give_shared(step, steps.step)
+                step_slot.write_shared_reply(step, steps.step)
                 return Outcome(step.request_id, step_slot.retained.step, replayed=True)
-            step_slot.take_shared(step)
+            step_slot.take_shared_gradients(step)
             step.check_complete()
             written = self.prepare(staging, step.payload, step.largest, step.reply_wires, request_id=step.request_id)
             norm = self.apply(written, step.segment)
             step.committed = True
             if step.segment:
-                step_slot.give_shared(step, steps.step)
-            step.moved_at = step_slot.monotonic()
+                step_slot.write_shared_reply(step, steps.step)
+            step.last_progress_at = step_slot.monotonic()
             return Outcome(step.request_id, steps.step, replayed=False, gradient_norm=norm)
 
     def _commit_placement(self, step: Step) -> Outcome:

@@ -1,11 +1,10 @@
-"""The place where one client at a time makes its steps: a staging buffer, who holds it, and what was last answered.
+"""A step slot: a staging buffer, the step that holds it, and the last reply.
 
-There are two kinds: the `ClientSlot` of an optimizer, and the `WorkerSlot` of each worker that shares it, see
-`workers/worker_slot.py`.
+There are two kinds: the `ClientSlot` of an optimizer, and the `WorkerSlot` of each worker (`workers/worker_slot.py`).
 
-At any time at most one `Step` holds the buffer: from its begin until the reply has been read or the step is closed. The
-same request id on another connection takes the step over, because it means that the client has given the first
-connection up; any other is told to come back later, unless the holder has not moved for long.
+At most one `Step` holds the buffer, from its begin until its reply was read or the step is closed. The same request id
+on another connection takes the step over: the client has abandoned the first connection. Another request is refused
+with STEP_IN_PROGRESS, unless the holder has made no progress for long.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ _Used = TypeVar("_Used")
 
 
 class StepSlot(abc.ABC):
-    """What both kinds share. What it does happens under its lock; methods without a `step` are called with it held.
+    """The base of both kinds. Methods with a `step` take the lock; the others are called with the lock held.
 
     Args:
-        name: The optimizer's, for messages.
-        state: The optimizer's.
-        lock: Guards it.
-        commit: Applies a step that holds it.
-        idle_step_s: After so many seconds without a move, a step is discarded.
+        name: The optimizer's name, for messages.
+        state: The optimizer's state.
+        lock: Guards the slot.
+        commit: Applies a step that holds the buffer.
+        idle_step_s: Seconds without progress after which a step is discarded.
         clock: The time.
 
     Attributes:
-        optimizer: Its name.
-        holder: The step that has it.
-        retained: The last step that was applied from here.
+        optimizer: The optimizer's name.
+        holder: The step that holds the buffer; None if it is free.
+        retained: The last step that was applied from this slot.
     """
 
     def __init__(
@@ -68,89 +67,91 @@ class StepSlot(abc.ABC):
     @property
     @abc.abstractmethod
     def staging(self) -> Staging:
-        """The buffer; raises STEP_TAKEN_OVER where there is none at the moment."""
+        """The buffer; raises STEP_TAKEN_OVER if there is none at the moment."""
 
     @abc.abstractmethod
-    def _keeps(self, retained: Retained, reply: Reply) -> bool:
-        """Whether the reply of the last step can still be given."""
+    def _has_reply(self, retained: Retained, reply: Reply) -> bool:
+        """Whether the slot still has this reply of the last step."""
 
     @abc.abstractmethod
     def _became_free(self) -> None:
         """The step that held the buffer has ended; called with the lock held or not."""
 
     @abc.abstractmethod
-    def stage_apart(self) -> None:
-        """A step is about to stage chunks, where no other client may write."""
+    def leave_segment(self) -> None:
+        """Move the buffer out of a client's segment, because a step is about to stage chunks in it."""
 
     @abc.abstractmethod
-    def look_for_overwriting(self) -> None:
-        """Look whether a client has overwritten the retained reply."""
+    def check_overwritten(self) -> None:
+        """Find out whether a client has overwritten the retained reply."""
 
     @property
     def last_request_id(self) -> str:
         """Request id of the last applied step; empty if there is none."""
         return self.retained.request_id if self.retained else ""
 
-    def repeated(self, request_id: str, reply: Reply) -> Retained | None:
-        """The last step, if a request is that one once more.
+    def find_replay(self, request_id: str, reply: Reply) -> Retained | None:
+        """The last step, if the request is a retry of it; else None.
 
         Raises:
             OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
         """
-        self.look_for_overwriting()
-        repeated = self.retained if self.last_request_id == request_id else None
+        self.check_overwritten()
+        replayed = self.retained if self.last_request_id == request_id else None
         if self.holder and self.holder.request_id != request_id:
             self.evict_if_idle()
-        if repeated and reply is not NOTHING and not self._keeps(repeated, reply):
+        if replayed and reply is not NOTHING and not self._has_reply(replayed, reply):
             raise OptserveError(
                 Reason.REPLY_GONE,
-                f"Step {repeated.step} of {self.optimizer} was applied, but another step has been begun since, and its "
+                f"Step {replayed.step} of {self.optimizer} was applied, but another step has been begun since, and its "
                 "reply is no longer retained.",
-                step=repeated.step,
+                step=replayed.step,
             )
-        return repeated
+        return replayed
 
     def evict_if_idle(self) -> None:
-        """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has moved lately."""
+        """Discard the step that holds the buffer, or raise STEP_IN_PROGRESS if it has made progress lately."""
         if self.holder and not self._discard_if_idle(self.holder):
             raise self.in_progress()
 
-    def take_over(self, step: Step) -> None:
-        """A step is about to take the place of the one that holds the buffer, if one does.
+    def inherit_progress(self, step: Step) -> None:
+        """Give a new step the progress time of the holder that it replaces.
 
-        That is no move: two connections could keep it from all others by turns, without a byte.
+        A takeover is no progress: otherwise two connections could hold the buffer for ever without sending a byte.
         """
         if self.holder is not None and not step.replay:
-            step.moved_at = self.holder.moved_at
+            step.last_progress_at = self.holder.last_progress_at
 
     def in_progress(self) -> OptserveError:
-        """The error for who would disturb the step that holds the buffer."""
+        """The error for a call that would disturb the step that holds the buffer."""
         return OptserveError(
             Reason.STEP_IN_PROGRESS,
             f"Another connection is in the middle of a step on {self.optimizer}; try again when it has ended.",
         )
 
     def _discard_if_idle(self, holder: Step) -> bool:
-        if self.monotonic() - holder.moved_at < self._idle_step_s:
+        if self.monotonic() - holder.last_progress_at < self._idle_step_s:
             return False
-        logger.warning("request %s on %s has not moved for long and is discarded", holder.request_id, self.optimizer)
+        logger.warning(
+            "request %s on %s has made no progress for long; it is discarded", holder.request_id, self.optimizer
+        )
         self.holder = None
         self._became_free()
         return True
 
     def discard_idle(self) -> None:
-        """Discard the step under way if it has not moved for long, though nobody wants its place."""
-        # Where the lock is taken, something moves.
+        """Discard the step under way if it has made no progress for long."""
+        # If the lock is taken, there is progress.
         if self.lock.acquire(blocking=False):
             try:
-                # One that is committed has only its reply left to be read.
+                # A committed step is not discarded: only its reply is still being read.
                 if self.holder and not self.holder.committed:
                     self._discard_if_idle(self.holder)
             finally:
                 self.lock.release()
 
-    def take_shared(self, step: Step) -> None:
-        """Take the gradients of a step that a client has put into the memory that it shares.
+    def take_shared_gradients(self, step: Step) -> None:
+        """Take the gradients of a step out of the client's segment.
 
         Raises:
             OptserveError: MISSING_CHUNK, NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER.
@@ -158,9 +159,9 @@ class StepSlot(abc.ABC):
         segment = step.segment
         if segment is None or step.replay:
             return
-        self.hold(step)
+        self.check_holds(step)
         if not segment.is_dirty:
-            # Else the last reply would be taken for a gradient, or the last gradient once more.
+            # Otherwise the last reply, or the last gradient, would be taken for a new gradient.
             raise OptserveError(
                 Reason.MISSING_CHUNK,
                 "The dirty word of the shared memory has not been set since gradients were last taken from there, so "
@@ -169,42 +170,42 @@ class StepSlot(abc.ABC):
             )
         if self.retained:
             self.retained.intact = False
-        # Taken once: whoever does not write again has nothing more to be taken.
+        # Cleared, so that the same gradients are not taken twice.
         segment.clear_dirty()
         self.staging.take_gradients(segment, step.payload, step.largest)
-        step.taken_whole = True
+        step.gradients_taken = True
 
     def check_replay(self, step: Step) -> None:
-        """Raise REPLY_OVERFLOW unless the reply that is to be given again fits the wire, which may be another one."""
+        """Raise REPLY_OVERFLOW unless the reply fits the wire dtype of the replay, which may be another one."""
         if step.reply_wires is not NATIVE:
             check_reply(self._state, step.payload, step.reply_source)
 
-    def give_shared(self, step: Step, number: int) -> None:
-        """Put the reply of a step, the `number`th, where a client that shares memory expects it."""
+    def write_shared_reply(self, step: Step, number: int) -> None:
+        """Write the reply of step `number` into the client's segment, if there is one."""
         if step.segment and step.replies is not NOTHING:
             self.staging.write_reply(step.segment, step.payload, number, step.reply_source)
 
-    # What the step that holds the buffer asks for.
+    # Calls of the step that holds the buffer.
 
-    def hold(self, step: Step) -> Staging:
-        """Check, with the lock held, that the step still holds the buffer; gives that."""
+    def check_holds(self, step: Step) -> Staging:
+        """Check, with the lock held, that the step still holds the buffer; returns the buffer."""
         if self.holder is not step:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
-                f"Another connection has taken request {step.request_id} over, or it had not moved for long.",
+                f"Another connection has taken request {step.request_id} over, or it had made no progress for long.",
             )
-        step.moved_at = self.monotonic()
+        step.last_progress_at = self.monotonic()
         return self.staging
 
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
         with self.lock:
-            moved_at = step.moved_at
-            staging = self.hold(step)
+            last_progress_at = step.last_progress_at
+            staging = self.check_holds(step)
             step.coverage[operand].add(position, position + len(data))
             if not len(data):
-                # Only what was missing is a move: empty chunks would hold the buffer for as long as they come.
-                step.moved_at = moved_at
+                # An empty chunk is no progress: otherwise empty chunks could hold the buffer for ever.
+                step.last_progress_at = last_progress_at
             if self.retained:
                 self.retained.intact = False
             staging.stage(step.payload, operand, position, data, step.largest)
@@ -212,15 +213,15 @@ class StepSlot(abc.ABC):
     def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
         """See Holder."""
         with self.lock:
-            elements = self.hold(step).to_wire(step.reply_source, run, begin, end)
+            elements = self.check_holds(step).to_wire(step.reply_source, run, begin, end)
             tensor, offset = step.payload.locate(begin)
-            # Used under the lock: nobody writes there meanwhile.
+            # Under the lock, so that nobody overwrites the reply meanwhile.
             return use(ReplyChunk(tensor, offset, elements.data.cast("B"), end == step.payload.size_bytes))
 
     def whole(self, step: Step, tensor: int) -> bytes:
         """See Holder."""
         with self.lock:
-            self.hold(step)
+            self.check_holds(step)
             parameter, start = self._state.layout.parameters[tensor], self._state.layout.starts[tensor]
             return step.reply_source[parameter.dtype][start : start + parameter.size].tobytes()
 
@@ -234,10 +235,7 @@ class StepSlot(abc.ABC):
 
 
 class ClientSlot(StepSlot):
-    """That of an optimizer: it always has its buffer, and from here alone x is changed.
-
-    A client on the same host may share memory with it.
-    """
+    """The step slot of an optimizer. It always has its buffer, which a client on the same host may share."""
 
     def __init__(
         self,
@@ -256,26 +254,26 @@ class ClientSlot(StepSlot):
         """The buffer."""
         return self._staging
 
-    def _keeps(self, retained: Retained, reply: Reply) -> bool:
-        # x is still that after the step.
+    def _has_reply(self, retained: Retained, reply: Reply) -> bool:
+        # Nobody else changes x, so it is still the x after that step.
         return reply is PARAMETERS or (retained.intact and retained.holds is reply)
 
     def _became_free(self) -> None:
-        """Nobody waits for it."""
+        """Nothing to do: nobody waits for this buffer."""
 
-    def stage_apart(self) -> None:
-        """See StepSlot. What a client shares it writes as it likes, while others step as well."""
+    def leave_segment(self) -> None:
+        """See StepSlot. A client can write into its segment at any time, also during another client's step."""
         if self._staging.segment is not None:
             self._staging.leave_segment()
 
-    def look_for_overwriting(self) -> None:
-        """See StepSlot. Where the buffer is the segment, a reply lies where the client writes."""
+    def check_overwritten(self) -> None:
+        """See StepSlot. If the buffer is the segment, the client can overwrite the reply."""
         segment = self._staging.segment
         if segment and self.retained and self._staging.in_place and segment.is_dirty:
             self.retained.intact = False
 
     def share(self, *, may_be_in_place: bool) -> Segment | None:
-        """Share memory with a client on this host; None if another one has that, or there is no room for it.
+        """Share memory with a client on this host; None if another client has the segment, or there is no memory.
 
         Args:
             may_be_in_place: Whether the buffer may move into the segment; it does if no step holds it.
@@ -289,26 +287,26 @@ class ClientSlot(StepSlot):
             return None
 
     def unshare(self, segment: Segment) -> None:
-        """The client of that segment has gone."""
+        """The client of the segment is gone."""
         if self._staging.segment is segment:
-            self.look_for_overwriting()
+            self.check_overwritten()
             self._staging.unshare()
 
-    def overwrite(self) -> Staging:
-        """The buffer, for something else than a step from here; the reply that it keeps is lost."""
+    def reuse_staging(self) -> Staging:
+        """The buffer, for the mean of workers' gradients; its reply is lost."""
         if self.retained:
             self.retained.intact = False
         return self._staging
 
     def keeps_updates(self, tensor: int) -> bool:
         """Whether the buffer holds the updates that the last step made of a parameter."""
-        self.look_for_overwriting()
+        self.check_overwritten()
         retained = self.retained
         return retained is not None and retained.intact and tensor in retained.selection
 
-    def give_shared(self, step: Step, number: int) -> None:
+    def write_shared_reply(self, step: Step, number: int) -> None:
         """See StepSlot."""
-        super().give_shared(step, number)
+        super().write_shared_reply(step, number)
         if step.segment and self.retained and self._staging.in_place and step.replies is PARAMETERS:
-            # x has taken the place of the updates.
+            # x has overwritten the updates.
             self.retained.intact = False

@@ -28,6 +28,7 @@ from optserve_server.engine.step_slot import ClientSlot, StepSlot
 from optserve_server.engine.transaction import (
     NOTHING,
     UPDATES,
+    LastStep,
     Step,
     StepRequest,
     check_request_id,
@@ -102,11 +103,11 @@ class Steps:
         self.etag, self.update_time = "", datetime.fromtimestamp(0, UTC)
         self.replacements: deque[Replacement] = deque(maxlen=MAX_REPLACEMENT_REQUESTS)
 
-    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> tuple[int, str, Selection, str]:
-        """(step, last request id of a worker, what took part in it, lineage); waits for a step under way.
+    def last(self, worker: str = "", stream: int = 0, life: int = 0) -> LastStep:
+        """The last step of the client, or of a worker; waits for an operation of a step under way.
 
-        With the number of a stream that a life of a worker has just opened, its earlier streams and lives make no steps
-        after this.
+        With the number of a stream that a worker's life has just opened, its earlier streams and lives make no more
+        steps.
 
         Raises:
             OptserveError: INVALID_FIELD, WORKER_UNKNOWN or WORKER_REPLACED.
@@ -116,7 +117,7 @@ class Steps:
             step_slot = self.workers.attach(worker, stream, life).step_slot if worker else self.main
             retained = step_slot.retained
             selection = retained.selection.normalized(self._state.layout) if retained else ALL
-            return self.step, step_slot.last_request_id, selection, self.lineage
+            return LastStep(self.step, step_slot.last_request_id, selection, self.lineage)
 
     def _check_worker(self, worker: str) -> None:
         """Raise INVALID_FIELD unless a worker is named where there are several, and only there."""
@@ -143,7 +144,7 @@ class Steps:
             with self._lock:
                 self._check_worker(worker)
                 known = self.workers.act(worker, request.life)
-            return self.workers.turns.hand_over(
+            return self.workers.steps.begin(
                 known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
             )
         with self._lock:
@@ -162,21 +163,21 @@ class Steps:
             raise refusals.not_hosted(self._name, "reply")
         self.check_lineage(request.lineage)
         worker, parameters_step = request.worker, request.parameters_step
-        repeated = step_slot.repeated(request.request_id, request.reply)
-        if repeated is None:
+        replayed = step_slot.find_replay(request.request_id, request.reply)
+        if replayed is None:
             if request.expected_step is not None and request.expected_step != self.step:
                 raise refusals.wrong_step(self._name, self.step, request.expected_step)
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self.payloads.payload_for(repeated.selection if repeated else request.selection, request.wire)
+        payload = self.payloads.payload_for(replayed.selection if replayed else request.selection, request.wire)
         if request.segment is None:
-            step_slot.stage_apart()
+            step_slot.leave_segment()
         step = Step(
-            step_slot, request, payload, self._state.operand_kinds, replay=repeated is not None,
+            step_slot, request, payload, self._state.operand_kinds, replay=replayed is not None,
             parameters_step=at_step, lineage=self.lineage,
         )  # fmt: skip
-        step_slot.take_over(step)
+        step_slot.inherit_progress(step)
         return step
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
@@ -211,7 +212,7 @@ class Steps:
             self.main.staging.leave_segment()
             payload, operands = self.payloads.payload_for(ALL, wire), (Operand.PARAMETER,)
             step = Step(self.main, StepRequest(request_id, reply=NOTHING), payload, operands, replay=placed)
-            self.main.take_over(step)
+            self.main.inherit_progress(step)
             self.main.holder = step
             return step
 
@@ -279,7 +280,7 @@ class Steps:
         """
         with self._lock:
             if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
-                raise self._fatal.again()
+                raise self._fatal.copy()
             self.main.evict_if_idle()
             self._make_ready_for(record.settings)
             lsn = self._durability.write(record)
@@ -298,7 +299,7 @@ class Steps:
         """
         with self._lock:
             if self._fatal is not None and self._fatal.reason is reason.reason:
-                raise self._fatal.again()
+                raise self._fatal.copy()
             self.main.evict_if_idle()
             self.workers.evict_if_idle()
             self._durability.write(DeletionRecord(self._name))
@@ -321,7 +322,7 @@ class Steps:
     def check_usable(self) -> None:
         """Raise what every step is refused with: OPTIMIZER_NOT_FOUND once it is deleted, STATE_LOST."""
         if self._fatal:
-            raise self._fatal.again()
+            raise self._fatal.copy()
 
     @contextmanager
     def held_still(self) -> Iterator[State]:
@@ -338,4 +339,4 @@ class Steps:
             f"The device failed {what}; the state of {self._name} is not to be trusted. Restore a checkpoint.",
             optimizer=self._name,
         )
-        return self._fatal.again()
+        return self._fatal.copy()

@@ -36,14 +36,14 @@ class StepRequest(NamedTuple):
     Attributes:
         request_id: Identifies the step for retries.
         expected_step: The step that the client believes is next; None to leave it unchecked.
-        selection: What takes part.
+        selection: The parameters that take part.
         wire: Dtype of the payload; None for each parameter's own.
         lineage: The state that the client knows; empty to leave it unchecked.
         reply: What the reply carries.
-        segment: Where the gradients are and the reply goes; None if they come and go by `Step.stage` and `reply`.
-        worker: Who makes it, where several share the optimizer.
-        parameters_step: The step of the x that a worker's gradient was taken at; None for that of the last it got.
-        stream: Number of the stream that it comes by, of which later ones have higher; None for a unary call.
+        segment: The segment with the gradients and for the reply; None if they travel by `Step.stage` and `reply`.
+        worker: Name of the worker; empty for a client that is no worker.
+        parameters_step: The step of the x at which the gradient was taken; None for the last x that was sent.
+        stream: Number of the stream; later streams have higher numbers. None for a unary call.
         life: Number of the worker's life; 0 where its client sends none.
         last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
     """
@@ -63,11 +63,11 @@ class StepRequest(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a commit did.
+    """The result of a commit.
 
     Attributes:
-        gradient_norm: That over all tensors before clipping, where clipping needed it.
-        staleness: Steps between the x that the gradient was taken at and this one.
+        gradient_norm: Norm over all tensors before clipping; None unless clipping needs it.
+        staleness: Steps that were applied between the x of the gradient and this step.
     """
 
     request_id: str
@@ -82,9 +82,9 @@ class Retained:
     """The last applied step.
 
     Attributes:
-        selection: What took part in it.
-        intact: Until the staging buffer, which holds the reply, takes a new gradient.
-        holds: What that reply is.
+        selection: The parameters that took part in it.
+        intact: Whether the staging buffer still holds the reply; False once a new gradient has arrived.
+        holds: The kind of that reply.
     """
 
     request_id: str
@@ -94,8 +94,24 @@ class Retained:
     holds: Reply = UPDATES
 
 
+class LastStep(NamedTuple):
+    """The last applied step of a client or a worker.
+
+    Attributes:
+        step: Steps that were applied, by all clients.
+        request_id: Request id of the last one; empty if there is none.
+        selection: The parameters that took part in it.
+        lineage: The present lineage.
+    """
+
+    step: int
+    request_id: str
+    selection: Selection
+    lineage: str
+
+
 class ReplyChunk(NamedTuple):
-    """A piece of the reply: the bytes, in the staging buffer itself, from one byte of one tensor on."""
+    """A piece of the reply: a view of the staging buffer that begins at byte `offset` of a tensor."""
 
     tensor: int
     offset: int
@@ -104,12 +120,12 @@ class ReplyChunk(NamedTuple):
 
 
 class Holder(Protocol):
-    """What a step asks of the optimizer whose staging buffer it holds; each raises STEP_TAKEN_OVER if it does not."""
+    """The slot whose buffer a step holds. Each method raises STEP_TAKEN_OVER if the step no longer holds it."""
 
     monotonic: Callable[[], float]
 
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
-        """Take a chunk, whose position in the payload is known to be good."""
+        """Take a chunk, whose position in the payload was checked."""
         ...
 
     @property
@@ -118,7 +134,7 @@ class Holder(Protocol):
         ...
 
     def read(self, step: Step, run: Run, begin: int, end: int, use: Callable[[ReplyChunk], _Used]) -> _Used:
-        """Let `use` have a piece of the reply."""
+        """Call `use` with a piece of the reply, with the lock held."""
         ...
 
     def whole(self, step: Step, tensor: int) -> bytes:
@@ -126,12 +142,12 @@ class Holder(Protocol):
         ...
 
     def close(self, step: Step) -> None:
-        """Let another step have the staging buffer."""
+        """Give the staging buffer back."""
         ...
 
 
 class Step:
-    """One step under way. Made by `Steps.begin`; ends with `close`, whatever happened to it."""
+    """One step under way. `Steps.begin` makes it; call `close` at its end in any case."""
 
     def __init__(
         self,
@@ -151,7 +167,7 @@ class Step:
         self.replies = request.reply
         self.segment = request.segment
         self.committed = False
-        # Of a worker's step: who makes it, the state and the x that its gradient was taken at, what has become of it.
+        # For a worker's step: its worker, the lineage and the x at which its gradient was taken, and its result.
         self.worker = request.worker
         self.life = request.life
         self.lineage = lineage
@@ -160,12 +176,12 @@ class Step:
         self.parameters_step = parameters_step
         self.outcome: Outcome | None = None
         self.refused: OptserveError | None = None
-        self.given_up = False
+        self.abandoned = False
         self.reply_source: Arenas = {}
-        self.moved_at = holder.monotonic()
+        self.last_progress_at = holder.monotonic()
         self.coverage = {operand: Coverage() for operand in operands}
-        # Whether the gradients have been taken whole, out of memory that is shared with the client.
-        self.taken_whole = False
+        # Whether all gradients were taken out of the client's segment.
+        self.gradients_taken = False
         self.largest: Largest = {}
 
     @property
@@ -175,7 +191,7 @@ class Step:
 
     @property
     def reply_wires(self) -> ReplyWires:
-        """How its reply is read."""
+        """The wire dtypes of its reply that are narrower than the state's."""
         narrow = self.payload.narrow
         if narrow is None or self.replies is NOTHING:
             return NATIVE
@@ -238,7 +254,7 @@ class Step:
 
     def check_complete(self) -> None:
         """Raise MISSING_CHUNK unless every byte of every operand has arrived."""
-        if self.taken_whole:
+        if self.gradients_taken:
             return
         for operand, coverage in self.coverage.items():
             gap = coverage.first_gap(self.payload.size_bytes)

@@ -1,8 +1,8 @@
-"""What each record changes, written once: called when the change is made, and by recovery when it is made once more.
+"""The changes that records describe, written once. The live server calls these functions, and so does recovery.
 
-A change has two halves. `apply_…` changes the arrays, in the stretches that are given: all of them when the change is
-made, and in recovery those that do not contain it yet. `note_…` changes everything else, once. Both are called with the
-optimizer's lock held, after the record was written down.
+A change has two functions. `apply_…` changes the arrays, in given stretches: the live server gives all, recovery those
+that do not contain the change yet. `note_…` changes everything else, once. Call both with the optimizer's lock held,
+after the record was written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from optserve_server.engine.steps import Steps
 
 Stretches = Callable[[np.dtype, int, int], Iterable[tuple[int, int]]]
-"""Gives the stretches, of the part of an arena from one element to another, that a change is to be made in."""
+"""(dtype, start, stop) -> the stretches of that part of an arena in which to make the change, in elements."""
 
 
 class Replacement(NamedTuple):
     """A restore or an import that was made.
 
     Attributes:
-        target: What it has put in place, in words; empty where an earlier version has not written it down.
+        target: What was restored or imported, in words; empty if an earlier version has not written it down.
     """
 
     request_id: str
@@ -43,11 +43,11 @@ class Replacement(NamedTuple):
 
 
 class WrittenStep(NamedTuple):
-    """A step that is complete, checked and written down. Nothing has changed yet, and it may be applied.
+    """A complete step that was checked and written down, but not applied yet.
 
     Attributes:
-        lsn: Its number.
-        payload: What takes part.
+        lsn: Number of the record.
+        payload: The parameters of the step.
         staging: The buffer that holds the operands, and will hold the updates.
         prepared: How it is clipped, and whether bounds cover it.
     """
@@ -60,18 +60,18 @@ class WrittenStep(NamedTuple):
 
 
 def everywhere(_dtype: np.dtype, start: int, stop: int) -> Iterable[tuple[int, int]]:
-    """All of a part."""
+    """Stretches for a live change: the whole part."""
     return ((start, stop),)
 
 
 def note_creation(steps: Steps, record: CreationRecord, lsn: int) -> None:
-    """An optimizer exists; its arrays are new."""
+    """Set what the creation of an optimizer sets, beside the arrays."""
     steps.lsn, steps.lineage = lsn, record.lineage
     steps.etag, steps.update_time = record.etag, record.create_time
 
 
 def note_update(steps: Steps, record: UpdateRecord, lsn: int) -> None:
-    """An optimizer has other settings."""
+    """Change an optimizer's settings."""
     steps._state.set(record.settings)
     steps.lsn, steps.etag, steps.update_time = lsn, record.etag, record.time
 
@@ -80,9 +80,9 @@ def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: St
     """Turn the operands of a step into updates, in place, and advance the arrays.
 
     Args:
-        state: Takes the step.
+        state: The state to change.
         operands: The arenas that hold the operands.
-        runs: The stretches.
+        runs: The stretches to change.
         record: The step.
         prepared: How the gradients of these stretches are clipped.
     """
@@ -102,9 +102,9 @@ def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) 
     steps._state.count(selection)
     if record.workers:
         for name, request_id, clock in record.workers:
-            # Whoever has its reply says so afterwards.
+            # Not intact until the worker's buffer has the reply.
             steps.workers.registry.made_step(name, Retained(request_id, steps.step, selection, intact=False), clock)
-        # The reply that lies there is no longer that of the last step, and may be overwritten.
+        # The client's slot no longer has the reply of the last step.
         steps.main.retained = None
     else:
         steps.main.retained = Retained(record.request_id, steps.step, selection)
@@ -113,7 +113,7 @@ def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) 
 def apply_placement(
     state: State, runs: Iterable[Run], record: PlacementRecord, stretches: Stretches = everywhere
 ) -> None:
-    """Put x in place, run by run."""
+    """Write the uploaded x, run by run."""
     parameter = len(state.rule.slots)
     for run, values in zip(runs, record.parameters, strict=True):
         for start, stop in stretches(run.dtype, run.start, run.stop):
@@ -121,19 +121,19 @@ def apply_placement(
 
 
 def note_placement(steps: Steps, record: PlacementRecord, lsn: int) -> None:
-    """Remember who put x in place."""
+    """Remember the request that has uploaded x."""
     steps.lsn, steps.placed_by = lsn, record.request_id
 
 
 def apply_replacement(state: State, record: ReplacementRecord, stretches: Stretches = everywhere) -> None:
-    """Put all arrays of another state in place."""
+    """Write all arrays of another state."""
     for dtype, array, values in record.arrays:
         for start, stop in stretches(dtype, 0, values.size):
             state.write(dtype, array, start, values[start:stop])
 
 
 def note_replacement(steps: Steps, record: ReplacementRecord, lsn: int) -> None:
-    """The state is another one: no step that was made is a step of it."""
+    """Set what belongs to another state beside its arrays; forget the steps of the old one."""
     steps._state.set(record.settings)
     steps._state.forget_last_step()
     steps._state.set_parameter_steps(record.parameter_steps, record.step)

@@ -113,7 +113,7 @@ class _Training:
         # As many batches for each as for the smallest, so that in sync nobody is left alone.
         self._batches = max(1, round(len(self._shares[-1]) / BATCH))
         # As many compute at a time as there are cores; more would be slower, and OpenBLAS crashes from 64 threads on.
-        self._cores = _Turns(usable_cores())
+        self._cores = _FairLimit(usable_cores())
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self._changed = threading.Condition()
@@ -231,10 +231,10 @@ class _Training:
                 thread.join(0.1)
 
 
-class _Turns:
-    """Lets so many threads go on at a time, in the order in which they came.
+class _FairLimit:
+    """Lets `count` threads run at a time, first come, first served.
 
-    A semaphore would let one that comes back overtake those that wait, whose weights grow old meanwhile.
+    A semaphore would let a thread that comes back overtake those that wait, whose weights grow stale meanwhile.
     """
 
     def __init__(self, count: int) -> None:
@@ -244,15 +244,15 @@ class _Turns:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """A turn, for the length of a with-block."""
+        """Be one of these threads for the length of a with-block."""
         with self._lock:
-            turn = threading.Event()
+            admitted = threading.Event()
             if self._free:
                 self._free -= 1
-                turn.set()
+                admitted.set()
             else:
-                self._waiting.append(turn)
-        turn.wait()
+                self._waiting.append(admitted)
+        admitted.wait()
         try:
             yield
         finally:

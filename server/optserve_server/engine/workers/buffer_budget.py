@@ -1,4 +1,4 @@
-"""The room that the staging buffers of workers share, in bytes: a share of it for each optimizer."""
+"""The budget, in bytes, of the workers' staging buffers: one limit for all, and one for each optimizer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 
 WAIT_S = 5.0
-"""How long a step waits for room before it is refused; its stream is not read meanwhile, which slows the client."""
+"""Seconds that a step waits for a buffer before it is refused. Its stream is not read, which slows the client."""
 
 
-LOOK_EVERY_S = 1.0
-"""Somebody may have looked at a buffer at the very moment when it could have been taken back, which nobody tells."""
+CHECK_EVERY_S = 1.0
+"""Seconds between checks: a buffer that was locked when it could have been taken back causes no wake-up later."""
 
 
 class _Waiting:
-    """A step that waits for a buffer of its step slot."""
+    """A step that waits for a buffer."""
 
     def __init__(self, step_slot: WorkerSlot, clock: Clock) -> None:
         self.step_slot = step_slot
@@ -27,12 +27,12 @@ class _Waiting:
 
 
 class BufferBudget:
-    """Gives step slots their buffers, and takes them back from those that only keep a reply, the oldest first.
+    """Gives step slots their buffers. Takes buffers back that only hold a reply, the oldest first.
 
     Args:
-        max_bytes: Of all buffers together; one alone may be larger.
-        max_optimizer_bytes: Of those of one optimizer; likewise.
-        wait_s: How long a step waits.
+        max_bytes: Limit of all buffers; a single one may be larger.
+        max_optimizer_bytes: Limit of one optimizer's buffers; a single one may be larger.
+        wait_s: Seconds that a step waits for a buffer.
         clock: The time.
     """
 
@@ -44,23 +44,23 @@ class BufferBudget:
         self._bytes: Counter[str] = Counter()
         self._lock = clock.lock()
         self._waiting: list[_Waiting] = []
-        # Step slots whose buffer keeps a reply and nothing else.
-        self._resting: OrderedDict[WorkerSlot, None] = OrderedDict()
+        # Step slots whose buffer holds a reply only, the oldest first.
+        self._idle: OrderedDict[WorkerSlot, None] = OrderedDict()
 
-    def equip(self, step_slot: WorkerSlot) -> None:
-        """See to it that a step slot has a buffer, waiting for room if need be, in the order of those who came.
+    def ensure_buffer(self, step_slot: WorkerSlot) -> None:
+        """Give a step slot a buffer, if it has none; waits for memory if needed, first come, first served.
 
         Raises:
             OptserveError: STAGING_FULL.
         """
         with self._lock:
-            if step_slot.equipped:
+            if step_slot.has_buffer:
                 return
             waiting = _Waiting(step_slot, self._clock)
             self._waiting.append(waiting)
             self._serve()
         until = self._clock.monotonic() + self._wait_s
-        while not waiting.granted.wait(max(0.0, min(LOOK_EVERY_S, until - self._clock.monotonic()))):
+        while not waiting.granted.wait(max(0.0, min(CHECK_EVERY_S, until - self._clock.monotonic()))):
             with self._lock:
                 self._serve()
                 if not waiting.granted.is_set() and self._clock.monotonic() >= until:
@@ -70,22 +70,22 @@ class BufferBudget:
             raise self._full(step_slot) from waiting.failure
 
     def _serve(self) -> None:
-        """Give buffers to those who wait, the first ones first; an optimizer at its own limit holds up no other."""
+        """Give buffers to the steps that wait, the first one first; an optimizer at its own limit delays no other."""
         full: set[str] = set()
         for waiting in list(self._waiting):
             step_slot = waiting.step_slot
             if step_slot.optimizer in full:
                 continue
-            if not step_slot.equipped:
+            if not step_slot.has_buffer:
                 if not self._make_room(step_slot, step_slot.optimizer):
                     full.add(step_slot.optimizer)
                     continue
                 if not self._make_room(step_slot):
-                    # Smaller ones that come later would take each free piece, and this one would never have enough.
+                    # Otherwise later, smaller ones would take all memory that becomes free, and this one would starve.
                     break
                 try:
-                    step_slot.equip()
-                # Whichever thread has made room, it is for this one that there is no memory.
+                    step_slot.make_buffer()
+                # This may run in another step's thread; the error belongs to the step that waits.
                 except Exception as error:  # noqa: BLE001
                     waiting.failure = error
                 else:
@@ -93,48 +93,48 @@ class BufferBudget:
             self._waiting.remove(waiting)
             waiting.granted.set()
 
-    def is_wanted(self, step_slot: WorkerSlot) -> bool:
-        """Whether somebody has waited for long for what this step slot has, which itself waits for others."""
+    def is_needed_elsewhere(self, step_slot: WorkerSlot) -> bool:
+        """Whether another step has waited for long for the memory of this step slot, whose step waits too."""
         with self._lock:
-            long_ago = self._clock.monotonic() - LOOK_EVERY_S
+            long_ago = self._clock.monotonic() - CHECK_EVERY_S
             return any(
                 waiting.since < long_ago
                 and (waiting.step_slot.optimizer == step_slot.optimizer or self._is_in_the_way(waiting.step_slot))
                 for waiting in self._waiting
             )
 
-    def use(self, step_slot: WorkerSlot) -> None:
+    def mark_in_use(self, step_slot: WorkerSlot) -> None:
         """A step holds the step slot's buffer."""
         with self._lock:
-            self._resting.pop(step_slot, None)
+            self._idle.pop(step_slot, None)
 
-    def rest(self, step_slot: WorkerSlot) -> None:
-        """The step slot's step has ended; its buffer may be taken back if somebody needs the room."""
+    def mark_idle(self, step_slot: WorkerSlot) -> None:
+        """The step has ended; its buffer may be taken back if another step needs the memory."""
         with self._lock:
-            if step_slot.equipped:
-                self._resting[step_slot] = None
+            if step_slot.has_buffer:
+                self._idle[step_slot] = None
                 self._serve()
 
     def refusal(self, step_slot: WorkerSlot) -> OptserveError:
-        """What a step is refused with that gives its buffer up for others."""
+        """The error STAGING_FULL for a step that has to give its buffer to others."""
         with self._lock:
             return self._full(step_slot)
 
-    def strip(self, step_slot: WorkerSlot) -> None:
+    def take_back(self, step_slot: WorkerSlot) -> None:
         """Take a step slot's buffer back at once."""
         with self._lock:
-            self._strip(step_slot)
+            self._take_back(step_slot)
             self._serve()
 
     def _make_room(self, step_slot: WorkerSlot, optimizer: str = "") -> bool:
-        """Whether a buffer fits into the room of one optimizer, or of all; takes others back if that helps."""
-        resting = [other for other in self._resting if other.optimizer == optimizer or not optimizer]
+        """Whether a buffer fits into the limit of one optimizer, or of all; takes idle buffers back if that helps."""
+        resting = [other for other in self._idle if other.optimizer == optimizer or not optimizer]
         if self._is_in_the_way(step_slot, optimizer, free=sum(other.buffer_bytes for other in resting)):
             return False
         for oldest in resting:
             if not self._is_in_the_way(step_slot, optimizer):
                 break
-            self._strip(oldest)
+            self._take_back(oldest)
         return not self._is_in_the_way(step_slot, optimizer)
 
     def _is_in_the_way(self, step_slot: WorkerSlot, optimizer: str = "", free: int = 0) -> bool:
@@ -144,10 +144,10 @@ class BufferBudget:
         )
         return used > free and used - free + step_slot.buffer_bytes > limit
 
-    def _strip(self, step_slot: WorkerSlot) -> None:
-        """Take a buffer back, unless a step has begun to use it, or somebody looks at it this very moment."""
-        if step_slot.equipped and step_slot.strip():
-            self._resting.pop(step_slot, None)
+    def _take_back(self, step_slot: WorkerSlot) -> None:
+        """Take a buffer back, unless a step holds it or its lock is taken."""
+        if step_slot.has_buffer and step_slot.drop_buffer():
+            self._idle.pop(step_slot, None)
             self._bytes[step_slot.optimizer] -= step_slot.buffer_bytes
             if not self._bytes[step_slot.optimizer]:
                 del self._bytes[step_slot.optimizer]
@@ -158,6 +158,6 @@ class BufferBudget:
             whose, used, limit = "this server has", self._bytes.total(), self._max_bytes
         return OptserveError(
             Reason.STAGING_FULL,
-            f"Steps under way take {used} bytes, and {limit} are all that {whose} room for; try again later.",
+            f"Steps under way take {used} bytes; {whose} a limit of {limit} bytes. Try again later.",
             limit=limit,
         )

@@ -1,4 +1,4 @@
-"""The workers of one optimizer: they come, live and leave, and some share memory. Their steps are in `turns.py`."""
+"""The workers of one optimizer: how they enter, report, share memory and leave. `worker_steps.py` has their steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from optserve._common.clock import SYSTEM, Clock
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import Standing, Worker, WorkerRegistry
-from optserve_server.engine.workers.turns import Turns
 from optserve_server.engine.workers.worker_slot import WorkerSlot
+from optserve_server.engine.workers.worker_steps import WorkerSteps
 from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.state import State
 
@@ -28,8 +28,8 @@ class Workers:
         clock: The time.
 
     Attributes:
-        registry: Who they are.
-        turns: Their steps.
+        registry: Their names, lives and leases.
+        steps: Their steps.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Workers:
         self._buffer_budget = buffer_budget
         self._idle_step_s = idle_step_s
         self.registry = WorkerRegistry(name, self._make_step_slot, buffer_budget, clock)
-        self.turns = Turns(name, state, owner, self.registry, buffer_budget, idle_step_s, clock)
+        self.steps = WorkerSteps(name, state, owner, self.registry, buffer_budget, idle_step_s, clock)
         self._segments: set[Segment] = set()
 
     def _make_step_slot(self) -> WorkerSlot:
-        lock, turns = self._clock.rlock(), self.turns
-        return WorkerSlot(self._name, self._state, lock, turns.commit, self._idle_step_s, turns.given_back, self._clock)
+        lock, steps = self._clock.rlock(), self.steps
+        return WorkerSlot(self._name, self._state, lock, steps.commit, self._idle_step_s, steps.step_ended, self._clock)
 
     def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
         """Register a life of a worker, renew its lease, or let it go; without its number, give it one.
@@ -64,12 +64,12 @@ class Workers:
         """
         with self._owner.lock:
             self._owner.check_usable()
-            lease_s = self.turns.consistency.lease_s
+            lease_s = self.steps.consistency.lease_s
             worker = self.registry.find(name)
             if leaving:
                 if worker is not None:
                     self._leave(worker, life)
-                    self.turns.wake()
+                    self.steps.wake()
             # Who asks for a number takes nothing from a life that has one.
             elif worker is None or life or not (worker.life and worker.alive):
                 worker = self._admit(name, life, lease_s)
@@ -77,7 +77,7 @@ class Workers:
             return Standing(lease_s, len(self.registry.alive), last_request_id, life or self.registry.new_life(name))
 
     def _admit(self, name: str, life: int, lease_s: float) -> Worker:
-        """Let a life of a worker be alive, which ends others before it."""
+        """Make a life of a worker alive, and end the earlier ones."""
         known = self.registry.find(name)
         replaces = known is not None and self.registry.claim(known, life)
         worker = self.registry.revive(name, lease_s, self._owner.step)
@@ -87,22 +87,22 @@ class Workers:
         return worker
 
     def _begin_life(self, worker: Worker) -> None:
-        """Let nothing be made any more that a life before has under way, and forget which x it had."""
+        """Withdraw the step of an earlier life, and forget which x it had."""
         worker.at_step = self._owner.step
-        self.turns.withdraw(worker)
-        self.turns.wake()
+        self.steps.withdraw(worker)
+        self.steps.wake()
 
     def _leave(self, worker: Worker, life: int) -> None:
         self.registry.claim(worker, life)
         worker.lease_until = 0.0
         if life:
-            # A report that it has sent before, and that arrives after this, must not bring it back.
+            # A report that was sent earlier and arrives later must not bring this life back.
             worker.life = life + 1
-        self.turns.withdraw(worker)
-        self._buffer_budget.strip(worker.step_slot)
+        self.steps.withdraw(worker)
+        self._buffer_budget.take_back(worker.step_slot)
 
     def act(self, name: str, life: int = 0) -> Worker:
-        """The worker as which a life does something, which ends others before it.
+        """The worker for a call of one of its lives; ends the earlier lives.
 
         Raises:
             OptserveError: WORKER_UNKNOWN, WORKER_REPLACED.
@@ -110,26 +110,26 @@ class Workers:
         worker = self.registry.get(name)
         if self.registry.claim(worker, life):
             self._begin_life(worker)
-        worker.renew(self.turns.consistency.lease_s)
+        worker.renew(self.steps.consistency.lease_s)
         return worker
 
     def attach(self, name: str, stream: int, life: int = 0) -> Worker:
-        """A worker has opened a stream: those that it opened before have been given up, and make no steps any more."""
+        """A worker has opened a stream: its earlier streams are abandoned, and make no more steps."""
         worker = self.act(name, life)
         if stream > worker.stream:
             worker.stream = stream
-            # It is told now what was made last, and what waits with an earlier one must not be made after that.
-            self.turns.withdraw(worker)
-            self.turns.wake()
+            # `opened` reports the last step now, so a step that waits on an earlier stream must not be applied later.
+            self.steps.withdraw(worker)
+            self.steps.wake()
         return worker
 
     def pulled(self, name: str, step: int, life: int = 0) -> None:
-        """A worker has been given the x of a step."""
+        """The server sends a worker the x of a step."""
         with self._owner.lock:
             self.act(name, life).at_step = step
 
     def share(self) -> Segment | None:
-        """Memory for a worker on this host, out of which its gradients are copied, and into which its replies are."""
+        """A segment for a worker on this host; gradients are copied out of it, replies into it. Or None."""
         try:
             segment = Segment(self._state.layout, self._state.operand_kinds)
         except OSError as error:
@@ -139,23 +139,23 @@ class Workers:
         return segment
 
     def unshare(self, segment: Segment) -> None:
-        """The worker has gone."""
+        """The client of the segment is gone."""
         self._segments.discard(segment)
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of what is shared."""
+        """Bytes of all segments."""
         return sum(segment.size_bytes for segment in tuple(self._segments))
 
     def wake(self) -> None:
-        """Let those who wait look whether they still have to."""
+        """Wake the commits that wait, so that each checks whether it can go on."""
         with self._owner.lock:
-            self.turns.wake()
+            self.steps.wake()
 
     def evict_if_idle(self) -> None:
-        """Discard all steps under way, or raise STEP_IN_PROGRESS if one has moved lately."""
+        """Discard all steps under way, or raise STEP_IN_PROGRESS if one has made progress lately."""
         for worker in self.registry:
-            # Not in the usual order of locks, so not to be waited for.
+            # Without waiting, because the locks are taken in the opposite order elsewhere.
             if not worker.step_slot.lock.acquire(blocking=False):
                 raise worker.step_slot.in_progress()
             try:
@@ -164,23 +164,23 @@ class Workers:
                 worker.step_slot.lock.release()
 
     def release(self) -> None:
-        """The optimizer is deleted: give the room back, and let nobody wait."""
+        """The optimizer is deleted: give all buffers back, and wake all commits."""
         self.registry.clear()
         self._segments.clear()
-        self.turns.clear()
+        self.steps.clear()
 
     def drain(self) -> None:
-        """Let nobody wait any more."""
+        """The server is about to stop: refuse the commits that wait."""
         with self._owner.lock:
-            self.turns.drain()
+            self.steps.drain()
 
     def forget_replies(self) -> None:
-        """The state is another one: no step that was made is a step of it."""
+        """The state was replaced: forget the replies and the steps under way."""
         with self._owner.lock:
             for worker in self.registry:
-                self.turns.withdraw(worker)
+                self.steps.withdraw(worker)
                 worker.step_slot.retained, worker.at_step = None, self._owner.step
-            self.turns.wake()
+            self.steps.wake()
 
     def discard_idle(self) -> None:
         """See StepSlot."""

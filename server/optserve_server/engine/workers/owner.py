@@ -10,7 +10,7 @@ from optserve_server.engine.step_slot import ClientSlot
 
 
 class Owner(Protocol):
-    """The optimizer's steps, as its workers see them; all of it under `lock`."""
+    """The part of an optimizer's steps that its workers use. Hold `lock` for all of it."""
 
     lock: Condition
     step: int
@@ -18,9 +18,9 @@ class Owner(Protocol):
     committer: Committer
 
     def check_usable(self) -> None:
-        """Raise what every step is refused with."""
+        """Raise the error of a deleted or lost optimizer."""
         ...
 
     def check_lineage(self, lineage: str) -> None:
-        """Raise STATE_REPLACED if the state is another one."""
+        """Raise STATE_REPLACED if the lineage is not the present one."""
         ...

@@ -205,7 +205,7 @@ class WorkerRegistry:
                     Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
                 )
             oldest = min(dead, key=lambda worker: worker.seen_at)
-            self._buffer_budget.strip(oldest.step_slot)
+            self._buffer_budget.take_back(oldest.step_slot)
             del self._known[oldest.name]
             self._living.pop(oldest.name, None)
         worker = self._known[name] = Worker(name, self._make_step_slot(), self._clock.monotonic)
@@ -214,7 +214,7 @@ class WorkerRegistry:
     def clear(self) -> None:
         """Forget all, and give their room back."""
         for worker in self:
-            self._buffer_budget.strip(worker.step_slot)
+            self._buffer_budget.take_back(worker.step_slot)
         self._known.clear()
         self._living.clear()
 

@@ -1,4 +1,4 @@
-"""Where a worker makes its steps: its buffer is given by a budget, and taken back when others need the room."""
+"""The step slot of a worker. A budget gives it its buffer, and takes it back when other workers need the memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optserve_server.numerics.state import State
 
 
 class WorkerSlot(StepSlot):
-    """That of one worker: equipped with a buffer before a step, and stripped of it when the room is needed.
+    """The step slot of one worker. It has a buffer during a step, and afterwards until the memory is needed.
 
     Args:
         name: See StepSlot.
@@ -45,26 +45,26 @@ class WorkerSlot(StepSlot):
 
     @property
     def staging(self) -> Staging:
-        """The buffer of one that is equipped; otherwise raises STEP_TAKEN_OVER."""
+        """The buffer; raises STEP_TAKEN_OVER if there is none."""
         if self._staging is None:
             raise OptserveError(Reason.STEP_TAKEN_OVER, "The step's buffer was taken back.")
         return self._staging
 
-    def _keeps(self, retained: Retained, reply: Reply) -> bool:
-        # x goes on by the steps of others, so what was answered is only in the buffer.
+    def _has_reply(self, retained: Retained, reply: Reply) -> bool:
+        # Other workers change x, so only the buffer still has the reply.
         return retained.intact and retained.holds is reply
 
     def _became_free(self) -> None:
         self._on_free(self)
 
-    def stage_apart(self) -> None:
-        """See StepSlot. No client writes into a worker's buffer: what it shares is copied from beside it."""
+    def leave_segment(self) -> None:
+        """See StepSlot. Nothing to do: a worker's segment is never its buffer."""
 
-    def look_for_overwriting(self) -> None:
-        """See StepSlot. For the same reason nobody does."""
+    def check_overwritten(self) -> None:
+        """See StepSlot. Nothing to do: no client can write into this buffer."""
 
     @property
-    def equipped(self) -> bool:
+    def has_buffer(self) -> bool:
         """Whether it has a buffer."""
         return self._staging is not None
 
@@ -73,12 +73,12 @@ class WorkerSlot(StepSlot):
         """Bytes of a buffer."""
         return len(self._state.operand_kinds) * self._state.layout.size_bytes
 
-    def equip(self) -> None:
-        """Have a buffer. The lock need not be held: nobody else gives or takes one."""
+    def make_buffer(self) -> None:
+        """Make a buffer. Without the lock: only the budget makes and drops buffers."""
         self._staging = Staging(self._state)
 
-    def strip(self) -> bool:
-        """Give the buffer up, with the reply that it keeps; gives False where a step holds it, or somebody looks."""
+    def drop_buffer(self) -> bool:
+        """Drop the buffer with its reply. Returns False if a step holds it, or the lock is taken."""
         if not self.lock.acquire(blocking=False):
             return False
         try:

@@ -1,11 +1,10 @@
-"""Whose turn it is among the workers of one optimizer: their steps, from begin to the answer.
+"""The steps of an optimizer's workers, from begin to the answer.
 
-Each worker makes its steps in a step slot of its own, so that gradients arrive side by side; they are applied one after
-the other under the optimizer's lock. A worker whose turn has not come waits in its commit, and nobody waits for one
-that has left, or whose lease has run out. When a turn has come, and what becomes of the gradients that are there, the
-optimizer's consistency decides.
+Each worker has a step slot of its own, so their gradients can arrive at the same time. Steps are applied one after the
+other, under the optimizer's lock. The optimizer's consistency decides when a step is applied, and of which gradients;
+until then the worker waits in its commit. Nobody waits for a worker that has left, or whose lease has run out.
 
-Locks: a step slot's before the optimizer's. A commit that waits holds neither.
+Locks: take a step slot's lock before the optimizer's. A commit that waits holds neither.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from optserve._common.clock import Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Outcome, Reply, Step
-from optserve_server.engine.workers.buffer_budget import LOOK_EVERY_S, BufferBudget
+from optserve_server.engine.workers.buffer_budget import CHECK_EVERY_S, BufferBudget
 from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import Worker, WorkerRegistry
 from optserve_server.engine.workers.worker_slot import WorkerSlot
@@ -26,7 +25,7 @@ from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.state import State
 
 
-class Turns:
+class WorkerSteps:
     """The steps of all workers of one optimizer.
 
     Args:
@@ -34,7 +33,7 @@ class Turns:
         state: Its state.
         owner: Its steps.
         registry: The workers.
-        buffer_budget: Where the buffers come from.
+        buffer_budget: Gives the buffers.
         idle_step_s: See StepSlot.
         clock: The time.
     """
@@ -57,14 +56,14 @@ class Turns:
         self._buffer_budget = buffer_budget
         self._idle_step_s = idle_step_s
         self._draining = False
-        # Those whose gradients are there, and not applied.
-        self._giving: set[Worker] = set()
-        # Counts what those who wait are told: what happens before they have begun to wait must not be missed.
-        self._wakes = 0
+        # The workers whose gradients have arrived and are not applied yet.
+        self._contributors: set[Worker] = set()
+        # Counts the wake-ups, so that a commit does not miss one before it has begun to wait.
+        self._wake_count = 0
 
     @property
     def consistency(self) -> Consistency:
-        """What the optimizer is set to, or raise INVALID_FIELD where it has no workers."""
+        """The optimizer's consistency; raises INVALID_FIELD if it has none, and so no workers."""
         consistency = self._state.settings.consistency
         if consistency is None:
             raise OptserveError(
@@ -75,131 +74,131 @@ class Turns:
     # With the optimizer's lock held.
 
     def wake(self) -> None:
-        """Let those who wait look whether they still have to."""
-        self._wakes += 1
+        """Wake the commits that wait, so that each checks whether it can go on."""
+        self._wake_count += 1
         self._owner.lock.notify_all()
 
     def withdraw(self, worker: Worker) -> None:
-        """What a worker has brought is not to be applied any more."""
+        """Do not apply the gradient of this worker."""
         worker.contribution = None
-        self._giving.discard(worker)
+        self._contributors.discard(worker)
 
     def clear(self) -> None:
-        """The optimizer is deleted: let nobody wait."""
-        self._giving.clear()
+        """The optimizer is deleted: wake all commits."""
+        self._contributors.clear()
         self.wake()
 
     def drain(self) -> None:
-        """The server is about to stop: let nobody wait any more."""
+        """The server is about to stop: refuse the commits that wait."""
         self._draining = True
         self.wake()
 
     # With no lock held.
 
-    def hand_over(self, worker: Worker, stream: int | None, life: int, make: Callable[[StepSlot], Step]) -> Step:
-        """Give a worker's step slot to a new step of a life, by a stream, which `make` makes with all locks held."""
+    def begin(self, worker: Worker, stream: int | None, life: int, make: Callable[[StepSlot], Step]) -> Step:
+        """Begin a step of a worker's life on a stream; `make` makes it with all locks held."""
         while True:
-            self._buffer_budget.equip(worker.step_slot)
+            self._buffer_budget.ensure_buffer(worker.step_slot)
             with worker.step_slot.lock, self._owner.lock:
-                if worker.step_slot.equipped:
+                if worker.step_slot.has_buffer:
                     try:
                         self._registry.check_current(worker, stream, life)
-                        _evict_given_up(worker)
+                        _evict_abandoned(worker)
                         step = make(worker.step_slot)
                     except BaseException:
                         if worker.step_slot.holder is None:
-                            self._buffer_budget.rest(worker.step_slot)
+                            self._buffer_budget.mark_idle(worker.step_slot)
                         raise
-                    if not worker.step_slot.equipped:
-                        # It was that of a step which had stalled, and somebody has been waiting for it.
+                    if not worker.step_slot.has_buffer:
+                        # `make` has discarded an idle step, and the budget has given its buffer to another worker.
                         continue
                     if worker.contribution is not None or worker.step_slot.holder is not None:
-                        # What a connection that was given up had brought does not count.
+                        # The gradient of an abandoned stream does not count.
                         self.withdraw(worker)
                         self.wake()
                     worker.step_slot.holder, worker.step_slot.worker_name = step, worker.name
                     self._registry.holds(worker)
-                    self._buffer_budget.use(worker.step_slot)
+                    self._buffer_budget.mark_in_use(worker.step_slot)
                     return step
 
-    def given_back(self, step_slot: WorkerSlot) -> None:
+    def step_ended(self, step_slot: WorkerSlot) -> None:
         """A step has ended."""
         with self._owner.lock:
             worker = self._registry.find(step_slot.worker_name)
             if worker is None or not worker.alive:
-                # It was alive because of the step only.
+                # Only its step has kept it alive.
                 self.wake()
-        self._buffer_budget.rest(step_slot)
+        self._buffer_budget.mark_idle(step_slot)
 
     def commit(self, step: Step) -> Outcome:
-        """Wait for a step's turn, and apply it, or what it completes."""
+        """Wait until a step can be applied, alone or with those of others, and apply it."""
         lock = self._owner.lock
         with lock:
-            worker = self._acting(step)
+            worker = self._current_worker(step)
         if step.segment is not None:
             with worker.step_slot.lock:
-                worker.step_slot.take_shared(step)
+                worker.step_slot.take_shared_gradients(step)
         try:
             while True:
                 with worker.step_slot.lock, lock:
-                    wakes_seen = self._wakes
-                    outcome = step.outcome or self._try(worker, step)
+                    wakes_seen = self._wake_count
+                    outcome = step.outcome or self._advance(worker, step)
                 if outcome is not None:
                     break
                 with lock:
                     self._wait(worker, step, wakes_seen)
         finally:
-            # What has failed must not count later.
+            # A failed step must not be applied with a later one.
             with lock:
                 if worker.contribution is step:
                     self.withdraw(worker)
         if step.segment is not None:
             with worker.step_slot.lock:
-                worker.step_slot.hold(step)
-                worker.step_slot.give_shared(step, outcome.step)
+                worker.step_slot.check_holds(step)
+                worker.step_slot.write_shared_reply(step, outcome.step)
         return outcome
 
-    def _acting(self, step: Step) -> Worker:
-        """The worker that makes a step, if the step may still be made."""
+    def _current_worker(self, step: Step) -> Worker:
+        """The worker of a step, with its lease renewed; raises if its life or stream is not the present one."""
         worker = self._registry.get(step.worker)
         self._registry.check_current(worker, step.stream, step.life)
         worker.renew(self.consistency.lease_s)
         return worker
 
-    def _try(self, worker: Worker, step: Step) -> Outcome | None:
-        """Let a step go on as far as it can now."""
-        self._acting(step)
-        worker.step_slot.hold(step)
+    def _advance(self, worker: Worker, step: Step) -> Outcome | None:
+        """Try to apply a step; returns None if it has to wait."""
+        self._current_worker(step)
+        worker.step_slot.check_holds(step)
         if step.refused is not None:
-            raise step.refused.again()
+            raise step.refused.copy()
         self._owner.check_usable()
         self._owner.check_lineage(step.lineage)
         if step.replay and worker.step_slot.retained:
             step.reply_source = worker.step_slot.staging.updates
             worker.step_slot.check_replay(step)
             return Outcome(step.request_id, worker.step_slot.retained.step, replayed=True)
-        # A replay has brought nothing, and must not be applied should its reply have gone.
+        # Also catches a replay whose reply is gone: it has no gradients, and must not be applied.
         step.check_complete()
         self._contribute(worker, step, self.consistency)
         return step.outcome
 
     def _contribute(self, worker: Worker, step: Step, consistency: Consistency) -> None:
-        """A worker's gradient is there: apply it, or what it completes, if its turn has come."""
+        """Count a worker's gradient as arrived, and apply it, alone or with others, if the consistency allows that."""
         consistency.check_gradient(self._name, step.parameters_step, self._owner.step)
-        others = (other.contribution for other in self._giving if other is not worker)
+        others = (other.contribution for other in self._contributors if other is not worker)
         consistency.check_alike(step.payload.selection, (other.payload.selection for other in others if other))
         worker.contribution = step
-        self._giving.add(worker)
-        if consistency.may_apply(worker.clock, len(self._giving), self._registry):
-            self._apply(consistency, consistency.contributors(worker, self._giving))
+        self._contributors.add(worker)
+        if consistency.may_apply(worker.clock, len(self._contributors), self._registry):
+            self._apply(consistency, consistency.contributors(worker, self._contributors))
             if consistency.may_wake_others(worker.clock, self._registry):
                 self.wake()
 
     def _wait(self, worker: Worker, step: Step, wakes_seen: int) -> None:
-        """Until something has happened that may let the step go on, beyond what had when `wakes_seen` was read."""
+        """Wait for a wake-up since `wakes_seen` was read, for a lease to run out, or for a second."""
         if step.outcome is not None or step.refused is not None:
             return
-        if step.given_up:
+        if step.abandoned:
             self.withdraw(worker)
             raise OptserveError(
                 Reason.CLIENT_GONE, f"The client of worker {worker.name!r} has gone while its step waited for others."
@@ -212,56 +211,56 @@ class Turns:
         if len(living) < consistency.needed:
             self.withdraw(worker)
             raise self._registry.too_few(consistency.needed)
-        if self._buffer_budget.is_wanted(worker.step_slot):
-            # Perhaps by the very worker that this step waits for.
+        if self._buffer_budget.is_needed_elsewhere(worker.step_slot):
+            # The worker that this step waits for may need the buffer.
             self.withdraw(worker)
             raise self._buffer_budget.refusal(worker.step_slot)
         now = self._monotonic()
         if worker.alive:
             worker.renew(consistency.lease_s)
-        step.moved_at = now
-        # One whose lease is over and that is still alive is in the middle of a step, and its end will be told.
+        step.last_progress_at = now
+        # A worker without a lease that is still alive is in the middle of a step, whose end will wake this one.
         leases = [other.lease_until - now for other in living if other is not worker]
         timeout_s = min((lease_s for lease_s in leases if lease_s > 0), default=consistency.lease_s)
-        # A lease that runs out is not told, nor that room is wanted.
+        # No wake-up says that a lease has run out, or that another worker needs the buffer.
         self._owner.lock.wait_for(
-            lambda: self._wakes != wakes_seen, min(timeout_s, self._idle_step_s / 2, LOOK_EVERY_S)
+            lambda: self._wake_count != wakes_seen, min(timeout_s, self._idle_step_s / 2, CHECK_EVERY_S)
         )
 
     def _apply(self, consistency: Consistency, taken: Collection[Worker]) -> None:
         """Make one step of the gradients of some workers, in the order of their names."""
-        there = sorted(taken, key=lambda worker: worker.name)
-        steps = [step for worker in there if (step := worker.contribution) is not None]
+        workers = sorted(taken, key=lambda worker: worker.name)
+        steps = [step for worker in workers if (step := worker.contribution) is not None]
         payload, owner = steps[0].payload, self._owner
-        given = [Gradient(worker.step_slot.staging, step.largest) for worker, step in zip(there, steps, strict=True)]
-        gradient = consistency.merge(payload, given, owner.main.overwrite)
+        given = [Gradient(worker.step_slot.staging, step.largest) for worker, step in zip(workers, steps, strict=True)]
+        gradient = consistency.merge(payload, given, owner.main.reuse_staging)
         stale = [owner.step - step.parameters_step for step in steps]
-        made = [(worker.name, step.request_id, worker.clock + 1) for worker, step in zip(there, steps, strict=True)]
+        made = [(worker.name, step.request_id, worker.clock + 1) for worker, step in zip(workers, steps, strict=True)]
         scaled_by = consistency.scaled_by(max(stale))
         try:
             written = owner.committer.prepare(
-                gradient.staging, payload, gradient.largest, _answers(steps), made, staleness=scaled_by
+                gradient.staging, payload, gradient.largest, _reply_wires_of(steps), made, staleness=scaled_by
             )
         except OptserveError as error:
             if error.reason in (Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW):
-                self._refuse_all(there, steps, error)
+                self._refuse_all(workers, steps, error)
             raise
         norm = owner.committer.apply(written)
-        for worker, step, staleness in zip(there, steps, stale, strict=True):
+        for worker, step, staleness in zip(workers, steps, stale, strict=True):
             if step.replies is Reply.UPDATES and worker.step_slot.staging is not gradient.staging:
                 worker.step_slot.staging.copy_updates(gradient.staging.updates, payload)
             self._answer(worker, step, Outcome(step.request_id, owner.step, False, norm, staleness))
             self.withdraw(worker)
 
-    def _refuse_all(self, there: Sequence[Worker], steps: Sequence[Step], error: OptserveError) -> None:
-        """The step that these were to make together cannot be applied: none of them waits for another one."""
-        for worker, step in zip(there, steps, strict=True):
+    def _refuse_all(self, workers: Sequence[Worker], steps: Sequence[Step], error: OptserveError) -> None:
+        """Refuse all steps that were to be applied together."""
+        for worker, step in zip(workers, steps, strict=True):
             step.refused = error
             self.withdraw(worker)
         self.wake()
 
     def _answer(self, worker: Worker, step: Step, outcome: Outcome) -> None:
-        """A worker's step has been applied, and its buffer takes the reply."""
+        """A worker's step was applied: put the reply into its buffer."""
         step_slot = worker.step_slot
         if step.replies is Reply.PARAMETERS:
             step_slot.staging.copy_updates(self._state.parameters, step.payload)
@@ -269,11 +268,11 @@ class Turns:
         step.reply_source = step_slot.staging.updates
         if step_slot.retained is not None:
             step_slot.retained.intact, step_slot.retained.holds = True, step.replies
-        step.committed, step.moved_at, step.outcome = True, self._monotonic(), outcome
+        step.committed, step.last_progress_at, step.outcome = True, self._monotonic(), outcome
 
 
-def _evict_given_up(worker: Worker) -> None:
-    """Let go what an earlier life or a given-up stream has begun; another may begin before that has ended."""
+def _evict_abandoned(worker: Worker) -> None:
+    """Drop the step of an earlier life or an abandoned stream, which may not have ended yet."""
     holder = worker.step_slot.holder
     if holder is None:
         return
@@ -281,8 +280,8 @@ def _evict_given_up(worker: Worker) -> None:
         worker.step_slot.holder = None
 
 
-def _answers(steps: Sequence[Step]) -> ReplyWires:
-    """How the replies of a step are read that several have made."""
+def _reply_wires_of(steps: Sequence[Step]) -> ReplyWires:
+    """The narrow wire dtypes of the replies of several steps that are applied together."""
     if len(steps) == 1:
         return steps[0].reply_wires
     return ReplyWires(
