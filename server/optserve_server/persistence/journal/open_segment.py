@@ -152,7 +152,7 @@ def write_anew(path: Path, disk: Disk) -> None:
     descriptor = disk.open(path, os.O_RDWR)
     try:
         try:
-            _write_again(descriptor, disk)
+            _rewrite(descriptor, disk)
         except OSError as error:
             # A file system that never writes in place needs room for it; a start must not.
             if error.errno != errno.ENOSPC:
@@ -163,7 +163,7 @@ def write_anew(path: Path, disk: Disk) -> None:
         disk.close(descriptor)
 
 
-def _write_again(descriptor: int, disk: Disk) -> None:
+def _rewrite(descriptor: int, disk: Disk) -> None:
     position = 0
     while block := os.pread(descriptor, _BLOCK_BYTES, position):
         # What was never written, at the end, stays so.
