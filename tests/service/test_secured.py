@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import optserve
 from optserve import aio
 from optserve_server.app import App
 from optserve_server.domain.config import ServerConfig
+from optserve_server.edge.gate.interceptors import ARRIVING, LEAVING
 
 X = np.ones(1000, np.float32)
 TOKEN = ("authorization", "Bearer hunter2")
@@ -141,7 +143,7 @@ def test_the_asyncio_client_and_health_checks_work_over_it_too(identity):
     credentials = grpc.ssl_channel_credentials(own.certificate)
 
     async def steps(target: str) -> np.ndarray:
-        config = optserve.ClientConfig(credentials=credentials, metadata=[TOKEN])
+        config = optserve.ClientConfig(credentials=credentials, metadata=(TOKEN,))
         async with aio.connect(target, config) as client:
             opt = await client.create_optimizer("a", optserve.Sgd(learning_rate=0.5), {"x": X})
             return (await opt.step({"x": X}))["x"]
@@ -213,6 +215,33 @@ def test_a_server_interceptor_can_refuse_calls():
             optserve.connect(target, optserve.ClientConfig(connect_timeout_s=5.0))
         with optserve.connect(target, optserve.ClientConfig(metadata=[TOKEN])) as client:
             every_shape_of_call(client, "a")
+
+
+@pytest.mark.parametrize("way", ["another handler", "an exception"])
+def test_calls_that_an_interceptor_refuses_late_take_nothing_from_the_others(way, monkeypatch):
+    # pytest would keep what gRPC logs of each exception, and with it the frame that has the call's handler.
+    monkeypatch.setattr(logging.getLogger("grpc._server"), "disabled", True)
+
+    class Guard(grpc.ServerInterceptor):
+        """Asks for the handler first, as many do, and looks at the token after that."""
+
+        def intercept_service(self, continuation, handler_call_details):
+            handler = continuation(handler_call_details)
+            if TOKEN in [(key, value) for key, value in handler_call_details.invocation_metadata]:
+                return handler
+            if way == "an exception":
+                raise PermissionError("no token")
+            return grpc.stream_unary_rpc_method_handler(
+                lambda _requests, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            )
+
+    with serving(None, Guard()) as target, grpc.insecure_channel(target) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
+        threads = ARRIVING + LEAVING
+        for _ in range(threads + 1):
+            with pytest.raises(grpc.RpcError):
+                check(b"", timeout=30)
+        assert check(b"", timeout=30, metadata=(TOKEN,))
 
 
 def test_a_client_interceptor_sees_every_call_with_its_metadata():

@@ -121,7 +121,7 @@ class Gate(grpc.ServerInterceptor):
                 return None
             known = self._wrapped[method] = self._wrap(method, handler)
         kind, wrapped = known
-        return wrapped if kind.enter() else self._refusal(kind)
+        return kind.one_call(wrapped) if kind.enter() else self._refusal(kind)
 
     def _wrap(self, method: str, handler: Handler) -> tuple[Kind, Handler]:
         """The kind of a method, and its handler with a thread and a place of that kind around each call."""
@@ -164,7 +164,7 @@ class Gate(grpc.ServerInterceptor):
             finally:
                 kind.leave()
 
-        return grpc.stream_unary_rpc_method_handler(kind.in_own_pool(answer))
+        return grpc.stream_unary_rpc_method_handler(answer)
 
     def _streaming_handler(self, handler: Handler, kind: Kind, patience: Patience) -> Handler:
         """The handler of a call whose reply is a stream."""
@@ -191,9 +191,7 @@ class Gate(grpc.ServerInterceptor):
                 kind.leave()
 
         deserializer = handler.request_deserializer if handler.request_streaming else None
-        return grpc.stream_stream_rpc_method_handler(
-            kind.in_own_pool(answer), deserializer, handler.response_serializer
-        )
+        return grpc.stream_stream_rpc_method_handler(answer, deserializer, handler.response_serializer)
 
     @staticmethod
     def _uploading_handler(handler: Handler, kind: Kind, patience: Patience) -> Handler:
@@ -209,9 +207,7 @@ class Gate(grpc.ServerInterceptor):
             finally:
                 kind.leave()
 
-        return grpc.stream_unary_rpc_method_handler(
-            kind.in_own_pool(answer), handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
     def _single_message(self, requests: Iterator[bytes], handler: Handler) -> Any:
         """Receive and parse the only message of a call."""

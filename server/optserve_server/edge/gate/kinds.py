@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+import grpc
 
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.edge.gate.places import Places
@@ -31,19 +34,49 @@ class Kind:
         self.places = places
         self.pool = ThreadPoolExecutor(limit, thread_name_prefix=name)
         self._free = threading.BoundedSemaphore(limit)
+        # One entry for each reserved thread whose call never ran.
+        self._unused: deque[None] = deque()
 
     def enter(self) -> bool:
         """Reserve a thread for a call; False if there is none. Called in gRPC's event thread."""
+        while self._unused:
+            self._unused.pop()
+            self._free.release()
         return self._free.acquire(blocking=False)
 
-    def in_own_pool(self, behaviour: Any) -> Any:
-        """Let gRPC call this method in the threads of the kind."""
-        behaviour.experimental_thread_pool = self.pool
-        return behaviour
+    def one_call(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        """The handler for one call, which runs in the thread that `enter` has reserved, and gives it back at the end.
+
+        If the handler never runs, as where an interceptor has asked for it and refuses the call, the thread is given
+        back when the handler is forgotten.
+        """
+        streams = handler.response_streaming
+        run = _Run(handler.stream_stream if streams else handler.stream_unary, self.pool, self._unused)
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        return make(run, handler.request_deserializer, handler.response_serializer)
 
     def leave(self) -> None:
         """Give a reserved thread back."""
         self._free.release()
+
+
+class _Run:
+    """What one call runs, in its kind's threads; notes itself in `unused` if it is never called."""
+
+    def __init__(self, behaviour: Any, pool: ThreadPoolExecutor, unused: deque[None]) -> None:
+        self.experimental_thread_pool = pool
+        self._behaviour = behaviour
+        self._unused = unused
+        self._has_run = False
+
+    def __call__(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        self._has_run = True
+        return self._behaviour(requests, context)
+
+    def __del__(self) -> None:
+        # No lock is taken here, because this may run in the middle of anything, also where that lock is held.
+        if not self._has_run:
+            self._unused.append(None)
 
 
 class ConcurrencyLimit:
