@@ -109,32 +109,30 @@ class StepStream:
             OptserveError: What ends the stream: a failed `open`, or none; bytes that are no message.
         """
         with self._lock:
-            yield from self._handle(messages.decode(decode_request, raw))
-
-    def _handle(self, frame: RequestFrame) -> Iterator[bytes]:
-        header = frame.header
-        if header.HasField("open"):
-            yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
-        elif self._phase is _CLOSED:
-            raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
-        commits = header.HasField("commit")
-        try:
-            self._take(frame, commits=commits)
-            if commits:
-                yield from self._commit()
+            frame = messages.decode(decode_request, raw)
+            header = frame.header
+            if header.HasField("open"):
+                yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
+            elif self._phase is _CLOSED:
+                raise OptserveError(Reason.NOT_OPEN, "The first message of a stream must have `open`.", field="open")
+            commits = header.HasField("commit")
+            try:
+                self._take(frame, commits=commits)
+                if commits:
+                    yield from self._commit()
+                    self._end(_IDLE)
+            except GeneratorExit:
+                # Nobody takes the answer any more; a step that was committed has ended nevertheless.
+                if commits:
+                    self._end(_IDLE)
+                raise
+            # Every failure is answered in the stream, which lives on.
+            except Exception as error:  # noqa: BLE001
+                yield self._fail(error)
+                if commits:
+                    self._phase = _IDLE
+            if header.HasField("abort"):
                 self._end(_IDLE)
-        except GeneratorExit:
-            # Nobody takes the answer any more; a step that was committed has ended nevertheless.
-            if commits:
-                self._end(_IDLE)
-            raise
-        # Every failure is answered in the stream, which lives on.
-        except Exception as error:  # noqa: BLE001
-            yield self._fail(error)
-            if commits:
-                self._phase = _IDLE
-        if header.HasField("abort"):
-            self._end(_IDLE)
 
     def _take(self, frame: RequestFrame, *, commits: bool) -> None:
         """Begin a step and stage a chunk, where the message has them."""
@@ -245,15 +243,17 @@ class StepStream:
         reply = messages.reply(request.reply, "begin.reply")
         segment = self._offer.accept(request.shared_memory_nonce) if self._offer is not None else None
         self._optimizers.check_is_same(self._optimizer)
-        messages.check_tensor_count(request.tensors, self._optimizer.layout, "begin.tensors")
+        tensors = request.tensors
+        if tensors:
+            messages.check_tensor_count(tensors, self._optimizer.layout, "begin.tensors")
         expected = request.expected_step if request.HasField("expected_step") else None
         self._drain_gate.enter()
         try:
             self._step = self._optimizer.steps.begin(
                 StepRequest(
-                    request.request_id,
+                    self._request_id,
                     expected,
-                    Selection(tuple(request.tensors)) if request.tensors else ALL,
+                    Selection(tuple(tensors)) if tensors else ALL,
                     self._wire,
                     self._lineage,
                     reply,
