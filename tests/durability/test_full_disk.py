@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said_once_a_minute(caplog):
     assert upkeep.problem == "the disk refuses changes: No space left on device"
     upkeep.accepted()
     upkeep.accepted()
-    assert [record.message for record in caplog.records[2:]] == ["the disk takes changes again; 1001 were refused"]
+    assert [record.message for record in caplog.records[2:]] == ["the disk accepts changes now; 1001 were refused before"]
     assert not upkeep.problem
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.accepted()

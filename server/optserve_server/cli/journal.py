@@ -64,7 +64,7 @@ def verify(folder: Folder, json: Json = False) -> None:
         return
     text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
     if reader.torn:
-        text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which nobody was promised"
+        text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which was never acknowledged"
     say(text)
 
 

@@ -1,9 +1,9 @@
 """The data folder: a lock, a journal, snapshots; and the recovery of all optimizers from them.
 
-With durability `journal`, every change is in the journal, on disk, before it is made and acknowledged, and from time
-to time a snapshot takes the place of what came before it. Recovery loads the last snapshot and replays the journal:
-the same kernels on the same gradients in the same order, so the same bits. With durability `snapshot` there are
-snapshots only, taken at intervals.
+With durability `journal`, every change is on disk, in the journal, before it is made and acknowledged. From time to
+time a snapshot replaces the older part of the journal. Recovery loads the last snapshot and makes the changes of the
+journal once more, with the same kernels, gradients and order, so with the same bits. With durability `snapshot` there
+is no journal, and a snapshot is taken at intervals.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 _NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while it ran"
 
 TICK_S = 1.0
-"""How often it is looked whether the folder is still there, and whether a snapshot is due."""
+"""Seconds between checks whether the folder is in place, and whether a snapshot is due."""
 
-_RARE = frozenset((records.CREATED, records.DELETED, records.REPLACED, records.PLACED))
-"""Kinds of changes that are worth a snapshot soon, where there is no journal."""
+_SNAPSHOT_SOON = frozenset((records.CREATED, records.DELETED, records.REPLACED, records.PLACED))
+"""Kinds of changes after which a snapshot is taken soon, if there is no journal."""
 
 
 @dataclass
 class Recovered:
-    """What recovery found."""
+    """The result of a recovery."""
 
     optimizers: int = 0
     snapshot_lsn: int = 0
@@ -49,8 +49,8 @@ class Recovered:
     torn: tuple[Path, int] | None = None
 
 
-class _Unjournalled:
-    """Stands in for the journal where there is none: numbers the changes and forgets them."""
+class _NoJournal:
+    """Takes the place of the journal with durability `snapshot`: numbers the changes, and writes nothing."""
 
     def __init__(self, folder: Path, next_lsn: int, clock: Clock, disk: Disk) -> None:
         self._folder = folder
@@ -60,13 +60,13 @@ class _Unjournalled:
         self.bytes_written = 0
 
     def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
-        """The number of a change."""
+        """Return the number of a change."""
         with self._lock:
             self.last_lsn += 1
             return self.last_lsn
 
     def cut_before(self, lsn: int) -> None:  # noqa: ARG002
-        """Remove what an earlier server with a journal has left; it has been recovered and is in the snapshot."""
+        """Remove the journal of an earlier server; its changes are in the snapshot."""
         if paths := segment_paths(self._folder):
             set_newest(self._folder, None, self._disk)
             for path in paths:
@@ -108,26 +108,26 @@ class DataFolder:
         self._snapshot_bytes = snapshot_bytes
         self._segment_bytes = segment_bytes
         self._interval_s = interval_s
-        self._journal: Journal | _Unjournalled | None = None
+        self._journal: Journal | _NoJournal | None = None
         # Of the journal: where the last snapshot left it, and what was read of it at the start.
         self._snapshot_lsn = 0
         self._bytes_at_snapshot = 0
         self._upkeep = Upkeep(clock)
         self._wake = clock.event()
-        self._asked = False
+        self._snapshot_requested = False
         self._stopping = clock.event()
         self._snapshotter: Thread | None = None
         self._is_in_place = True
-        self._on_moved: Callable[[bool], None] = lambda _in_place: None
+        self._on_folder_checked: Callable[[bool], None] = lambda _in_place: None
         self._lock = FolderLock(path, disk)
 
     @property
     def problem(self) -> str:
-        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        """Why changes cannot be made durable at the moment, in words; empty if they can."""
         return self._upkeep.problem if self._is_in_place else _NOT_IN_PLACE
 
     def check_in_place(self) -> None:
-        """Raise NOT_DURABLE if the folder was deleted, moved or replaced: what is written there nobody would find."""
+        """Raise NOT_DURABLE if the folder was deleted, moved or replaced."""
         if not self._lock.is_in_place:
             self._wake.set()
             raise OptserveError(Reason.NOT_DURABLE, f"Nothing was changed: {_NOT_IN_PLACE}. Restart the server.")
@@ -135,7 +135,7 @@ class DataFolder:
     # --- Durability
 
     def write(self, record: Change) -> int:
-        """Keep a change: in the journal, on disk, if there is one."""
+        """Write the record of a change, and return its number; with a journal, the record is on disk then."""
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
         self.check_in_place()
@@ -149,8 +149,8 @@ class DataFolder:
                 self._wake.set()
                 raise
         if self._interval_s:
-            if kind in _RARE:
-                self._asked = True
+            if kind in _SNAPSHOT_SOON:
+                self._snapshot_requested = True
                 self._wake.set()
         else:
             self._upkeep.accepted()
@@ -159,7 +159,7 @@ class DataFolder:
         return lsn
 
     def _has_grown(self) -> bool:
-        """Whether the journal has as many bytes as it may: of headers, settings and gradients, all of them."""
+        """Whether the journal has grown so much that a snapshot is due; all of its bytes count."""
         if self._journal is None:
             return False
         grown = self._journal.bytes_written - self._bytes_at_snapshot
@@ -168,14 +168,14 @@ class DataFolder:
     # --- Recovery
 
     def recover(self, optimizers: Optimizers, on_progress: Callable[[int, int], None]) -> Recovered:
-        """Bring back all optimizers, and open the journal for what comes.
+        """Recover all optimizers, and open the journal for new records.
 
         Args:
-            optimizers: Empty.
-            on_progress: Told (bytes done, bytes in all).
+            optimizers: An empty registry, which is filled.
+            on_progress: Called with (bytes read, bytes in all).
 
         Raises:
-            JournalError: What had been acknowledged cannot be read. Nothing was changed.
+            JournalError: An acknowledged change cannot be read. Nothing was changed.
         """
         start = self._monotonic()
         found = Recovered()
@@ -186,7 +186,7 @@ class DataFolder:
             found.seconds = self._monotonic() - start
             self._snapshot_lsn, self._bytes_at_snapshot = found.snapshot_lsn, -reader.bytes_read
             self._open(reader)
-            self._tell_of_lost_steps()
+            self._renew_lineages_if_unclean()
             for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
                 if leftover.exists():
                     self._remove(leftover)
@@ -218,31 +218,32 @@ class DataFolder:
         return reader
 
     def _open(self, reader: Reader) -> None:
-        """Begin to number and keep what comes after what was read."""
+        """Open the journal behind the last record that was read."""
         if self._interval_s:
-            self._journal = _Unjournalled(self._path, reader.next_lsn, self._clock, self._disk)
+            self._journal = _NoJournal(self._path, reader.next_lsn, self._clock, self._disk)
             if segment_paths(self._path):
                 self.snapshot()
         else:
             self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes, self._clock, self._disk)
 
-    def _tell_of_lost_steps(self) -> None:
-        """Give every state a new lineage where steps may have been lost, so that clients that knew them are told."""
+    def _renew_lineages_if_unclean(self) -> None:
+        """Give every state a new lineage if steps may have been lost; clients that know those steps get an error."""
         if (self._path / UNCLEAN).exists():
             self._optimizers.renew_lineages()
             self.snapshot()
-        # Without a journal, a crash loses steps again from here on.
+        # Without a journal, a crash loses steps from here on.
         set_unclean(self._path, unclean=bool(self._interval_s), disk=self._disk)
 
     # --- Snapshots
 
-    def start_snapshots(self, on_moved: Callable[[bool], None]) -> None:
+    def start_snapshots(self, on_folder_checked: Callable[[bool], None]) -> None:
         """Take snapshots in the background whenever one is due, and look after the folder.
 
         Args:
-            on_moved: Told False when the folder is found to be deleted, moved or replaced, and True when it is back.
+            on_folder_checked: Called with False when the folder was deleted, moved or replaced, and with True when
+                it is back.
         """
-        self._on_moved = on_moved
+        self._on_folder_checked = on_folder_checked
         self._snapshotter = self._clock.thread(self._take_snapshots, "snapshots")
         self._snapshotter.start()
 
@@ -250,47 +251,47 @@ class DataFolder:
         made_at = self._monotonic()
         while True:
             self._wake.wait(min(TICK_S, self._interval_s or TICK_S))
-            # Cleared before the look at `stopping`, which `close` sets first: neither can be missed.
+            # Cleared before `stopping` is read. `close` sets `stopping` first, so this thread cannot miss it.
             self._wake.clear()
             if self._stopping.is_set():
                 return
-            self._look_for_the_folder()
+            self._check_folder()
             if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
                 continue
-            self._asked = False
+            self._snapshot_requested = False
             made_at = self._monotonic()
             try:
                 self.snapshot()
-            # Whatever it was, this thread must go on: without snapshots the journal would grow for ever.
+            # Any error: this thread must go on, because without snapshots the journal would grow for ever.
             except Exception as error:  # noqa: BLE001
                 self._upkeep.snapshot_failed(error)
 
     def _is_snapshot_due(self, last_at: float) -> bool:
         if self._interval_s:
-            return self._asked or self._monotonic() - last_at >= self._interval_s
+            return self._snapshot_requested or self._monotonic() - last_at >= self._interval_s
         return self._upkeep.is_snapshot_due(grown=self._has_grown())
 
     def _has_changed(self) -> bool:
-        """Whether there is anything that the last snapshot does not contain."""
+        """Whether there are changes that the last snapshot does not contain."""
         return self._journal is not None and self._journal.last_lsn != self._snapshot_lsn
 
-    def _look_for_the_folder(self) -> None:
+    def _check_folder(self) -> None:
         in_place = self._lock.is_in_place
         if in_place == self._is_in_place:
             return
         self._is_in_place = in_place
         if in_place:
-            logger.warning("the data folder %s is back; changes are taken again", self._path)
+            logger.warning("the data folder %s is back; changes are accepted", self._path)
         else:
-            logger.error("%s (%s); no change is taken until it is back", _NOT_IN_PLACE, self._path)
-        self._on_moved(in_place)
+            logger.error("%s (%s); every change is refused until it is back", _NOT_IN_PLACE, self._path)
+        self._on_folder_checked(in_place)
 
     def snapshot(self) -> Path:
-        """Take a snapshot now, and cut what it makes superfluous."""
+        """Take a snapshot now, and remove the older snapshots and journal files."""
         if self._journal is None:
             raise JournalError("The data folder is not open.")
         start = self._monotonic()
-        # Counted first: what comes in between is counted once more, never forgotten.
+        # Read first: bytes that are written meanwhile are counted twice, but never left out.
         before = self._journal.bytes_written
         lsn = self._journal.last_lsn
         old = snapshot.paths(self._path)
@@ -312,7 +313,7 @@ class DataFolder:
             self._disk.unlink(path)
 
     def close(self, *, snapshot: bool = True) -> None:
-        """Let go of the folder, with a last snapshot by default, so that the next start is quick."""
+        """Close the folder, by default with a last snapshot, so that the next start is quick."""
         self._stopping.set()
         self._wake.set()
         if self._snapshotter is not None:
@@ -337,12 +338,14 @@ class DataFolder:
 
 
 def describe(found: Recovered) -> str:
-    """What recovery found, in a line."""
+    """The result of a recovery as one line."""
     rate = found.bytes_read / max(found.seconds, 1e-9) / 1e6
     text = (
         f"recovered {found.optimizers} optimizers: snapshot at {found.snapshot_lsn}, then {found.records} records with "
         f"{found.steps} steps, {found.bytes_read / 1e6:.1f} MB in {found.seconds:.2f} s ({rate:.0f} MB/s)"
     )
     if found.torn:
-        text += f"; a torn record at byte {found.torn[1]} of {found.torn[0].name}, which nobody was promised, was cut"
+        text += (
+            f"; a torn record at byte {found.torn[1]} of {found.torn[0].name}, which was never acknowledged, was cut"
+        )
     return text

@@ -1,6 +1,6 @@
-"""How optimizers are brought back from a snapshot and the journal: which changes are to be made once more, and where.
+"""Recovers optimizers from a snapshot and the journal: decides which changes to make once more, and in which stretches.
 
-What a change changes is not known here, see `engine/transition.py`.
+`engine/transition.py` makes the changes.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ from optserve_server.persistence.journal import Record
 
 
 class Replay:
-    """Brings optimizers forward, record by record; pieces of a snapshot each from their own number on."""
+    """Makes the changes of the journal once more, record by record.
+
+    Each piece of a snapshot has the number of the last change that it contains; only later changes are made in it.
+    """
 
     def __init__(self, optimizers: Optimizers) -> None:
         self._optimizers = optimizers
         self._pieces: dict[str, list[snapshot.Piece]] = {}
-        # The same by dtype, each with the starts of its pieces, in which a stretch is looked up.
+        # The same pieces by optimizer and dtype, sorted, with their first elements for bisection.
         self._arenas: dict[str, dict[str, tuple[list[int], list[snapshot.Piece]]]] = {}
         self._newest_piece: dict[str, int] = {}
         self._last_step: dict[str, int] = {}
 
     def load(self, saved: snapshot.Saved) -> None:
-        """Bring an optimizer of the snapshot back."""
+        """Load an optimizer of the snapshot."""
         header = saved.header
         record = CreationRecord(
             header["id"], saved.layout, saved.settings, header["etag"], header["lineage"],
@@ -71,7 +74,7 @@ class Replay:
         self._newest_piece[item.id] = max((piece.lsn for piece in saved.pieces), default=0)
 
     def redo(self, entry: Record) -> None:
-        """Make a change of the journal once more, as far as it is not contained in what was loaded."""
+        """Make a change of the journal once more, in the stretches that do not contain it yet."""
         message, lsn = json.loads(entry.meta), entry.lsn
         item = self._optimizers.find(message["optimizer"])
         if item is None:
@@ -79,7 +82,7 @@ class Replay:
                 self._optimizers.adopt(CreationRecord.decode(message), lsn)
             return
         if lsn <= item.created_lsn:
-            # Of one that bore the name before.
+            # The record belongs to an earlier optimizer of that name.
             return
         record = records.decode(entry.type, message, entry.payload, item.steps.payloads)
         with item.steps.held_still():
@@ -106,44 +109,44 @@ class Replay:
     def _step(self, item: Optimizer, record: StepRecord, lsn: int) -> None:
         payload = item.steps.payloads.payload_for(record.selection, None)
         operands, runs = item.steps.main.staging.operands, payload.runs
-        given = [
+        gradients = [
             record.operands[begin : begin + len(runs)] for begin in range(0, len(record.operands), max(len(runs), 1))
         ]
-        behind: list[Run] = []
+        runs_to_redo: list[Run] = []
         parts: list[tuple[int, int, int]] = []
-        for turn, run in enumerate(runs):
-            for start, stop in self._behind(item.id, lsn, run.dtype, run.start, run.stop):
-                behind.append(Run(0, 0, run.dtype, run.wire, start, stop))
-                parts.append((turn, start - run.start, stop - run.start))
-        for arenas, arrays in zip(operands.values(), given, strict=bool(runs)):
-            for run, (turn, first, end) in zip(behind, parts, strict=True):
-                arenas[run.dtype][run.start : run.stop] = arrays[turn][first:end]
-        # A norm is that of the whole step, of which some parts may not be behind.
-        clip = item.state.measure(payload, given[0] if given else ())
+        for run_number, run in enumerate(runs):
+            for start, stop in self._stretches_without(item.id, lsn, run.dtype, run.start, run.stop):
+                runs_to_redo.append(Run(0, 0, run.dtype, run.wire, start, stop))
+                parts.append((run_number, start - run.start, stop - run.start))
+        for arenas, arrays in zip(operands.values(), gradients, strict=bool(runs)):
+            for run, (run_number, first, end) in zip(runs_to_redo, parts, strict=True):
+                arenas[run.dtype][run.start : run.stop] = arrays[run_number][first:end]
+        # Clipping needs the norm of the whole step, also if only some stretches have to be redone.
+        clip = item.state.measure(payload, gradients[0] if gradients else ())
         prepared = Prepared(clip.for_parts(parts) if clip else None, covered=False)
-        transition.apply_step(item.state, operands, behind, record, prepared)
+        transition.apply_step(item.state, operands, runs_to_redo, record, prepared)
         if lsn > item.steps.lsn:
             transition.note_step(item.steps, record, payload.selection, lsn)
         self._last_step[item.id] = lsn
 
     def _place(self, item: Optimizer, record: PlacementRecord, lsn: int) -> None:
         runs = item.steps.payloads.payload_for(ALL, None).runs
-        transition.apply_placement(item.state, runs, record, partial(self._behind, item.id, lsn))
+        transition.apply_placement(item.state, runs, record, partial(self._stretches_without, item.id, lsn))
         if lsn > item.steps.lsn:
             transition.note_placement(item.steps, record, lsn)
 
     def _replace(self, item: Optimizer, record: ReplacementRecord, lsn: int) -> None:
-        transition.apply_replacement(item.state, record, partial(self._behind, item.id, lsn))
+        transition.apply_replacement(item.state, record, partial(self._stretches_without, item.id, lsn))
         if lsn > item.steps.lsn:
             transition.note_replacement(item.steps, record, lsn)
 
-    def _behind(self, name: str, lsn: int, dtype: np.dtype, start: int, stop: int) -> list[tuple[int, int]]:
+    def _stretches_without(self, name: str, lsn: int, dtype: np.dtype, start: int, stop: int) -> list[tuple[int, int]]:
         """The stretches of a part of an arena that do not contain the change `lsn` yet."""
         if lsn > self._newest_piece.get(name, 0):
             return [(start, stop)]
         starts, pieces = self._arenas[name].get(dtype.name, ([], []))
         stretches = []
-        # From the piece that `start` is in; a step may have as many runs as there are parameters, and as many pieces.
+        # Begins at the piece of `start`, by bisection: there may be as many runs and pieces as parameters.
         for position in range(max(0, bisect.bisect_right(starts, start) - 1), len(pieces)):
             piece = pieces[position]
             if piece.start >= stop:
@@ -153,7 +156,7 @@ class Replay:
         return stretches
 
     def finish(self) -> None:
-        """A reply is intact if each of its pieces was, where the piece was not computed anew."""
+        """Find out which replies are intact: those of which each piece was intact in the snapshot, or was redone."""
         for name, pieces in self._pieces.items():
             item = self._optimizers.find(name)
             if item is not None and item.steps.main.retained is not None:

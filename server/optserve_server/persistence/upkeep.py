@@ -1,4 +1,4 @@
-"""When the next snapshot is due, and what keeps changes from being made durable at the moment."""
+"""Decides when the next snapshot is due, and knows why changes cannot be made durable at the moment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ logger = logging.getLogger(__name__)
 
 WARN_EVERY_S = 60.0
 MAX_PAUSE_S = 60.0
-"""Between two snapshots that fail, or that a full disk asks for."""
+"""Longest pause between two snapshots that fail, or that are taken because the disk refuses changes."""
 _TIMES_ITS_LENGTH = 10
-"""A snapshot that a full disk asks for is followed by a pause of so many times what it took."""
+"""After a snapshot that was taken because the disk refuses changes, pause for this many times its duration."""
 
 
 class Upkeep:
@@ -34,7 +34,7 @@ class Upkeep:
 
     @property
     def problem(self) -> str:
-        """What keeps changes from being made durable, in words; empty while nothing does."""
+        """Why changes cannot be made durable, in words; empty if they can."""
         return self._refusal or self._failure
 
     def refused(self, error: OSError) -> None:
@@ -46,7 +46,7 @@ class Upkeep:
             if now - self._warned_at < WARN_EVERY_S:
                 return
             self._warned_at = now
-        logger.warning("%s. A snapshot is tried, which takes the place of the journal", self._refusal)
+        logger.warning("%s. The server tries to write a snapshot, which lets it delete journal files", self._refusal)
 
     def accepted(self) -> None:
         """A change is durable."""
@@ -54,7 +54,7 @@ class Upkeep:
             return
         with self._lock:
             refused, self._refusal, self._refused, self._warned_at = self._refused, "", 0, -float("inf")
-        logger.warning("the disk takes changes again; %d were refused", refused)
+        logger.warning("the disk accepts changes now; %d were refused before", refused)
 
     def is_snapshot_due(self, *, grown: bool) -> bool:
         """Whether to write one now.

@@ -6,8 +6,8 @@ It knows bytes, not optimizers. A record is on disk when `append` returns; if `a
     record  = header with checksums, meta, payload, padding
 
 A log sequence number (lsn) counts records from 1. Each record also says up to which lsn everything was on disk when it
-was written, and after a sync an empty record, a mark, says so too. That tells a torn tail, which nobody was promised
-and which is cut, from damage to what had been acknowledged, which is an error. A segment ends where the next one's
+was written, and after a sync an empty record, a mark, says so too. That distinguishes a torn tail, which was never
+acknowledged and is cut, from damage to acknowledged records, which is an error. A segment ends where the next one's
 first lsn begins: after a failed sync the old segment is left behind and its doubtful tail never counts. The tail is cut
 at once, as there may never be a next segment; while the disk refuses that, no record is taken.
 
