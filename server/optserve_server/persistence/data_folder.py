@@ -1,9 +1,8 @@
 """The data folder: a lock, a journal, snapshots; and the recovery of all optimizers from them.
 
-With durability `journal`, every change is on disk, in the journal, before it is made and acknowledged. From time to
-time a snapshot replaces the older part of the journal. Recovery loads the last snapshot and makes the changes of the
-journal once more, with the same kernels, gradients and order, so with the same bits. With durability `snapshot` there
-is no journal, and a snapshot is taken at intervals.
+With durability `journal`, every change is on disk before it is made and acknowledged; from time to time a snapshot
+replaces the older part of the journal. Recovery loads the last snapshot and makes the later changes once more, with the
+same kernels, gradients and order: the same bits. With durability `snapshot` there are snapshots at intervals only.
 """
 
 from __future__ import annotations
@@ -240,8 +239,7 @@ class DataFolder:
         """Take snapshots in the background whenever one is due, and look after the folder.
 
         Args:
-            on_folder_checked: Called with False when the folder was deleted, moved or replaced, and with True when
-                it is back.
+            on_folder_checked: Called with whether the folder is in place, when that changes.
         """
         self._on_folder_checked = on_folder_checked
         self._snapshotter = self._clock.thread(self._take_snapshots, "snapshots")
