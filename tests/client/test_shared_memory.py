@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import pytest
 import optserve
 from optserve._common import sysv
 from optserve.v1 import steps_pb2
+from optserve_server.app import App
+from optserve_server.domain.config import ServerConfig
 from service.wire_client import begin, chunk, commit, create, details, stream
 
 SHAPES = {"w": ((300, 401), "float32"), "b": ((33,), "float64"), "scale": ((), "float32"), "none": ((0, 2), "float32")}
@@ -386,6 +389,23 @@ def test_a_server_without_room_does_not_share(tmp_path):
         opt = client.create_optimizer("a", optserve.Adadelta(), gradients(0))
         assert opt.transport[0] == "grpc"
         opt.step(gradients(0))
+
+
+def test_a_server_that_has_no_thread_for_an_offer_keeps_no_segment(monkeypatch):
+    app = App(ServerConfig(port=0, backend="numpy"))
+    app.start()
+    try:
+        with optserve.connect(app.target) as client:
+            client.create_optimizer("a", optserve.Adadelta(), gradients(0))
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Timer, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+                with pytest.raises(optserve.InternalError):
+                    client.optimizer("a", transport="shm").step(gradients(0))
+            opt = client.optimizer("a", transport="shm")
+            opt.step(gradients(0))
+            assert opt.transport[0] == "shm"
+    finally:
+        app.stop()
 
 
 def test_health_of_the_fallback_is_shown_by_info(server):

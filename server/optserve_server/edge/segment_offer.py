@@ -46,7 +46,12 @@ class SegmentOffer:
         self._is_withdrawn = False
         self._withdrawal = threading.Timer(receive_s, self._withdraw)
         self._withdrawal.daemon = True
-        self._withdrawal.start()
+        try:
+            self._withdrawal.start()
+        except RuntimeError:
+            # The system has no more threads. Nobody else would give the segment back: the stream has no offer yet.
+            unshare(segment)
+            raise
         self._control: ControlSocket | None = None
         try:
             self._control = ControlSocket(segment.nonce, answer)
