@@ -254,6 +254,30 @@ def test_a_client_interceptor_sees_every_call_with_its_metadata():
     assert all(TOKEN in metadata for _, metadata in watching.calls)
 
 
+def test_a_workers_lease_is_renewed_after_an_interceptor_has_raised():
+    entered, renewed = threading.Event(), threading.Event()
+
+    class Failing(Watching):
+        """Raises once, in the first renewal of a lease."""
+
+        has_raised = False
+
+        def _go_on(self, continuation, details, request):
+            if details.method.endswith("/ReportWorker") and entered.is_set():
+                if not self.has_raised:
+                    self.has_raised = True
+                    raise RuntimeError("no fresh token")
+                renewed.set()
+            return continuation(details, request)
+
+    with serving() as target, optserve.connect(target, optserve.ClientConfig(interceptors=[Failing()])) as client:
+        consistency = optserve.Sync(1, lease_s=1.0)
+        client.create_optimizer("a", optserve.Sgd(), {"x": X}, hosted=True, consistency=consistency)
+        with client.worker("a"):
+            entered.set()
+            assert renewed.wait(30)
+
+
 def test_a_client_with_interceptors_that_is_closed_says_so(monkeypatch):
     class Closing(Watching):
         """Lets another thread close the client while a stream begins."""

@@ -238,5 +238,6 @@ class Worker:
                 # Another life has the name, or the client was closed during the block.
                 logger.warning("the lease of %s is not renewed any more: %s", self.name, error)
                 return
-            except OptserveError as error:
+            # Whatever an interceptor raises as well: without this thread the worker would soon count as dead.
+            except Exception as error:  # noqa: BLE001
                 logger.warning("the lease of %s could not be renewed: %s", self.name, error)
