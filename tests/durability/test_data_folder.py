@@ -26,11 +26,29 @@ from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta, Momentum
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import journal, snapshot
+from optserve_server.persistence.data_folder import DataFolder
+from optserve_server.persistence.disk import Disk
 from present import present
 
 
 def full(*_arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EIO])
+def test_a_folder_may_be_mounted_where_folders_cannot_be_synced(tmp_path, code):
+    """As in an image that is read-only; a disk that fails is another thing."""
+
+    class Image(Disk):
+        def sync_path(self, path: Path) -> None:
+            if path == tmp_path:
+                raise OSError(code, os.strerror(code))
+            super().sync_path(path)
+
+    (tmp_path / "mounted").mkdir()
+    refused = pytest.raises(journal.JournalError, match="cannot be used") if code == errno.EIO else None
+    with refused or contextlib.nullcontext():
+        DataFolder(tmp_path / "mounted", snapshot_bytes=MIB, segment_bytes=MIB, disk=Image()).close(snapshot=False)
 
 
 def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -63,9 +64,12 @@ def _make_durably(path: Path, disk: Disk) -> None:
     for folder in (path, *missing):
         try:
             disk.sync_path(folder.parent)
-        except PermissionError:
-            # Somebody else's, who has made the folder for this server.
-            logger.debug("%s is not synced, as it may not be read", folder.parent)
+        except OSError as error:
+            # Somebody else has made the folder for this server, in one that may not be read, or on a file system that
+            # syncs no folders: that of an image, for example, in which the data folder is where another is mounted.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+                raise
+            logger.debug("%s is not synced: %s", folder.parent, error)
 
 
 @contextmanager
