@@ -71,7 +71,7 @@ def workers_attached(name: str, alive: int) -> OptserveError:
     """The consistency cannot be changed while workers are alive."""
     return OptserveError(
         Reason.WORKERS_ATTACHED,
-        f"{alive} workers of {name} are alive; change its consistency when they have left.",
+        f"{alive} workers are alive on {name}; change its consistency when they have left.",
         field="optimizer.consistency",
         live_workers=alive,
     )
