@@ -61,6 +61,22 @@ def step_until_refused(item, index: int) -> int:
         index += 1
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_start_needs_no_room_where_nothing_is_written_in_place(tmp_path, monkeypatch, code):
+    def refuse(*_arguments):
+        raise OSError(code, os.strerror(code))
+
+    server = Server(tmp_path)
+    step(server.create(), 0)
+    before = fingerprint(server.optimizers.get("a"))
+    server.die()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", refuse)
+        again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
+
+
 def test_a_disk_that_was_full_is_gone_on_with(tmp_path, monkeypatch):
     """Without waiting for more journal, for which there is no room; and a start needs none."""
     disk = Disk(tmp_path, monkeypatch, 8 * MIB)
@@ -174,7 +190,9 @@ def test_what_is_wrong_is_said_once_a_minute(caplog):
     assert upkeep.problem == "the disk refuses changes: No space left on device"
     upkeep.accepted()
     upkeep.accepted()
-    assert [record.message for record in caplog.records[2:]] == ["the disk accepts changes now; 1001 were refused before"]
+    assert [record.message for record in caplog.records[2:]] == [
+        "the disk accepts changes now; 1001 were refused before"
+    ]
     assert not upkeep.problem
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.accepted()

@@ -154,8 +154,8 @@ def write_anew(path: Path, disk: Disk) -> None:
         try:
             _rewrite(descriptor, disk)
         except OSError as error:
-            # A file system that never writes in place needs room for it; a start must not.
-            if error.errno != errno.ENOSPC:
+            # A file system that never writes in place needs room for it, on the disk and in a quota; a start must not.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             logger.warning("%s cannot be written once more, as the disk is full, and is synced only", path)
         disk.sync(descriptor)
