@@ -12,6 +12,7 @@ from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import ReplacementRecord
 from optserve_server.numerics import rules
 from optserve_server.numerics.layout import Layout
+from optserve_server.numerics.parameter_steps import MAX_STEP
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import snapshot
@@ -142,9 +143,33 @@ def test_an_import_takes_those_that_are_given_and_else_the_steps_of_the_optimize
     server.die()
 
 
+def test_counters_that_begin_at_the_most_that_an_import_may_bring_go_on(tmp_path):
+    server = Server(tmp_path)
+    item, checkpoints = create(server), checkpoints_of(server, tmp_path)
+    with checkpoints.staging(item) as staged:
+        state = StateImport(checkpoints, item, staged, lambda present, _layout: present)
+        for tensor, parameter in enumerate(PARAMETERS):
+            state.stage(tensor, 0, 0, bytes(parameter.size * parameter.dtype.itemsize))
+        state.commit(7, parameter_steps=[MAX_STEP, 1, 0])
+    step(item, 0)
+    before = all_of(item)
+    assert before[1] == [MAX_STEP + 1, 2, 1]
+    checkpoints.save("a", "one")
+    server.folder.snapshot()
+    server.die()
+    again = Server(tmp_path)
+    item = again.optimizers.get("a")
+    assert all_of(item) == before
+    step(item, 1)
+    checkpoints_of(again, tmp_path).restore("a", "one")
+    assert all_of(item) == before
+    again.die()
+
+
 @pytest.mark.parametrize(
     ("rule", "given", "message"),
     [
+        (SignDescent(), [1, 2, MAX_STEP + 1], "not 4611686018427387905"),
         (SignDescent(), [1, 2], "of 2 parameters, not of 3"),
         (SignDescent(), [1, 2, 1 << 63], "not 9223372036854775808"),
         (Adadelta(), [1, 2, 3], "adadelta does not use the steps of each parameter"),

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 MAX_STEP = 1 << 62
-"""Leaves a counter room to count on."""
+"""The most that a client may send, which leaves a counter room to count on."""
+
+MAX_COUNT = (1 << 63) - 1
+"""The most that a counter can come to, and so the most that is written down."""
 
 Written = int | Sequence[int]
 """The form in which it is written down."""
@@ -23,12 +26,13 @@ def written(steps: np.ndarray) -> Written:
     return steps.tolist()
 
 
-def each(given: Written, parameters: int) -> list[int]:
+def each(given: Written, parameters: int, most: int = MAX_COUNT) -> list[int]:
     """The number of each parameter.
 
     Args:
         given: As it is written down.
         parameters: How many there are.
+        most: Largest number.
 
     Raises:
         ValueError: They are not as many, or none that can be.
@@ -37,6 +41,6 @@ def each(given: Written, parameters: int) -> list[int]:
     if len(numbers) != parameters:
         raise ValueError(f"there are steps of {len(numbers)} parameters, not of {parameters}")
     for number in numbers:
-        if not isinstance(number, int) or not 0 <= number <= MAX_STEP:
-            raise ValueError(f"the steps of a parameter are 0 to {MAX_STEP}, not {number!r}")
+        if not isinstance(number, int) or not 0 <= number <= most:
+            raise ValueError(f"the steps of a parameter are 0 to {most}, not {number!r}")
     return numbers

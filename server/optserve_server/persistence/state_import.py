@@ -85,7 +85,7 @@ class StateImport:
                 field="parameter_steps",
             )
         try:
-            each(given, len(self._optimizer.layout.parameters))
+            each(given, len(self._optimizer.layout.parameters), MAX_STEP)
         except ValueError as error:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"They do not fit this model: {error}.", field="parameter_steps"
