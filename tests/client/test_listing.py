@@ -153,3 +153,16 @@ def test_workers_are_told_it_too(server, client, name):
             assert worker.gradient_norm == 10.0
 
     asyncio.run(run())
+
+
+def test_who_waits_in_vain_for_anothers_creation_is_told_so_and_not_that_no_server_was_reached(
+    server, name, monkeypatch
+):
+    def taken(*_):
+        raise optserve.AlreadyExistsError("somebody is making it")
+
+    with optserve.connect(server.target, optserve.ClientConfig(timeout_s=1.0)) as client:
+        monkeypatch.setattr(client, "_create", taken)
+        with pytest.raises(optserve.DeadlineExceededError, match="by somebody else") as late:
+            client.get_or_create_optimizer(name, optserve.Sgd(), PARAMS)
+    assert not isinstance(late.value, optserve.UnreachableError)

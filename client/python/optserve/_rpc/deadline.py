@@ -250,7 +250,8 @@ class Patience:
 
         Raises:
             UnreachableError: The wait would pass the deadline, and the last try has reached no server.
-            OptserveError: The wait would pass the deadline: `error` itself.
+            OptserveError: The wait would pass the deadline: `error` itself, or a DeadlineExceededError with its words
+                if only this client would have known what to do about it.
             StepCancelledError, DeadlineExceededError: The patience has ended during the wait.
         """
         if seconds >= self.left_s:
@@ -263,7 +264,14 @@ class Patience:
 
     def _error_at_deadline(self, error: OptserveError) -> OptserveError:
         """The exception for the caller, if the deadline allows no more tries after `error`."""
-        if not isinstance(error, UnavailableError) or error.reason or isinstance(error, UnreachableError):
+        if isinstance(error, UnreachableError):
+            return error
+        if not isinstance(error, UnavailableError):
+            if error.retry_after_s is not None:
+                return error
+            # A step that was taken over, or a worker that has to register: the caller never hears of these in time.
+            return DeadlineExceededError(f"Not done within {self.timeout_s:g} s; the last error: {error.message}")
+        if error.reason:
             return error
         return UnreachableError(f"No server was reached within {self.timeout_s:g} s; the last error: {error.message}")
 
