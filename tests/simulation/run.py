@@ -188,7 +188,9 @@ class Run:
             self.world.at(self.world.now + rng.uniform(0.0, 2.0), lambda: self._revive(actor))
 
     def _revive(self, actor: Actor) -> None:
-        if not self.is_calm and not actor.has_left:
+        # It may have been killed twice, and is to be revived twice.
+        is_one_too_many = self.scenario.kind == "delta" and actor.is_alive
+        if not self.is_calm and not actor.has_left and not is_one_too_many:
             actor.start()
 
     def _lose(self) -> None:
