@@ -66,6 +66,7 @@ class Actor:
     def start(self) -> None:
         """Begin a life."""
         self.lives += 1
+        self.world.log(lambda: f"life {self.lives} of {self.name} begins")
         self.process = self.world.process(f"{self.name} {self.lives}")
         self.process.start(self._live, "main")
 
@@ -262,11 +263,6 @@ class Worker(Actor):
                 self.persist("refresh", worker.refresh)
                 self.persist("pull", worker.pull)
             except PASSING as error:
-                self.settle(attempt, Fate.IN_DOUBT, error)
-            except optserve.FailedPreconditionError as error:
-                if error.reason != "WORKER_UNKNOWN":
-                    raise
-                # It was about to register once more when its time was up.
                 self.settle(attempt, Fate.IN_DOUBT, error)
             else:
                 self.run.returned(self, attempt, worker.at_step or 0, x)

@@ -2,9 +2,10 @@
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from simulation.network import Network
 from simulation.run import deterministic
 from simulation.service import Server
 from simulation.world import Task, World
+
+T = TypeVar("T")
 
 X = {"w": np.zeros(4)}
 LIMIT_S = 300.0
@@ -69,6 +72,15 @@ def scene(seed: int, folder: Path) -> Iterator[Scene]:
     root.mkdir()
     with deterministic(seed):
         yield Scene(seed, root)
+
+
+def persistently(there: Scene, call: Callable[[], T]) -> T:
+    """Make a call until it gets through."""
+    while True:
+        try:
+            return call()
+        except (optserve.UnavailableError, optserve.DeadlineExceededError):
+            there.world.sleep(0.1)
 
 
 def hosted(client: optserve.Client) -> optserve.Optimizer:
@@ -123,6 +135,38 @@ def test_a_step_ends_at_its_time_out_also_where_its_worker_has_to_register(tmp_p
             there.play(there.let("maker", hosted))
             there.play(there.let("worker", partial(_step_without_answers, there, took)))
         assert max(took) < STEP_S + 1.0, f"seed {seed}"
+
+
+def test_a_step_whose_time_is_up_raises_what_its_documentation_says(tmp_path):
+    """It raised what the client was about to act on: that a stream that was given up had been opened after its own, and
+    that its worker had to register."""
+    told: list[optserve.OptserveError] = []
+    for seed in range(60):
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", hosted))
+            there.network.weather.slowest_s, there.network.weather.lingering_s = 0.5, 5.0
+            there.network.weather.breaking = 0.1
+            there.play(there.let("worker", partial(_step_in_haste, there, told)))
+    documented = optserve.DeadlineExceededError, optserve.StepInDoubtError, optserve.UnavailableError
+    assert not [error for error in told if not isinstance(error, documented)]
+    words = {error.message for error in told if isinstance(error, optserve.DeadlineExceededError)}
+    for of_the_client in "has opened another stream since", "report it alive":
+        assert any(of_the_client in some for some in words)
+
+
+def _step_in_haste(there: Scene, told: list[optserve.OptserveError], client: optserve.Client) -> None:
+    with ExitStack() as stack:
+        worker = persistently(there, lambda: stack.enter_context(client.worker("a", "w")))
+        persistently(there, worker.pull)
+        for _ in range(10):
+            try:
+                worker.step({"w": np.zeros(4)}, timeout_s=there.world.random.uniform(0.5, 3.0))
+            except optserve.OptserveError as error:
+                told.append(error)
+                if isinstance(error, optserve.StepInDoubtError):
+                    persistently(there, worker.refresh)
+            if there.world.chance(0.1):
+                there.restart(power=False)
 
 
 STEP_S = 2.0
