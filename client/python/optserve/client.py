@@ -19,6 +19,7 @@ from optserve._values.arrays import check_kind
 from optserve.config import ClientConfig
 from optserve.errors import (
     AlreadyExistsError,
+    DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
     OptserveError,
@@ -186,6 +187,7 @@ class Client:
         Raises:
             InvalidArgumentError: The one that exists has other parameters or other settings; or as for
                 `create_optimizer`.
+            DeadlineExceededError: Somebody else was still making it, or deleting it, when the time was up.
         """
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
@@ -195,7 +197,8 @@ class Client:
         while (found := self._find_or_create(name, wanted)) is None:
             # Another client is creating it, and may yet fail.
             taken = UnavailableError(f"{name!r} is being made, or deleted, by somebody else.")
-            patience.pause(backoff.next_pause_s(taken), taken)
+            # An UnavailableError without a reason would say, at the deadline, that no server was reached.
+            patience.pause(backoff.next_pause_s(taken), DeadlineExceededError(taken.message))
         found, is_new = found
         if not is_new:
             found._check_same(wanted)
