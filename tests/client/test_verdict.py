@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 import optserve
-from optserve._steps.verdict import Action, Ending, judge, next_try
+from optserve._steps.verdict import Action, Ending, Verdict, judge, next_try
 from optserve.errors import OptserveError, from_status
 from optserve.v1 import errors_pb2
 
@@ -88,6 +88,7 @@ TABLE = {
     "CLIENT_GONE": PASSES,
     "INTERNAL": AFTER_ALL,
 }
+KEPT = {"in_doubt": "true"}
 MAY_BE_APPLIED = {"INTERNAL", "STATE_LOST", "STEP_TAKEN_OVER"}
 """Reasons that may come after the step was applied."""
 
@@ -140,6 +141,13 @@ def test_a_step_that_the_server_refuses(reason, in_doubt):
     assert verdict.in_doubt == (in_doubt or reason in MAY_BE_APPLIED)
     # All others leave the stream as it was.
     assert verdict.closes_stream == (reason == "STEP_TAKEN_OVER")
+
+
+@first_or_later
+def test_a_step_that_the_disk_refuses_and_may_keep_is_in_doubt(in_doubt):
+    refused, kept = (optserve.UnavailableError("no", reason="NOT_DURABLE", metadata=said) for said in ({}, KEPT))
+    assert judge(refused, Ending.REFUSED, in_doubt=in_doubt, can_register=False).in_doubt == in_doubt
+    assert judge(kept, Ending.REFUSED, in_doubt=in_doubt, can_register=False) == Verdict(Action.RETRY, True, False)
 
 
 @every_reason

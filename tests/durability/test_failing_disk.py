@@ -12,8 +12,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
+from optserve.v1 import service_pb2_grpc, steps_pb2
 from present import present
 from service.attacks import wait_until
+from service.wire_client import refused
 
 FAILING = Path(__file__).with_name("failing_server.py")
 PATIENT = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.1)
@@ -67,6 +69,7 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
             with pytest.raises(optserve.UnavailableError, match="disk refused") as caught:
                 opt.step(gradient(3), timeout_s=0.5)
             assert caught.value.reason == "NOT_DURABLE"
+            assert ("in_doubt" in caught.value.metadata) == ("ftruncate" in call)
             told = shaky.server_info().durability_problem
         for change in (
             lambda: shaky.create_optimizer("b", optserve.Sgd(), gradient(0)),
@@ -98,6 +101,32 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
         assert opt.current_step == 5
         assert opt.replay()["w"].tobytes() == expected["w"].tobytes()
         assert opt.step(gradient(5))["w"].tobytes() == undisturbed.step(gradient(5))["w"].tobytes()
+
+
+def test_a_unary_step_that_the_disk_may_keep_says_so_whatever_else_there_is_to_refuse(tmp_path):
+    flag = tmp_path / "flag"
+    with (
+        failing_server(tmp_path / "data", flag, "fdatasync,ftruncate", "EIO") as target,
+        optserve.connect(target, PATIENT) as client,
+        grpc.insecure_channel(target) as channel,
+    ):
+        client.create_optimizer("a", optserve.Sgd(), gradient(0)).step(gradient(0))
+        stub = service_pb2_grpc.OptimizerServiceStub(channel)
+        tensor = steps_pb2.Tensor(name="w", data=gradient(1)["w"].tobytes())
+        flag.touch()
+        for expected_step in (1, 7):
+            request = steps_pb2.ApplyGradientsRequest(
+                name="optimizers/a",
+                request_id=f"after {expected_step}",
+                expected_step=expected_step,
+                gradients=[tensor],
+            )
+            with refused(grpc.StatusCode.UNAVAILABLE, "NOT_DURABLE") as seen:
+                stub.ApplyGradients(request)
+            assert seen["metadata"] == {"in_doubt": "true"}
+        flag.unlink()
+        with refused(grpc.StatusCode.ABORTED, "WRONG_STEP"):
+            stub.ApplyGradients(request)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

@@ -29,14 +29,40 @@ X = {"w": np.zeros(4)}
 LIMIT_S = 300.0
 
 
+class KeepingDisk(SimulatedDisk):
+    """One that may be made to keep what is written, and to refuse to sync it and to cut it.
+
+    Attributes:
+        refuses: Whether it does.
+    """
+
+    refuses = False
+
+    def truncate(self, descriptor: int, size_bytes: int) -> None:
+        self._refuse()
+        super().truncate(descriptor, size_bytes)
+
+    def sync(self, descriptor: int) -> None:
+        self._refuse()
+        super().sync(descriptor)
+
+    def sync_data(self, descriptor: int) -> None:
+        self._refuse()
+        super().sync_data(descriptor)
+
+    def _refuse(self) -> None:
+        if self.refuses:
+            raise OSError(errno.EIO, "Input/output error")
+
+
 class Scene:
     """A server, and whoever a test lets call it."""
 
-    def __init__(self, seed: int, root: Path) -> None:
+    def __init__(self, seed: int, root: Path, snapshot_bytes: int) -> None:
         self.world = World(seed)
         self.network = Network(self.world)
-        self.disk = SimulatedDisk(self.world, root)
-        self.server = Server(self.world, self.network, self.disk, snapshot_bytes=4096, segment_bytes=8192)
+        self.disk = KeepingDisk(self.world, root)
+        self.server = Server(self.world, self.network, self.disk, snapshot_bytes=snapshot_bytes, segment_bytes=8192)
         self.server.start()
         self.channels: dict[str, Channel] = {}
 
@@ -67,11 +93,11 @@ class Scene:
 
 
 @contextmanager
-def scene(seed: int, folder: Path) -> Iterator[Scene]:
+def scene(seed: int, folder: Path, snapshot_bytes: int = 4096) -> Iterator[Scene]:
     root = folder / str(seed)
     root.mkdir()
     with deterministic(seed):
-        yield Scene(seed, root)
+        yield Scene(seed, root, snapshot_bytes)
 
 
 def persistently(there: Scene, call: Callable[[], T]) -> T:
@@ -83,10 +109,9 @@ def persistently(there: Scene, call: Callable[[], T]) -> T:
             there.world.sleep(0.1)
 
 
-def hosted(client: optserve.Client) -> optserve.Optimizer:
-    return client.get_or_create_optimizer(
-        "a", optserve.Sgd(learning_rate=1.0), X, hosted=True, consistency=optserve.Async(lease_s=2.0)
-    )
+def hosted(client: optserve.Client, consistency: optserve.Consistency | None = None) -> optserve.Optimizer:
+    wanted = consistency or optserve.Async(lease_s=2.0)
+    return client.get_or_create_optimizer("a", optserve.Sgd(learning_rate=1.0), X, hosted=True, consistency=wanted)
 
 
 def test_a_data_folder_that_was_just_made_outlives_a_power_failure(tmp_path):
@@ -189,6 +214,93 @@ def _is_applied(there: Scene) -> bool:
     found: list[np.ndarray] = []
     there.play(there.let("looks", lambda client: found.append(client.optimizer("a").pull_parameters().arrays["w"])))
     return found[0][0] != 0
+
+
+def _is_kept_and_refused(there: Scene) -> bool:
+    """Whether the disk refuses for the rest of a test, or works again half a second before a step's time is up."""
+    there.disk.refuses = True
+    lasts = there.world.chance(0.5)
+    if not lasts:
+        there.world.at(there.world.now + STEP_S - 0.5, lambda: setattr(there.disk, "refuses", False))
+    return lasts
+
+
+def _restart_with_a_disk_that_works(there: Scene) -> None:
+    there.disk.refuses = False
+    there.restart(power=False)
+
+
+def test_a_step_that_may_be_found_on_the_disk_is_refused_for_no_other_reason(tmp_path):
+    """Its gradient was written with another worker's, whose commit was refused; then there were too few workers."""
+    reasons: set[tuple[str, bool]] = set()
+    for seed in range(40):
+        told: list[optserve.OptserveError] = []
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", partial(hosted, consistency=optserve.Sync(workers=2, lease_s=1.0))))
+            _refuse_two_of_whom_one_goes(there, told)
+            _restart_with_a_disk_that_works(there)
+            applied = _is_applied(there)
+        (error,) = told
+        reasons.add((error.reason, applied))
+        leaves_open = isinstance(error, optserve.DeadlineExceededError) or "in_doubt" in error.metadata
+        assert leaves_open or not applied, f"seed {seed}: {error}"
+    assert reasons >= {("NOT_DURABLE", True), ("TOO_FEW_WORKERS", False)}
+
+
+def _refuse_two_of_whom_one_goes(there: Scene, told: list[optserve.OptserveError]) -> None:
+    world = there.world
+    here: set[str] = set()
+
+    def act(name: str, client: optserve.Client) -> None:
+        with client.worker("a", name) as worker:
+            worker.pull()
+            here.add(name)
+            while len(here) < 2:
+                world.sleep(0.01)
+            if name == "stays":
+                _is_kept_and_refused(there)
+                world.at(world.now + world.random.uniform(0.1, 0.5), there.channels["goes"].process.kill)
+            else:
+                world.sleep(world.random.uniform(0.0, 0.05))
+            try:
+                worker.step({"w": np.array([1.0, 0, 0, 0])}, timeout_s=STEP_S)
+            except optserve.OptserveError as error:
+                told.append(error)
+
+    goes = there.let("goes", partial(act, "goes"))
+    there.play(goes, there.let("stays", partial(act, "stays")))
+
+
+def test_a_refused_step_that_a_restart_finds_on_the_disk_is_not_made_twice_without_a_word(tmp_path):
+    found = 0
+    for seed in range(20):
+        with scene(seed, tmp_path, snapshot_bytes=1) as there:
+            there.play(there.let("maker", hosted))
+            there.play(there.let("worker", partial(_step_again_after_a_restart, there)))
+            found += _is_applied(there)
+    assert 0 < found < 20
+
+
+def _step_again_after_a_restart(there: Scene, client: optserve.Client) -> None:
+    with client.worker("a", "w") as worker:
+        worker.pull()
+        for _ in range(4):
+            worker.step({"w": np.zeros(4)})
+            # A snapshot is taken, so that no other one is due when the disk works again.
+            there.world.sleep(2.0)
+        lasts = _is_kept_and_refused(there)
+        gradient = {"w": np.array([1.0, 0, 0, 0])}
+        with pytest.raises(optserve.UnavailableError, match="let it be taken back"):
+            worker.step(gradient, timeout_s=0.3)
+        # The server cuts it when the disk lets it, though nothing else is to be written.
+        there.world.sleep(STEP_S + 2.0)
+        _restart_with_a_disk_that_works(there)
+        there.world.sleep(0.5)
+        if lasts:
+            with pytest.raises(optserve.StepInDoubtError, match="was applied"):
+                worker.step(gradient, timeout_s=STEP_S)
+        else:
+            worker.step({"w": np.zeros(4)}, timeout_s=STEP_S)
 
 
 class StubbornDisk(SimulatedDisk):

@@ -141,7 +141,11 @@ class Servicer:
 
     def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
         """One step in one message."""
-        return unary_step.apply(self._find(request.name), request, self._drain_gate, self._config.max_message_bytes)
+        item = self._find(request.name)
+        try:
+            return unary_step.apply(item, request, self._drain_gate, self._config.max_message_bytes)
+        except OptserveError as error:
+            raise self._optimizers.certain(error) from None
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Any number of steps of any size."""

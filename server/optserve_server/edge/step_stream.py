@@ -317,8 +317,12 @@ class StepStream:
         return self._step.reply(self._reply_chunk_bytes, lambda piece: reply_message(piece, last))
 
     def _fail(self, error: Exception) -> bytes:
-        failure = steps_pb2.StepError(request_id=self._request_id, status=self._to_status(error))
+        request_id = self._request_id
+        # First, as the disk may take its time.
         self._end(_FAILED)
+        if isinstance(error, OptserveError):
+            error = self._optimizers.certain(error)
+        failure = steps_pb2.StepError(request_id=request_id, status=self._to_status(error))
         return encode(steps_pb2.StreamStepsResponse(error=failure))
 
     def _end(self, phase: _Phase) -> None:

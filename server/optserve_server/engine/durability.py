@@ -36,6 +36,10 @@ class Durability(Protocol):
         """
         ...
 
+    def check_refused(self) -> None:
+        """Raise NOT_DURABLE, `in_doubt`, if a change that was refused may be found made after the next start."""
+        ...
+
 
 class InMemory:
     """State ends with the process. Nothing is kept, and nothing numbered."""
@@ -46,3 +50,6 @@ class InMemory:
     def write(self, record: Change) -> int:  # noqa: ARG002 - see Durability
         """Nothing to keep."""
         return 0
+
+    def check_refused(self) -> None:
+        """Nothing outlives the process."""

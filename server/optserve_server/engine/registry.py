@@ -64,6 +64,18 @@ class Optimizers:
         """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
         return self._durability.problem
 
+    def certain(self, error: OptserveError) -> OptserveError:
+        """The refusal of a step, or one that leaves open what becomes of it.
+
+        What was written of a refused step, for itself or with those of other workers, may still be on a disk that does
+        not let it be cut. As long as it is, no other reason for the refusal says that the step is not applied.
+        """
+        try:
+            self._durability.check_refused()
+        except OptserveError as doubt:
+            return doubt
+        return error
+
     @property
     def memory_bytes(self) -> int:
         """Bytes that all of them occupy."""

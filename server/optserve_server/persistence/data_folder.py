@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from optserve_server.engine.registry import Optimizers
 from optserve_server.persistence import recovery, snapshot
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
-from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths, set_newest
+from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths
+from optserve_server.persistence.no_journal import NoJournal
 from optserve_server.persistence.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -46,33 +48,6 @@ class Recovered:
     bytes_read: int = 0
     seconds: float = 0.0
     torn: tuple[Path, int] | None = None
-
-
-class _NoJournal:
-    """Takes the place of the journal with durability `snapshot`: numbers the changes, and writes nothing."""
-
-    def __init__(self, folder: Path, next_lsn: int, clock: Clock, disk: Disk) -> None:
-        self._folder = folder
-        self._disk = disk
-        self._lock = clock.lock()
-        self.last_lsn = next_lsn - 1
-        self.bytes_written = 0
-
-    def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
-        """Return the number of a change."""
-        with self._lock:
-            self.last_lsn += 1
-            return self.last_lsn
-
-    def cut_before(self, lsn: int) -> None:  # noqa: ARG002
-        """Remove the journal of an earlier server; its changes are in the snapshot."""
-        if paths := segment_paths(self._folder):
-            set_newest(self._folder, None, self._disk)
-            for path in paths:
-                self._disk.unlink(path)
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class DataFolder:
@@ -107,7 +82,7 @@ class DataFolder:
         self._snapshot_bytes = snapshot_bytes
         self._segment_bytes = segment_bytes
         self._interval_s = interval_s
-        self._journal: Journal | _NoJournal | None = None
+        self._journal: Journal | NoJournal | None = None
         # Of the journal: where the last snapshot left it, and what was read of it at the start.
         self._snapshot_lsn = 0
         self._bytes_at_snapshot = 0
@@ -134,7 +109,11 @@ class DataFolder:
     # --- Durability
 
     def write(self, record: Change) -> int:
-        """Write the record of a change, and return its number; with a journal, the record is on disk then."""
+        """Write the record of a change, and return its number; with a journal, the record is on disk then.
+
+        Raises:
+            OptserveError: NOT_DURABLE, `in_doubt` where the disk keeps what it has refused.
+        """
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
         self.check_in_place()
@@ -146,6 +125,7 @@ class DataFolder:
             except OSError as error:
                 self._upkeep.refused(error)
                 self._wake.set()
+                self.check_refused()
                 raise
         if self._interval_s:
             if kind in _SNAPSHOT_SOON:
@@ -156,6 +136,21 @@ class DataFolder:
             if self._has_grown() and self._upkeep.is_snapshot_due(grown=True):
                 self._wake.set()
         return lsn
+
+    def check_refused(self) -> None:
+        """See Durability: cut what was refused, if that is still to be done."""
+        # `close` may let it go meanwhile.
+        opened = self._journal
+        try:
+            if opened is not None:
+                opened.cut_refused()
+        except OSError as error:
+            raise OptserveError(
+                Reason.NOT_DURABLE,
+                f"The server's disk refused a change, and does not let it be taken back: {error.strerror or error}. If "
+                "the server ends before it can, the change may be found made. Try again.",
+                in_doubt="true",
+            ) from error
 
     def _has_grown(self) -> bool:
         """Whether the journal has grown so much that a snapshot is due; all of its bytes count."""
@@ -219,7 +214,7 @@ class DataFolder:
     def _open(self, reader: Reader) -> None:
         """Open the journal behind the last record that was read."""
         if self._interval_s:
-            self._journal = _NoJournal(self._path, reader.next_lsn, self._clock, self._disk)
+            self._journal = NoJournal(self._path, reader.next_lsn, self._clock, self._disk)
             if segment_paths(self._path):
                 self.snapshot()
         else:
@@ -254,6 +249,8 @@ class DataFolder:
             if self._stopping.is_set():
                 return
             self._check_folder()
+            with suppress(OptserveError):
+                self.check_refused()
             if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
                 continue
             self._snapshot_requested = False

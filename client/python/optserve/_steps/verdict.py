@@ -70,8 +70,8 @@ def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register:
     if ending is Ending.LOST:
         in_doubt = True
     elif ending is Ending.REFUSED:
-        # Only these refusals may come after the step was applied.
-        in_doubt |= taken_over or isinstance(error, InternalError | StateLostError)
+        # Only these refusals may come after the step was applied, or before it is.
+        in_doubt |= taken_over or _may_be_found_made(error) or isinstance(error, InternalError | StateLostError)
     action = next_try(error, can_register=can_register)
     if action is None:
         if taken_over:
@@ -83,6 +83,11 @@ def judge(error: OptserveError, ending: Ending, *, in_doubt: bool, can_register:
         else:
             action = Action.RAISE
     return Verdict(action, in_doubt, closes_stream=taken_over)
+
+
+def _may_be_found_made(error: OptserveError) -> bool:
+    """Whether the server's disk keeps a step that was refused, which the server's next start may find and apply."""
+    return error.reason == _reasons.NOT_DURABLE and error.metadata.get("in_doubt") == "true"
 
 
 def is_never_known(error: OptserveError) -> bool:

@@ -1,6 +1,7 @@
 """An append-only journal of records in segment files: group-committed, checksummed, and sceptical of disks.
 
-It knows bytes, not optimizers. A record is on disk when `append` returns; if `append` raises, it never was.
+It knows bytes, not optimizers. A record is on disk when `append` returns; if `append` raises, it never was,
+or the disk does not even let it be cut; see `Journal.cut_refused`.
 
     segment = header, records, zeros      (preallocated, so that a sync need not write file sizes)
     record  = header with checksums, meta, payload, padding

@@ -79,8 +79,8 @@ class Journal:
         """Write a record and return its lsn when it is on disk.
 
         Raises:
-            OSError: It is not, and will not be found there later. The journal can be used again; while the disk refuses
-                to have a refused record cut, it refuses all others as well.
+            OSError: It is not, and will not be found there later, unless `cut_refused` says so. The journal can be used
+                again; while the disk refuses to have a refused record cut, it refuses all others as well.
             ClosedError: The journal was closed.
         """
         checksum = 0
@@ -101,6 +101,21 @@ class Journal:
             if self._failures != failures:
                 raise OSError("the journal could not be synced, and the record was taken back")
             return lsn
+
+    def cut_refused(self) -> None:
+        """Cut the records that were refused and are still there, if there are any.
+
+        Raises:
+            OSError: The disk does not let them be cut; if the process ends before it does, they may be found.
+        """
+        # Without the lock, which others hold for long, as there hardly ever is one.
+        segment = self._segment
+        if self._uncut is None and (segment is None or segment.is_cut):
+            return
+        with self._lock:
+            self._cut()
+            if self._segment is not None:
+                self._segment.cut()
 
     def cut_before(self, lsn: int) -> None:
         """Remove the segments whose records all come before `lsn`."""
@@ -192,13 +207,15 @@ class Journal:
             self._durable_end = self._segment.end
 
     def _leave_segment(self) -> None:
-        segment, self._segment = self._segment, None
+        segment = self._segment
         if segment is None:
             return
+        # First, for those who look without the lock.
+        if not segment.is_cut:
+            self._uncut = segment
+        self._segment = None
         if segment.is_cut:
             segment.close()
-        else:
-            self._uncut = segment
 
     def _sync(self, segment: OpenSegment) -> None:
         """Make durable what has been written so far; called under the lock, which others can have meanwhile.

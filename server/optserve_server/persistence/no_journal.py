@@ -1,0 +1,40 @@
+"""Takes the place of the journal where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from optserve._common.clock import Clock
+from optserve_server.persistence.disk import Disk
+from optserve_server.persistence.journal import segment_paths, set_newest
+
+
+class NoJournal:
+    """With durability `snapshot`: numbers the changes, and writes nothing."""
+
+    def __init__(self, folder: Path, next_lsn: int, clock: Clock, disk: Disk) -> None:
+        self._folder = folder
+        self._disk = disk
+        self._lock = clock.lock()
+        self.last_lsn = next_lsn - 1
+        self.bytes_written = 0
+
+    def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
+        """Return the number of a change."""
+        with self._lock:
+            self.last_lsn += 1
+            return self.last_lsn
+
+    def cut_before(self, lsn: int) -> None:  # noqa: ARG002
+        """Remove the journal of an earlier server; its changes are in the snapshot."""
+        if paths := segment_paths(self._folder):
+            set_newest(self._folder, None, self._disk)
+            for path in paths:
+                self._disk.unlink(path)
+
+    def cut_refused(self) -> None:
+        """Nothing is written, so nothing is refused."""
+
+    def close(self) -> None:
+        """Nothing to close."""
