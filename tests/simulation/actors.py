@@ -178,7 +178,8 @@ class Client(Actor):
                 # What a life before has sent has arrived.
                 self.settle(attempt, Fate.REFUSED, error)
                 self.persist("refresh", opt.refresh)
-            except PASSING as error:
+            # Of another client, or of what a broken connection still brings, until its time was up.
+            except (*PASSING, optserve.StepInProgressError) as error:
                 self.settle(attempt, Fate.IN_DOUBT, error)
             else:
                 self.run.returned(self, attempt, opt.current_step, x)

@@ -158,6 +158,7 @@ class Optimizer(Resource):
             WrongStepError: Another client has stepped this optimizer; nothing was changed. See `refresh`.
             StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `replay` and `refresh`.
             UnavailableError: The server takes no step now, and says why.
+            StepInProgressError: Another connection was in the middle of a step until the time was up.
             DeadlineExceededError, StepCancelledError: There was no answer in time; the next call finds out whether
                 the step was applied. It is an UnreachableError if no server was reached.
         """
