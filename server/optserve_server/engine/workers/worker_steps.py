@@ -190,7 +190,12 @@ class WorkerSteps:
         worker.contribution = step
         self._contributors.add(worker)
         if consistency.may_apply(worker.clock, len(self._contributors), self._registry):
-            self._apply(consistency, consistency.contributors(worker, self._contributors))
+            try:
+                self._apply(consistency, consistency.contributors(worker, self._contributors))
+            except BaseException:
+                # Before the lock is let go: another worker's commit would take what is refused here.
+                self.withdraw(worker)
+                raise
             if consistency.may_wake_others(worker.clock, self._registry):
                 self.wake()
 
