@@ -406,4 +406,4 @@ def test_containers_that_join_the_servers_ipc_namespace_share_its_memory(engine,
     target = "127.0.0.1:50051" if "network" in joined else f"{server}:50051"
     log = engine("run", "--rm", *options, "--entrypoint", "python", image, "-c", SHARING, target)
     lines = [line for line in log.splitlines() if line.startswith(("shm", "grpc"))]
-    assert lines[0].partition(", as its socket")[0] == transport, log
+    assert lines[0].partition(", because")[0] == transport, log
