@@ -3,19 +3,23 @@
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
 
+from optserve._common.clock import Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.records import UpdateRecord
+from optserve_server.engine.records import Change, StepRecord, UpdateRecord
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.steps import Steps
-from optserve_server.engine.transaction import Reply, StepRequest
+from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
 from optserve_server.numerics.consistency import CONSISTENCIES, AsyncConsistency, Consistency, SyncConsistency
 from optserve_server.numerics.layout import Layout, Operand, Parameter
@@ -285,3 +289,115 @@ def test_a_client_that_goes_while_its_step_waits_is_said_to_have_gone():
     step.close()
     # The gradient does not count.
     assert steps.step == 0
+
+
+class Refusing(InMemory):
+    """Refuses the step that it is told to refuse."""
+
+    reads_staging = True
+
+    def __init__(self) -> None:
+        self.refuses = False
+
+    def write(self, record: Change) -> int:
+        if isinstance(record, StepRecord) and self.refuses:
+            self.refuses = False
+            raise OptserveError(Reason.NOT_DURABLE, "The disk is full.")
+        return 0
+
+
+class HandedOn:
+    """A lock that another thread gets whenever it is let go: calls something between a release and the next line."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._held = 0
+        self.on_release: Callable[[], object] | None = None
+        self.is_waited_on = threading.Event()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        taken = self._lock.acquire(blocking, timeout)
+        self._held += taken
+        return taken
+
+    def release(self) -> None:
+        self._held -= 1
+        is_free = self._held == 0
+        self._lock.release()
+        if is_free and self.on_release is not None:
+            self.on_release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    # What a condition asks of its lock.
+
+    def _is_owned(self) -> bool:
+        return self._held > 0
+
+    def _release_save(self) -> int:
+        held, self._held = self._held, 0
+        for _ in range(held):
+            self._lock.release()
+        self.is_waited_on.set()
+        return held
+
+    def _acquire_restore(self, held: int) -> None:
+        for _ in range(held):
+            self._lock.acquire()
+        self._held = held
+
+
+class HandingOn(Clock):
+    """A clock whose first lock, which is that of an optimizer's steps, is handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock_of_steps: HandedOn | None = None
+
+    def rlock(self) -> Any:
+        if self.lock_of_steps is None:
+            self.lock_of_steps = HandedOn()
+            return self.lock_of_steps
+        return super().rlock()
+
+
+def test_a_gradient_that_the_disk_has_refused_is_in_no_other_workers_step():
+    consistency = SyncConsistency(workers=2)
+    settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=consistency)
+    state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
+    durability, clock = Refusing(), HandingOn()
+    steps = Steps("test", state, durability, clock=clock)
+    with closing(steps.place("upload")) as upload:
+        upload.stage(0, 0, ONES, Operand.PARAMETER)
+        upload.commit()
+    lives = {worker: steps.workers.report(worker, leaving=False).life for worker in "vwx"}
+
+    def begun(worker: str, value: float) -> Step:
+        step = steps.begin(StepRequest(f"step of {worker}", reply=Reply.NOTHING, worker=worker, life=lives[worker]))
+        step.stage(0, 0, np.full(2, value, np.float32).tobytes())
+        return step
+
+    with ThreadPoolExecutor(2) as threads, closing(begun("v", 1)) as v, closing(begun("w", 100)) as w:
+        waiting = threads.submit(v.commit)
+        lock = clock.lock_of_steps
+        assert lock is not None
+        assert lock.is_waited_on.wait(10)
+        with closing(begun("x", 3)) as x:
+            durability.refuses = True
+
+            def come() -> None:
+                # At the first moment at which another commit can come after the disk has refused that of w.
+                if not durability.refuses:
+                    lock.on_release = None
+                    threads.submit(x.commit).result(10)
+
+            lock.on_release = come
+            with pytest.raises(OptserveError, match="The disk is full"):
+                w.commit()
+            assert waiting.result(10).step == 1
+    # 1 less the mean of 1 and 3; with that of w it was more.
+    np.testing.assert_array_equal(state.parameters[F4], np.full(2, 1 - 2, np.float32))
