@@ -334,6 +334,9 @@ def test_no_secret_is_shown():
     with pytest.raises(ValueError, match="authorization must be") as refused:
         optserve.ClientConfig(metadata=[("authorization", "hunter2\n")])
     assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match="key of metadata") as refused:
+        optserve.ClientConfig(metadata=[("Bearer hunter2", "authorization")])
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,15 @@ class ClientConfig:
 
 
 def _check_metadata(key: str, value: str | bytes) -> None:
-    """Raise ValueError for a pair that gRPC does not send. The value may be a secret, so it is not shown."""
+    """Raise ValueError for a pair that gRPC does not send.
+
+    The value may be a secret, so it is not shown; nor is a key that cannot be one, as the two may be swapped.
+    """
     if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
-        raise ValueError(f"A key of metadata has a-z, 0-9, '_', '.' and '-', and is not gRPC's own; not {key!r}.")
+        raise ValueError(
+            "A key of metadata has a-z, 0-9, '_', '.' and '-' only, and is not gRPC's own; a pair is (key, value), in "
+            "this order."
+        )
     if key.endswith("-bin"):
         if not isinstance(value, bytes):
             raise ValueError(f"The metadata {key} must be bytes.")
