@@ -3,12 +3,20 @@
 import threading
 
 import numpy as np
+import pytest
 
 import optserve
 from optserve.v1 import optimizer_pb2, replicas_pb2, steps_pb2
 
 MODEL = {"w": np.zeros((20, 3), np.float32), "b": np.zeros(3, np.float64)}
 QUICK = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2)
+
+
+@pytest.fixture(scope="module", params=["grpc", "shm"])
+def over_both_transports(server, request):
+    """A client whose workers come over one transport and then the other; streams that are made by hand are gRPC's."""
+    with optserve.connect(server.target, optserve.ClientConfig(transport=request.param)) as connected:
+        yield connected
 
 
 def full(value: float) -> dict[str, np.ndarray]:
