@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +18,7 @@ from optserve_server.numerics.rules import Sgd
 from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import checkpoints as module
 from optserve_server.persistence.checkpoint_store import MAX_TEMPORARY, FolderStore, Limits, TemporaryStore
-from optserve_server.persistence.checkpoints import Checkpoints
+from optserve_server.persistence.checkpoints import MAX_TRANSFERS, Checkpoints
 
 ONE = Layout((Parameter("w", (100,), F4),))
 
@@ -167,3 +167,31 @@ def test_a_limit_from_the_configuration_is_kept(tmp_path):
         opt.save_checkpoint("t")
         with pytest.raises(optserve.ResourceExhaustedError, match="delete some"):
             opt.save_checkpoint("u")
+
+
+def test_only_a_few_states_are_under_way_at_a_time(folder):
+    server, checkpoints = folder
+    item = server.create()
+    with ExitStack() as stack:
+        for turn in range(MAX_TRANSFERS):
+            stack.enter_context(checkpoints.exported(item) if turn % 2 else checkpoints.staging(item))
+        with pytest.raises(OptserveError) as caught:
+            checkpoints.save("a", "one")
+        assert caught.value.reason is Reason.TOO_MANY_STREAMS
+        assert caught.value.retry_after_s
+    checkpoints.save("a", "one")
+
+
+def test_their_number_is_bounded(folder):
+    server, checkpoints = folder
+    server.create()
+    for tag in "abc":
+        checkpoints.save("a", tag)
+    with pytest.raises(OptserveError) as caught:
+        checkpoints.save("a", "d")
+    assert caught.value.reason is Reason.SERVER_FULL
+    checkpoints.save("a", "c", overwrite=True)
+    assert [item.tag for item in checkpoints.page("a", 2, "")[0]] == ["a", "b"]
+    assert checkpoints.page("a", 2, "")[1]
+    (rest,), more = checkpoints.page("a", 2, checkpoints.page("a", 2, "")[0][-1].sort_key)
+    assert (rest.tag, more) == ("c", "")

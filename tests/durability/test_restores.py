@@ -1,0 +1,95 @@
+"""A state that takes the place of another: among steps and snapshots, and over a crash."""
+
+import pytest
+
+from durability.folder import Server, fingerprint, step
+from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.transaction import StepRequest
+from optserve_server.persistence import snapshot
+
+
+def test_a_restore_while_a_snapshot_is_being_written(tmp_path, monkeypatch, folder):
+    server, checkpoints = folder
+    item = server.create()
+    for index in range(3):
+        step(item, index)
+    checkpoints.save("a", "three")
+    step(item, 3)
+    real = snapshot._stretches
+
+    def stretches(layout):
+        for position, stretch in enumerate(real(layout)):
+            yield stretch
+            if position == 0:
+                checkpoints.restore("a", "three")
+            step(item, 10 + position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_stretches", stretches)
+        server.folder.snapshot()
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
+
+
+def test_nobody_is_cut_off_in_the_middle_of_a_step(folder):
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    under_way = item.steps.begin(StepRequest("mine"))
+    assert checkpoints.save("a", "two").step == 1  # what is staged is no part of it
+    with pytest.raises(OptserveError) as caught:
+        checkpoints.restore("a", "one")
+    assert caught.value.reason is Reason.STEP_IN_PROGRESS
+    assert caught.value.retry_after_s
+    under_way.close()
+    checkpoints.restore("a", "one")
+
+
+def test_a_restore_that_was_the_last_thing_leaves_no_reply_after_a_crash(tmp_path, folder):
+    """The reply of the step before it belongs to a state that is gone."""
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    step(item, 1)
+    checkpoints.restore("a", "one")
+    before = fingerprint(item)
+    assert item.steps.main.retained is None
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
+
+
+def test_a_state_that_a_device_has_lost_is_mended_by_a_restore_and_survives_a_restart(tmp_path, folder, monkeypatch):
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    reply = step(item, 1)
+
+    def fails(*_arguments):
+        raise RuntimeError("the device fell off the bus")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(item.state), "apply", fails)
+        with pytest.raises(OptserveError) as caught:
+            step(item, 2)
+    assert caught.value.reason is Reason.STATE_LOST
+    for use in (lambda: step(item, 3), lambda: checkpoints.save("a", "two"), server.folder.snapshot):
+        # A snapshot without it would take the journal's place, which can bring it back.
+        with pytest.raises(OptserveError) as caught:
+            use()
+        assert caught.value.reason is Reason.STATE_LOST
+    checkpoints.restore("a", "one")
+    assert step(item, 1) == reply
+    before = fingerprint(item)
+    server.folder.snapshot()
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    again.die()
