@@ -432,7 +432,7 @@ def test_a_journal_is_verified_counted_and_repaired_by_command(tmp_path):
     assert damaged.returncode == 1
     assert f"{second.path.name} is damaged at byte {second.offset}" in damaged.stderr
     assert f"optserve journal repair {tmp_path}" in damaged.stderr
-    assert "cut" in tool("repair", tmp_path, "--yes").stdout
+    assert "truncated" in tool("repair", tmp_path, "--yes").stdout
     lineage = item.steps.lineage
     for _ in ("steps were lost", "and that is remembered"):
         again = Server(tmp_path)

@@ -57,11 +57,11 @@ def test_a_record_larger_than_a_segment_has_one_of_its_own(tmp_path):
     assert [len(record.payload) for record in Reader(tmp_path, 0)] == [10, 100_000, 10]
 
 
-def test_segments_are_cut_behind_a_snapshot(tmp_path):
+def test_segments_before_a_snapshot_are_deleted(tmp_path):
     write(tmp_path, 50, segment_bytes=4096)
     before = len(journal.segment_paths(tmp_path))
     writer = Journal(tmp_path, 51, segment_bytes=4096)
-    writer.cut_before(40)
+    writer.delete_before(40)
     writer.close()
     assert len(journal.segment_paths(tmp_path)) < before
     assert read(tmp_path, after=39) == list(range(40, 51))
@@ -110,11 +110,11 @@ def test_a_torn_last_record_is_cut_and_said(tmp_path):
     for index in range(1, 4):
         writer.append(STEP, f"meta {index}".encode(), [payload(index)])
     # The process dies while it writes the fourth: a part is there, nobody was told.
-    header = present(writer._segment).form.header(STEP, 4, 3, b"meta 4", 700, 0)
+    header = present(writer._segment).format.encode_header(STEP, 4, 3, b"meta 4", 700, 0)
     os.pwrite(present(writer._segment)._descriptor, header + b"meta 4" + payload(4)[:300], present(writer._segment).end)
     reader = Reader(tmp_path, 0)
     assert [record.lsn for record in reader] == [1, 2, 3]
-    assert reader.torn is not None
+    assert reader.torn_tail is not None
     assert reader.next_lsn == 4
     write(tmp_path, 3, first=4, segment_bytes=1 << 16)
     assert read(tmp_path) == [1, 2, 3, 4, 5, 6]
@@ -202,8 +202,8 @@ def failing(error: int):
     return call
 
 
-def refused_and_not_cut(folder, monkeypatch, call: str) -> Journal:
-    """A journal whose second record was written as a whole and refused, while the disk took no cut either."""
+def refused_and_not_truncated(folder, monkeypatch, call: str) -> Journal:
+    """A journal whose second record was written as a whole and refused, while the disk refused to truncate it too."""
     writer = Journal(folder, 1, segment_bytes=1 << 16)
     writer.append(STEP, b"meta 1", [payload(1)])
     real = os.pwritev
@@ -223,9 +223,9 @@ def refused_and_not_cut(folder, monkeypatch, call: str) -> Journal:
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
-def test_a_refused_record_that_could_not_be_cut_is_cut_at_the_end(tmp_path, monkeypatch, call):
+def test_a_refused_record_that_could_not_be_removed_is_removed_at_the_end(tmp_path, monkeypatch, call):
     """A start took it for one that had been written."""
-    writer = refused_and_not_cut(tmp_path, monkeypatch, call)
+    writer = refused_and_not_truncated(tmp_path, monkeypatch, call)
     assert read(tmp_path) == [1, 2]  # which nobody could help, had the server been killed
     writer.close()
     assert read(tmp_path) == [1]
@@ -234,8 +234,8 @@ def test_a_refused_record_that_could_not_be_cut_is_cut_at_the_end(tmp_path, monk
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
-def test_no_record_is_taken_before_a_refused_one_is_cut(tmp_path, monkeypatch, call):
-    writer = refused_and_not_cut(tmp_path, monkeypatch, call)
+def test_no_record_is_taken_before_a_refused_one_is_removed(tmp_path, monkeypatch, call):
+    writer = refused_and_not_truncated(tmp_path, monkeypatch, call)
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", failing(errno.EIO))
         for _ in range(3):
@@ -247,10 +247,10 @@ def test_no_record_is_taken_before_a_refused_one_is_cut(tmp_path, monkeypatch, c
 
 
 def test_a_refused_record_goes_with_the_file_that_a_snapshot_replaces(tmp_path, monkeypatch):
-    writer = refused_and_not_cut(tmp_path, monkeypatch, "fdatasync")
+    writer = refused_and_not_truncated(tmp_path, monkeypatch, "fdatasync")
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", failing(errno.EIO))
-        writer.cut_before(2)
+        writer.delete_before(2)
         assert writer.append(STEP, b"meta 2", [payload(2)]) == 2
         writer.close()
     assert read(tmp_path, after=1) == [2]
@@ -262,7 +262,7 @@ def test_a_journal_that_was_closed_takes_nothing(tmp_path):
     writer.append(STEP, b"meta 1", [payload(1)])
     writer.close()
     writer.close()
-    with pytest.raises(journal.ClosedError, match="was closed"):
+    with pytest.raises(journal.ClosedError, match="is closed"):
         writer.append(STEP, b"meta 2", [payload(2)])
     assert read(tmp_path) == [1]
 

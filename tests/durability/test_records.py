@@ -126,14 +126,14 @@ def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path,
     for entry in Reader(folder, lsn):
         message = json.loads(entry.meta)
         optimizer = message["optimizer"]
-        record = records.decode(entry.type, message, entry.payload, payloads.get(optimizer, Payloads(Layout(()))))
+        record = records.decode(entry.kind, message, entry.payload, payloads.get(optimizer, Payloads(Layout(()))))
         if isinstance(record, CreationRecord):
             payloads[optimizer] = Payloads(record.layout)
         kind, again, arrays = present(record).encode()
         if "target" not in message:
             # Written down since.
             again.pop("target", None)
-        assert (kind, json.dumps(again).encode()) == (entry.type, entry.meta)
+        assert (kind, json.dumps(again).encode()) == (entry.kind, entry.meta)
         assert b"".join(array.tobytes() for array in arrays) == bytes(entry.payload)
         seen.add(kind)
         # Views of the journal.

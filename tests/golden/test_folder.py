@@ -15,7 +15,7 @@ from golden.write_folder import LARGE, METHODS, PARAMS
 
 HERE = Path(__file__).parent
 FOLDERS = [path.stem for path in sorted(HERE.glob("folder-*.json"))]
-TORN = "a torn record"
+TORN = "the torn record"
 
 DECAY = "what is taken from x is not rounded away, and is divided like the learning rate"
 MENDED = {

@@ -184,12 +184,14 @@ def tear(folder: Path) -> None:
     """Leave half of the last step's record, as a process does that dies while it writes; nothing was promised then."""
     path = journal.segment_paths(folder)[-1]
     content = bytearray(path.read_bytes())
-    view, offset, last = memoryview(bytes(content)), on_disk.SEGMENT.size, None
-    while (found := on_disk.parse(view, offset)) is not None:
-        last, offset = found if found.kind == STEPPED else last, found.end
+    view, last = memoryview(bytes(content)), None
+    record_format = on_disk.record_format_of(path, view)
+    offset = record_format.first_offset
+    while (header := on_disk.parse_header(view, offset, record_format)) is not None and header.has_payload(view):
+        last, offset = header if header.kind == STEPPED else last, header.end
     if last is None:
         raise RuntimeError("there is no step to tear")
-    middle = last.payload + last.payload_bytes // 2
+    middle = last.payload_offset + last.payload_bytes // 2
     content[middle:] = bytes(len(content) - middle)
     path.write_bytes(content)
 

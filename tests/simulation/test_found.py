@@ -290,7 +290,7 @@ def _step_again_after_a_restart(there: Scene, client: optserve.Client) -> None:
             there.world.sleep(2.0)
         lasts = _is_kept_and_refused(there)
         gradient = {"w": np.array([1.0, 0, 0, 0])}
-        with pytest.raises(optserve.UnavailableError, match="let it be taken back"):
+        with pytest.raises(optserve.UnavailableError, match="refuses to remove its record"):
             worker.step(gradient, timeout_s=0.3)
         # The server cuts it when the disk lets it, though nothing else is to be written.
         there.world.sleep(STEP_S + 2.0)

@@ -16,7 +16,7 @@ from optserve.cli.as_json import Json, print_json
 from optserve.cli.console import errors, say, show_error, show_table, words
 from optserve_server.engine import records
 from optserve_server.persistence import folder_lock, snapshot
-from optserve_server.persistence.journal import CorruptionError, JournalError, Reader, cut_at
+from optserve_server.persistence.journal import CorruptionError, JournalError, Reader, truncate_journal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +48,7 @@ def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("reading", total=reader.total_bytes)
         for record in reader:
-            counts[loads(record.meta)["optimizer"], _KINDS.get(record.type, "others")] += 1
+            counts[loads(record.meta)["optimizer"], _KINDS.get(record.kind, "others")] += 1
             progress.update(task, completed=reader.bytes_read)
     return reader, lsn, counts
 
@@ -58,13 +58,14 @@ def verify(folder: Folder, json: Json = False) -> None:
     """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
     with _errors_as_a_line(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
+    torn_tail = reader.torn_tail
     if json:
-        torn = {"file": reader.torn[0].name, "byte": reader.torn[1]} if reader.torn else None
+        torn = {"file": torn_tail.path.name, "byte": torn_tail.offset} if torn_tail else None
         print_json({**_totals(reader, lsn), "records": sum(counts.values()), "torn": torn})
         return
     text = f"good: snapshot at {lsn}, then {sum(counts.values())} records, {reader.bytes_read / 1e6:.1f} MB"
-    if reader.torn:
-        text += f"; a torn record at byte {reader.torn[1]} of {reader.torn[0].name}, which was never acknowledged"
+    if torn_tail:
+        text += f"; the torn record at byte {torn_tail.offset} of {torn_tail.path.name} was never acknowledged"
     say(text)
 
 
@@ -91,17 +92,17 @@ def _totals(reader: Reader, lsn: int) -> dict[str, int]:
 
 @app.command()
 def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
-    """Cut a damaged journal where the damage begins. Everything after it is lost; take a copy of the folder first."""
+    """Truncate a damaged journal where the damage begins. All later steps are lost; copy the folder first."""
     with _errors_as_a_line(), _locked(folder):
         try:
             _read(folder)
         except CorruptionError as damage:
             say(f"{damage}")
             if not yes:
-                typer.confirm("Cut the journal there, and lose every step after it?", abort=True)
+                typer.confirm("Truncate the journal there, and lose every step after it?", abort=True)
             folder_lock.set_unclean(folder, unclean=True)
-            removed = cut_at(folder, damage.path, damage.offset)
-            say(f"cut {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
+            removed = truncate_journal(folder, damage.path, damage.offset)
+            say(f"truncated {damage.path.name} at byte {damage.offset}, removed {removed} later segments")
         else:
             say("there is nothing to repair")
 

@@ -36,8 +36,12 @@ class Durability(Protocol):
         """
         ...
 
-    def check_refused(self) -> None:
-        """Raise NOT_DURABLE, `in_doubt`, if a change that was refused may be found made after the next start."""
+    def remove_refused(self) -> None:
+        """Remove the records of refused changes that are still on disk.
+
+        Raises:
+            OptserveError: NOT_DURABLE, `in_doubt`: one cannot be removed, and the next start may make its change.
+        """
         ...
 
 
@@ -51,5 +55,5 @@ class InMemory:
         """Nothing to keep."""
         return 0
 
-    def check_refused(self) -> None:
+    def remove_refused(self) -> None:
         """Nothing outlives the process."""

@@ -67,11 +67,11 @@ class Optimizers:
     def certain(self, error: OptserveError) -> OptserveError:
         """The refusal of a step, or one that leaves open what becomes of it.
 
-        What was written of a refused step, for itself or with those of other workers, may still be on a disk that does
-        not let it be cut. As long as it is, no other reason for the refusal says that the step is not applied.
+        The record of a refused step may still be on a disk that refuses to remove it. As long as it is, no other reason
+        for the refusal may say that the step is not applied. The same holds for a record of several workers' gradients.
         """
         try:
-            self._durability.check_refused()
+            self._durability.remove_refused()
         except OptserveError as doubt:
             return doubt
         return error

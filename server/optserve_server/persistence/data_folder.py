@@ -22,7 +22,7 @@ from optserve_server.engine.registry import Optimizers
 from optserve_server.persistence import recovery, snapshot
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
-from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths
+from optserve_server.persistence.journal import Journal, JournalError, Reader, TornTail, segment_paths
 from optserve_server.persistence.no_journal import NoJournal
 from optserve_server.persistence.upkeep import Upkeep
 
@@ -47,7 +47,7 @@ class Recovered:
     steps: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
-    torn: tuple[Path, int] | None = None
+    torn_tail: TornTail | None = None
 
 
 class DataFolder:
@@ -125,7 +125,7 @@ class DataFolder:
             except OSError as error:
                 self._upkeep.refused(error)
                 self._wake.set()
-                self.check_refused()
+                self.remove_refused()
                 raise
         if self._interval_s:
             if kind in _SNAPSHOT_SOON:
@@ -137,18 +137,18 @@ class DataFolder:
                 self._wake.set()
         return lsn
 
-    def check_refused(self) -> None:
-        """See Durability: cut what was refused, if that is still to be done."""
-        # `close` may let it go meanwhile.
-        opened = self._journal
+    def remove_refused(self) -> None:
+        """Remove refused records that are still on disk; see Durability."""
+        # Read once, because `close` sets it to None in another thread.
+        journal = self._journal
         try:
-            if opened is not None:
-                opened.cut_refused()
+            if journal is not None:
+                journal.remove_refused()
         except OSError as error:
             raise OptserveError(
                 Reason.NOT_DURABLE,
-                f"The server's disk refused a change, and does not let it be taken back: {error.strerror or error}. If "
-                "the server ends before it can, the change may be found made. Try again.",
+                f"The server's disk refused a change, and refuses to remove its record: {error.strerror or error}. If "
+                "the server ends before the record is removed, the next start may make the change. Try again.",
                 in_doubt="true",
             ) from error
 
@@ -197,7 +197,7 @@ class DataFolder:
         reader = Reader(self._path, found.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
-            found.steps += record.type == records.STEPPED
+            found.steps += record.kind == records.STEPPED
             found.records += 1
             try:
                 replay.redo(record)
@@ -208,7 +208,7 @@ class DataFolder:
                 ) from error
             on_progress(reader.bytes_read, total)
         replay.finish()
-        found.torn, found.bytes_read, found.optimizers = reader.torn, reader.bytes_read, len(self._optimizers)
+        found.torn_tail, found.bytes_read, found.optimizers = reader.torn_tail, reader.bytes_read, len(self._optimizers)
         return reader
 
     def _open(self, reader: Reader) -> None:
@@ -250,7 +250,7 @@ class DataFolder:
                 return
             self._check_folder()
             with suppress(OptserveError):
-                self.check_refused()
+                self.remove_refused()
             if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
                 continue
             self._snapshot_requested = False
@@ -296,7 +296,7 @@ class DataFolder:
         for leftover in old:
             if leftover != path:
                 self._remove(leftover)
-        self._journal.cut_before(lsn + 1)
+        self._journal.delete_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
         self._upkeep.snapshot_made(path.name, self._monotonic() - start)
         return path
@@ -339,8 +339,9 @@ def describe(found: Recovered) -> str:
         f"recovered {found.optimizers} optimizers: snapshot at {found.snapshot_lsn}, then {found.records} records with "
         f"{found.steps} steps, {found.bytes_read / 1e6:.1f} MB in {found.seconds:.2f} s ({rate:.0f} MB/s)"
     )
-    if found.torn:
+    if found.torn_tail:
         text += (
-            f"; a torn record at byte {found.torn[1]} of {found.torn[0].name}, which was never acknowledged, was cut"
+            f"; the torn record at byte {found.torn_tail.offset} of {found.torn_tail.path.name} was never acknowledged "
+            "and is ignored"
         )
     return text

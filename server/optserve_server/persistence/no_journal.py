@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optserve._common.clock import Clock
 from optserve_server.persistence.disk import Disk
-from optserve_server.persistence.journal import segment_paths, set_newest
+from optserve_server.persistence.journal import note_newest_segment, segment_paths
 
 
 class NoJournal:
@@ -26,14 +26,14 @@ class NoJournal:
             self.last_lsn += 1
             return self.last_lsn
 
-    def cut_before(self, lsn: int) -> None:  # noqa: ARG002
+    def delete_before(self, lsn: int) -> None:  # noqa: ARG002
         """Remove the journal of an earlier server; its changes are in the snapshot."""
         if paths := segment_paths(self._folder):
-            set_newest(self._folder, None, self._disk)
+            note_newest_segment(self._folder, None, self._disk)
             for path in paths:
                 self._disk.unlink(path)
 
-    def cut_refused(self) -> None:
+    def remove_refused(self) -> None:
         """Nothing is written, so nothing is refused."""
 
     def close(self) -> None:

@@ -78,13 +78,13 @@ class Replay:
         message, lsn = json.loads(entry.meta), entry.lsn
         item = self._optimizers.find(message["optimizer"])
         if item is None:
-            if entry.type == records.CREATED:
+            if entry.kind == records.CREATED:
                 self._optimizers.adopt(CreationRecord.decode(message), lsn)
             return
         if lsn <= item.created_lsn:
             # The record belongs to an earlier optimizer of that name.
             return
-        record = records.decode(entry.type, message, entry.payload, item.steps.payloads)
+        record = records.decode(entry.kind, message, entry.payload, item.steps.payloads)
         with item.steps.held_still():
             match record:
                 case StepRecord():

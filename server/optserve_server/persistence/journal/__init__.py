@@ -1,20 +1,26 @@
-"""An append-only journal of records in segment files: group-committed, checksummed, and sceptical of disks.
+"""An append-only journal: records in segment files, with checksums, and one sync for all threads that write together.
 
-It knows bytes, not optimizers. A record is on disk when `append` returns; if `append` raises, it never was,
-or the disk does not even let it be cut; see `Journal.cut_refused`.
+The journal knows bytes, not optimizers. When `append` returns, the record is on disk. When `append` raises OSError, the
+record is not in the journal, with one exception: the disk may refuse to remove a record that it refused to sync. See
+`Journal.remove_refused`.
 
-    segment = header, records, zeros      (preallocated, so that a sync need not write file sizes)
+    segment = header, records, zeros      (preallocated, so that a sync need not write the size of the file)
     record  = header with checksums, meta, payload, padding
 
-A log sequence number (lsn) counts records from 1. Each record also says up to which lsn everything was on disk when it
-was written, and after a sync an empty record, a mark, says so too. That distinguishes a torn tail, which was never
-acknowledged and is cut, from damage to acknowledged records, which is an error. A segment ends where the next one's
-first lsn begins: after a failed sync the old segment is left behind and its doubtful tail never counts. The tail is cut
-at once, as there may never be a next segment; while the disk refuses that, no record is taken.
+Each record has a log sequence number (LSN), which counts from 1. Its header also has the durable LSN: when the record
+was written, all records up to that LSN were on disk. After a sync the journal writes a mark, which is a record without
+content, with the new durable LSN. So the reader can distinguish two cases:
 
-Payloads come from clients and are never searched for records: behind a record that is not whole the reader goes on
-where its header says that it ends, and where that is not readable either it looks for the segment's key, a random
-number that each record begins with and nobody is told.
+- A torn tail: the last record is not whole, and no durable LSN covers it. It was never acknowledged. The reader ignores
+  it.
+- Damage: a record is not whole, but a later durable LSN covers it. It was acknowledged. The reader raises an error.
+
+A segment ends where the first LSN of the next segment begins. After a failed sync the journal truncates the segment to
+what is durable, and continues in a new segment. While the disk refuses to truncate, the journal accepts no record.
+
+Payloads come from clients, so the reader never searches them for records. After a record that is not whole it continues
+at the end that the record's header gives. If that header is not readable, it searches for the segment's key: a random
+number at the start of each record, which no client is ever given.
 """
 
 from optserve_server.persistence.journal.format import (
@@ -24,8 +30,8 @@ from optserve_server.persistence.journal.format import (
     Record,
     segment_paths,
 )
-from optserve_server.persistence.journal.newest import cut_at, set_newest
-from optserve_server.persistence.journal.reader import Reader
+from optserve_server.persistence.journal.newest import note_newest_segment, truncate_journal
+from optserve_server.persistence.journal.reader import Reader, TornTail
 from optserve_server.persistence.journal.writer import Journal
 
 __all__ = [
@@ -35,7 +41,8 @@ __all__ = [
     "JournalError",
     "Reader",
     "Record",
-    "cut_at",
+    "TornTail",
+    "note_newest_segment",
     "segment_paths",
-    "set_newest",
+    "truncate_journal",
 ]

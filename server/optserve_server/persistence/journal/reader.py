@@ -1,4 +1,4 @@
-"""The reading end: the records that count, and the difference between a torn tail and damage."""
+"""Reads all records of a journal that count, in order. Distinguishes a torn tail from damage."""
 
 from __future__ import annotations
 
@@ -6,35 +6,51 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from optserve_server.persistence.journal.format import (
     ALIGNMENT,
     MARK,
     CorruptionError,
-    Form,
-    Found,
     JournalError,
     Record,
+    RecordFormat,
+    RecordHeader,
     first_lsn_of,
-    form_of,
     parse_header,
+    record_format_of,
     segment_paths,
 )
-from optserve_server.persistence.journal.newest import check_newest
+from optserve_server.persistence.journal.newest import check_newest_segment
 
 _WINDOW_BYTES = 1 << 20
 _CHECKED_BYTES_PER_BYTE = 4
-"""Where a key is no secret, so many bytes are checked at most for each byte that is searched."""
+"""In a segment of format 1, whose key is no secret, the reader checks at most so many bytes per byte of the segment."""
+
+
+class TornTail(NamedTuple):
+    """The end of a segment where a record is not whole and was never acknowledged.
+
+    Attributes:
+        path: The segment.
+        offset: Byte at which the record begins.
+    """
+
+    path: Path
+    offset: int
 
 
 class Reader:
-    """The reading end: all records that count, in order, from `after_lsn` on.
+    """Iterates over the records of a journal that count, in order.
+
+    Args:
+        folder: The folder of the journal.
+        after_lsn: Records up to this LSN are left out.
 
     Attributes:
-        next_lsn: Of the first record that a journal that goes on from here writes.
-        torn: Where the tail was torn, if it was.
-        bytes_read: Of records, so far.
+        next_lsn: LSN of the next record that a writer of this journal writes.
+        torn_tail: The torn tail of the newest segment; None if that segment ends with a whole record.
+        bytes_read: Bytes of records that were read so far.
     """
 
     def __init__(self, folder: Path, after_lsn: int) -> None:
@@ -42,21 +58,22 @@ class Reader:
         self._paths = segment_paths(folder)
         self._after_lsn = after_lsn
         self.next_lsn = after_lsn + 1
-        self.torn: tuple[Path, int] | None = None
+        self.torn_tail: TornTail | None = None
         self.bytes_read = 0
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all segments, unused room included."""
+        """Bytes of all segments, with the part that no record was written to."""
         return sum(path.stat().st_size for path in self._paths)
 
     def __iter__(self) -> Iterator[Record]:
         """The records.
 
         Raises:
-            CorruptionError: What had been acknowledged is damaged or missing.
+            CorruptionError: A record that was acknowledged is damaged or missing.
+            JournalError: A segment cannot be read, or a newer server wrote it.
         """
-        check_newest(self._folder)
+        check_newest_segment(self._folder)
         first_lsns = [first_lsn_of(path) for path in self._paths]
         if first_lsns and first_lsns[0] > self.next_lsn:
             raise CorruptionError(self._paths[0], 0, f"records {self.next_lsn} to {first_lsns[0] - 1} are missing")
@@ -66,107 +83,123 @@ class Reader:
                 continue
             yield from self._read_segment(path, end_lsn)
             if end_lsn is not None and self.next_lsn < end_lsn:
-                where = self.torn or (path, 0)
-                raise CorruptionError(path, where[1], f"records {self.next_lsn} to {end_lsn - 1} are missing")
-            self.torn = self.torn if end_lsn is None else None
+                offset = self.torn_tail.offset if self.torn_tail else 0
+                raise CorruptionError(path, offset, f"records {self.next_lsn} to {end_lsn - 1} are missing")
+            self.torn_tail = self.torn_tail if end_lsn is None else None
 
     def _read_segment(self, path: Path, end_lsn: int | None) -> Iterator[Record]:
-        with _opened(path) as file:
+        with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 raise CorruptionError(path, 0, "the segment has no header")
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                yield from self._records(path, view, form_of(path, view), end_lsn)
+                yield from self._records(path, view, record_format_of(path, view), end_lsn)
 
-    def _records(self, path: Path, view: memoryview, form: Form, end_lsn: int | None) -> Iterator[Record]:
-        offset, expected = form.begin, first_lsn_of(path)
-        while end_lsn is None or expected < end_lsn:
-            found = parse_header(view, offset, form)
-            if found is None or (found.kind != MARK and found.lsn != expected) or not found.has_payload(view):
-                self._end(path, view, form, offset, expected)
+    def _records(
+        self, path: Path, view: memoryview, record_format: RecordFormat, end_lsn: int | None
+    ) -> Iterator[Record]:
+        offset, expected_lsn = record_format.first_offset, first_lsn_of(path)
+        while end_lsn is None or expected_lsn < end_lsn:
+            header = parse_header(view, offset, record_format)
+            if header is None or (header.kind != MARK and header.lsn != expected_lsn) or not header.has_payload(view):
+                self._check_tail(path, view, record_format, offset, expected_lsn)
                 return
-            if found.kind != MARK:
-                if found.lsn > self._after_lsn:
-                    with view[found.payload : found.payload + found.payload_bytes] as payload:
-                        meta = bytes(view[found.meta : found.payload])
-                        yield Record(found.kind, found.lsn, meta, payload, path, offset)
-                expected += 1
-                self.next_lsn = max(self.next_lsn, expected)
-            self.bytes_read += found.end - offset
-            offset = found.end
+            if header.kind != MARK:
+                if header.lsn > self._after_lsn:
+                    with view[header.payload_offset : header.payload_offset + header.payload_bytes] as payload:
+                        meta = bytes(view[header.meta_offset : header.payload_offset])
+                        yield Record(header.kind, header.lsn, meta, payload, path, offset)
+                expected_lsn += 1
+                self.next_lsn = max(self.next_lsn, expected_lsn)
+            self.bytes_read += header.end - offset
+            offset = header.end
 
-    def _end(self, path: Path, view: memoryview, form: Form, offset: int, expected: int) -> None:
-        """There is no whole record at `offset`: that is the end, a torn tail, or damage."""
-        if any(found.durable >= expected for found in _records_behind(path, view, form, offset, expected)):
-            raise CorruptionError(path, offset, f"record {expected}, which had been acknowledged, is not readable")
-        if any(view[offset : offset + form.record.size]):
-            self.torn = (path, offset)
+    def _check_tail(
+        self, path: Path, view: memoryview, record_format: RecordFormat, offset: int, expected_lsn: int
+    ) -> None:
+        """Decide what the tail of a segment is, where no whole record begins at `offset`.
+
+        It is the end of the records, a torn tail, or damage.
+
+        Raises:
+            CorruptionError: It is damage: a later header says that record `expected_lsn` was on disk.
+        """
+        later = _headers_from(path, view, record_format, offset, expected_lsn)
+        if any(header.durable_lsn >= expected_lsn for header in later):
+            raise CorruptionError(path, offset, f"record {expected_lsn}, which had been acknowledged, is not readable")
+        if any(view[offset : offset + record_format.header.size]):
+            self.torn_tail = TornTail(path, offset)
 
 
-def _records_behind(path: Path, view: memoryview, form: Form, offset: int, expected: int) -> Iterator[Found]:
-    """What there is of records from `offset` on, where record `expected` is not whole.
+def _headers_from(
+    path: Path, view: memoryview, record_format: RecordFormat, offset: int, expected_lsn: int
+) -> Iterator[RecordHeader]:
+    """The headers from `offset` on, where record `expected_lsn` is not whole.
 
-    Payloads are skipped. What is found must be possible: all records before it lie between it and `offset`.
+    Payloads are skipped, not searched. A header is left out if its LSNs are impossible: all records before it must fit
+    between `offset` and itself.
 
     Raises:
-        CorruptionError: In a segment of format 1 there is more that looks like a record than can be looked at.
+        CorruptionError: A segment of format 1 has more bytes that may be records than the reader may check.
     """
-    budget = _CHECKED_BYTES_PER_BYTE * len(view)
-    keys = _Keys(view, form)
+    bytes_to_check = _CHECKED_BYTES_PER_BYTE * len(view)
+    keys = _KeySearch(view, record_format)
     position: int | None = offset
     while position is not None and position < len(view):
-        found = parse_header(view, position, form)
-        most = (position - offset) // form.record.size
+        header = parse_header(view, position, record_format)
+        # The most records that fit between `offset` and `position`.
+        most_records = (position - offset) // record_format.header.size
         if (
-            found is not None
-            and found.durable < expected + most
-            and (found.kind == MARK or found.lsn <= expected + most)
+            header is not None
+            and header.durable_lsn < expected_lsn + most_records
+            and (header.kind == MARK or header.lsn <= expected_lsn + most_records)
         ):
-            yield found
-            position = found.end
+            yield header
+            position = header.end
             continue
-        if not form.drawn_at_random:
-            budget -= _claimed_bytes(view, position, form)
-            if budget < 0:
-                raise CorruptionError(path, offset, f"record {expected} is not readable, nor is what follows it")
+        if not record_format.has_random_key:
+            bytes_to_check -= _checked_bytes(view, position, record_format)
+            if bytes_to_check < 0:
+                raise CorruptionError(path, offset, f"record {expected_lsn} is not readable, nor is what follows it")
         position = keys.find(position + ALIGNMENT)
 
 
-def _claimed_bytes(view: memoryview, position: int, form: Form) -> int:
-    """Bytes that were checked in vain for what might have been a record."""
-    if position + form.record.size > len(view):
+def _checked_bytes(view: memoryview, position: int, record_format: RecordFormat) -> int:
+    """How many bytes `parse_header` has read of something that is no valid header."""
+    if position + record_format.header.size > len(view):
         return 0
-    meta_bytes = form.record.unpack_from(view, position)[5]
-    return form.record.size + (meta_bytes if meta_bytes <= len(view) - position else 0)
+    meta_bytes = record_format.header.unpack_from(view, position)[5]
+    return record_format.header.size + (meta_bytes if meta_bytes <= len(view) - position else 0)
 
 
-class _Keys:
-    """Finds a segment's key, at places where a record can begin, further and further behind."""
+class _KeySearch:
+    """Finds the key of a segment at the offsets where a record can begin. Each search starts after the one before."""
 
-    def __init__(self, view: memoryview, form: Form) -> None:
+    def __init__(self, view: memoryview, record_format: RecordFormat) -> None:
         self._view = view
-        self._form = form
-        self._begin = 0
+        self._format = record_format
+        self._window_start = 0
         self._window = b""
 
     def find(self, start: int) -> int | None:
-        """The first place from `start` on."""
-        key = self._form.key_bytes
+        """The first offset of the key from `start` on; None if the key does not occur there."""
+        key = self._format.key_bytes
         while start < len(self._view):
-            if not self._begin <= start < self._begin + len(self._window) - len(key):
-                # Copied by the piece: to search a mapping itself reads behind its end before Python 3.11.5 (gh-105235).
-                self._begin, self._window = start, bytes(self._view[start : start + _WINDOW_BYTES])
-            at = self._window.find(key, start - self._begin)
-            if at < 0:
-                start = self._begin + max(len(self._window) - len(key) + 1, 1)
-            elif (self._begin + at - self._form.begin) % ALIGNMENT == 0:
-                return self._begin + at
+            if not self._window_start <= start < self._window_start + len(self._window) - len(key):
+                # Searched in a copy: before Python 3.11.5, a search in the mapping itself reads past its end
+                # (gh-105235).
+                self._window_start, self._window = start, bytes(self._view[start : start + _WINDOW_BYTES])
+            index = self._window.find(key, start - self._window_start)
+            if index < 0:
+                start = self._window_start + max(len(self._window) - len(key) + 1, 1)
+            elif (self._window_start + index - self._format.first_offset) % ALIGNMENT == 0:
+                return self._window_start + index
             else:
-                start = self._begin + at + 1
+                start = self._window_start + index + 1
         return None
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:

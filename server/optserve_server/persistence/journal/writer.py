@@ -1,4 +1,4 @@
-"""The writing end: records to disk, several threads sharing a sync."""
+"""Writes records to the journal. Threads that write at the same time share a sync."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pathlib import Path
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.journal.format import (
-    RECORD,
-    SEGMENT,
+    RECORD_HEADER,
+    SEGMENT_HEADER,
     Buffer,
     ClosedError,
     first_lsn_of,
     segment_paths,
 )
-from optserve_server.persistence.journal.newest import newest_name, set_newest
-from optserve_server.persistence.journal.open_segment import OpenSegment, write_anew
+from optserve_server.persistence.journal.newest import note_newest_segment, noted_segment
+from optserve_server.persistence.journal.open_segment import OpenSegment, rewrite_segment
 
 logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The writing end. Safe to use from several threads, whose records share syncs.
+    """A journal that is open for writing. Safe to use from several threads, which share syncs.
 
     Args:
-        folder: Where the segments are.
-        next_lsn: Of the first record to be written; everything before is durable.
-        segment_bytes: Size at which a new segment is begun. The first one is made for the first record, so that a
-            journal can be opened on a full disk.
+        folder: The folder of the segments.
+        next_lsn: LSN of the first record to write. All earlier records are durable.
+        segment_bytes: Size of a segment. The first segment is created with the first record, so a journal can be opened
+            on a full disk.
         clock: The time.
-        disk: Where the folder is.
+        disk: The disk of the folder.
 
     Attributes:
-        bytes_written: Of records and marks since it was opened, headers and padding included.
+        bytes_written: Bytes of the records and marks that were written since it was opened, with headers and padding.
 
     Raises:
-        OSError: What was read of an older journal cannot be made durable.
+        OSError: The disk refuses to make the newest existing segment durable.
     """
 
     def __init__(
@@ -57,31 +57,36 @@ class Journal:
         self._next_lsn = next_lsn
         self._durable_lsn = next_lsn - 1
         self._syncing = False
-        # Counts failed syncs; what was written before one and not durable is taken back.
-        self._failures = 0
+        # Counts failed syncs. A failed sync removes all records that are not durable.
+        self._failed_syncs = 0
         self._segment: OpenSegment | None = None
-        # One that was left behind, with records in it that were refused and are not cut yet.
-        self._uncut: OpenSegment | None = None
+        # An earlier segment that still contains refused records, because the disk refused to truncate it.
+        self._refused_segment: OpenSegment | None = None
         self._closed = False
-        self._durable_end = SEGMENT.size
+        self._durable_end = SEGMENT_HEADER.size
         self.bytes_written = 0
-        # What a killed process has written may have been read from the system's cache only.
+        # A killed process may have left the newest records in the system's cache only.
         for path in segment_paths(folder)[-1:]:
-            write_anew(path, disk)
+            rewrite_segment(path, disk)
 
     @property
     def last_lsn(self) -> int:
-        """Of the last durable record."""
+        """LSN of the last durable record."""
         with self._lock:
             return self._durable_lsn
 
     def append(self, kind: int, meta: bytes, payload: Sequence[Buffer] = ()) -> int:
-        """Write a record and return its lsn when it is on disk.
+        """Write a record, wait until it is on disk, and return its LSN.
+
+        Args:
+            kind: Kind of change.
+            meta: The record's message.
+            payload: The bytes of the record's arrays, in order.
 
         Raises:
-            OSError: It is not, and will not be found there later, unless `cut_refused` says so. The journal can be used
-                again; while the disk refuses to have a refused record cut, it refuses all others as well.
-            ClosedError: The journal was closed.
+            OSError: The disk refuses the record. A later start does not find it, unless `remove_refused` raises OSError
+                too. The journal stays open, but accepts no record until the refused one is removed.
+            ClosedError: The journal is closed.
         """
         checksum = 0
         for part in payload:
@@ -89,101 +94,107 @@ class Journal:
         size_bytes = sum(len(part) for part in payload)
         with self._lock:
             lsn = self._write(kind, meta, payload, size_bytes, checksum)
-            failures = self._failures
-            while self._durable_lsn < lsn and self._failures == failures:
-                # One thread syncs for all that have written so far; the others wait for it.
+            failed_syncs = self._failed_syncs
+            while self._durable_lsn < lsn and self._failed_syncs == failed_syncs:
+                # One thread syncs the records of all threads; the others wait for it.
                 if self._syncing:
                     self._lock.wait()
                 elif self._segment is not None:
                     self._sync(self._segment)
                 else:
-                    raise ClosedError("the journal was closed")
-            if self._failures != failures:
-                raise OSError("the journal could not be synced, and the record was taken back")
+                    raise ClosedError("the journal is closed")
+            if self._failed_syncs != failed_syncs:
+                raise OSError("the journal could not be synced, and the record was refused")
             return lsn
 
-    def cut_refused(self) -> None:
-        """Cut the records that were refused and are still there, if there are any.
+    def remove_refused(self) -> None:
+        """Remove refused records that are still in a segment because the disk has refused to truncate it.
 
         Raises:
-            OSError: The disk does not let them be cut; if the process ends before it does, they may be found.
+            OSError: The disk refuses again. If the process ends now, the next start may find such a record.
         """
-        # Without the lock, which others hold for long, as there hardly ever is one.
+        # Checked without the lock, because other threads hold that during their syncs, and refused records are rare.
         segment = self._segment
-        if self._uncut is None and (segment is None or segment.is_cut):
+        if self._refused_segment is None and (segment is None or not segment.has_refused_records):
             return
         with self._lock:
-            self._cut()
+            self._truncate_refused_segment()
             if self._segment is not None:
-                self._segment.cut()
+                self._segment.remove_refused()
 
-    def cut_before(self, lsn: int) -> None:
-        """Remove the segments whose records all come before `lsn`."""
-        # The next segment is there before it is noted, and until then the one that is noted has to be there as well.
-        noted = newest_name(self._folder)
+    def delete_before(self, lsn: int) -> None:
+        """Delete the segments whose records all come before `lsn`."""
+        # A new segment exists before it is noted as the newest. Until then the segment that is noted must exist too.
+        noted = noted_segment(self._folder)
         for path, following in pairwise(segment_paths(self._folder)):
             if first_lsn_of(following) > lsn or path.name == noted:
                 break
             self._disk.unlink(path)
         with self._lock:
-            # The last one as well, where nothing is written to it any more: on a full disk its room is needed.
+            # If no segment is open, the last one is deleted too: a full disk needs the space.
             if self._segment is None and self._durable_lsn < lsn:
-                set_newest(self._folder, None, self._disk)
+                note_newest_segment(self._folder, None, self._disk)
                 for path in segment_paths(self._folder):
                     self._disk.unlink(path)
                 self._disk.sync_path(self._folder)
-                # What was refused has gone with its file.
-                if self._uncut is not None:
-                    self._uncut.close()
-                    self._uncut = None
+                # The refused records were deleted with their segment.
+                if self._refused_segment is not None:
+                    self._refused_segment.close()
+                    self._refused_segment = None
         self._disk.sync_path(self._folder)
 
     def close(self) -> None:
-        """Close the segment, with everything in it durable, and nothing in it that was refused."""
+        """Sync the open segment, remove refused records, and close it. Errors of the disk are logged."""
         with self._lock:
             self._closed = True
             try:
-                self._settle()
+                self._sync_all()
             except OSError:
-                logger.exception("the journal's end could not be synced, and nobody was told that it was")
+                logger.exception("the end of the journal could not be synced; no record in it was acknowledged")
             self._leave_segment()
             try:
-                self._cut()
+                self._truncate_refused_segment()
             except OSError:
-                logger.exception("a record that was refused could not be cut; it may be taken for one that was written")
-                if self._uncut is not None:
-                    self._uncut.close()
-            self._uncut = None
+                logger.exception("a refused record could not be removed; the next start may find its change made")
+                if self._refused_segment is not None:
+                    self._refused_segment.close()
+            self._refused_segment = None
 
     def _write(self, kind: int, meta: bytes, payload: Sequence[Buffer], size_bytes: int, checksum: int) -> int:
-        """Write a record behind the last; called under the lock."""
+        """Write a record after the last one. The caller holds the lock."""
         self._check_open()
-        while (segment := self._segment) is None or segment.is_too_full_for(RECORD.size + len(meta) + size_bytes):
+        while (segment := self._segment) is None or segment.is_too_full_for(
+            RECORD_HEADER.size + len(meta) + size_bytes
+        ):
             self._new_segment()
         lsn = self._next_lsn
-        start = segment.form.header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
-        self.bytes_written += segment.write([start, meta, *payload])
+        header = segment.format.encode_header(kind, lsn, self._durable_lsn, meta, size_bytes, checksum)
+        self.bytes_written += segment.write([header, meta, *payload])
         self._next_lsn = lsn + 1
         return lsn
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("the journal was closed")
+            raise ClosedError("the journal is closed")
 
-    def _cut(self) -> None:
-        """Cut what was refused from the segment that was left behind, or raise OSError."""
-        if self._uncut is not None:
-            self._uncut.cut(durably=True)
-            self._uncut.close()
-            self._uncut = None
-
-    def _settle(self) -> None:
-        """Wait until everything in the present segment is durable or taken back; called under the lock.
-
-        Others may write during a sync, which would be lost if the segment were left after it.
+    def _truncate_refused_segment(self) -> None:
+        """Remove refused records from an earlier segment, and close it. The caller holds the lock.
 
         Raises:
-            OSError: Something was taken back.
+            OSError: The disk refuses.
+        """
+        if self._refused_segment is not None:
+            self._refused_segment.remove_refused(durably=True)
+            self._refused_segment.close()
+            self._refused_segment = None
+
+    def _sync_all(self) -> None:
+        """Wait until every record in the open segment is durable. The caller holds the lock.
+
+        Other threads may write during a sync, so there may be several.
+
+        Raises:
+            OSError: A sync has failed. The records that were not durable are removed.
         """
         while self._syncing or (self._segment is not None and self._durable_lsn < self._next_lsn - 1):
             if self._syncing:
@@ -192,36 +203,39 @@ class Journal:
                 self._sync(self._segment)
 
     def _new_segment(self) -> None:
-        """Go on in a new segment."""
+        """Continue in a new segment. The caller holds the lock, which other threads can have during the syncs."""
         before = self._segment
-        self._settle()
-        # Another thread may have been here meanwhile.
+        self._sync_all()
+        # Another thread may have done so during the syncs.
         if self._segment is before:
             if before is not None:
                 self._leave_segment()
-                before.check_found()
-            # Others had the lock meanwhile.
+                before.check_in_place()
+            # Another thread may have closed the journal during the syncs.
             self._check_open()
-            self._cut()
+            self._truncate_refused_segment()
             self._segment = OpenSegment(self._folder, self._next_lsn, self._segment_bytes, self._disk)
             self._durable_end = self._segment.end
 
     def _leave_segment(self) -> None:
+        """Write no more to the open segment. It is closed, unless refused records have to be removed from it first."""
         segment = self._segment
         if segment is None:
             return
-        # First, for those who look without the lock.
-        if not segment.is_cut:
-            self._uncut = segment
+        # Set before `_segment` is cleared, because `remove_refused` looks at both without the lock.
+        if segment.has_refused_records:
+            self._refused_segment = segment
         self._segment = None
-        if segment.is_cut:
+        if not segment.has_refused_records:
             segment.close()
 
     def _sync(self, segment: OpenSegment) -> None:
-        """Make durable what has been written so far; called under the lock, which others can have meanwhile.
+        """Make all records durable that were written so far.
+
+        The caller holds the lock. Other threads can have it during the sync.
 
         Raises:
-            OSError: Nothing that was not durable before counts any more.
+            OSError: The sync has failed. The records that were not durable before are removed.
         """
         target, end = self._next_lsn - 1, segment.end
         self._syncing = True
@@ -236,14 +250,14 @@ class Journal:
             self._syncing = False
             self._lock.notify_all()
         if failure is not None:
-            # Nobody knows what is on disk now, and a second sync of the same file would lie about it.
-            logger.error("the journal could not be synced (%s); %s is left behind", failure, segment.path)
-            self._failures += 1
+            # What is on disk is unknown now, and a second sync of the same file could succeed without writing it.
+            logger.error("the journal could not be synced (%s); nothing more is written to %s", failure, segment.path)
+            self._failed_syncs += 1
             self._next_lsn = self._durable_lsn + 1
-            # The next segment says with its first lsn how much of this one counts; but there may never be one.
-            segment.take_back(self._durable_end, durably=True)
+            # The first LSN of the next segment would end this one too, but there may never be a next segment.
+            segment.truncate(self._durable_end, durably=True)
             self._leave_segment()
             raise failure
         self._durable_lsn, self._durable_end = target, end
         if target == self._next_lsn - 1:
-            self.bytes_written += segment.mark(target)
+            self.bytes_written += segment.write_mark(target)
