@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from clocks import StoppedClock
 from durability.folder import MIB, Server, fingerprint, step
-from optserve._common import clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.schedule import AtSteps
 from optserve_server.persistence import journal, snapshot
@@ -19,16 +19,6 @@ from optserve_server.persistence.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
 from present import present
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
-
-
-class StoppedClock(clock.Clock):
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def monotonic(self) -> float:
-        return self.seconds
 
 
 class Disk:

@@ -6,6 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from clocks import StoppedClock, TellingClock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
@@ -93,14 +94,12 @@ def test_gradients_of_a_life_before_are_not_taken_from_its_memory():
 
 
 @pytest.mark.parametrize("kind", ["sync", "bounded"])
-def test_a_step_that_waits_is_refused_when_the_next_life_begins_and_does_not_count(kind, monkeypatch):
-    steps = shared_by(kind, "a", "b")
+def test_a_step_that_waits_is_refused_when_the_next_life_begins_and_does_not_count(kind):
+    clock, refusals = TellingClock(), []
+    steps = shared_by(kind, "a", "b", clock=clock)
     first = enter(steps, "a")
     if kind == "bounded":
         make(steps, "before", first, "a")
-    waits, refusals = threading.Event(), []
-    wait = steps.workers.steps._wait
-    monkeypatch.setattr(steps.workers.steps, "_wait", lambda *them: (waits.set(), wait(*them)))
 
     def give() -> None:
         try:
@@ -110,10 +109,10 @@ def test_a_step_that_waits_is_refused_when_the_next_life_begins_and_does_not_cou
 
     thread = threading.Thread(target=give, daemon=True)
     thread.start()
-    assert waits.wait(5)
+    assert clock.somebody_waits.wait(30)
     before = steps.step
     enter(steps, "a")
-    thread.join(5)
+    thread.join(30)
     assert refusals == [Reason.WORKER_REPLACED]
     assert steps.step == before
     assert steps.workers.registry.get("a").contribution is None
@@ -130,15 +129,16 @@ def test_a_life_that_has_left_is_not_brought_back_by_its_own_late_report():
 
 
 def test_a_life_whose_lease_has_run_out_is_over_when_another_has_begun_and_else_goes_on():
-    steps = shared_by("async")
+    clock = StoppedClock()
+    steps = shared_by("async", clock=clock)
     first = enter(steps)
-    steps.workers.registry.get("w").lease_until = 1e-9
+    clock.seconds += 3600
     with refused(Reason.WORKER_UNKNOWN):
         make(steps, "a", first)
     steps.workers.report("w", leaving=False, life=first)
     assert make(steps, "a", first) == 1
     second = enter(steps)
-    steps.workers.registry.get("w").lease_until = 1e-9
+    clock.seconds += 3600
     with refused(Reason.WORKER_REPLACED):
         steps.workers.report("w", leaving=False, life=first)
     steps.workers.report("w", leaving=False, life=second)

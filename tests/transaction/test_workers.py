@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optserve._common.clock import Clock
+from clocks import TellingClock
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.records import Change, StepRecord, UpdateRecord
@@ -41,12 +42,12 @@ def make_step(steps: Steps, worker: str) -> int:
         step.close()
 
 
-def shared_by(kind: str, *workers: str) -> Steps:
+def shared_by(kind: str, *workers: str, clock: Clock = SYSTEM) -> Steps:
     """An optimizer that these workers share, and a step of which takes all of them if they are in step."""
     consistency = SyncConsistency(workers=len(workers)) if kind == "sync" else CONSISTENCIES[kind]()
     settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=consistency)
     state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
-    steps = Steps("test", state, InMemory())
+    steps = Steps("test", state, InMemory(), clock=clock)
     with closing(steps.place("upload")) as upload:
         upload.stage(0, 0, ONES, Operand.PARAMETER)
         upload.commit()
@@ -58,27 +59,6 @@ def shared_by(kind: str, *workers: str) -> Steps:
 def x_of(steps: Steps) -> list[float]:
     with steps.held_still() as state:
         return state.parameters[F4][:2].tolist()
-
-
-def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for(monkeypatch):
-    steps = shared_by("bounded", "fast", "slow")
-    make_step(steps, "fast")
-    wait, waited = steps.workers.steps._wait, []
-
-    def late(worker, step, told):
-        if not waited:
-            waited.append(worker.name)
-            # The optimizer's lock is held here, as a lock that can be taken again: this is the last moment before it.
-            make_step(steps, "slow")
-        wait(worker, step, told)
-
-    monkeypatch.setattr(steps.workers.steps, "_wait", late)
-    numbers: list[int] = []
-    thread = threading.Thread(target=lambda: numbers.append(make_step(steps, "fast")), daemon=True)
-    thread.start()
-    thread.join(5)
-    assert waited == ["fast"]
-    assert numbers == [3]
 
 
 def test_a_replay_whose_reply_has_gone_meanwhile_applies_nothing_from_shared_memory():
@@ -190,11 +170,9 @@ def test_shared_gradients_of_a_given_up_stream_leave_the_reply_alone():
     assert np.array_equal(steps.workers.registry.get("w").step_slot.staging.updates[F4], before)
 
 
-def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
-    steps = shared_by("sync", "a", "b")
-    waits, refused = threading.Event(), []
-    wait = steps.workers.steps._wait
-    monkeypatch.setattr(steps.workers.steps, "_wait", lambda *them: (waits.set(), wait(*them)))
+def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count():
+    clock, refused = TellingClock(), []
+    steps = shared_by("sync", "a", "b", clock=clock)
 
     def give(worker: str, value: int, stream: int) -> None:
         with closing(steps.begin(StepRequest("step-1", reply=Reply.NOTHING, worker=worker, stream=stream))) as step:
@@ -207,16 +185,16 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count(monkeypatch):
     steps.last("a", stream=1)
     thread = threading.Thread(target=give, args=("a", 100, 1), daemon=True)
     thread.start()
-    assert waits.wait(5)
+    assert clock.somebody_waits.wait(30)
     steps.last("a", stream=2)
     # From now on, and not from when the one that waits has noticed.
     assert steps.workers.registry.get("a").contribution is None
-    thread.join(5)
+    thread.join(30)
     assert refused == [Reason.STEP_TAKEN_OVER]
     others = threading.Thread(target=give, args=("b", 3, 3), daemon=True)
     others.start()
     give("a", 1, 2)
-    others.join(5)
+    others.join(30)
     with steps.held_still() as state:
         assert (steps.step, state.parameters[F4][:2].tolist()) == (1, [-1, -1])
 
@@ -363,6 +341,26 @@ class HandingOn(Clock):
             self.lock_of_steps = HandedOn()
             return self.lock_of_steps
         return super().rlock()
+
+
+def test_a_worker_that_is_about_to_wait_does_not_miss_what_it_would_wait_for():
+    clock = HandingOn()
+    steps = shared_by("bounded", "fast", "slow", clock=clock)
+    lock = clock.lock_of_steps
+    assert lock is not None
+    make_step(steps, "fast")
+    fast = steps.workers.registry.get("fast")
+
+    def step_of_slow() -> None:
+        # The last moment before it waits: its gradient is there, and it has let go of the lock to look for others.
+        if fast.contribution is not None:
+            lock.on_release = None
+            make_step(steps, "slow")
+
+    lock.on_release = step_of_slow
+    assert make_step(steps, "fast") == 3
+    assert lock.on_release is None
+    assert not lock.is_waited_on.is_set()
 
 
 def test_a_gradient_that_the_disk_has_refused_is_in_no_other_workers_step():
