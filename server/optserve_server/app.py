@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from optserve._common import malloc, wire
+from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.config import ConfigError, ServerConfig
 from optserve_server.domain.descriptors import room_for_connections
 from optserve_server.edge.gate.drain_gate import DrainGate
@@ -56,6 +57,7 @@ class App:
         credentials: What secures its connections, such as `grpc.ssl_server_credentials(…)`; None for none.
         interceptors: gRPC's, which see every call before it has a place and a thread, in gRPC's only event thread, and
             may refuse it. A handler that takes the place of a method's runs in the few threads for refusals.
+        clock: The time of what is behind the edge.
 
     Attributes:
         target: What a client connects to.
@@ -66,21 +68,23 @@ class App:
         config: ServerConfig,
         credentials: grpc.ServerCredentials | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
+        clock: Clock = SYSTEM,
     ) -> None:
         self._config = config
         self._drain_gate = DrainGate()
         self._stopping = threading.Event()
         choice = backends.choose(config.backend, config.threads)
-        self._folder = _data_folder(config)
-        self._optimizers = optimizers = Optimizers(choice.backend, self._folder or InMemory(), config)
+        self._folder = _data_folder(config, clock)
+        self._optimizers = optimizers = Optimizers(choice.backend, self._folder or InMemory(), config, clock)
         if self._folder is not None:
             self._recover(self._folder, optimizers)
-        checkpoints = Checkpoints(optimizers, _checkpoint_store(config, self._folder), config.max_checkpoints)
+        store = _checkpoint_store(config, self._folder, clock)
+        checkpoints = Checkpoints(optimizers, store, config.max_checkpoints, clock)
         self._gate = Gate(config)
         self._server = grpc.server(
             self._gate.refusals, interceptors=[*interceptors, self._gate], options=_options(config)
         )
-        servicer = Servicer(optimizers, checkpoints, self._drain_gate, choice, config)
+        servicer = Servicer(optimizers, checkpoints, self._drain_gate, choice, config, clock)
         self._server.add_generic_rpc_handlers((handlers(servicer),))
         self._health = Health(("", SERVICE.full_name))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -244,14 +248,14 @@ def _check_unused(path: str) -> None:
     raise ConfigError(f"Cannot listen on unix:{path}: another server listens there. Stop it, or choose another path.")
 
 
-def _data_folder(config: ServerConfig) -> DataFolder | None:
+def _data_folder(config: ServerConfig, clock: Clock) -> DataFolder | None:
     if config.durability == "memory":
         return None
     interval_s = config.snapshot_interval_s if config.durability == "snapshot" else 0.0
-    return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes, interval_s)
+    return DataFolder(Path(config.data_dir), config.snapshot_bytes, config.segment_bytes, interval_s, clock)
 
 
-def _checkpoint_store(config: ServerConfig, folder: DataFolder | None) -> Store:
+def _checkpoint_store(config: ServerConfig, folder: DataFolder | None, clock: Clock) -> Store:
     """The store of checkpoints, with its limits.
 
     Raises:
@@ -263,8 +267,8 @@ def _checkpoint_store(config: ServerConfig, folder: DataFolder | None) -> Store:
         # Half, so that the journal and its snapshots find room.
         limits = Limits(config.max_total_checkpoints, config.max_checkpoint_bytes or disk.f_blocks * disk.f_frsize // 2)
         if folder is None:
-            return TemporaryStore(limits)
-        return FolderStore(where / "checkpoints", limits, folder.check_in_place)
+            return TemporaryStore(limits, clock)
+        return FolderStore(where / "checkpoints", limits, folder.check_in_place, clock)
     except OSError as error:
         raise JournalError(f"The checkpoints in {where} cannot be read: {error}.") from error
 
