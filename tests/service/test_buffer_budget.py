@@ -3,7 +3,6 @@
 import itertools
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 import optserve
+from clocks import TellingClock
 from optserve._common.malloc import KEPT_BYTES
 from optserve.v1 import service_pb2, service_pb2_grpc, steps_pb2
 from optserve_server.app import ARENAS, App
@@ -155,7 +155,8 @@ def test_workers_of_one_optimizer_leave_room_for_those_of_another(tmp_path):
 def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(transport):
     size = 1000
     # Room for one of the two. In this process, so that it can be seen who is waiting.
-    app = App(ServerConfig(port=0, backend="numpy", max_optimizer_staged_bytes=4 * size))
+    clock = TellingClock()
+    app = App(ServerConfig(port=0, backend="numpy", max_optimizer_staged_bytes=4 * size), clock=clock)
     app.start()
     try:
         with optserve.connect(app.target, QUICK) as client:
@@ -169,12 +170,10 @@ def test_a_worker_that_waits_for_another_gives_its_room_up_to_it(transport):
                 for worker in (fast, slow):
                     worker.pull()
                 fast.step(gradient)
-                turns = app._optimizers.get("a").steps.workers.steps
-                waits, wait = threading.Event(), turns._wait
-                setattr(turns, "_wait", lambda *them: (waits.set(), wait(*them))[1])  # noqa: B010 - not what it takes
+                clock.somebody_waits.clear()
                 ahead = threading.Thread(target=fast.step, args=(gradient,), kwargs={"timeout_s": 60})
                 ahead.start()
-                assert waits.wait(30)
+                assert clock.somebody_waits.wait(30)
                 for _ in range(2):
                     slow.step(gradient, timeout_s=20)
                 ahead.join(30)
@@ -222,8 +221,8 @@ def test_workers_share_memory_as_long_as_there_is_room(tmp_path):
                     with pytest.raises(optserve.InvalidArgumentError, match="nan"):
                         worker.step({"x": np.full(size, np.nan, np.float32)})
             assert np.all(opt.pull_parameters().arrays["x"] == 2)
-            while used() > 2 * array_bytes:
-                time.sleep(0.01)
+            # The stream of the one that has left may not have ended yet.
+            wait_until(lambda: used() == 2 * array_bytes)
 
 
 def test_who_finds_no_room_is_told_to_come_back(tmp_path):

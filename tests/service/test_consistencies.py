@@ -172,21 +172,6 @@ def test_no_worker_is_further_ahead_than_the_bound(tmp_path, bound):
     assert max(ahead) == bound
 
 
-def test_a_worker_that_is_ahead_waits_until_the_slowest_has_stepped(client, name):
-    opt = shared(client, name, optserve.Bounded(1))
-    with client.worker(name, "fast") as fast, client.worker(name, "slow") as slow:
-        for worker in (fast, slow):
-            worker.pull()
-        fast.step(full(-1))
-        fast.step(full(-1))
-        with pytest.raises(optserve.DeadlineExceededError):
-            fast.step(full(-1), timeout_s=0.3)
-        assert opt.pull_parameters().step == 2
-        slow.step(full(-1))
-        fast.step(full(-1))
-        assert opt.pull_parameters().step == 4
-
-
 @pytest.mark.parametrize(
     ("consistency", "field"),
     [

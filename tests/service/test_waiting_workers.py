@@ -1,148 +1,83 @@
-"""Workers that wait for others: for whom, how long, and what lets them go."""
+"""Steps that wait for other workers are let go when their client or their server goes.
 
-import re
-import signal
-import threading
+For whom they wait, and how long, is played in virtual time in `simulation/test_waiting.py`.
+"""
+
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
-import numpy as np
 import pytest
 
 import optserve
-from service.worker_harness import full, over_both_transports, run_all, shared
-
-client = over_both_transports
-
-
-def test_nobody_waits_for_a_worker_that_is_dead(client, name):
-    shared(client, name, optserve.Bounded(0, lease_s=1.0))
-    dead = client.worker(name, "dead")
-    dead._register()
-    with client.worker(name, "alive") as alive:
-        alive.pull()
-        begun = time.monotonic()
-        for _ in range(3):
-            alive.step(full(-1), timeout_s=20)
-        assert time.monotonic() - begun < 10
-        assert alive.current_step == 3
+from clocks import TellingClock
+from optserve_server.app import App
+from optserve_server.domain.config import ServerConfig
+from service.worker_harness import full, shared
 
 
-def test_with_too_few_workers_alive_a_step_is_refused_and_made_when_another_comes(client, name):
-    shared(client, name, optserve.Sync(2))
-    with client.worker(name, "one") as one:
-        one.pull()
-        with pytest.raises(optserve.UnavailableError, match="takes 2 workers, of which 1 are alive"):
-            one.step(full(-1), timeout_s=0.5)
-
-        def second() -> None:
-            with client.worker(name, "two") as two:
-                two.pull()
-                two.step(full(-3))
-
-        run_all([lambda: one.step(full(-1)), second])
-        assert np.all(one.pull().arrays["b"] == 2)
+@contextmanager
+def app(clock: TellingClock) -> Iterator[App]:
+    """A server in this process, so that its clock can tell when a commit waits."""
+    made = App(ServerConfig(port=0, backend="numpy"), clock=clock)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
 
 
-def test_who_waits_alone_is_told_after_seconds_who_is_there(client, name, caplog):
-    shared(client, name, optserve.Sync(2))
-    with client.worker(name, "gone"):
-        pass
-    with client.worker(name, "one") as one:
-        one.pull()
-        there = r"takes 2 workers, of which 1 are alive \('one'\)\. No longer alive: 'gone'\."
-        raised: optserve.OptserveError | None = None
-        # On a busy machine a deadline may fall into one of the tries, and then says nothing of the pauses between them.
-        for _ in range(5):
-            caplog.clear()
-            with pytest.raises((optserve.TooFewWorkersError, optserve.DeadlineExceededError)) as caught:
-                one.step(full(-1), timeout_s=3.5)
-            raised = caught.value
-            if isinstance(raised, optserve.TooFewWorkersError):
-                break
-        assert isinstance(raised, optserve.TooFewWorkersError)
-        assert re.search(there, raised.message)
-        assert [record.levelname for record in caplog.records if re.search(there, record.getMessage())] == ["WARNING"]
-        caplog.clear()
-        # One that is there and slow is waited for, without a word.
-        with client.worker(name, "slow"):
-            with pytest.raises(optserve.DeadlineExceededError):
-                one.step(full(-1), timeout_s=2.5)
-            assert not caplog.records
+def step_that_fails(worker: optserve.Worker) -> type[optserve.OptserveError]:
+    with pytest.raises(optserve.OptserveError) as caught:
+        worker.step(full(-1))
+    return type(caught.value)
 
 
-def waits(worker: optserve.Worker) -> threading.Event:
-    """Is set once a step of that worker is being made."""
-    waiting = threading.Event()
-
-    def look() -> None:
-        while worker._optimizer._session._patience is None:
-            time.sleep(0.001)
-        waiting.set()
-
-    threading.Thread(target=look, daemon=True).start()
-    return waiting
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_leaving_the_block_interrupts_a_step_that_waits_and_takes_the_leave_at_once(client, name, alone):
-    opt = shared(client, name, optserve.Sync(2))
-    raised: list[BaseException] = []
-    threads: list[threading.Thread] = []
-    begun = 0.0
-
-    def step(worker: optserve.Worker) -> None:
-        try:
-            worker.step(full(-1))
-        except optserve.OptserveError as error:
-            raised.append(error)
-
-    with ExitStack() as others:
-        if not alone:
-            others.enter_context(client.worker(name, "other"))
-        with suppress(KeyboardInterrupt), client.worker(name, "w") as worker:
-            worker.pull()
-            waiting = waits(worker)
-            threads = [threading.Thread(target=step, args=(worker,)) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            assert waiting.wait(30)
-            begun = time.monotonic()
-            # As when somebody presses Ctrl-C while this thread waits for the others.
-            raise KeyboardInterrupt
-        assert time.monotonic() - begun < 10
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive()
-        assert {type(error) for error in raised} <= {optserve.StepCancelledError, optserve.ClientUseError}
-        assert len(raised) == 3
-        with client.worker(name, "looks") as looks:
-            assert looks.live_workers == (1 if alone else 2)
-        with pytest.raises(optserve.ClientUseError, match="has left"):
-            worker.step(full(-1))
-    assert opt.pull_parameters().step == 0
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("ended_by", ["leave", "close"])
+def test_a_step_that_waits_for_others_is_interrupted_by_its_own_process(transport, ended_by):
+    clock = TellingClock()
+    config = optserve.ClientConfig(transport=transport)
+    with app(clock) as served, optserve.connect(served.target, config) as client, ThreadPoolExecutor(3) as threads:
+        opt = shared(client, "a", optserve.Sync(2))
+        begun, steps = 0.0, list[Future[type[optserve.OptserveError]]]()
+        with optserve.connect(served.target) as elsewhere, elsewhere.worker("a", "other"):
+            with suppress(KeyboardInterrupt), client.worker("a", "w") as worker:
+                worker.pull()
+                steps = [threads.submit(step_that_fails, worker) for _ in range(3)]
+                assert clock.somebody_waits.wait(30)
+                begun = time.monotonic()
+                if ended_by == "close":
+                    client.close()
+                # As when somebody presses Ctrl-C while this thread waits for the others.
+                raise KeyboardInterrupt
+            assert time.monotonic() - begun < 10
+            raised = [step.result(10) for step in steps]
+            assert set(raised) <= {optserve.StepCancelledError, optserve.ClientUseError}
+            if ended_by == "leave":
+                # The one that waited; the others waited for their turns.
+                assert optserve.StepCancelledError in raised
+                with elsewhere.worker("a", "looks") as looks:
+                    assert looks.live_workers == 2
+                with pytest.raises(optserve.ClientUseError, match="has left"):
+                    worker.step(full(-1))
+            assert elsewhere.optimizer("a").pull_parameters().step == opt.current_step == 0
 
 
-def test_a_step_that_waits_is_let_go_when_its_client_is_gone_or_the_server_stops():
-    with optserve.local_server() as server, optserve.connect(server.target) as client:
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_step_that_waits_for_others_is_let_go_when_the_server_stops(transport):
+    clock = TellingClock()
+    # The client tries again as long as this: the server that it waits for does not come back.
+    config = optserve.ClientConfig(transport=transport, step_timeout_s=20)
+    with app(clock) as served, optserve.connect(served.target, config) as client, ThreadPoolExecutor(1) as threads:
         shared(client, "a", optserve.Sync(2))
         with client.worker("a", "other"), client.worker("a", "w") as worker:
             worker.pull()
-            with pytest.raises(optserve.DeadlineExceededError):
-                worker.step(full(-1), timeout_s=0.3)
-
-            def wait() -> None:
-                with suppress(optserve.OptserveError):
-                    worker.step(full(-1))
-
-            waiting = threading.Thread(target=wait)
-            waiting.start()
-            while worker._optimizer._session._patience is None:
-                time.sleep(0.001)
+            step = threads.submit(step_that_fails, worker)
+            assert clock.somebody_waits.wait(30)
             begun = time.monotonic()
-            server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(15) == 0
+            assert served.stop()
             assert time.monotonic() - begun < 8
             client.close()
-            waiting.join(20)
-            assert not waiting.is_alive()
+            assert step.result(20) in {optserve.ClientUseError, optserve.StepInDoubtError}
