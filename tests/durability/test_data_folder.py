@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
 import optserve
-from durability.folder import F4, MIB, PARAMETERS, Server, fingerprint, step
+from durability.folder import F4, MIB, PARAMETERS, BusyDisk, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.registry import Optimizers
@@ -73,29 +75,26 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, "value", "norm", "global_norm"])
-def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, monkeypatch, kind):
+def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, kind):
     """Steps, a change of rho and a partial step happen while the snapshot is being written.
 
     What is clipped in a piece depends on the whole tensor, or on the whole step.
     """
-    server = Server(tmp_path)
+    disk = BusyDisk()
+    server = Server(tmp_path, disk=disk)
     clipping = Clipping(kind, 0.5) if kind else None
     item = server.optimizers.create("a", Layout(PARAMETERS), Settings(Adadelta(), clipping=clipping), "creation")
     for index in range(3):
         step(item, index)
     turn = iter(range(3, 100))
-    real = snapshot._stretches
 
-    def stretches(layout):
-        for position, stretch in enumerate(real(layout)):
-            yield stretch
-            step(item, next(turn), (0,) if position % 2 else ())
-            if position == 1:
-                server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.7), clipping=clipping))
+    def act(number: int) -> None:
+        step(item, next(turn), (0,) if number % 2 else ())
+        if number == 4:
+            server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.7), clipping=clipping))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_stretches", stretches)
-        path = server.folder.snapshot()
+    disk.act = act
+    path = server.folder.snapshot()
     _, (saved,) = snapshot.read(path)
     assert len({piece.lsn for piece in saved.pieces}) > 3  # otherwise this shows nothing
     reply = step(item, next(turn))
@@ -126,14 +125,26 @@ def test_a_reply_that_was_being_overwritten_during_a_snapshot_is_not_promised_af
     again.die()
 
 
+class DiskOfNewFiles(Disk):
+    """Lets something happen before the first file of a snapshot is made."""
+
+    act: Callable[[], object] | None = None
+
+    def create(self, path: Path) -> BinaryIO:
+        if self.act is not None and path.name == "0000.safetensors":
+            self.act()
+        return super().create(path)
+
+
 @pytest.mark.parametrize("moment", ["before the list of optimizers", "before the first of them"])
 def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch, moment):
     """With other parameters and another method: what the journal says of the old one must not touch the new one."""
-    server = Server(tmp_path)
+    disk = DiskOfNewFiles()
+    server = Server(tmp_path, disk=disk)
     step(server.create("a"), 0)
     old = server.create("b")
     step(old, 0)
-    real = {Optimizers: Optimizers.settled, snapshot: snapshot._write_optimizer}
+    settled = Optimizers.settled
 
     def change():
         step(old, 1, (0, 1))
@@ -141,20 +152,11 @@ def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch, momen
         server.optimizers.create("b", Layout((Parameter("w", (3, 7), F4),)), Settings(Momentum()), "creation")
         server.create("c")
 
-    def settled(optimizers):
-        change()
-        return real[Optimizers](optimizers)
-
-    def write(path, item, **options):
-        if item.id == "a":
-            change()
-        return real[snapshot](path, item, **options)
-
     with monkeypatch.context() as patch:
         if moment == "before the list of optimizers":
-            patch.setattr(Optimizers, "settled", settled)
+            patch.setattr(Optimizers, "settled", lambda optimizers: (change(), settled(optimizers))[1])
         else:
-            patch.setattr(snapshot, "_write_optimizer", write)
+            disk.act = change
         server.folder.snapshot()
     before = {name: fingerprint(server.optimizers.get(name)) for name in "abc"}
     server.die()
@@ -164,19 +166,13 @@ def test_deleted_and_created_anew_during_a_snapshot(tmp_path, monkeypatch, momen
     again.die()
 
 
-def test_deleted_in_the_middle_of_its_snapshot(tmp_path, monkeypatch):
-    server = Server(tmp_path)
+def test_deleted_in_the_middle_of_its_snapshot(tmp_path):
+    disk = BusyDisk()
+    server = Server(tmp_path, disk=disk)
     step(server.create("a"), 0)
     step(server.create("b"), 0)
-    real = snapshot._stretches
-
-    def stretches(layout):
-        for position, stretch in enumerate(real(layout)):
-            if position == 1 and server.optimizers.find("a"):
-                server.optimizers.delete("a")
-            yield stretch
-
-    monkeypatch.setattr(snapshot, "_stretches", stretches)
+    # When its first piece is copied, and others are not.
+    disk.act = lambda number: server.optimizers.delete("a") if number == 1 else None
     server.folder.snapshot()
     before = fingerprint(server.optimizers.get("b"))
     server.die()
@@ -213,7 +209,7 @@ def test_a_death_just_before_a_snapshot_gets_its_name_loses_nothing(tmp_path, mo
 
 
 def test_a_snapshot_that_fails_leaves_no_file_and_is_tried_again_later(tmp_path, monkeypatch):
-    server = Server(tmp_path)
+    server = Server(tmp_path, snapshot_bytes=3 * MIB)
     item = server.create()
     step(item, 0)
     with monkeypatch.context() as patch:
@@ -228,7 +224,6 @@ def test_a_snapshot_that_fails_leaves_no_file_and_is_tried_again_later(tmp_path,
         tried.release()
         raise RuntimeError("the device fell off the bus")
 
-    server.folder._snapshot_bytes = 3 * MIB
     with monkeypatch.context() as patch:
         patch.setattr(snapshot, "write", fails)
         server.folder.start_snapshots(lambda _in_place: None)

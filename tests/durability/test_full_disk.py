@@ -197,9 +197,8 @@ def test_settings_and_headers_count_as_journal(tmp_path, monkeypatch, caplog):
     made = threading.Semaphore(0)
     real = snapshot.write
     monkeypatch.setattr(snapshot, "write", lambda *given, **options: (real(*given, **options), made.release())[0])
-    server = Server(tmp_path)
+    server = Server(tmp_path, snapshot_bytes=3 * MIB)
     item = server.create()
-    server.folder._snapshot_bytes = 3 * MIB
     server.folder.start_snapshots(lambda _in_place: None)
     for turn in range(12):
         schedule = AtSteps(rate=0.5, milestones=tuple(range(turn, 60_000)))

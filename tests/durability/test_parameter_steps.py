@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from durability.folder import F4, F8, PARAMETERS, Server, step
+from durability.folder import F4, F8, PARAMETERS, BusyDisk, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import ReplacementRecord
@@ -85,21 +85,14 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, kept, backend):
     undisturbed.die()
 
 
-def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path, monkeypatch):
-    server = Server(tmp_path)
+def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_one(tmp_path):
+    disk = BusyDisk()
+    server = Server(tmp_path, disk=disk)
     item = create(server)
     skipping(item, 0)
     turn = iter(range(5, 100))
-    real = snapshot._stretches
-
-    def stretches(layout):
-        for position, stretch in enumerate(real(layout)):
-            yield stretch
-            step(item, next(turn), ((0,), (1, 0), ())[position % 3])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_stretches", stretches)
-        path = server.folder.snapshot()
+    disk.act = lambda number: step(item, next(turn), ((0,), (1, 0), ())[number % 3])
+    path = server.folder.snapshot()
     _, (saved,) = snapshot.read(path)
     assert len({piece.lsn for piece in saved.pieces}) > 3  # otherwise this shows nothing
     before = all_of(item)

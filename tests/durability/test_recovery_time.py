@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from durability.folder import F4, MIB, Server, fingerprint
+from durability.folder import F4, MIB, BusyDisk, Server, fingerprint
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Sgd
@@ -28,23 +28,21 @@ def step(item, index: int, tensors: tuple[int, ...]) -> None:
 def start_s(folder, count: int, monkeypatch) -> float:
     """Seconds of processor time of a start, after a step of every other parameter during a snapshot of many pieces."""
     monkeypatch.setattr(snapshot, "PIECE_BYTES", 64)
-    server = Server(folder)
+    disk = BusyDisk()
+    server = Server(folder, disk=disk)
     layout = Layout(tuple(Parameter(f"p{index}", (16,), F4) for index in range(count)))
     groups = tuple(Group((index,), {"learning_rate": 0.1 + index}) for index in range(0, count, 2))
     item = server.optimizers.create("a", layout, Settings(Sgd(), groups=groups))
-    real = snapshot._stretches
 
-    def stretches(of_layout):
-        found = list(real(of_layout))
-        assert len(found) == count
-        yield from found[: count // 2]
-        for index in range(2):
-            step(item, index, tuple(range(0, count, 2)))
-        yield from found[count // 2 :]
+    def act(number: int) -> None:
+        if number == count // 2:
+            for index in range(2):
+                step(item, index, tuple(range(0, count, 2)))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_stretches", stretches)
-        server.folder.snapshot()
+    disk.act = act
+    path = server.folder.snapshot()
+    _, (saved,) = snapshot.read(path)
+    assert len(saved.pieces) == count
     before = fingerprint(item)
     server.die()
     start = time.process_time()

@@ -2,31 +2,34 @@
 
 import pytest
 
-from durability.folder import Server, fingerprint, step
+from durability.folder import BusyDisk, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.persistence import snapshot
+from optserve_server.persistence.checkpoint_store import FolderStore
+from optserve_server.persistence.checkpoints import Checkpoints
 
 
-def test_a_restore_while_a_snapshot_is_being_written(tmp_path, monkeypatch, folder):
-    server, checkpoints = folder
+def test_a_restore_while_a_snapshot_is_being_written(tmp_path):
+    disk = BusyDisk()
+    server = Server(tmp_path, disk=disk)
+    checkpoints = Checkpoints(server.optimizers, FolderStore(tmp_path / "checkpoints"), max_checkpoints=3)
     item = server.create()
     for index in range(3):
         step(item, index)
     checkpoints.save("a", "three")
     step(item, 3)
-    real = snapshot._stretches
 
-    def stretches(layout):
-        for position, stretch in enumerate(real(layout)):
-            yield stretch
-            if position == 0:
-                checkpoints.restore("a", "three")
-            step(item, 10 + position)
+    def act(number: int) -> None:
+        # When the first piece is copied.
+        if number == 1:
+            checkpoints.restore("a", "three")
+        step(item, 10 + number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_stretches", stretches)
-        server.folder.snapshot()
+    disk.act = act
+    path = server.folder.snapshot()
+    _, (saved,) = snapshot.read(path)
+    assert len({piece.lsn for piece in saved.pieces}) > 3  # otherwise this shows nothing
     before = fingerprint(item)
     server.die()
     again = Server(tmp_path)
