@@ -180,7 +180,9 @@ class Optimizer(Resource):
         indices = self._model.selected_indices(grads, partial=partial)
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
-        diagonals = self._model.diagonals(indices, curvature)
+        diagonals = None
+        if curvature is not None or self._model.takes_curvature:
+            diagonals = self._model.diagonals(indices, curvature)
         if self._shared_buffers is not None:
             # Copied first, because the gradient of another parameter is about to be written there.
             arrays = [
@@ -199,16 +201,14 @@ class Optimizer(Resource):
         wanted_reply = reply_of(reply)
         wanted = indices if wanted_reply != steps_pb2.REPLY_NOTHING else []
         arrays = self._model.outputs(wanted, out)
-        if out is not None:
-            self._check_buffers(wanted, arrays)
+        if out is not None and self._shared_buffers is not None:
+            self._check_buffers(self._shared_buffers, wanted, arrays)
         return Updates(wanted, arrays, self._layouts, wanted_reply)
 
-    def _check_buffers(self, indices: list[int], arrays: list[np.ndarray]) -> None:
+    def _check_buffers(self, buffers: SharedBuffers, indices: list[int], arrays: list[np.ndarray]) -> None:
         """Raise InvalidArgumentError for an array of `buffers` that belongs to another parameter."""
-        if self._shared_buffers is None:
-            return
         for index, array in zip(indices, arrays, strict=True):
-            if self._shared_buffers.belongs_to_another(index, array):
+            if buffers.belongs_to_another(index, array):
                 name = self._model.parameters[index].name
                 raise InvalidArgumentError(
                     f"The array for {name!r} lies in the buffer of another parameter; pass buffers()[{name!r}] itself, "
@@ -281,7 +281,8 @@ class Optimizer(Resource):
         ) -> tuple[int, np.ndarray, np.ndarray | None]:
             (index,) = self._model.indices_of([name])
             array = self._model.contiguous(index, gradient, "gradient")
-            self._check_buffers([index], [array])
+            if self._shared_buffers is not None:
+                self._check_buffers(self._shared_buffers, [index], [array])
             diagonals = self._model.diagonals([index], None if curvature is None else {name: curvature})
             return index, array, diagonals[0] if diagonals else None
 

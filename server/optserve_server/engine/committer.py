@@ -58,7 +58,8 @@ class Committer:
                 step_slot.check_replay(step)
                 step_slot.write_shared_reply(step, steps.step)
                 return Outcome(step.request_id, step_slot.retained.step, replayed=True)
-            step_slot.take_shared_gradients(step)
+            if step.segment is not None:
+                step_slot.take_shared_gradients(step, step.segment)
             step.check_complete()
             written = self.prepare(staging, step.payload, step.largest, step.reply_wires, request_id=step.request_id)
             norm = self.apply(written, step.segment)

@@ -42,6 +42,7 @@ class StepSlot(abc.ABC):
 
     Attributes:
         optimizer: The optimizer's name.
+        buffer: The staging buffer; None if there is none at the moment.
         holder: The step that holds the buffer; None if it is free.
         retained: The last step that was applied from this slot.
     """
@@ -61,13 +62,14 @@ class StepSlot(abc.ABC):
         self._idle_step_s = idle_step_s
         self.lock = lock
         self.commit = commit
+        self.buffer: Staging | None = None
         self.holder: Step | None = None
         self.retained: Retained | None = None
 
     @property
     @abc.abstractmethod
     def staging(self) -> Staging:
-        """The buffer; raises STEP_TAKEN_OVER if there is none at the moment."""
+        """`buffer`; raises STEP_TAKEN_OVER if there is none at the moment."""
 
     @abc.abstractmethod
     def _has_reply(self, retained: Retained, reply: Reply) -> bool:
@@ -97,7 +99,8 @@ class StepSlot(abc.ABC):
             OptserveError: STEP_IN_PROGRESS, if another step holds the buffer; REPLY_GONE.
         """
         self.check_overwritten()
-        replayed = self.retained if self.last_request_id == request_id else None
+        retained = self.retained
+        replayed = retained if retained is not None and retained.request_id == request_id else None
         if self.holder and self.holder.request_id != request_id:
             self.evict_if_idle()
         if replayed and reply is not NOTHING and not self._has_reply(replayed, reply):
@@ -114,13 +117,13 @@ class StepSlot(abc.ABC):
         if self.holder and not self._discard_if_idle(self.holder):
             raise self.in_progress()
 
-    def inherit_progress(self, step: Step) -> None:
+    def inherit_progress(self, step: Step, holder: Step) -> None:
         """Give a new step the progress time of the holder that it replaces.
 
         A takeover is no progress: otherwise two connections could hold the buffer for ever without sending a byte.
         """
-        if self.holder is not None and not step.replay:
-            step.last_progress_at = self.holder.last_progress_at
+        if not step.replay:
+            step.last_progress_at = holder.last_progress_at
 
     def in_progress(self) -> OptserveError:
         """The error for a call that would disturb the step that holds the buffer."""
@@ -150,14 +153,13 @@ class StepSlot(abc.ABC):
             finally:
                 self.lock.release()
 
-    def take_shared_gradients(self, step: Step) -> None:
-        """Take the gradients of a step out of the client's segment.
+    def take_shared_gradients(self, step: Step, segment: Segment) -> None:
+        """Take the gradients of a step out of its client's segment.
 
         Raises:
             OptserveError: MISSING_CHUNK, NON_FINITE_VALUE, GRADIENT_OVERFLOW or STEP_TAKEN_OVER.
         """
-        segment = step.segment
-        if segment is None or step.replay:
+        if step.replay:
             return
         self.check_holds(step)
         if not segment.is_dirty:
@@ -189,13 +191,14 @@ class StepSlot(abc.ABC):
 
     def check_holds(self, step: Step) -> Staging:
         """Check, with the lock held, that the step still holds the buffer; returns the buffer."""
-        if self.holder is not step:
+        staging = self.buffer
+        if self.holder is not step or staging is None:
             raise OptserveError(
                 Reason.STEP_TAKEN_OVER,
                 f"Another connection has taken request {step.request_id} over, or it had made no progress for long.",
             )
         step.last_progress_at = self.monotonic()
-        return self.staging
+        return staging
 
     def stage(self, step: Step, position: int, data: memoryview | bytes, operand: Operand) -> None:
         """See Holder."""
@@ -247,7 +250,7 @@ class ClientSlot(StepSlot):
         clock: Clock = SYSTEM,
     ) -> None:
         super().__init__(name, state, lock, commit, idle_step_s, clock)
-        self._staging = Staging(state)
+        self.buffer = self._staging = Staging(state)
 
     @property
     def staging(self) -> Staging:

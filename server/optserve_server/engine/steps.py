@@ -155,13 +155,15 @@ class Steps:
 
     def _make(self, step_slot: StepSlot, request: StepRequest) -> Step:
         """A step that may hold a step slot; a holder with the same request id loses it. Nothing can fail any more."""
-        self.check_usable()
+        if self._fatal is not None:
+            raise self._fatal.copy()
         if self._state.settings.hosted:
             self.check_placed()
         elif request.reply is not UPDATES:
             # Whoever does not hear the update cannot apply it.
             raise refusals.not_hosted(self._name, "reply")
-        self.check_lineage(request.lineage)
+        if request.lineage != self.lineage:
+            self.check_lineage(request.lineage)
         worker, parameters_step = request.worker, request.parameters_step
         replayed = step_slot.find_replay(request.request_id, request.reply)
         if replayed is None:
@@ -177,7 +179,8 @@ class Steps:
             step_slot, request, payload, self._state.operand_kinds, replay=replayed is not None,
             parameters_step=at_step, lineage=self.lineage,
         )  # fmt: skip
-        step_slot.inherit_progress(step)
+        if step_slot.holder is not None:
+            step_slot.inherit_progress(step, step_slot.holder)
         return step
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
@@ -212,7 +215,8 @@ class Steps:
             self.main.staging.leave_segment()
             payload, operands = self.payloads.payload_for(ALL, wire), (Operand.PARAMETER,)
             step = Step(self.main, StepRequest(request_id, reply=NOTHING), payload, operands, replay=placed)
-            self.main.inherit_progress(step)
+            if self.main.holder is not None:
+                self.main.inherit_progress(step, self.main.holder)
             self.main.holder = step
             return step
 

@@ -147,7 +147,12 @@ class Holder(Protocol):
 
 
 class Step:
-    """One step under way. `Steps.begin` makes it; call `close` at its end in any case."""
+    """One step under way. `Steps.begin` makes it; call `close` at its end in any case.
+
+    Attributes:
+        reply_bytes: Bytes that the reply carries.
+        reply_wires: The wire dtypes of the reply that are narrower than the state's.
+    """
 
     def __init__(
         self,
@@ -165,6 +170,8 @@ class Step:
         self.payload = payload
         self.replay = replay
         self.replies = request.reply
+        self.reply_bytes = 0 if request.reply is NOTHING else payload.size_bytes
+        self.reply_wires = NATIVE if payload.narrow is None else _reply_wires(payload.narrow, request.reply)
         self.segment = request.segment
         self.committed = False
         # For a worker's step: its worker, the lineage and the x at which its gradient was taken, and its result.
@@ -179,23 +186,12 @@ class Step:
         self.abandoned = False
         self.reply_source: Arenas = {}
         self.last_progress_at = holder.monotonic()
-        self.coverage = {operand: Coverage() for operand in operands}
+        self.coverage: dict[Operand, Coverage] = {}
+        for operand in operands:
+            self.coverage[operand] = Coverage()
         # Whether all gradients were taken out of the client's segment.
         self.gradients_taken = False
         self.largest: Largest = {}
-
-    @property
-    def reply_bytes(self) -> int:
-        """Bytes that the reply carries."""
-        return 0 if self.replies is NOTHING else self.payload.size_bytes
-
-    @property
-    def reply_wires(self) -> ReplyWires:
-        """The wire dtypes of its reply that are narrower than the state's."""
-        narrow = self.payload.narrow
-        if narrow is None or self.replies is NOTHING:
-            return NATIVE
-        return ReplyWires(updates=(narrow,)) if self.replies is UPDATES else ReplyWires(parameters=(narrow,))
 
     def stage(self, tensor: int, offset: int, data: memoryview | bytes, operand: Operand = Operand.GRADIENT) -> None:
         """Take a chunk of the gradients, or of another operand. In a replay it is ignored.
@@ -299,6 +295,13 @@ class Step:
     def close(self) -> None:
         """Give the staging buffer back. What was not committed is gone; a reply stays for replays."""
         self._holder.close(self)
+
+
+def _reply_wires(narrow: np.dtype, reply: Reply) -> ReplyWires:
+    """The wire dtypes of a reply that are narrower than the state's."""
+    if reply is NOTHING:
+        return NATIVE
+    return ReplyWires(updates=(narrow,)) if reply is UPDATES else ReplyWires(parameters=(narrow,))
 
 
 def check_request_id(request_id: str) -> None:

@@ -302,10 +302,12 @@ class Payloads:
         Raises:
             OptserveError: UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
         """
-        selection = selection.normalized(self.layout)
-        if selection.is_all:
-            if wire not in self._whole:
-                self._whole[wire] = Payload(self.layout, ALL, wire)
-            return self._whole[wire]
+        if selection.listed:
+            selection = selection.normalized(self.layout)
+        if not selection.listed:
+            payload = self._whole.get(wire)
+            if payload is None:
+                payload = self._whole[wire] = Payload(self.layout, ALL, wire)
+            return payload
         selection.check(self.layout)
         return Payload(self.layout, selection, wire)

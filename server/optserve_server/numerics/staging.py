@@ -17,7 +17,7 @@ from optserve_server.numerics.layout import Arenas, Largest, Operand, Operands, 
 from optserve_server.numerics.shared_segment import Segment
 from optserve_server.numerics.state import State
 
-_GRADIENT, _PARAMETER = Operand.GRADIENT, Operand.PARAMETER
+_GRADIENT = Operand.GRADIENT
 
 
 class Staging:
@@ -28,14 +28,19 @@ class Staging:
 
     Attributes:
         operands: Its arenas.
+        updates: The arenas that hold the updates once a step is applied, and its gradients before.
         segment: What is shared with a client now.
     """
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._backend = state.backend
-        self.operands = self._new_operands()
+        self._use(self._new_operands())
         self.segment: Segment | None = None
+
+    def _use(self, operands: Operands) -> None:
+        self.operands = operands
+        self.updates = operands[_GRADIENT]
 
     def _new_operands(self) -> Operands:
         layout = self._state.layout
@@ -45,19 +50,8 @@ class Staging:
 
     def release(self) -> None:
         """Let go of the arrays; it is of no further use."""
-        self.operands = {operand: {} for operand in self.operands}
+        self._use({operand: {} for operand in self.operands})
         self.segment = None
-
-    @property
-    def updates(self) -> Arenas:
-        """The arenas that hold the updates once a step is applied, and its gradients before."""
-        return self.operands[_GRADIENT]
-
-    def _arena_for(self, operand: Operand, dtype: np.dtype) -> tuple[np.ndarray, float]:
-        """(arena that takes an operand, largest magnitude that it may have)."""
-        if operand is _PARAMETER:
-            return self.updates[dtype], float(np.finfo(dtype).max)
-        return self.operands[operand][dtype], self._state.limits[operand, dtype]
 
     def copy_updates(self, source: Arenas, payload: Payload) -> None:
         """Put what a source has for the tensors of a step where their updates are."""
@@ -104,7 +98,8 @@ class Staging:
         if (position - run.begin) % size or len(data) % size:
             raise payload.out_of_bounds(*payload.locate(position), "does not begin and end on an element")
         elements = np.frombuffer(data, run.wire)
-        arena, limit = self._arena_for(operand, run.dtype)
+        # An uploaded x takes the place of the gradient.
+        arena, limit = self.operands.get(operand, self.updates)[run.dtype], self._state.limits[operand, run.dtype]
         start = run.start + (position - run.begin) // size
         staged = arena[start : start + elements.size]
         found = self._backend.receive(staged, elements)
@@ -151,7 +146,8 @@ class Staging:
             self._move_to(self._new_operands())
 
     def _move_to(self, operands: Operands) -> None:
-        before, self.operands = self.operands, operands
+        before = self.operands
+        self._use(operands)
         for operand, arenas in operands.items():
             for dtype, arena in arenas.items():
                 arena[...] = before[operand][dtype]

@@ -102,7 +102,7 @@ class State:
             (operand, dtype): self._limit(operand, dtype, rules)
             for operand in operands_of(settings.rule)
             for dtype in self._dtypes
-        }
+        } | {(Operand.PARAMETER, dtype): float(np.finfo(dtype).max) for dtype in self._dtypes}
         self._constants = constants_of(self.layout, settings, rules)
         self._headroom.set(
             type(settings.rule),

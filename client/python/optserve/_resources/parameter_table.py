@@ -160,7 +160,8 @@ class ParameterTable:
         if out is None:
             parameters = [self.parameters[index] for index in indices]
             return [empty(item.shape, item.dtype) for item in parameters]
-        check_mapping(out, "out", "{'w': array}")
+        if type(out) is not dict:
+            check_mapping(out, "out", "{'w': array}")
         arrays = []
         for index in indices:
             name = self.parameters[index].name

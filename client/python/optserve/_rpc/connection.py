@@ -33,6 +33,7 @@ from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
 _Response = TypeVar("_Response")
+_Frame = TypeVar("_Frame")
 _Page = TypeVar("_Page", bound="_HasNextPage")
 
 
@@ -52,33 +53,20 @@ CLOSE_S = 3.0
 """Seconds that `close` waits for the connection to end. That takes milliseconds, unless a call never ends."""
 
 
+_decode_export = wire.decoder(checkpoints_pb2.ExportStateResponse)
+_decode_pull = wire.decoder(replicas_pb2.PullParametersResponse)
+
+
+def not_a_message() -> InternalError:
+    """The error for bytes of the server that are no message."""
+    return InternalError("The server's answer is no message.")
+
+
 class Closeable(Protocol):
     """A stream with a thread of gRPC, which does not end when the channel is closed."""
 
     def close(self) -> None:
         """End the stream. Safe from any thread, and more than once."""
-
-
-def _error_or(decode: Callable[[bytes], _Response]) -> Callable[[bytes], _Response | DecodeError]:
-    """A deserializer that returns its DecodeError instead of raising it.
-
-    If gRPC saw the error, it would end the call on this side only; on the server the call would keep its place.
-    """
-
-    def read(raw: bytes) -> _Response | DecodeError:
-        try:
-            return decode(raw)
-        except DecodeError as error:
-            return error
-
-    return read
-
-
-def require_message(message: _Response | DecodeError) -> _Response:
-    """The message; raises InternalError if the bytes were no message."""
-    if isinstance(message, DecodeError):
-        raise InternalError(f"The server's answer is no message: {message}")
-    return message
 
 
 class Connection:
@@ -115,21 +103,17 @@ class Connection:
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
         self._channel = channel or open_channel(target, config)
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
-        self._stream_steps = self._channel.stream_stream(
-            f"/{_SERVICE}/StreamSteps", None, _error_or(wire.decode_response)
-        )
+        # gRPC does not decode the server's streams: at bytes that are no message it would end the call on this side
+        # only, and on the server the call would keep its place.
+        self._stream_steps = self._channel.stream_stream(f"/{_SERVICE}/StreamSteps", None, None)
         self._export_state = self._channel.unary_stream(
-            f"/{_SERVICE}/ExportState",
-            checkpoints_pb2.ExportStateRequest.SerializeToString,
-            _error_or(wire.decoder(checkpoints_pb2.ExportStateResponse)),
+            f"/{_SERVICE}/ExportState", checkpoints_pb2.ExportStateRequest.SerializeToString, None
         )
         self._import_state = self._channel.stream_unary(
             f"/{_SERVICE}/ImportState", None, checkpoints_pb2.ImportStateResponse.FromString
         )
         self._pull_parameters = self._channel.unary_stream(
-            f"/{_SERVICE}/PullParameters",
-            replicas_pb2.PullParametersRequest.SerializeToString,
-            _error_or(wire.decoder(replicas_pb2.PullParametersResponse)),
+            f"/{_SERVICE}/PullParameters", replicas_pb2.PullParametersRequest.SerializeToString, None
         )
         self._push_parameters = self._channel.stream_unary(
             f"/{_SERVICE}/PushParameters", None, replicas_pb2.PushParametersResponse.FromString
@@ -206,7 +190,7 @@ class Connection:
         return Patience(self._watchdog, self.config.step_timeout_s if timeout_s is None else timeout_s)
 
     def stream_steps(self, messages: Iterator[bytes]) -> Any:
-        """Start a StreamSteps call. It has no deadline of its own; see Patience."""
+        """Start a StreamSteps call, whose answers are bytes. It has no deadline of its own; see Patience."""
         self.check_usable()
         with self._while_open():
             return begun(self._stream_steps(messages))
@@ -220,7 +204,7 @@ class Connection:
         """Start an ExportState call. Returns an iterator of frames."""
         self.check_usable()
         with self._while_open():
-            return _frames(begun(self._export_state(request, timeout=timeout_s)))
+            return _frames(begun(self._export_state(request, timeout=timeout_s)), _decode_export)
 
     def import_state(self, messages: Iterator[bytes], timeout_s: float) -> checkpoints_pb2.ImportStateResponse:
         """Make an ImportState call."""
@@ -232,7 +216,7 @@ class Connection:
         """Start a PullParameters call. Returns an iterator of frames."""
         self.check_usable()
         with self._while_open():
-            return _frames(begun(self._pull_parameters(request, timeout=timeout_s)))
+            return _frames(begun(self._pull_parameters(request, timeout=timeout_s)), _decode_pull)
 
     def push_parameters(self, messages: Iterator[bytes], timeout_s: float) -> replicas_pb2.PushParametersResponse:
         """Make a PushParameters call."""
@@ -322,13 +306,17 @@ def _call_cancellable(method: Callable[..., _Response], request: Any, timeout_s:
             raise ClientUseError("This client was closed in the middle of a call.") from None
 
 
-def _frames(call: Any) -> Iterator[Any]:
+def _frames(call: Any, decode: Callable[[bytes], _Frame]) -> Iterator[_Frame]:
     """The messages of a stream from the server. Close this iterator to end the call."""
     cancelled = cancellation()
     try:
         with cancelled.watching(call.cancel) if cancelled is not None else nullcontext():
-            for frame in call:
-                yield require_message(frame)
+            for raw in call:
+                try:
+                    frame = decode(raw)
+                except DecodeError as error:
+                    raise not_a_message() from error
+                yield frame
     finally:
         # Ends the call also where the caller has stopped reading.
         call.cancel()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from optserve._common.clock import SYSTEM, Clock, Thread
 from optserve.errors import (
@@ -216,12 +216,8 @@ class Patience:
                 f"No answer within {self.timeout_s:g} s; the step may or may not have been applied."
             )
 
-    def watching(self, action: Callable[[], object]) -> _Watching:
-        """Call `action` if the patience ends during the with-block. `action` must not block."""
-        return _Watching(self, action)
-
-    def start(self, action: Callable[[], object]) -> None:
-        """Begin to watch: call `action` when the patience ends."""
+    def watching(self, action: Callable[[], object]) -> Self:
+        """Call `action` if the patience ends from now until the end of the with-block. `action` must not block."""
         with self._lock:
             self._action = action
             cancelled = self._cancelled
@@ -229,8 +225,12 @@ class Patience:
         # `cancel` was called before the action was known, and has not called it.
         if cancelled:
             action()
+        return self
 
-    def stop(self) -> None:
+    def __enter__(self) -> None:
+        """See `watching`."""
+
+    def __exit__(self, *_: object) -> None:
         """End watching."""
         self._watchdog.disarm(self)
         with self._lock:
@@ -274,20 +274,6 @@ class Patience:
         if error.reason:
             return error
         return UnreachableError(f"No server was reached within {self.timeout_s:g} s; the last error: {error.message}")
-
-
-class _Watching:
-    """The with-block of `Patience.watching`; a class, because every step goes through it."""
-
-    def __init__(self, patience: Patience, action: Callable[[], object]) -> None:
-        self._patience = patience
-        self._action = action
-
-    def __enter__(self) -> None:
-        self._patience.start(self._action)
-
-    def __exit__(self, *_: object) -> None:
-        self._patience.stop()
 
 
 class CallLock:

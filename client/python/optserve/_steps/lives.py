@@ -30,6 +30,7 @@ class Life:
 
     Attributes:
         steps_made: Steps that this object has made; for a worker, all steps under its name.
+        ended: Makes the error that has ended this life; None while it goes on.
     """
 
     def __init__(self, worker: str) -> None:
@@ -38,7 +39,7 @@ class Life:
         self._id = uuid.uuid4().hex[:16]
         self._begun = 0
         self._last_request_id = ""
-        self._ended: Callable[[], OptserveError] | None = None
+        self.ended: Callable[[], OptserveError] | None = None
         self.steps_made = 0
 
     def next_request_id(self) -> str:
@@ -76,21 +77,21 @@ class Life:
 
     def check_active(self) -> None:
         """Raise the error that has ended this life, if one has."""
-        if self._ended is not None:
-            raise self._ended()
+        if self.ended is not None:
+            raise self.ended()
 
     def note_error(self, error: OptserveError) -> None:
         """End this life if the error says that another has replaced it; no later answer brings it back."""
         if isinstance(error, WorkerReplacedError):
             message, metadata = error.message, error.metadata
-            self._ended = lambda: WorkerReplacedError(message, reason=_reasons.WORKER_REPLACED, metadata=metadata)
+            self.ended = lambda: WorkerReplacedError(message, reason=_reasons.WORKER_REPLACED, metadata=metadata)
 
     def leave(self) -> None:
         """End this life: it makes no more steps."""
-        if self._ended is None:
+        if self.ended is None:
             message = (
                 f"Worker {self._worker!r} has left. Enter a new worker to make steps."
                 if self._worker
                 else "This object was closed for good. Get a new one from client.optimizer() to make steps."
             )
-            self._ended = lambda: ClientUseError(message)
+            self.ended = lambda: ClientUseError(message)

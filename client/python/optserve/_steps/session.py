@@ -200,12 +200,10 @@ class StepSession:
         self.life.check_active()
         self._call_lock.acquire(patience)
         self._patience = patience
-        try:
-            # Checked once more, now that this call can be cancelled: `leave` first ends the life, then cancels.
-            self.life.check_active()
-        except OptserveError:
+        # Checked once more, now that this call can be cancelled: `leave` first ends the life, then cancels.
+        if self.life.ended is not None:
             self._release()
-            raise
+            self.life.check_active()
 
     def _release(self) -> None:
         """Give the call lock back."""
@@ -260,7 +258,8 @@ class StepSession:
                 if shared is not None and shared is not stream.shared:
                     # The segment belongs to a closed stream. Errors keep their frames, and so this object, for long.
                     shared.release()
-                updates.reset()
+                if backoff is not None:
+                    updates.reset()
                 sent, shared = True, stream.shared
                 result = stream.step(
                     self.streams.begin(request_id, self.at_step), None if applied else gradients, updates, patience

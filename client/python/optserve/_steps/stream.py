@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from optserve import _reasons
 from optserve._common import wire
 from optserve._common.control import MAX_PACKET_BYTES, ControlConnection
-from optserve._rpc.connection import Connection, require_message
+from optserve._rpc.connection import Connection, not_a_message
 from optserve._rpc.deadline import Patience
 from optserve._steps.gradients import Gradients
 from optserve._steps.outgoing import Outgoing
@@ -199,13 +199,15 @@ class StepStream:
             try:
                 return wire.decode_response(packet)
             except DecodeError as error:
-                raise InternalError("The server's answer is no message.") from error
+                raise not_a_message() from error
         patience.check()
         raise UnavailableError(f"{self._connection.target} closed the stream.")
 
     def _next_message(self, patience: Patience) -> wire.ResponseFrame:
         try:
-            return require_message(next(self._call))
+            return wire.decode_response(next(self._call))
+        except DecodeError as no_message:
+            raise not_a_message() from no_message
         except StopIteration:
             error: OptserveError = UnavailableError(f"{self._connection.target} closed the stream.")
         except grpc.RpcError as rpc_error:

@@ -102,10 +102,6 @@ class Updates:
         self._received = self._held_bytes = 0
         self._held.clear()
 
-    def _lay_out(self) -> ReplyLayout:
-        self._layout = self._layouts.layout_for(self.indices, self.arrays)
-        return self._layout
-
     def put(self, tensor: int, offset: int, data: Buffer) -> None:
         """Take the next chunk. Bytes beyond the end of its tensor belong to the next tensor.
 
@@ -118,7 +114,9 @@ class Updates:
             InternalError: The chunk does not begin where the previous one ended; or it is empty, ends within an
                 element, or ends beyond the last tensor. Nothing of it is written.
         """
-        layout = self._layout or self._lay_out()
+        layout = self._layout
+        if layout is None:
+            layout = self._layout = self._layouts.layout_for(self.indices, self.arrays)
         begins, received = layout.begins, self._received
         ordinal = layout.ordinals.get(tensor, -1)
         # An offset beyond the end of its tensor would name a byte of another tensor.
@@ -140,8 +138,8 @@ class Updates:
 
     def write_large(self) -> None:
         """Copy the chunks that are held, if they have more than HELD_BYTES."""
-        if self._held_bytes > HELD_BYTES:
-            self._write()
+        if self._held_bytes > HELD_BYTES and self._layout is not None:
+            self._write(self._layout)
 
     def finish(self) -> None:
         """The reply is complete: copy the chunks that are held.
@@ -149,16 +147,15 @@ class Updates:
         Raises:
             InternalError: Bytes are missing.
         """
-        size_bytes = (self._layout or self._lay_out()).begins[-1]
-        if self._received != size_bytes:
-            raise InternalError(f"The server's reply lacks {size_bytes - self._received} bytes.")
-        self._write()
+        layout = self._layout or self._layouts.layout_for(self.indices, self.arrays)
+        if self._received != layout.begins[-1]:
+            raise InternalError(f"The server's reply lacks {layout.begins[-1] - self._received} bytes.")
+        self._write(layout)
 
-    def _write(self) -> None:
+    def _write(self, layout: ReplyLayout) -> None:
         self.begun = True
-        wires = (self._layout or self._lay_out()).wires
         for ordinal, offset, data in self._held:
-            self._copy(wires, ordinal, offset, data)
+            self._copy(layout.wires, ordinal, offset, data)
         self._held.clear()
         self._held_bytes = 0
 

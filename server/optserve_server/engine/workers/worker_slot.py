@@ -40,15 +40,15 @@ class WorkerSlot(StepSlot):
     ) -> None:
         super().__init__(name, state, lock, commit, idle_step_s, clock)
         self._on_free = on_free
-        self._staging: Staging | None = None
         self.worker_name = ""
 
     @property
     def staging(self) -> Staging:
         """The buffer; raises STEP_TAKEN_OVER if there is none."""
-        if self._staging is None:
+        buffer = self.buffer
+        if buffer is None:
             raise OptserveError(Reason.STEP_TAKEN_OVER, "The step's buffer was taken back.")
-        return self._staging
+        return buffer
 
     def _has_reply(self, retained: Retained, reply: Reply) -> bool:
         # Other workers change x, so only the buffer still has the reply.
@@ -66,7 +66,7 @@ class WorkerSlot(StepSlot):
     @property
     def has_buffer(self) -> bool:
         """Whether it has a buffer."""
-        return self._staging is not None
+        return self.buffer is not None
 
     @property
     def buffer_bytes(self) -> int:
@@ -75,7 +75,7 @@ class WorkerSlot(StepSlot):
 
     def make_buffer(self) -> None:
         """Make a buffer. Without the lock: only the budget makes and drops buffers."""
-        self._staging = Staging(self._state)
+        self.buffer = Staging(self._state)
 
     def drop_buffer(self) -> bool:
         """Drop the buffer with its reply. Returns False if a step holds it, or the lock is taken."""
@@ -84,7 +84,7 @@ class WorkerSlot(StepSlot):
         try:
             if self.holder is not None:
                 return False
-            self._staging = None
+            self.buffer = None
             if self.retained:
                 self.retained.intact = False
             return True

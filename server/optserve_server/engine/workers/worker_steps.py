@@ -137,7 +137,7 @@ class WorkerSteps:
             worker = self._current_worker(step)
         if step.segment is not None:
             with worker.step_slot.lock:
-                worker.step_slot.take_shared_gradients(step)
+                worker.step_slot.take_shared_gradients(step, step.segment)
         try:
             while True:
                 with worker.step_slot.lock, lock:
