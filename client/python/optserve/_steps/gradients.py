@@ -71,7 +71,7 @@ class Gradients:
     ) -> Iterator[bytes]:
         """The messages of a step: `request`, which has `begin`, then chunks, then `commit`.
 
-        A step that fits into one chunk is one message. With `announce`, a larger step sends `begin` in a message of its
+        With `announce`, a larger step sends `begin` in a message of its
         own. Where many workers share a server, it then reads the chunks when the upload limiter lets the step in, and
         does not have to keep them before.
         """
@@ -92,6 +92,31 @@ class Gradients:
             attempt.finish()
         request.commit.SetInParent()
         yield wire.encode(request, *pending)
+
+    def single_message(
+        self, request: steps_pb2.StreamStepsRequest, max_chunk_bytes: int, *, announce: bool
+    ) -> bytes | None:
+        """The message of a step that needs one only; None, and `request` unchanged, for a step that needs more.
+
+        Also None where gradients are converted on their way, or are still to come.
+        """
+        if self.incremental or self._wire is not None or self._curvature is not None:
+            return None
+        parts: list[memoryview] = []
+        first, size = 0, 0
+        for index, array in zip(self.indices, self.arrays, strict=True):
+            if array.nbytes:
+                if not parts:
+                    first = index
+                parts.append(array.data.cast("B"))
+                size += array.nbytes
+        if size > max_chunk_bytes or (announce and size >= ANNOUNCED_BYTES):
+            return None
+        if parts:
+            header = request.chunk
+            header.operand, header.tensor, header.offset = GRADIENT, first, 0
+        request.commit.SetInParent()
+        return wire.encode(request, *parts)
 
     def _chunks(self, max_chunk_bytes: int, attempt: Attempt | None) -> Iterator[_Chunk | None]:
         """Chunks of at most `max_chunk_bytes`; small neighbours share one.

@@ -169,7 +169,12 @@ class StepStream:
     ) -> Callable[[Patience], wire.ResponseFrame]:
         """Send a step's messages. Returns the function that receives the next message of the answer."""
         if self.shared is None and gradients is not None:
-            messages = gradients.messages(request, self._chunk_bytes, announce=bool(self._worker))
+            announce = bool(self._worker)
+            message = gradients.single_message(request, self._chunk_bytes, announce=announce)
+            if message is not None:
+                self._outgoing.put(iter((message,)))
+                return self._next_message
+            messages = gradients.messages(request, self._chunk_bytes, announce=announce)
             # The first message is made in this thread, before the sending thread wakes up.
             self._outgoing.put(messages if gradients.incremental else chain([next(messages)], messages))
             return self._next_message
