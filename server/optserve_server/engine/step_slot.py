@@ -161,7 +161,7 @@ class StepSlot(abc.ABC):
         """
         if step.replay:
             return
-        self.check_holds(step)
+        staging = self.check_holds(step)
         if not segment.is_dirty:
             # Otherwise the last reply, or the last gradient, would be taken for a new gradient.
             raise OptserveError(
@@ -174,7 +174,7 @@ class StepSlot(abc.ABC):
             self.retained.intact = False
         # Cleared, so that the same gradients are not taken twice.
         segment.clear_dirty()
-        self.staging.take_gradients(segment, step.payload, step.largest)
+        staging.take_gradients(segment, step.payload, step.largest)
         step.gradients_taken = True
 
     def check_replay(self, step: Step) -> None:
