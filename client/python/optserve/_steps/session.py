@@ -156,8 +156,12 @@ class StepSession:
 
     def stream(self, patience: Patience) -> StepStream:
         """The stream of the next step, opened if it is not open."""
-        with self._locked(patience):
-            return self.streams.get(patience)
+        # Not `_locked`: `Optimizer.buffers` calls this before each step.
+        self._acquire(patience)
+        try:
+            return self.streams.current or self.streams.get(patience)
+        finally:
+            self._release()
 
     def cancel(self) -> None:
         """Interrupt the present step, if there is one; it raises StepCancelledError in its own thread."""
