@@ -287,12 +287,7 @@ def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
     try:
         return decoder(raw)
     except DecodeError as error:
-        raise no_message() from error
-
-
-def no_message() -> OptserveError:
-    """The error for bytes that are no message of a method."""
-    return OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.")
+        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
 
 
 def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemory:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from enum import Enum, auto
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from optserve._common.clock import SYSTEM, Clock
@@ -110,10 +109,7 @@ class StepStream:
             OptserveError: What ends the stream: a failed `open`, or none; bytes that are no message.
         """
         with self._lock:
-            try:
-                frame = decode_request(raw)
-            except DecodeError as error:
-                raise messages.no_message() from error
+            frame = messages.decode(decode_request, raw)
             header = frame.header
             if header.HasField("open"):
                 yield encode(steps_pb2.StreamStepsResponse(opened=self._open(header.open)))
