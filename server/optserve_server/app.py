@@ -34,7 +34,7 @@ from optserve_server.engine.registry import Optimizers
 from optserve_server.numerics import backends
 from optserve_server.persistence.checkpoint_store import FolderStore, Limits, Store, TemporaryStore
 from optserve_server.persistence.checkpoints import Checkpoints
-from optserve_server.persistence.data_folder import DataFolder, describe
+from optserve_server.persistence.data_folder import DataFolder
 from optserve_server.persistence.journal import JournalError
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,8 @@ class App:
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("recovering", total=None)
-            found = folder.recover(optimizers, lambda done, total: progress.update(task, completed=done, total=total))
-        logger.info("%s", describe(found))
+            result = folder.recover(optimizers, lambda done, total: progress.update(task, completed=done, total=total))
+        logger.info("%s", result.summary)
 
     def _listen(self, credentials: grpc.ServerCredentials | None) -> str:
         config = self._config

@@ -21,6 +21,7 @@ import optserve
 from durability.folder import F4, MIB, PARAMETERS, BusyDisk, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
+from optserve_server.engine.records import ArenaValues
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
@@ -300,7 +301,7 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
     item = server.create()
     step(item, 0)
     before = fingerprint(item)
-    zeros = [(dtype, slot, np.zeros(size, dtype)) for dtype, slot, size in item.layout.each_arena(2)]
+    zeros = [ArenaValues(dtype, slot, np.zeros(size, dtype)) for dtype, slot, size in item.layout.each_arena(2)]
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
         for change in (

@@ -9,7 +9,7 @@ import pytest
 from durability.folder import F4, F8, PARAMETERS, BusyDisk, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
-from optserve_server.engine.records import ReplacementRecord
+from optserve_server.engine.records import ArenaValues, ReplacementRecord
 from optserve_server.numerics import rules
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.parameter_steps import MAX_STEP
@@ -205,8 +205,8 @@ def test_what_an_earlier_version_wrote_has_taken_part_in_all_steps(tmp_path, mon
     again.die()
 
 
-def test_the_form_of_counters_in_a_record():
-    arrays = [(dtype, 0, np.zeros(size, dtype)) for dtype, size in ((F8, 11), (F4, 210_000))]
+def test_the_encoding_of_counters_in_a_record():
+    arrays = [ArenaValues(dtype, 0, np.zeros(size, dtype)) for dtype, size in ((F8, 11), (F4, 210_000))]
     given = OtherState(7, arrays, [3, 1, 2])
     record = ReplacementRecord(
         "a", given.step, Settings(SignDescent()), "", "", "", datetime(2026, 1, 2, tzinfo=UTC), given.arrays,

@@ -11,6 +11,7 @@ from golden.test_folder import FOLDERS, golden
 from optserve_server.engine import records, transition
 from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import (
+    ArenaValues,
     CreationRecord,
     DeletionRecord,
     PlacementRecord,
@@ -39,7 +40,9 @@ SETTINGS = Settings(
     consistency=SyncConsistency(workers=2),
 )
 W, B = np.arange(6, dtype=F4), np.arange(2, dtype=F8)
-ARENAS = [(dtype, array, np.full(size, array, dtype)) for array in range(3) for dtype, size in ((F8, 2), (F4, 6))]
+ARENAS = [
+    ArenaValues(dtype, array, np.full(size, array, dtype)) for array in range(3) for dtype, size in ((F8, 2), (F4, 6))
+]
 SETTINGS_TEXT = (
     '"rule": {"name": "adadelta", "rho": 0.9, "eps": 1e-05, "learning_rate": 1.0}, '
     '"clipping": {"kind": "norm", "bound": 0.5}, '
@@ -186,7 +189,7 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     shared = Settings(Adadelta(rho=0.5), clipping=Clipping("norm", 0.5), hosted=True, consistency=AsyncConsistency())
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
-    arenas = [(dtype, array, values + 1) for dtype, array, values in ARENAS]
+    arenas = [ArenaValues(dtype, array, values + 1) for dtype, array, values in ARENAS]
     other = OtherState(5, arenas, placed_by="upload", target="two")
     server.optimizers.replace(item, other, lambda _before, _layout: settings, request_id="restore")
     server.optimizers.update("a", lambda _before, _layout: shared)

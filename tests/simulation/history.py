@@ -131,7 +131,7 @@ class History:
             told = self._told.get(number)
             if told is not None and told[1]["w"].tobytes() + told[1]["b"].tobytes() != reply:
                 return False
-        with steps.held_still() as state:
+        with steps.locked_state() as state:
             return arrays_of(state) == arrays
 
 

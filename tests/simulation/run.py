@@ -249,7 +249,7 @@ class Run:
             while self.server.optimizers is None:
                 self.world.sleep(0.01, "a server")
             item = self.server.optimizers.get(NAME)
-            with item.steps.held_still() as state:
+            with item.steps.locked_state() as state:
                 found.append((item.steps.step, arrays_of(state), fingerprint(item)))
 
         self.world.process("observer").start(look, "looks")

@@ -57,7 +57,7 @@ def shared_by(kind: str, *workers: str, clock: Clock = SYSTEM) -> Steps:
 
 
 def x_of(steps: Steps) -> list[float]:
-    with steps.held_still() as state:
+    with steps.locked_state() as state:
         return state.parameters[F4][:2].tolist()
 
 
@@ -195,7 +195,7 @@ def test_a_gradient_that_waits_in_a_given_up_stream_does_not_count():
     others.start()
     give("a", 1, 2)
     others.join(30)
-    with steps.held_still() as state:
+    with steps.locked_state() as state:
         assert (steps.step, state.parameters[F4][:2].tolist()) == (1, [-1, -1])
 
 

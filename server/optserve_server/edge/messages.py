@@ -184,7 +184,7 @@ def operand(value: int, field: str) -> Operand:
 
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """An optimizer as the contract shows it, all of one moment."""
-    with item.steps.held_still():
+    with item.steps.locked_state():
         settings = item.settings
         message = optimizer_pb2.Optimizer(
             name=_PREFIX + item.id,

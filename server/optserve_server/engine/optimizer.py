@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import numpy as np
-
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.records import ArenaValues
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.layout import Layout
@@ -109,14 +108,14 @@ class OtherState:
 
     Attributes:
         step: Its step counter.
-        arrays: (dtype, position among `Settings.arrays`, arena) of all of them.
+        arrays: All arenas that are not empty.
         parameter_steps: Steps that each parameter has taken part in; None where that is not known: all in all steps.
         placed_by: See `Steps.placed_by`.
         target: What it is, in words; the same request id with another one is refused.
     """
 
     step: int
-    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    arrays: Sequence[ArenaValues]
     parameter_steps: Written | None = None
     placed_by: str | None = None
     target: str = ""

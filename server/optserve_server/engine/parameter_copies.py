@@ -40,7 +40,7 @@ class Copies:
             OptserveError: NOT_HOSTED, PARAMETERS_MISSING, REPLIES_FULL, or what steps are refused with.
         """
         steps, size = optimizer.steps, optimizer.layout.size_bytes
-        with steps.held_still():
+        with steps.locked_state():
             steps.check_usable()
             steps.check_placed()
             if newer_than is not None and steps.step <= newer_than:
@@ -50,7 +50,7 @@ class Copies:
             self._reserve(size)
             made = None
             try:
-                with steps.held_still():
+                with steps.locked_state():
                     # Somebody else may have had the same wait.
                     known = self._known(optimizer)
                     if known is None:
@@ -70,7 +70,7 @@ class Copies:
         return known if known is not None and (known.step, known.lineage) == present else None
 
     def _make(self, optimizer: Optimizer) -> Copy:
-        with optimizer.steps.held_still() as state:
+        with optimizer.steps.locked_state() as state:
             optimizer.steps.check_usable()
             made = Copy(optimizer.steps.step, optimizer.steps.lineage, state.copy_of_parameters())
             self._newest[optimizer] = weakref.ref(made)

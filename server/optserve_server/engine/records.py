@@ -1,4 +1,6 @@
-"""What is written down of each change of an optimizer before it is made: one record each, and its form in the journal.
+"""The records of changes: one class for each kind of change of an optimizer, and its encoding in the journal.
+
+The server writes the record of a change before it makes the change.
 
     kind  record             payload
     1     CreationRecord
@@ -8,7 +10,8 @@
     5     ReplacementRecord  all arrays
     6     PlacementRecord    the parameters x
 
-The keys of a message and their order stay as they are: folders of older servers are read, and older servers read these.
+Do not change the keys of a message or their order. This server reads the folders of older servers, and older servers
+read the folders of this one.
 """
 
 from __future__ import annotations
@@ -28,17 +31,41 @@ CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
 """Kinds of records in the journal."""
 
 Message = dict[str, Any]
-"""All of a record but its arrays, as JSON."""
+"""All of a record except its arrays, as JSON."""
 
 Encoded = tuple[int, Message, Sequence[np.ndarray]]
-"""(kind, message, arrays) of a record, as the journal takes it."""
+"""(kind, message, arrays): the encoding of a record. The bytes of the arrays are the record's payload."""
 
 _NO_PARAMETERS = Payloads(Layout(()))
 
 
+class ArenaValues(NamedTuple):
+    """The values of one arena of one array.
+
+    Attributes:
+        dtype: The arena's dtype.
+        array: The array's position among `Settings.arrays`.
+        values: One-dimensional, with the values of all parameters of that dtype.
+    """
+
+    dtype: np.dtype
+    array: int
+    values: np.ndarray
+
+
 @dataclass(frozen=True)
 class CreationRecord:
-    """An optimizer that is about to exist, with what a retry of its creation is answered by."""
+    """The creation of an optimizer.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        layout: Its parameters.
+        settings: Its method and settings.
+        etag: Its first etag.
+        lineage: Its first lineage.
+        request_id: Request id of the creation, by which the server recognizes a retry; may be empty.
+        create_time: Time of the creation.
+    """
 
     kind: ClassVar[int] = CREATED
 
@@ -51,7 +78,7 @@ class CreationRecord:
     create_time: datetime
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         message = {
             "optimizer": self.optimizer,
             **self.settings.to_json(),
@@ -74,7 +101,14 @@ class CreationRecord:
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """Other settings that an optimizer is about to have."""
+    """A change of an optimizer's settings.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        settings: The new settings.
+        etag: The new etag.
+        time: Time of the change.
+    """
 
     kind: ClassVar[int] = UPDATED
 
@@ -84,7 +118,7 @@ class UpdateRecord:
     time: datetime
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         message = {
             "optimizer": self.optimizer,
             **self.settings.to_json(),
@@ -106,27 +140,28 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class DeletionRecord:
-    """An optimizer that is about to be gone."""
+    """The deletion of an optimizer."""
 
     kind: ClassVar[int] = DELETED
 
     optimizer: str
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         return self.kind, {"optimizer": self.optimizer}, ()
 
 
 class StepRecord(NamedTuple):
-    """A step that is about to be applied.
+    """A step.
 
     Attributes:
-        step: Steps applied before.
-        request_id: Of the step; empty where workers have made it.
-        selection: What takes part.
-        operands: The gradients, run by run, and then the curvature if there is one.
-        workers: (name, request id, clock after it) of each worker whose gradient is in it.
-        staleness: By which the learning rate is scaled.
+        optimizer: Name of the optimizer.
+        step: Number of steps applied before this one.
+        request_id: Request id of the step; empty if workers have made the step.
+        selection: The parameters that take part.
+        operands: The gradients, run by run; then the curvature in the same way, if the method takes it.
+        workers: (name, request id, clock after the step) of each worker whose gradient is in the step.
+        staleness: Staleness in steps by which the learning rate is scaled; 0 for no scaling.
     """
 
     optimizer: str
@@ -140,7 +175,7 @@ class StepRecord(NamedTuple):
     kind = STEPPED
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         message = {
             "optimizer": self.optimizer,
             "step": self.step,
@@ -165,15 +200,21 @@ class StepRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class ReplacementRecord:
-    """A state that is about to take the place of an optimizer's own.
+    """The replacement of an optimizer's state, by a restore or an import.
 
     Attributes:
-        step: Its step counter from then on.
-        arrays: (dtype, position among `Settings.arrays`, arena) of all of them that are not empty, in order.
+        optimizer: Name of the optimizer.
+        step: Its new step counter.
+        settings: Its new settings.
+        etag: Its new etag.
+        lineage: Its new lineage.
+        request_id: Request id of the replacement; may be empty.
+        time: Time of the replacement.
+        arrays: All arenas that are not empty, in the order of files.
         placed_by: See `Steps.placed_by`.
-        target: What the request asked for, in words; empty where an earlier version has not written it down.
-        parameter_steps: Steps that each parameter has taken part in; None where the rule does not use it, or an earlier
-            version has not written it down.
+        target: What the request asked for, in words; empty if an earlier version wrote the record.
+        parameter_steps: The number of steps that each parameter has taken part in; None if the rule does not use it, or
+            if an earlier version wrote the record.
     """
 
     kind: ClassVar[int] = REPLACED
@@ -185,13 +226,13 @@ class ReplacementRecord:
     lineage: str
     request_id: str
     time: datetime
-    arrays: Sequence[tuple[np.dtype, int, np.ndarray]]
+    arrays: Sequence[ArenaValues]
     placed_by: str | None = None
     target: str = ""
     parameter_steps: Written | None = None
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         message = {
             "optimizer": self.optimizer,
             "step": self.step,
@@ -204,7 +245,7 @@ class ReplacementRecord:
             "target": self.target,
             **({} if self.parameter_steps is None else {"parameter_steps": self.parameter_steps}),
         }
-        return self.kind, message, [array for _, _, array in self.arrays]
+        return self.kind, message, [values for _, _, values in self.arrays]
 
     @classmethod
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> ReplacementRecord:
@@ -220,7 +261,13 @@ class ReplacementRecord:
 
 @dataclass(frozen=True)
 class PlacementRecord:
-    """Parameters x that are about to be in place, run by run."""
+    """The upload of the parameters x of a hosted optimizer.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        request_id: Request id of the upload.
+        parameters: The values of x, run by run.
+    """
 
     kind: ClassVar[int] = PLACED
 
@@ -229,7 +276,7 @@ class PlacementRecord:
     parameters: Sequence[np.ndarray]
 
     def encode(self) -> Encoded:
-        """The form in the journal."""
+        """The encoding in the journal."""
         return self.kind, {"optimizer": self.optimizer, "request_id": self.request_id}, self.parameters
 
     @classmethod
@@ -243,45 +290,48 @@ Change = CreationRecord | UpdateRecord | DeletionRecord | StepRecord | Replaceme
 
 
 def decode(kind: int, message: Message, data: memoryview, payloads: Payloads = _NO_PARAMETERS) -> Change | None:
-    """The record that was encoded; None for one of an unknown kind.
+    """Decode a record.
 
     Args:
         kind: Its kind.
         message: Its message.
         data: The bytes of its arrays.
-        payloads: Of the optimizer; a creation, an update and a deletion need none.
+        payloads: The payloads of the optimizer. A creation, an update and a deletion do not need them.
+
+    Returns:
+        The record; None if its kind is unknown.
 
     Raises:
-        ValueError: It means nothing; so for KeyError and TypeError.
+        ValueError, KeyError or TypeError: The message or the data is not valid.
     """
-    found: Change | None = None
+    record: Change | None = None
     match kind:
         case CreationRecord.kind:
-            found = CreationRecord.decode(message)
+            record = CreationRecord.decode(message)
         case UpdateRecord.kind:
-            found = UpdateRecord.decode(message)
+            record = UpdateRecord.decode(message)
         case DeletionRecord.kind:
-            found = DeletionRecord(message["optimizer"])
+            record = DeletionRecord(message["optimizer"])
         case StepRecord.kind:
-            found = StepRecord.decode(message, data, payloads)
+            record = StepRecord.decode(message, data, payloads)
         case ReplacementRecord.kind:
-            found = ReplacementRecord.decode(message, data, payloads)
+            record = ReplacementRecord.decode(message, data, payloads)
         case PlacementRecord.kind:
-            found = PlacementRecord.decode(message, data, payloads)
-    return found
+            record = PlacementRecord.decode(message, data, payloads)
+    return record
 
 
 def _operands(payload: Payload, data: memoryview) -> Iterator[np.ndarray]:
-    """Copies of the operands of a step, run by run, one operand after the other."""
+    """Copies of the operands in a record, one operand after the other, each run by run."""
     for begin in range(0, len(data), max(payload.size_bytes, 1)):
         for run in payload.runs:
             yield np.frombuffer(data[begin + run.begin : begin + run.end], run.dtype).copy()
 
 
-def _arenas(layout: Layout, count: int, data: memoryview) -> Iterator[tuple[np.dtype, int, np.ndarray]]:
-    """The arenas of so many arrays, one after the other."""
+def _arenas(layout: Layout, arrays: int, data: memoryview) -> Iterator[ArenaValues]:
+    """The arenas of the first `arrays` arrays in a record, as views of its data."""
     begin = 0
-    for dtype, array, size in layout.each_arena(count):
+    for dtype, array, size in layout.each_arena(arrays):
         end = begin + size * dtype.itemsize
-        yield dtype, array, np.frombuffer(data[begin:end], dtype)
+        yield ArenaValues(dtype, array, np.frombuffer(data[begin:end], dtype))
         begin = end

@@ -229,7 +229,7 @@ class Optimizers:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
         """
         optimizer = self.get(optimizer_id)
-        with optimizer.steps.held_still():
+        with optimizer.steps.locked_state():
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
             self.capacity.check_workers(optimizer.layout, settings)
@@ -262,7 +262,7 @@ class Optimizers:
             OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or
                 what `change` raises.
         """
-        with optimizer.steps.held_still():
+        with optimizer.steps.locked_state():
             if optimizer.was_replaced_by(request_id, state.target):
                 return
             optimizer.check_etag(etag)
@@ -278,7 +278,7 @@ class Optimizers:
     def delete(self, optimizer_id: str, etag: str = "") -> None:
         """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
         optimizer = self.get(optimizer_id)
-        with optimizer.steps.held_still():
+        with optimizer.steps.locked_state():
             optimizer.check_etag(etag)
             optimizer.steps.retire(refusals.optimizer_not_found(optimizer_id))
             with self._lock:

@@ -97,7 +97,7 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
             limit=MAX_LOOKS,
         )
     try:
-        with optimizer.steps.held_still() as state:
+        with optimizer.steps.locked_state() as state:
             optimizer.steps.check_usable()
             step = optimizer.steps.step
             looks = [_Look(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]

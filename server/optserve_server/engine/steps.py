@@ -329,8 +329,8 @@ class Steps:
             raise self._fatal.copy()
 
     @contextmanager
-    def held_still(self) -> Iterator[State]:
-        """Keep everything as it is for the length of a with-block, to look at or to restore the state."""
+    def locked_state(self) -> Iterator[State]:
+        """Hold the lock for the length of a with-block, so that nothing changes, and give the state."""
         with self._lock:
             yield self._state
 

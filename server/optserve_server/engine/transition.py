@@ -1,8 +1,8 @@
-"""The changes that records describe, written once. The live server calls these functions, and so does recovery.
+"""Makes the changes that records describe. The running server and recovery both call these functions.
 
-A change has two functions. `apply_…` changes the arrays, in given stretches: the live server gives all, recovery those
-that do not contain the change yet. `note_…` changes everything else, once. Call both with the optimizer's lock held,
-after the record was written.
+A change has up to two functions. `apply_…` changes the arrays in the given stretches. The running server gives all
+stretches; recovery gives those that do not contain the change yet. `note_…` changes everything else, once. Call both
+with the optimizer's lock held, after the record was written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ if TYPE_CHECKING:
     from optserve_server.engine.steps import Steps
 
 Stretches = Callable[[np.dtype, int, int], Iterable[tuple[int, int]]]
-"""(dtype, start, stop) -> the stretches of that part of an arena in which to make the change, in elements."""
+"""Divides a part of an arena, given by dtype, first element and element after the last.
+
+The result is the stretches in which to make the change: (first element, element after the last) of each.
+"""
 
 
 class Replacement(NamedTuple):
     """A restore or an import that was made.
 
     Attributes:
-        target: What was restored or imported, in words; empty if an earlier version has not written it down.
+        request_id: Its request id.
+        target: What was restored or imported, in words; empty if an earlier version wrote the record.
     """
 
     request_id: str
@@ -43,13 +47,14 @@ class Replacement(NamedTuple):
 
 
 class WrittenStep(NamedTuple):
-    """A complete step that was checked and written down, but not applied yet.
+    """A complete step that was checked and whose record was written, but that is not applied yet.
 
     Attributes:
-        lsn: Number of the record.
+        record: Its record.
+        lsn: LSN of the record.
         payload: The parameters of the step.
-        staging: The buffer that holds the operands, and will hold the updates.
-        prepared: How it is clipped, and whether bounds cover it.
+        staging: The buffer that contains the operands. `apply_step` overwrites them by the updates.
+        prepared: How the gradient is clipped, and whether bounds prove that the step leaves everything finite.
     """
 
     record: StepRecord
@@ -60,12 +65,12 @@ class WrittenStep(NamedTuple):
 
 
 def everywhere(_dtype: np.dtype, start: int, stop: int) -> Iterable[tuple[int, int]]:
-    """Stretches for a live change: the whole part."""
+    """The stretches for a change of the running server: the whole part."""
     return ((start, stop),)
 
 
 def note_creation(steps: Steps, record: CreationRecord, lsn: int) -> None:
-    """Set what the creation of an optimizer sets, beside the arrays."""
+    """Set everything except the arrays of a new optimizer, which are zeros."""
     steps.lsn, steps.lineage = lsn, record.lineage
     steps.etag, steps.update_time = record.etag, record.create_time
 
@@ -77,11 +82,11 @@ def note_update(steps: Steps, record: UpdateRecord, lsn: int) -> None:
 
 
 def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: StepRecord, prepared: Prepared) -> None:
-    """Turn the operands of a step into updates, in place, and advance the arrays.
+    """Overwrite the operands of a step by its updates, and change the arrays of the state.
 
     Args:
         state: The state to change.
-        operands: The arenas that hold the operands.
+        operands: The arenas that contain the operands.
         runs: The stretches to change.
         record: The step.
         prepared: How the gradients of these stretches are clipped.
@@ -90,21 +95,21 @@ def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: St
 
 
 def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) -> None:
-    """Count a step, for each parameter that took part in it too, and remember who made it.
+    """Count a step, for the optimizer and for each parameter that took part, and keep what its replay needs.
 
     Args:
-        steps: Those of the optimizer.
-        record: The step.
-        selection: What took part.
-        lsn: Its number.
+        steps: The steps of the optimizer.
+        record: The record of the step.
+        selection: The parameters that took part.
+        lsn: LSN of the record.
     """
     steps.lsn, steps.step = lsn, record.step + 1
     steps._state.count(selection)
     if record.workers:
         for name, request_id, clock in record.workers:
-            # Not intact until the worker's buffer has the reply.
+            # Not intact until the reply is in the worker's buffer.
             steps.workers.registry.made_step(name, Retained(request_id, steps.step, selection, intact=False), clock)
-        # The client's slot no longer has the reply of the last step.
+        # The step has overwritten the reply in the step slot of the single client.
         steps.main.retained = None
     else:
         steps.main.retained = Retained(record.request_id, steps.step, selection)
@@ -121,19 +126,19 @@ def apply_placement(
 
 
 def note_placement(steps: Steps, record: PlacementRecord, lsn: int) -> None:
-    """Remember the request that has uploaded x."""
+    """Keep the request id of an upload of x."""
     steps.lsn, steps.placed_by = lsn, record.request_id
 
 
 def apply_replacement(state: State, record: ReplacementRecord, stretches: Stretches = everywhere) -> None:
-    """Write all arrays of another state."""
+    """Write all arrays of the new state."""
     for dtype, array, values in record.arrays:
         for start, stop in stretches(dtype, 0, values.size):
             state.write(dtype, array, start, values[start:stop])
 
 
 def note_replacement(steps: Steps, record: ReplacementRecord, lsn: int) -> None:
-    """Set what belongs to another state beside its arrays; forget the steps of the old one."""
+    """Set everything of the new state except its arrays, and forget the replies of the old one."""
     steps._state.set(record.settings)
     steps._state.forget_last_step()
     steps._state.set_parameter_steps(record.parameter_steps, record.step)

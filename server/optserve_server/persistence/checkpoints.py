@@ -194,7 +194,7 @@ class Checkpoints:
                 checkpoint that cannot be kept.
         """
         with self._place(), closing(self._temporary()) as file:
-            with disk_errors(), optimizer.steps.held_still() as state:
+            with disk_errors(), optimizer.steps.locked_state() as state:
                 optimizer.steps.check_usable()
                 description = Description(
                     optimizer.id,

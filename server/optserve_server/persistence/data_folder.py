@@ -1,8 +1,9 @@
-"""The data folder: a lock, a journal, snapshots; and the recovery of all optimizers from them.
+"""The data folder: a lock, a journal and snapshots, and the recovery of all optimizers from them.
 
-With durability `journal`, every change is on disk before it is made and acknowledged; from time to time a snapshot
-replaces the older part of the journal. Recovery loads the last snapshot and makes the later changes once more, with the
-same kernels, gradients and order: the same bits. With durability `snapshot` there are snapshots at intervals only.
+With durability `journal`, the record of each change is on disk before the change is made and acknowledged. From time
+to time a snapshot replaces the older part of the journal. Recovery loads the last snapshot and makes the later changes
+once more, in the same order, with the same kernels and gradients, so it gets the same bits. With durability `snapshot`
+there is no journal, and a snapshot is written at intervals.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from optserve._common.clock import SYSTEM, Clock, Thread
@@ -22,8 +22,9 @@ from optserve_server.engine.registry import Optimizers
 from optserve_server.persistence import recovery, snapshot
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.folder_lock import UNCLEAN, FolderLock, set_unclean
-from optserve_server.persistence.journal import Journal, JournalError, Reader, TornTail, segment_paths
+from optserve_server.persistence.journal import Journal, JournalError, Reader, segment_paths
 from optserve_server.persistence.no_journal import NoJournal
+from optserve_server.persistence.recovery import RecoveryResult
 from optserve_server.persistence.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -33,36 +34,25 @@ _NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while i
 TICK_S = 1.0
 """Seconds between checks whether the folder is in place, and whether a snapshot is due."""
 
-_SNAPSHOT_SOON = frozenset((records.CREATED, records.DELETED, records.REPLACED, records.PLACED))
-"""Kinds of changes after which a snapshot is taken soon, if there is no journal."""
-
-
-@dataclass
-class Recovered:
-    """The result of a recovery."""
-
-    optimizers: int = 0
-    snapshot_lsn: int = 0
-    records: int = 0
-    steps: int = 0
-    bytes_read: int = 0
-    seconds: float = 0.0
-    torn_tail: TornTail | None = None
+_KINDS_THAT_NEED_A_SNAPSHOT = frozenset((records.CREATED, records.DELETED, records.REPLACED, records.PLACED))
+"""Without a journal: the kinds of changes after which a snapshot is written at once."""
 
 
 class DataFolder:
-    """Durability by journal or by snapshots. It is given to the optimizers first, then `recover` fills and opens it.
+    """Durability by journal or by snapshots.
+
+    Make it, give it to a registry of optimizers, then call `recover`, which fills the registry and opens the journal.
 
     Args:
-        path: The folder; made if it is not there.
-        snapshot_bytes: Journal bytes after which a snapshot is due; never less than the state's own size.
+        path: The folder; created if it does not exist.
+        snapshot_bytes: A snapshot is due when the journal has grown by so many bytes, and by the size of the state.
         segment_bytes: Size of a journal segment.
-        interval_s: Take snapshots so often, and keep no journal; 0 for a journal.
+        interval_s: Seconds between snapshots, without a journal; 0 for a journal.
         clock: The time.
-        disk: Where the folder is.
+        disk: The disk of the folder.
 
     Raises:
-        JournalError: It cannot be used, or another server uses it.
+        JournalError: The folder cannot be used, or another server uses it.
     """
 
     reads_staging = True
@@ -83,8 +73,8 @@ class DataFolder:
         self._segment_bytes = segment_bytes
         self._interval_s = interval_s
         self._journal: Journal | NoJournal | None = None
-        # Of the journal: where the last snapshot left it, and what was read of it at the start.
         self._snapshot_lsn = 0
+        # `Journal.bytes_written` at the last snapshot. Negative after a start: bytes that were read count as written.
         self._bytes_at_snapshot = 0
         self._upkeep = Upkeep(clock)
         self._wake = clock.event()
@@ -97,7 +87,7 @@ class DataFolder:
 
     @property
     def problem(self) -> str:
-        """Why changes cannot be made durable at the moment, in words; empty if they can."""
+        """Why changes cannot be made durable now, in words; empty if they can."""
         return self._upkeep.problem if self._is_in_place else _NOT_IN_PLACE
 
     def check_in_place(self) -> None:
@@ -109,10 +99,10 @@ class DataFolder:
     # --- Durability
 
     def write(self, record: Change) -> int:
-        """Write the record of a change, and return its number; with a journal, the record is on disk then.
+        """Write the record of a change, and return its LSN. With a journal, the record is on disk then.
 
         Raises:
-            OptserveError: NOT_DURABLE, `in_doubt` where the disk keeps what it has refused.
+            OptserveError: NOT_DURABLE, with `in_doubt` if the disk refuses to remove the refused record; DRAINING.
         """
         if self._journal is None:
             raise OptserveError(Reason.DRAINING, "The data folder is not open.")
@@ -128,7 +118,7 @@ class DataFolder:
                 self.remove_refused()
                 raise
         if self._interval_s:
-            if kind in _SNAPSHOT_SOON:
+            if kind in _KINDS_THAT_NEED_A_SNAPSHOT:
                 self._snapshot_requested = True
                 self._wake.set()
         else:
@@ -153,7 +143,7 @@ class DataFolder:
             ) from error
 
     def _has_grown(self) -> bool:
-        """Whether the journal has grown so much that a snapshot is due; all of its bytes count."""
+        """Whether the journal has grown by so many bytes that a snapshot is due."""
         if self._journal is None:
             return False
         grown = self._journal.bytes_written - self._bytes_at_snapshot
@@ -161,24 +151,24 @@ class DataFolder:
 
     # --- Recovery
 
-    def recover(self, optimizers: Optimizers, on_progress: Callable[[int, int], None]) -> Recovered:
+    def recover(self, optimizers: Optimizers, on_progress: Callable[[int, int], None]) -> RecoveryResult:
         """Recover all optimizers, and open the journal for new records.
 
         Args:
-            optimizers: An empty registry, which is filled.
-            on_progress: Called with (bytes read, bytes in all).
+            optimizers: An empty registry, to which the optimizers are added.
+            on_progress: Called with (bytes read, bytes of the journal) after each record.
 
         Raises:
-            JournalError: An acknowledged change cannot be read. Nothing was changed.
+            JournalError: An acknowledged change cannot be read. The folder is unchanged.
         """
         start = self._monotonic()
-        found = Recovered()
+        result = RecoveryResult()
         self._optimizers = optimizers
         try:
             snapshots = snapshot.paths(self._path)
-            reader = self._replay(snapshots, found, on_progress)
-            found.seconds = self._monotonic() - start
-            self._snapshot_lsn, self._bytes_at_snapshot = found.snapshot_lsn, -reader.bytes_read
+            reader = self._replay(snapshots, result, on_progress)
+            result.seconds = self._monotonic() - start
+            self._snapshot_lsn, self._bytes_at_snapshot = result.snapshot_lsn, -reader.bytes_read
             self._open(reader)
             self._renew_lineages_if_unclean()
             for leftover in (*self._path.glob("*.tmp"), *snapshots[:-1]):
@@ -186,33 +176,34 @@ class DataFolder:
                     self._remove(leftover)
         except OSError as error:
             raise JournalError(f"The data folder {self._path} cannot be used: {error}.") from error
-        return found
+        return result
 
-    def _replay(self, snapshots: list[Path], found: Recovered, on_progress: Callable[[int, int], None]) -> Reader:
+    def _replay(self, snapshots: list[Path], result: RecoveryResult, on_progress: Callable[[int, int], None]) -> Reader:
         replay = recovery.Replay(self._optimizers)
         if snapshots:
-            found.snapshot_lsn, saved = snapshot.read(snapshots[-1])
-            for item in saved:
-                replay.load(item)
-        reader = Reader(self._path, found.snapshot_lsn)
+            result.snapshot_lsn, saved = snapshot.read(snapshots[-1])
+            for saved_optimizer in saved:
+                replay.load(saved_optimizer)
+        reader = Reader(self._path, result.snapshot_lsn)
         total = reader.total_bytes
         for record in reader:
-            found.steps += record.kind == records.STEPPED
-            found.records += 1
+            result.steps += record.kind == records.STEPPED
+            result.records += 1
             try:
                 replay.redo(record)
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
-                    f"{record.path}: the record at byte {record.offset} is whole, but means nothing to this server "
+                    f"{record.path}: the record at byte {record.offset} is undamaged, but this server cannot read it "
                     f"({error!r}). Use the server that wrote it, or a newer one."
                 ) from error
             on_progress(reader.bytes_read, total)
         replay.finish()
-        found.torn_tail, found.bytes_read, found.optimizers = reader.torn_tail, reader.bytes_read, len(self._optimizers)
+        result.torn_tail, result.bytes_read = reader.torn_tail, reader.bytes_read
+        result.optimizers = len(self._optimizers)
         return reader
 
     def _open(self, reader: Reader) -> None:
-        """Open the journal behind the last record that was read."""
+        """Open the journal for writing after the last record that was read."""
         if self._interval_s:
             self._journal = NoJournal(self._path, reader.next_lsn, self._clock, self._disk)
             if segment_paths(self._path):
@@ -221,27 +212,27 @@ class DataFolder:
             self._journal = Journal(self._path, reader.next_lsn, self._segment_bytes, self._clock, self._disk)
 
     def _renew_lineages_if_unclean(self) -> None:
-        """Give every state a new lineage if steps may have been lost; clients that know those steps get an error."""
+        """Give every state a new lineage if steps may have been lost, so that clients of those steps get an error."""
         if (self._path / UNCLEAN).exists():
             self._optimizers.renew_lineages()
             self.snapshot()
-        # Without a journal, a crash loses steps from here on.
+        # From now on a crash loses steps if there is no journal.
         set_unclean(self._path, unclean=bool(self._interval_s), disk=self._disk)
 
     # --- Snapshots
 
     def start_snapshots(self, on_folder_checked: Callable[[bool], None]) -> None:
-        """Take snapshots in the background whenever one is due, and look after the folder.
+        """Start the thread that writes snapshots when they are due, and checks that the folder is in place.
 
         Args:
-            on_folder_checked: Called with whether the folder is in place, when that changes.
+            on_folder_checked: Called with True if the folder is in place, else False, each time that changes.
         """
         self._on_folder_checked = on_folder_checked
         self._snapshotter = self._clock.thread(self._take_snapshots, "snapshots")
         self._snapshotter.start()
 
     def _take_snapshots(self) -> None:
-        made_at = self._monotonic()
+        last_at = self._monotonic()
         while True:
             self._wake.wait(min(TICK_S, self._interval_s or TICK_S))
             # Cleared before `stopping` is read. `close` sets `stopping` first, so this thread cannot miss it.
@@ -251,10 +242,10 @@ class DataFolder:
             self._check_folder()
             with suppress(OptserveError):
                 self.remove_refused()
-            if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(made_at):
+            if not self._is_in_place or not self._has_changed() or not self._is_snapshot_due(last_at):
                 continue
             self._snapshot_requested = False
-            made_at = self._monotonic()
+            last_at = self._monotonic()
             try:
                 self.snapshot()
             # Any error: this thread must go on, because without snapshots the journal would grow for ever.
@@ -276,22 +267,31 @@ class DataFolder:
             return
         self._is_in_place = in_place
         if in_place:
-            logger.warning("the data folder %s is back; changes are accepted", self._path)
+            logger.warning("the data folder %s is in place again; changes are accepted", self._path)
         else:
-            logger.error("%s (%s); every change is refused until it is back", _NOT_IN_PLACE, self._path)
+            logger.error("%s (%s); every change is refused until it is in place again", _NOT_IN_PLACE, self._path)
         self._on_folder_checked(in_place)
 
     def snapshot(self) -> Path:
-        """Take a snapshot now, and remove the older snapshots and journal files."""
+        """Write a snapshot now, and remove the older snapshots and journal segments.
+
+        Returns:
+            The folder of the snapshot.
+
+        Raises:
+            JournalError: The data folder is not open.
+            OSError: The disk refuses the snapshot.
+            OptserveError: STATE_LOST.
+        """
         if self._journal is None:
             raise JournalError("The data folder is not open.")
         start = self._monotonic()
-        # Read first: bytes that are written meanwhile are counted twice, but never left out.
+        # Read before the snapshot, so that bytes that are written during it count for the next one.
         before = self._journal.bytes_written
         lsn = self._journal.last_lsn
         old = snapshot.paths(self._path)
         path = snapshot.write(
-            self._path, lsn, self._optimizers.settled(), still=bool(self._interval_s), disk=self._disk
+            self._path, lsn, self._optimizers.settled(), keep_locked=bool(self._interval_s), disk=self._disk
         )
         for leftover in old:
             if leftover != path:
@@ -308,40 +308,29 @@ class DataFolder:
             self._disk.unlink(path)
 
     def close(self, *, snapshot: bool = True) -> None:
-        """Close the folder, by default with a last snapshot, so that the next start is quick."""
+        """Close the folder.
+
+        Args:
+            snapshot: Write a last snapshot, so that the next start is fast.
+        """
         self._stopping.set()
         self._wake.set()
         if self._snapshotter is not None:
             self._snapshotter.join()
         if self._journal is not None:
             if not self._lock.is_in_place:
-                logger.error("%s (%s); nothing is written there", _NOT_IN_PLACE, self._path)
+                logger.error("%s (%s); nothing is written to it", _NOT_IN_PLACE, self._path)
             elif snapshot:
-                self._finish()
+                self._write_last_snapshot()
             self._journal.close()
             self._journal = None
         self._lock.release()
 
-    def _finish(self) -> None:
+    def _write_last_snapshot(self) -> None:
         try:
             if self._has_changed():
                 self.snapshot()
             set_unclean(self._path, unclean=False, disk=self._disk)
-        # Stopping goes on; a journal has everything.
+        # Any error: the server must stop. If there is a journal, it contains every change.
         except Exception:
             logger.exception("the last snapshot could not be written")
-
-
-def describe(found: Recovered) -> str:
-    """The result of a recovery as one line."""
-    rate = found.bytes_read / max(found.seconds, 1e-9) / 1e6
-    text = (
-        f"recovered {found.optimizers} optimizers: snapshot at {found.snapshot_lsn}, then {found.records} records with "
-        f"{found.steps} steps, {found.bytes_read / 1e6:.1f} MB in {found.seconds:.2f} s ({rate:.0f} MB/s)"
-    )
-    if found.torn_tail:
-        text += (
-            f"; the torn record at byte {found.torn_tail.offset} of {found.torn_tail.path.name} was never acknowledged "
-            "and is ignored"
-        )
-    return text

@@ -1,11 +1,11 @@
-"""Snapshots: the state of all optimizers in a folder, taken piece by piece while steps go on.
+"""Snapshots: the state of all optimizers in a folder. Steps go on while a snapshot copies the state piece by piece.
 
-    snapshot-LSN-N/manifest.json      what is in the files, and checksums
-    snapshot-LSN-N/0000.safetensors   one optimizer: each array of each parameter, and the last updates
+    snapshot-LSN-N/manifest.json      what the other files contain, and checksums
+    snapshot-LSN-N/0000.safetensors   one optimizer: each array of each parameter, and the updates of the last step
 
-A piece is a stretch of one arena. It is copied under the optimizer's lock, which takes a fraction of a millisecond, and
-remembers the number (lsn) of the last change that it contains. Rules are per dimension, so recovery can bring each
-piece forward by itself, replaying the journal from that piece's own number on: the pieces need not be of one moment.
+A piece is a stretch of one arena. The optimizer's lock is held for a fraction of a millisecond while a piece is copied.
+Each piece has the LSN of the last change that it contains, so the pieces may be of different moments. Rules are per
+dimension, so recovery can bring each piece up to date by itself: it makes the changes after the piece's LSN once more.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from optserve_server.numerics.state import State
 from optserve_server.persistence.disk import SYSTEM_DISK, Disk
 from optserve_server.persistence.files import write_all
 from optserve_server.persistence.journal import JournalError
-from optserve_server.persistence.state_file import Plan
+from optserve_server.persistence.state_file import FileLayout
 
 FORMAT_VERSION = 1
 PIECE_BYTES = 1 << 18
-"""Bytes of one arena per piece: small enough that a step hardly waits for its copy."""
+"""Bytes of one arena per piece: so few that a step hardly waits for the copy of a piece."""
 
 _SNAPSHOT = re.compile(r"snapshot-\d{20}-\d{4,}")
 _SYNC_EVERY_BYTES = 8 << 20
@@ -48,12 +48,12 @@ class Piece:
     """A stretch of one arena in a snapshot.
 
     Attributes:
-        dtype: Of the arena, by name.
+        dtype: Name of the arena's dtype.
         start: First element.
         stop: Element after the last.
-        lsn: Number of the last change that it contains.
-        intact: Whether the staging buffer held the last reply at that moment.
-        checksums: CRC-32 of each array's bytes, and of the updates' last.
+        lsn: LSN of the last change that it contains.
+        intact: Whether the staging buffer contained the last reply when the piece was copied.
+        checksums: CRC-32 of the bytes of each array, and last of the updates.
     """
 
     dtype: str
@@ -65,37 +65,38 @@ class Piece:
 
 
 def write(
-    folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool = False, disk: Disk = SYSTEM_DISK
+    folder: Path, lsn: int, optimizers: list[Optimizer], *, keep_locked: bool = False, disk: Disk = SYSTEM_DISK
 ) -> Path:
     """Write a snapshot of all optimizers, whole or not at all.
 
     Args:
-        folder: Where snapshots are.
-        lsn: Everything up to it is contained; some pieces contain more.
-        optimizers: To be written.
-        still: Hold each optimizer still while it is written, so that its pieces are all of one step. Otherwise its
-            steps go on meanwhile, and only a journal makes one state of it.
-        disk: Where the folder is.
+        folder: The folder of the snapshots.
+        lsn: The snapshot contains all changes up to this LSN; some of its pieces contain later ones.
+        optimizers: The optimizers to write.
+        keep_locked: Hold the lock of each optimizer while its file is written, so that all of its pieces are of one
+            step. Otherwise its steps go on, and recovery needs the journal to bring the pieces to the same step.
+        disk: The disk of the folder.
 
     Returns:
-        Its folder, which is durable.
+        The folder of the snapshot, which is durable.
 
     Raises:
-        OptserveError: STATE_LOST: a device has failed, and there is nothing to be written of an optimizer.
+        OSError: The disk refuses the snapshot.
+        OptserveError: STATE_LOST: a device has failed, so the state of an optimizer cannot be read.
     """
-    for item in optimizers:
-        _is_there(item)
+    for optimizer in optimizers:
+        _check_not_lost(optimizer)
     temporary = folder / "snapshot.tmp"
     disk.remove_tree(temporary, ignore_errors=True)
     disk.make_folder(temporary)
     try:
-        lsn = _write_files(temporary, lsn, optimizers, still=still, disk=disk)
-        # A number of its own: the one before stays until this one has its name, also where nothing has changed.
+        lsn = _write_files(temporary, lsn, optimizers, keep_locked=keep_locked, disk=disk)
+        # A new name even if nothing has changed: the previous snapshot stays until this one has its name.
         same = [int(path.name.rpartition("-")[2]) for path in paths(folder) if path.name.startswith(_name(lsn))]
         final = folder / f"{_name(lsn)}-{1 + max(same, default=0):04d}"
         disk.rename(temporary, final)
     except BaseException:
-        # What is of no use must not take the room that the journal needs.
+        # The journal needs the disk space that the unfinished snapshot takes.
         disk.remove_tree(temporary, ignore_errors=True)
         raise
     disk.sync_path(folder)
@@ -106,23 +107,23 @@ def _name(lsn: int) -> str:
     return f"snapshot-{lsn:020d}"
 
 
-def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: bool, disk: Disk) -> int:
-    """Write all files of a snapshot, durably; returns its number."""
+def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, keep_locked: bool, disk: Disk) -> int:
+    """Write all files of a snapshot, durably; returns the LSN of the snapshot."""
     paths = [folder / f"{position:04d}.safetensors" for position in range(len(optimizers))]
-    plans = [Plan(item.layout, (*item.settings.arrays, "update")) for item in optimizers]
-    for path, plan in zip(paths, plans, strict=True):
-        # First of all, so that a full disk says so before anything is written.
+    file_layouts = [FileLayout(optimizer.layout, (*optimizer.settings.arrays, "update")) for optimizer in optimizers]
+    for path, file_layout in zip(paths, file_layouts, strict=True):
+        # All files are allocated first, so that a full disk refuses the snapshot before anything is written.
         with disk.create(path) as target:
-            disk.allocate(target.fileno(), plan.size_bytes)
-    described = [
-        _write_optimizer(path, item, plan=plan, still=still, disk=disk)
-        for path, item, plan in zip(paths, optimizers, plans, strict=True)
+            disk.allocate(target.fileno(), file_layout.size_bytes)
+    descriptions = [
+        _write_optimizer(path, optimizer, file_layout, keep_locked=keep_locked, disk=disk)
+        for path, optimizer, file_layout in zip(paths, optimizers, file_layouts, strict=True)
     ]
-    present = [item for item in described if item]
-    if still:
-        # Without a journal, numbers go on behind the highest that is known.
-        lsn = max([lsn, *(item["lsn"] for item in present)])
-    body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": present})
+    written = [description for description in descriptions if description]
+    if keep_locked:
+        # Without a journal, the next LSN comes after the highest one that the snapshot contains.
+        lsn = max([lsn, *(description["lsn"] for description in written)])
+    body = json.dumps({"format": FORMAT_VERSION, "lsn": lsn, "optimizers": written})
     with disk.create(folder / "manifest.json") as file:
         manifest = json.dumps({"checksum": zlib.crc32(body.encode()), "body": body})
         write_all(file.fileno(), [manifest.encode()], 0, disk)
@@ -131,66 +132,68 @@ def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, still: 
     return lsn
 
 
-def _write_optimizer(path: Path, item: Optimizer, *, plan: Plan, still: bool, disk: Disk) -> dict[str, Any] | None:
-    """Write one optimizer's file; None if it was deleted meanwhile."""
+def _write_optimizer(
+    path: Path, optimizer: Optimizer, file_layout: FileLayout, *, keep_locked: bool, disk: Disk
+) -> dict[str, Any] | None:
+    """Write one optimizer's file and return its description; None if the optimizer was deleted meanwhile."""
     with path.open("r+b") as target:
-        with item.steps.held_still() if still else nullcontext():
-            described = _describe(item, path.name)
-            pieces = _write_pieces(target.fileno(), item, plan, sync=not still, disk=disk) if described else None
-        if described is None or pieces is None:
+        with optimizer.steps.locked_state() if keep_locked else nullcontext():
+            description, pieces = _describe(optimizer, path.name), None
+            if description is not None:
+                pieces = _write_pieces(target.fileno(), optimizer, file_layout, sync=not keep_locked, disk=disk)
+        if description is None or pieces is None:
             disk.unlink(path)
             return None
         disk.sync(target.fileno())
-    return described | {"pieces": [asdict(piece) for piece in pieces]}
+    return description | {"pieces": [asdict(piece) for piece in pieces]}
 
 
-def _is_there(item: Optimizer) -> bool:
-    """Whether there is something to be written: False if the optimizer has been deleted.
-
-    Raises:
-        OptserveError: STATE_LOST. A snapshot without it would take the place of the journal that can bring it back.
-    """
+def _check_not_lost(optimizer: Optimizer) -> None:
+    """Raise STATE_LOST if the state of an optimizer is lost."""
+    # A restart can recover it from the journal, unless a snapshot without the optimizer has replaced the journal.
     try:
-        item.steps.check_usable()
+        optimizer.steps.check_usable()
     except OptserveError as error:
-        if error.reason is Reason.OPTIMIZER_NOT_FOUND:
-            return False
-        raise
-    return True
+        if error.reason is not Reason.OPTIMIZER_NOT_FOUND:
+            raise
 
 
-def _describe(item: Optimizer, file: str) -> dict[str, Any] | None:
-    """All of an optimizer but its arrays; None if it has been deleted."""
-    with item.steps.held_still():
-        if not _is_there(item):
+def _is_deleted(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has been deleted."""
+    try:
+        optimizer.steps.check_usable()
+    except OptserveError as error:
+        return error.reason is Reason.OPTIMIZER_NOT_FOUND
+    return False
+
+
+def _describe(optimizer: Optimizer, file: str) -> dict[str, Any] | None:
+    """All of an optimizer except its arrays; None if it has been deleted."""
+    with optimizer.steps.locked_state():
+        _check_not_lost(optimizer)
+        if _is_deleted(optimizer):
             return None
-        retained = item.steps.main.retained
+        retained, parameter_steps = optimizer.steps.main.retained, optimizer.state.written_parameter_steps
         return {
-            "id": item.id,
+            "id": optimizer.id,
             "file": file,
-            **item.settings.to_json(),
-            "parameters": item.layout.to_json(),
-            "etag": item.etag,
-            "lineage": item.steps.lineage,
-            "created_lsn": item.created_lsn,
-            "creation_request_id": item.creation_request_id,
-            "replacement_request_ids": [made.request_id for made in item.replacements],
-            "targets": [made.target for made in item.replacements],
-            "create_time": item.create_time.isoformat(),
-            "update_time": item.update_time.isoformat(),
-            "step": item.steps.step,
-            "lsn": item.steps.lsn,
-            "placed_by": item.steps.placed_by,
-            "retained": _retained(retained, item.layout) if retained else None,
-            "workers": item.steps.workers.registry.to_json(),
-            **_parameter_steps(item.state),
+            **optimizer.settings.to_json(),
+            "parameters": optimizer.layout.to_json(),
+            "etag": optimizer.etag,
+            "lineage": optimizer.steps.lineage,
+            "created_lsn": optimizer.created_lsn,
+            "creation_request_id": optimizer.creation_request_id,
+            "replacement_request_ids": [replacement.request_id for replacement in optimizer.replacements],
+            "targets": [replacement.target for replacement in optimizer.replacements],
+            "create_time": optimizer.create_time.isoformat(),
+            "update_time": optimizer.update_time.isoformat(),
+            "step": optimizer.steps.step,
+            "lsn": optimizer.steps.lsn,
+            "placed_by": optimizer.steps.placed_by,
+            "retained": _retained(retained, optimizer.layout) if retained else None,
+            "workers": optimizer.steps.workers.registry.to_json(),
+            **({} if parameter_steps is None else {"parameter_steps": parameter_steps}),
         }
-
-
-def _parameter_steps(state: State) -> dict[str, Any]:
-    """The step counters of parameters, where the method uses them."""
-    written = state.written_parameter_steps
-    return {} if written is None else {"parameter_steps": written}
 
 
 def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:
@@ -202,32 +205,36 @@ def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _write_pieces(descriptor: int, item: Optimizer, plan: Plan, *, sync: bool, disk: Disk) -> list[Piece] | None:
-    """Write the arrays, a stretch at a time; sync now and then if `sync`. None if it is deleted meanwhile."""
-    arrays = item.settings.arrays
-    write_all(descriptor, [plan.head], 0, disk)
+def _write_pieces(
+    descriptor: int, optimizer: Optimizer, file_layout: FileLayout, *, sync: bool, disk: Disk
+) -> list[Piece] | None:
+    """Write the arrays, one stretch at a time. Returns the pieces; None if the optimizer was deleted meanwhile."""
+    arrays = optimizer.settings.arrays
+    write_all(descriptor, [file_layout.head], 0, disk)
     pieces: list[Piece] = []
-    unsynced = 0
-    for dtype, start, stop in _stretches(item.layout):
-        with item.steps.held_still() as state:
-            if not _is_there(item):
+    unsynced_bytes = 0
+    for dtype, start, stop in _stretches(optimizer.layout):
+        with optimizer.steps.locked_state() as state:
+            _check_not_lost(optimizer)
+            if _is_deleted(optimizer):
                 return None
             parts = [state.read(dtype, array, start, stop).tobytes() for array in range(len(arrays))]
-            parts.append(item.steps.main.staging.updates[dtype][start:stop].tobytes())
-            number = item.steps.lsn
-            intact = item.steps.main.retained is not None and item.steps.main.retained.intact
+            parts.append(optimizer.steps.main.staging.updates[dtype][start:stop].tobytes())
+            lsn = optimizer.steps.lsn
+            intact = optimizer.steps.main.retained is not None and optimizer.steps.main.retained.intact
         for array, part in enumerate(parts):
-            write_all(descriptor, [part], plan.offset(dtype, array, start), disk)
-        pieces.append(Piece(dtype.name, start, stop, number, intact, [zlib.crc32(part) for part in parts]))
-        unsynced += sum(len(part) for part in parts)
-        if sync and unsynced > _SYNC_EVERY_BYTES:
-            # In small portions, so that the journal's own syncs do not queue behind one large one.
+            write_all(descriptor, [part], file_layout.offset(dtype, array, start), disk)
+        pieces.append(Piece(dtype.name, start, stop, lsn, intact, [zlib.crc32(part) for part in parts]))
+        unsynced_bytes += sum(len(part) for part in parts)
+        if sync and unsynced_bytes > _SYNC_EVERY_BYTES:
+            # In small portions, so that a sync of the journal does not wait for one large sync.
             disk.sync_data(descriptor)
-            unsynced = 0
+            unsynced_bytes = 0
     return pieces
 
 
 def _stretches(layout: Layout) -> Iterator[tuple[np.dtype, int, int]]:
+    """(dtype, first element, element after the last) of each piece."""
     for dtype, size in layout.sizes.items():
         stride = PIECE_BYTES // dtype.itemsize
         for start in range(0, size, stride):
@@ -235,8 +242,14 @@ def _stretches(layout: Layout) -> Iterator[tuple[np.dtype, int, int]]:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One optimizer in a snapshot: all but its arrays, and its pieces to be loaded."""
+class SavedOptimizer:
+    """One optimizer in a snapshot.
+
+    Attributes:
+        path: The file of its arrays.
+        header: Its description in the manifest: everything except its arrays.
+        pieces: Its pieces, which `load` reads.
+    """
 
     path: Path
     header: dict[str, Any]
@@ -249,10 +262,10 @@ class Saved:
 
     @property
     def settings(self) -> Settings:
-        """Its method and what it is set to.
+        """Its method and settings.
 
         Raises:
-            JournalError: It is set to something that this server does not know.
+            JournalError: This server does not know one of the settings.
         """
         try:
             return Settings.from_json(self.header)
@@ -267,51 +280,52 @@ class Saved:
         return datetime.fromisoformat(self.header[name])
 
     def load(self, state: State, staging: Staging) -> None:
-        """Bring the pieces into a fresh state and its staging buffer.
+        """Load the pieces into a new state and its staging buffer.
 
         Raises:
             JournalError: The file is damaged.
         """
-        for piece, parts in self._read():
+        for piece, parts in self._read_pieces():
             arrays = [np.frombuffer(part, dtype_of(piece.dtype)) for part in parts]
             for array, values in enumerate(arrays[:-1]):
                 state.write(values.dtype, array, piece.start, values)
             staging.updates[arrays[-1].dtype][piece.start : piece.stop] = arrays[-1]
 
     def verify(self) -> None:
-        """Read all pieces, or raise JournalError."""
-        for _ in self._read():
+        """Read all pieces and compare their checksums; raise JournalError if the file is damaged."""
+        for _ in self._read_pieces():
             pass
 
-    def _read(self) -> Iterator[tuple[Piece, list[bytes]]]:
+    def _read_pieces(self) -> Iterator[tuple[Piece, list[bytes]]]:
+        """Each piece, with the bytes of each of its arrays, and last of the updates."""
         names = (*self.settings.arrays, "update")
-        plan = Plan(self.layout, names)
+        file_layout = FileLayout(self.layout, names)
         with self.path.open("rb") as source:
             for piece in self.pieces:
                 dtype = dtype_of(piece.dtype)
                 size = (piece.stop - piece.start) * dtype.itemsize
                 parts = [
-                    os.pread(source.fileno(), size, plan.offset(dtype, array, piece.start))
+                    os.pread(source.fileno(), size, file_layout.offset(dtype, array, piece.start))
                     for array in range(len(names))
                 ]
                 if [zlib.crc32(part) for part in parts] != piece.checksums or any(len(part) != size for part in parts):
                     raise JournalError(
-                        f"{self.path} is damaged around element {piece.start} of {piece.dtype}. Put the folder back "
-                        "from a copy, or begin with an empty one."
+                        f"{self.path} is damaged around element {piece.start} of {piece.dtype}. Restore the "
+                        "folder from a copy, or start with an empty one."
                     )
                 yield piece, parts
 
 
 def paths(folder: Path) -> list[Path]:
-    """Whole snapshots, oldest first."""
+    """The complete snapshots in a folder, oldest first."""
     return sorted(path for path in folder.glob("snapshot-*") if _SNAPSHOT.fullmatch(path.name))
 
 
-def read(path: Path) -> tuple[int, list[Saved]]:
-    """(lsn, optimizers) of a snapshot.
+def read(path: Path) -> tuple[int, list[SavedOptimizer]]:
+    """Read the manifest of a snapshot: its LSN and its optimizers.
 
     Raises:
-        JournalError: It is damaged, or of a newer format.
+        JournalError: The manifest is damaged, or a newer server wrote it.
     """
     try:
         outer = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -326,8 +340,8 @@ def read(path: Path) -> tuple[int, list[Saved]]:
         raise JournalError(
             f"{path} has format {manifest['format']}; this server knows up to {FORMAT_VERSION}. Use a newer one."
         )
-    saved = []
-    for settings in manifest["optimizers"]:
-        pieces = [Piece(**piece) for piece in settings.pop("pieces")]
-        saved.append(Saved(path / settings["file"], settings, pieces))
-    return manifest["lsn"], saved
+    optimizers = []
+    for header in manifest["optimizers"]:
+        pieces = [Piece(**piece) for piece in header.pop("pieces")]
+        optimizers.append(SavedOptimizer(path / header["file"], header, pieces))
+    return manifest["lsn"], optimizers

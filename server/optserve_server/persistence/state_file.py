@@ -1,6 +1,7 @@
-"""The slots of one optimizer at one step, in one file: what checkpoints are, and what states travel in.
+"""State files: the slots of one optimizer at one step, in one file. Checkpoints, exports and imports use them.
 
-It is a safetensors file; our description and a checksum are in its metadata. Arrays are named PARAMETER.SLOT.
+A state file is a safetensors file. Its metadata has the description of the state and a checksum. Its arrays are named
+PARAMETER.SLOT.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from optserve._common import safetensors
+from optserve_server.engine.records import ArenaValues
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.parameter_steps import Written, each
 from optserve_server.numerics.rules import Rule
@@ -35,29 +37,67 @@ class StateFileError(Exception):
     """A file that cannot be read as a state. The message says why."""
 
 
-class Plan:
-    """Where each arena of each array is in a file, and the file's head."""
+class FileArena(NamedTuple):
+    """Where one arena of one array is in a file.
+
+    Attributes:
+        dtype: Its dtype.
+        array: Position of the array among the arrays of the file.
+        offset: Its first byte in the file.
+        size: Its number of elements.
+    """
+
+    dtype: np.dtype
+    array: int
+    offset: int
+    size: int
+
+
+class FileLayout:
+    """Where the arenas of all arrays are in a safetensors file.
+
+    Args:
+        layout: The parameters.
+        arrays: Name of each array. Each parameter has all of them.
+        metadata: The metadata of the file.
+
+    Attributes:
+        head: The bytes before the arrays: names, dtypes, shapes and metadata.
+        arenas: The arenas that are not empty, in the order of the file.
+        size_bytes: Size of the file.
+    """
 
     def __init__(self, layout: Layout, arrays: tuple[str, ...], metadata: dict[str, str] | None = None) -> None:
         parameters = [(parameter.name, parameter.dtype, parameter.shape) for parameter in layout.parameters]
         self.head = safetensors.encode_head(safetensors.lay_out(parameters, arrays), metadata)
-        self.arenas: list[tuple[np.dtype, int, int, int]] = []
-        """(dtype, array, first byte, elements) of those that are not empty, in the order of the file."""
+        self.arenas: list[FileArena] = []
         offset = len(self.head)
         for dtype, array, size in layout.each_arena(len(arrays)):
-            self.arenas.append((dtype, array, offset, size))
+            self.arenas.append(FileArena(dtype, array, offset, size))
             offset += size * dtype.itemsize
         self.size_bytes = offset
-        self._begins = {(dtype, array): begin for dtype, array, begin, _ in self.arenas}
+        self._offsets = {(arena.dtype, arena.array): arena.offset for arena in self.arenas}
 
     def offset(self, dtype: np.dtype, array: int, start: int) -> int:
-        """Byte of an element of an arena's array."""
-        return self._begins[dtype, array] + start * dtype.itemsize
+        """The byte of the file where element `start` of an arena of an array begins."""
+        return self._offsets[dtype, array] + start * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a state file says about itself."""
+    """Everything about a state except its arrays.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        layout: Its parameters.
+        settings: Its method and settings.
+        step: Number of steps applied.
+        create_time: When the state was taken.
+        request_id: The request that took it; empty if there was no request id.
+        placed_by: See `Steps.placed_by`.
+        parameter_steps: The step counters of the parameters; None if the method does not use them.
+        text_read: The text that was read from a file; empty if the state was not read from a file.
+    """
 
     optimizer: str
     layout: Layout
@@ -67,7 +107,7 @@ class Description:
     request_id: str = ""
     placed_by: str | None = None
     parameter_steps: Written | None = None
-    kept: str = ""
+    text_read: str = ""
 
     @property
     def rule(self) -> Rule:
@@ -76,8 +116,8 @@ class Description:
 
     @cached_property
     def text(self) -> str:
-        """As the file holds it: what was read, or made of the rest."""
-        return self.kept or json.dumps(
+        """The description as JSON, as it is in the metadata of the file."""
+        return self.text_read or json.dumps(
             {
                 "format": FORMAT_VERSION,
                 "optimizer": self.optimizer,
@@ -97,7 +137,8 @@ class Description:
         return {"optserve": self.text, "crc32": checksum}
 
 
-def _described_by(metadata: dict[str, str]) -> Description:
+def _read_description(metadata: dict[str, str]) -> Description:
+    """Read the description from the metadata of a file, or raise StateFileError."""
     try:
         content = json.loads(metadata["optserve"])
         version = content["format"]
@@ -119,9 +160,10 @@ class StateFile:
     """An open state file.
 
     Args:
-        file: Open for reading, and for writing where something is written.
-        description: What it holds.
-        checksum: CRC-32 of the description and all arrays, eight hexadecimal digits, as far as it is known.
+        file: The file, open for reading, and for writing if `allocate`, `fill` or `write` is called.
+        description: The description of the state.
+        checksum: CRC-32 of the description and all arrays, as eight hexadecimal digits; zeros while it is unknown.
+        disk: The disk of the file.
     """
 
     def __init__(
@@ -135,85 +177,95 @@ class StateFile:
         self.description = description
         self.file = file
         self._checksum = checksum
-        self._plan = Plan(description.layout, description.settings.arrays, description.metadata(checksum))
+        self._layout = FileLayout(description.layout, description.settings.arrays, description.metadata(checksum))
 
     @classmethod
     def create(cls, file: BinaryIO, description: Description, disk: Disk = SYSTEM_DISK) -> StateFile:
-        """Make an empty file into a state file whose arrays are still to be written.
+        """Allocate an empty file as a state file. Write its arrays with `write`.
 
         Raises:
-            OSError: The disk has no room.
+            OSError: The disk is full, or refuses for another reason.
         """
-        made = cls(file, description, disk=disk)
-        made.allocate()
-        return made
+        state_file = cls(file, description, disk=disk)
+        state_file.allocate()
+        return state_file
 
     def allocate(self) -> None:
-        """Take room for all arrays, or raise OSError."""
+        """Reserve the disk space of all arrays, or raise OSError."""
         self._disk.allocate(self.file.fileno(), self.size_bytes)
 
     @classmethod
     def open(cls, file: BinaryIO) -> StateFile:
-        """Read what a file says about itself; its arrays are not looked at.
+        """Read the description of a state file. `verify` checks its arrays.
 
         Raises:
-            StateFileError: It is not a state file, damaged, or of a newer format.
+            StateFileError: It is not a state file, or it is damaged, or it has a newer format.
         """
         if not os.fstat(file.fileno()).st_size:
             raise StateFileError("it is empty")
-        # A mapping has a position of its own, which the descriptors of one file have not.
+        # Read by a mapping: duplicated descriptors of one file share their position, and mappings have none.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 _, metadata, _ = safetensors.read_head(content)  # pyright: ignore[reportArgumentType]
             except safetensors.SafetensorsError as error:
                 raise StateFileError(str(error)) from error
-            opened = cls(file, _described_by(metadata), metadata.get("crc32", _NO_CHECKSUM))
-            if content[: len(opened._plan.head)] != opened._plan.head:
-                raise StateFileError("its header does not fit its description")
+            opened = cls(file, _read_description(metadata), metadata.get("crc32", _NO_CHECKSUM))
+            if content[: len(opened._layout.head)] != opened._layout.head:
+                raise StateFileError("its header does not match its description")
         return opened
 
     @property
     def header_bytes(self) -> int:
-        """Of the names, shapes and settings before the arrays."""
-        return len(self._plan.head) - safetensors.LENGTH_BYTES
+        """Bytes of the names, shapes and settings before the arrays."""
+        return len(self._layout.head) - safetensors.LENGTH_BYTES
 
     @property
     def max_header_bytes(self) -> int:
-        """How many of these a file may have that is to be read again."""
+        """Most `header_bytes` that a file may have so that it can be read."""
         return safetensors.MAX_HEADER_BYTES
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
-        return self._plan.size_bytes
+        """Size of the whole file."""
+        return self._layout.size_bytes
 
     def fill(self, state: State) -> None:
-        """Write all arrays from a state that is held still.
+        """Write all arrays of a state. The caller holds the optimizer's lock.
 
         Raises:
-            OSError: The disk does not take it.
+            OSError: The disk refuses.
         """
         checksum = zlib.crc32(self.description.text.encode())
-        for dtype, slot, begin, size in self._plan.arenas:
+        for dtype, array, offset, size in self._layout.arenas:
             stride = _BLOCK_BYTES // dtype.itemsize
             for start in range(0, size, stride):
-                block = state.read(dtype, slot, start, min(start + stride, size)).data.cast("B")
+                block = state.read(dtype, array, start, min(start + stride, size)).data.cast("B")
                 checksum = zlib.crc32(block, checksum)
-                self._write_all(block, begin + start * dtype.itemsize)
-        # The digits have a fixed place, so the head keeps its length.
+                self._write_all(block, offset + start * dtype.itemsize)
+        # The checksum always has eight digits, so the head keeps its length.
         self._checksum = f"{checksum:08x}"
-        self._plan = Plan(
+        self._layout = FileLayout(
             self.description.layout, self.description.settings.arrays, self.description.metadata(self._checksum)
         )
-        self._write_all(self._plan.head, 0)
+        self._write_all(self._layout.head, 0)
 
-    def write(self, dtype: np.dtype, slot: int, start: int, values: np.ndarray) -> None:
-        """Write a stretch of one arena of one slot."""
+    def write(self, dtype: np.dtype, array: int, start: int, values: np.ndarray) -> None:
+        """Write a stretch of one arena.
+
+        Args:
+            dtype: The arena's dtype.
+            array: The arena's position among `Settings.arrays`.
+            start: First element of the stretch.
+            values: Its values.
+
+        Raises:
+            OSError: The disk refuses.
+        """
         if values.size:
-            self._write_all(values.data.cast("B"), self._plan.offset(dtype, slot, start))
+            self._write_all(values.data.cast("B"), self._layout.offset(dtype, array, start))
 
     def _write_all(self, data: bytes | memoryview, position: int) -> None:
-        """Write all bytes at a position, however few the disk takes at a time."""
+        """Write all bytes at a position, however few bytes the disk takes per call."""
         view = memoryview(data)
         while view:
             written = self._disk.write_one(self.file.fileno(), view, position)
@@ -222,10 +274,15 @@ class StateFile:
             view, position = view[written:], position + written
 
     def verify(self) -> None:
-        """Compare the content with the checksum, or raise StateFileError."""
-        # Read, not mapped: a bad sector is an error then, and not the end of the process.
+        """Read the arrays and compare the checksum.
+
+        Raises:
+            StateFileError: The file is damaged.
+            OSError: The file cannot be read.
+        """
+        # Read by system calls: a bad sector under a mapping would end the process by a signal.
         checksum = zlib.crc32(self.description.text.encode())
-        position = len(self._plan.head)
+        position = len(self._layout.head)
         while position < self.size_bytes:
             block = os.pread(self.file.fileno(), min(_BLOCK_BYTES, self.size_bytes - position), position)
             if not block:
@@ -233,11 +290,11 @@ class StateFile:
             checksum = zlib.crc32(block, checksum)
             position += len(block)
         if f"{checksum:08x}" != self._checksum:
-            raise StateFileError("its content does not fit its checksum")
+            raise StateFileError("its content does not match its checksum")
 
     @contextmanager
-    def mapped(self) -> Iterator[list[tuple[np.dtype, int, np.ndarray]]]:
-        """(dtype, slot, arena) for each arena of each slot, in the order of the file and in the file's own memory.
+    def mapped(self) -> Iterator[list[ArenaValues]]:
+        """The arenas that are not empty, in the order of the file, as a mapping of the file, for a with-block.
 
         Raises:
             StateFileError: The file is truncated.
@@ -245,9 +302,10 @@ class StateFile:
         if os.fstat(self.file.fileno()).st_size < self.size_bytes:
             raise StateFileError("it is truncated")
         mapping = mmap.mmap(self.file.fileno(), self.size_bytes, access=mmap.ACCESS_READ)
-        # The mapping lives as long as an array of it.
+        # The mapping is freed with the last array that refers to it.
         yield [
-            (dtype, slot, np.frombuffer(mapping, dtype, size, begin)) for dtype, slot, begin, size in self._plan.arenas
+            ArenaValues(dtype, array, np.frombuffer(mapping, dtype, size, offset))
+            for dtype, array, offset, size in self._layout.arenas
         ]
 
     def close(self) -> None:
