@@ -59,7 +59,7 @@ class Servicer:
         self._optimizers = optimizers
         self._checkpoints = checkpoints
         self._drain_gate = drain_gate
-        self._upload_limiter = UploadLimiter()
+        self._upload_limiter = UploadLimiter(clock=clock)
         self._choice = choice
         self._config = config
         self._copies = Copies(config.max_pull_bytes, clock)

@@ -6,10 +6,9 @@ the caches, and would delay health checks. So the server does not read the other
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
 
+from optserve._common.clock import SYSTEM, Clock, Lock
 from optserve._common.machine import usable_cores
 
 SLOW_AFTER_S = 0.02
@@ -25,17 +24,19 @@ class UploadLimiter:
     Args:
         limit: Most streams at a time; by default one for each usable core.
         slow_after_s: Seconds without progress after which an admitted stream no longer counts.
+        clock: The time.
     """
 
-    def __init__(self, limit: int = 0, slow_after_s: float = SLOW_AFTER_S) -> None:
+    def __init__(self, limit: int = 0, slow_after_s: float = SLOW_AFTER_S, clock: Clock = SYSTEM) -> None:
+        self._clock, self._monotonic = clock, clock.monotonic
         self._limit = limit or usable_cores()
         self._slow_after_s = slow_after_s
         # The time of each admitted stream's last progress, and the bytes that it has received since.
         self._inside: dict[object, float] = {}
         self._brought: dict[object, int] = {}
-        self._waiting: deque[tuple[object, threading.Lock]] = deque()
-        self._lock = threading.Lock()
-        self._queue_began = threading.Condition(self._lock)
+        self._waiting: deque[tuple[object, Lock]] = deque()
+        self._lock = clock.lock()
+        self._queue_began = clock.condition(self._lock)
         self._watching = False
 
     def enter(self, stream: object) -> None:
@@ -45,13 +46,13 @@ class UploadLimiter:
                 self._admit(stream)
                 return
             if not self._watching:
-                threading.Thread(target=self._watch, name="upload limiter", daemon=True).start()
+                self._clock.thread(self._watch, "upload limiter").start()
                 self._watching = True
-            admitted = threading.Lock()
+            admitted = self._clock.lock()
             admitted.acquire()
             self._waiting.append((stream, admitted))
             if len(self._waiting) == 1:
-                self._queue_began.notify()
+                self._queue_began.notify_all()
         # `_admit_next` releases it.
         admitted.acquire()
 
@@ -71,11 +72,11 @@ class UploadLimiter:
                     return
                 size += self._brought.get(stream, 0)
                 if size >= PROGRESS_BYTES:
-                    self._inside[stream], size = time.monotonic(), 0
+                    self._inside[stream], size = self._monotonic(), 0
                 self._brought[stream] = size
 
     def _admit(self, stream: object) -> None:
-        self._inside[stream] = time.monotonic()
+        self._inside[stream] = self._monotonic()
 
     def _admit_next(self) -> None:
         while self._waiting and len(self._inside) < self._limit:
@@ -87,7 +88,7 @@ class UploadLimiter:
         while True:
             with self._lock:
                 self._queue_began.wait(self._slow_after_s if self._waiting else None)
-                long_ago = time.monotonic() - self._slow_after_s
+                long_ago = self._monotonic() - self._slow_after_s
                 self._inside = {
                     stream: progress_at for stream, progress_at in self._inside.items() if progress_at > long_ago
                 }
