@@ -1,79 +1,108 @@
-"""The upload limiter that the announced steps of workers pass."""
+"""The upload limiter that the announced steps of workers pass; what it does by itself, in virtual time."""
 
-import threading
-import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
+import pytest
 
 import optserve
-from optserve_server.edge.gate.upload_limiter import UploadLimiter
+from optserve_server.edge.gate.upload_limiter import PROGRESS_BYTES, UploadLimiter
+from simulation.clock import VirtualClock
+from simulation.world import Hang, World
+
+LIMIT_S = 600.0
 
 
-def entering(upload_limiter: UploadLimiter, stream: str, order: list[str]) -> threading.Thread:
-    """A thread that goes in; returns when it waits, or is in."""
+class Gate:
+    """An upload limiter, and streams that come in.
 
-    def enter() -> None:
-        upload_limiter.enter(stream)
-        order.append(stream)
+    Attributes:
+        order: The streams that have been admitted.
+    """
 
-    thread = threading.Thread(target=enter)
-    waiting = len(upload_limiter._waiting)
-    thread.start()
-    while thread.is_alive() and len(upload_limiter._waiting) == waiting:
-        time.sleep(0.0005)
-    return thread
+    def __init__(self, seed: int, limit: int, slow_after_s: float) -> None:
+        self.world = World(seed)
+        self._process = self.world.process("server")
+        self.limiter = UploadLimiter(limit, slow_after_s, VirtualClock(self._process))
+        self.order: list[str] = []
+
+    def let(self, act: Callable[[], object]) -> None:
+        self._process.start(act, "stream")
+
+    def come(self, streams: str) -> None:
+        """Let streams come, one after the other."""
+
+        def enter(stream: str, moment: float) -> None:
+            self.world.sleep(moment)
+            self.limiter.enter(stream)
+            self.order.append(stream)
+
+        for number, stream in enumerate(streams):
+            self.let(partial(enter, stream, 0.001 * number))
+
+    def play(self, streams: str) -> None:
+        """Until these streams have been admitted, in this order."""
+        self.world.run(lambda: len(self.order) >= len(streams), LIMIT_S)
+        assert self.order == list(streams)
 
 
-def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_inside():
-    upload_limiter, order = UploadLimiter(2, slow_after_s=60), list[str]()
-    threads = [entering(upload_limiter, stream, order) for stream in "abcdef"]
-    assert order == ["a", "b"]
+@pytest.mark.parametrize("seed", range(10))
+def test_they_go_in_in_the_order_in_which_they_came_and_no_more_than_may_be_inside(seed):
+    gate = Gate(seed, limit=2, slow_after_s=2 * LIMIT_S)
+    gate.come("abcdef")
+    with pytest.raises(Hang):
+        gate.play("abc")
     for leaver, inside in (("b", "abc"), ("a", "abcd"), ("a", "abcd"), ("c", "abcde"), ("d", "abcdef")):
-        upload_limiter.leave(leaver)
-        threads[len(inside) - 1].join(10)
-        assert order == list(inside)
+        gate.let(partial(gate.limiter.leave, leaver))
+        gate.play(inside)
+    assert gate.world.now <= LIMIT_S
 
 
-def test_those_who_do_not_come_out_are_not_waited_for():
-    upload_limiter, order = UploadLimiter(1, slow_after_s=0.02), list[str]()
-    for thread in [entering(upload_limiter, stream, order) for stream in "abcdef"]:
-        thread.join(10)
-    assert order == list("abcdef")
+@pytest.mark.parametrize("seed", range(10))
+def test_those_who_do_not_come_out_are_not_waited_for(seed):
+    gate = Gate(seed, limit=1, slow_after_s=0.02)
+    gate.come("abcdef")
+    gate.play("abcdef")
+    assert gate.world.now < 5 * 2 * 0.02 + 0.02
 
 
-def test_who_brings_nothing_is_not_waited_for_however_often_it_moves():
+@pytest.mark.parametrize("seed", range(10))
+def test_who_brings_nothing_is_not_waited_for_however_often_it_moves(seed):
     """Empty chunks every 5 ms held the turn of all optimizers."""
-    upload_limiter, over = UploadLimiter(1, slow_after_s=0.05), threading.Event()
-    upload_limiter.enter("attacker")
+    gate = Gate(seed, limit=1, slow_after_s=0.05)
 
     def attack() -> None:
-        while not over.wait(0.002):
-            upload_limiter.record_progress("attacker", 1)
+        gate.limiter.enter("attacker")
+        while not gate.order:
+            gate.limiter.record_progress("attacker", 1)
+            gate.world.sleep(0.002)
 
-    attacker = threading.Thread(target=attack)
-    attacker.start()
-    try:
-        order: list[str] = []
-        entering(upload_limiter, "other", order).join(10)
-        assert order == ["other"]
-    finally:
-        over.set()
-        attacker.join()
+    gate.let(attack)
+    gate.world.run(lambda: gate.world.now > 0.001, LIMIT_S)
+    gate.come("o")
+    gate.play("o")
+    assert gate.world.now < 3 * 0.05
 
 
-def test_who_brings_much_is_waited_for():
-    upload_limiter, order = UploadLimiter(1, slow_after_s=1.0), list[str]()
-    upload_limiter.enter("first")
-    second = entering(upload_limiter, "second", order)
-    until = time.monotonic() + 2.0
-    while time.monotonic() < until:
-        upload_limiter.record_progress("first", 64 << 10)
-        time.sleep(0.001)
-    assert order == []
-    upload_limiter.leave("first")
-    second.join(10)
-    assert order == ["second"]
+@pytest.mark.parametrize("seed", range(10))
+def test_who_brings_much_is_waited_for(seed):
+    gate = Gate(seed, limit=1, slow_after_s=1.0)
+
+    def bring() -> None:
+        gate.limiter.enter("first")
+        while gate.world.now < 60:
+            gate.limiter.record_progress("first", PROGRESS_BYTES)
+            gate.world.sleep(0.5)
+        gate.order.append("first")
+        gate.limiter.leave("first")
+
+    gate.let(bring)
+    gate.world.run(lambda: gate.world.now > 0.001, LIMIT_S)
+    gate.come("s")
+    gate.world.run(lambda: len(gate.order) == 2, LIMIT_S)
+    assert gate.order == ["first", "s"]
 
 
 def test_workers_that_stop_in_the_middle_of_a_step_hold_up_no_other(client, name):
