@@ -1,4 +1,4 @@
-"""Puts the server together, runs it, and takes it down in order."""
+"""Puts the parts of the server together, runs them, and stops them in order."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ NO_COMPRESSION = 1
 """gRPC's bit set of accepted compression algorithms, with none but the identity."""
 
 LOOKS_PER_IDLE_TIME = 4
-"""How many times during `idle_step_s` the server searches for idle steps."""
+"""Number of searches for idle steps during `idle_step_s`."""
 
 
 class App:
-    """A server that is listening from `start` to `stop`.
+    """A server. It answers calls from `start` to `stop`.
 
     Args:
-        config: Its settings.
-        credentials: What secures its connections, such as `grpc.ssl_server_credentials(…)`; None for none.
-        interceptors: gRPC's, which see every call before it has a place and a thread, in gRPC's only event thread, and
-            may refuse it. A handler that takes the place of a method's runs in the few threads for refusals.
-        clock: The time of what is behind the edge.
+        config: The settings.
+        credentials: Credentials for the port, such as `grpc.ssl_server_credentials(…)`; None for a port without.
+        interceptors: gRPC's server interceptors. Each sees every call before the call has a place and a thread, and may
+            refuse it. They run in gRPC's only event thread. If an interceptor returns another handler than that of the
+            method, the handler runs in the few threads for refusals.
+        clock: The time for everything below the edge.
 
     Attributes:
-        target: What a client connects to.
+        target: The address that clients connect to.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class App:
         return address if config.uds else f"{host}:{port}"
 
     def start(self) -> None:
-        """Begin to answer."""
-        # Without this, each full garbage collection would go through all of Numba, and delay calls by 0.1 s.
+        """Begin to answer calls."""
+        # Without this, each full garbage collection would walk all objects of Numba, and delay calls by 0.1 s.
         gc.collect()
         gc.freeze()
         self._server.start()
@@ -130,7 +131,7 @@ class App:
             logger.warning("durability is memory: nothing is written to %s", self._config.data_dir)
 
     def _on_folder_checked(self, in_place: bool) -> None:
-        """Report NOT_SERVING while the data folder is gone: the server refuses every change then."""
+        """Report NOT_SERVING while the data folder is not in place, because the server refuses every change then."""
         if not self._stopping.is_set():
             status = health_pb2.HealthCheckResponse.SERVING if in_place else health_pb2.HealthCheckResponse.NOT_SERVING
             self._health.set(status)
@@ -140,7 +141,7 @@ class App:
             self._optimizers.discard_idle_steps()
 
     def stop(self) -> bool:
-        """Refuse new steps, let those under way end, then close every connection. No stage waits for a client.
+        """Refuse new steps, let steps under way end, then close every connection. No stage waits for a client.
 
         Returns:
             Whether all threads have ended.
@@ -179,7 +180,7 @@ def run(config: ServerConfig, *, announce: bool, exit_on_eof: bool, target_file:
         config: The settings.
         announce: Print `ready TARGET` on standard output once the server answers.
         exit_on_eof: Stop as well when standard input ends, that is, when the parent process has ended.
-        target_file: A file that has the target while the server answers.
+        target_file: A file that contains the target while the server answers.
     """
     # The system may deliver a signal to any thread. Then a main thread that waits for an event does not wake up, but
     # the wakeup descriptor is written in any case.

@@ -152,9 +152,9 @@ def test_outputs_and_single_gradients_in_the_buffer_of_another_are_refused(clien
     opt = client.optimizer(name, transport="shm")
     buffers = opt.buffers()
     exchanged = {"a": buffers["b"], "b": buffers["a"]}
-    with refused("array for 'a' lies in the buffer of another parameter"):
+    with refused("array for 'a' is in the buffer of another parameter"):
         opt.step({"a": np.ones(2), "b": np.ones(2)}, out=exchanged)
-    with refused("array for 'a' lies in the buffer of another parameter"), opt.begin_step() as step:
+    with refused("array for 'a' is in the buffer of another parameter"), opt.begin_step() as step:
         step.send("a", exchanged["a"])
     buffers = opt.buffers()
     buffers["a"][:], buffers["b"][:] = 1.0, 2.0
@@ -251,9 +251,9 @@ def test_another_dtype_is_refused_by_name(client, name, param):
     [
         ({"x": [1.0, 2.0]}, "'x' is of type list, which has no shape and dtype"),
         ({"x": None}, "'x' is of type NoneType"),
-        ({3: np.ones(2)}, "cannot be made of these arguments"),
-        ({"x": optserve.TensorSpec((None, 2))}, "cannot be made of these arguments"),  # pyright: ignore[reportArgumentType]
-        ({"x": optserve.TensorSpec((-1,))}, "cannot be made of these arguments"),
+        ({3: np.ones(2)}, "cannot be created from these arguments"),
+        ({"x": optserve.TensorSpec((None, 2))}, "cannot be created from these arguments"),  # pyright: ignore[reportArgumentType]
+        ({"x": optserve.TensorSpec((-1,))}, "cannot be created from these arguments"),
     ],
 )
 def test_a_parameter_without_shape_or_name_is_refused(client, name, params, message):
@@ -273,7 +273,7 @@ def test_specs_and_tensors_without_memory_wait_for_an_upload(client, name):
     opt = client.create_optimizer(name, optserve.Sgd(), tensors(device="meta"), hosted=True)
     with pytest.raises(optserve.FailedPreconditionError, match="not been uploaded"):
         opt.pull_parameters()
-    with refused("'b' has no values, and others have"):
+    with refused("'b' has no values, but other parameters have"):
         client.create_optimizer(
             f"{name}-2", optserve.Sgd(), {"w": np.ones(2), "b": optserve.TensorSpec((2,))}, hosted=True
         )
@@ -320,13 +320,13 @@ def test_weight_decay_takes_tensors(client):
         ({"groups": optserve.Group(["w"], {})}, "groups must be a sequence"),
         ({"groups": {"w": {"rho": 0.5}}}, "groups must be a sequence"),
         ({"groups": [("w", {})]}, "A group must be something like"),
-        ({"weight_decay": "0.1"}, "cannot be made of these arguments"),
+        ({"weight_decay": "0.1"}, "cannot be created from these arguments"),
     ],
 )
 def test_a_class_or_something_else_where_a_setting_belongs(client, name, opt, options, message):
     with refused(re.escape(message)):
         client.create_optimizer(f"{name}-2", **{"algorithm": optserve.Sgd(), "params": grads(), **options})
-    with refused(re.escape(message.replace("cannot be made of these arguments", "weight_decay cannot be '0.1'"))):
+    with refused(re.escape(message.replace("cannot be created from these arguments", "weight_decay cannot be '0.1'"))):
         opt.update(**options)
 
 
@@ -340,13 +340,13 @@ def test_a_group_takes_a_sequence_of_names():
 
 @pytest.mark.parametrize("transport", ["GRPC", "tcp", None])
 def test_a_transport_that_there_is_not_is_refused(client, name, opt, transport):
-    with refused(f"transport is one of auto, grpc, shm, not {transport!r}"):
+    with refused(f"transport must be one of auto, grpc, shm, not {transport!r}"):
         client.optimizer(name, transport=transport)
 
 
 def test_names_are_strings(client, opt):
     for call in (client.optimizer, client.delete_optimizer, client.list_checkpoints, client.worker):
-        with refused("The name of an optimizer is a string, not of type Optimizer"):
+        with refused("The name of an optimizer must be a string, not of type Optimizer"):
             call(opt)
 
 

@@ -334,6 +334,8 @@ def test_what_a_file_sets_is_marked_and_checked_as_a_start_would(tmp_path):
     assert rows["max_state_bytes"]["value"] > 0
     assert text.stdout.count("by the file") == 3
     assert f"3 of {len(rows)} settings are set by {good}." in text.stdout
-    for done, message in zip(refused, ("'prot', which is no setting", "port must be 0 to 65535", "none"), strict=True):
+    for done, message in zip(
+        refused, ("'prot', which is not a setting", "port must be 0 to 65535", "none"), strict=True
+    ):
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
         assert "Traceback" not in done.stderr

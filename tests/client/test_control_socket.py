@@ -225,7 +225,7 @@ def test_a_socket_that_the_server_does_not_name_is_not_looked_for():
     with listener:
         listener.bind("\0")
         listener.listen()
-        with pytest.raises(OSError, match="the server has none"):
+        with pytest.raises(OSError, match="the server has no control socket"):
             control.ControlConnection("", bytes(32))
 
 

@@ -89,7 +89,7 @@ def test_an_optimizer_is_made_once_and_found_from_then_on(client, name):
 )
 def test_one_that_differs_is_no_substitute(client, name, algorithm, params, options, message):
     client.create_optimizer(name, optserve.Adadelta(), PARAMS)
-    with pytest.raises(optserve.InvalidArgumentError, match=f"There is a {name!r} already, and .*{message}"):
+    with pytest.raises(optserve.InvalidArgumentError, match=f"An optimizer {name!r} exists already, and .*{message}"):
         client.get_or_create_optimizer(name, algorithm, params, **options)
 
 

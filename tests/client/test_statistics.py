@@ -227,11 +227,11 @@ def test_all_of_it_is_of_one_step_while_steps_go_on(client, name):
     [
         ({"names": ["x"]}, "has no parameter 'x'"),
         ({"indices": [9], "names": ["b"]}, "'b' has 9 elements, so there is no index 9"),
-        ({"quantiles": [1.5]}, r"A quantile lies in \[0, 1\], not at 1.5"),
+        ({"quantiles": [1.5]}, r"A quantile must lie in \[0, 1\], not at 1.5"),
         ({"quantiles": [float("nan")]}, "not at nan"),
         ({"indices": [0], "random_indices": 3, "names": ["b"]}, "not both"),
-        ({"random_indices": 1 << 30}, "At most 100000"),
-        ({"indices": [0] * 60_000, "names": ["w", "b"]}, "At most 100000"),
+        ({"random_indices": 1 << 30}, "at most 100000"),
+        ({"indices": [0] * 60_000, "names": ["w", "b"]}, "at most 100000"),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(client, name, question, message):

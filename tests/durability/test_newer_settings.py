@@ -25,16 +25,16 @@ SETTINGS = Settings(
 )
 
 NEWER = [
-    (lambda told: told["rule"].update(nesterov=True), "no 'nesterov' of momentum"),
-    (lambda told: told["rule"].update(name="muon"), "no method 'muon'"),
-    (lambda told: told["schedule"].update(cycles=2), "no 'cycles' of the step schedule"),
-    (lambda told: told["schedule"].update(kind="linear"), "no schedule 'linear'"),
-    (lambda told: told["clipping"].update(floor=0.1), "no 'floor' of clipping"),
-    (lambda told: told["clipping"].update(kind="quantile"), "no clipping 'quantile'"),
-    (lambda told: told["groups"][0].update(frozen=True), "no 'frozen' of group"),
-    (lambda told: told["groups"][0]["overrides"].update(nesterov=True), "no 'nesterov' of momentum in a group"),
-    (lambda told: told["consistency"].update(quorum=3), "no 'quorum' of consistency"),
-    (lambda told: told["consistency"].update(kind="diloco"), "no consistency 'diloco'"),
+    (lambda told: told["rule"].update(nesterov=True), "know 'nesterov' of momentum"),
+    (lambda told: told["rule"].update(name="muon"), "know the method 'muon'"),
+    (lambda told: told["schedule"].update(cycles=2), "know 'cycles' of the step schedule"),
+    (lambda told: told["schedule"].update(kind="linear"), "know the schedule 'linear'"),
+    (lambda told: told["clipping"].update(floor=0.1), "know 'floor' of clipping"),
+    (lambda told: told["clipping"].update(kind="quantile"), "know the clipping 'quantile'"),
+    (lambda told: told["groups"][0].update(frozen=True), "know 'frozen' of group"),
+    (lambda told: told["groups"][0]["overrides"].update(nesterov=True), "know 'nesterov' of momentum in a group"),
+    (lambda told: told["consistency"].update(quorum=3), "know 'quorum' of consistency"),
+    (lambda told: told["consistency"].update(kind="diloco"), "know the consistency 'diloco'"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_a_folder_of_a_newer_server_is_refused_and_left_as_it_is(tmp_path, newer
     server.die()
     newer.undo()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(JournalError, match=r"no 'nesterov' of momentum.* the server that wrote it, or") as seen:
+    with pytest.raises(JournalError, match=r"know 'nesterov' of momentum.* the server that wrote it, or") as seen:
         Server(tmp_path)
     assert kept_in in str(seen.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_a_newer_server_is_refused_and_changes_nothing(tmp_path,
     checkpoints.save("a", "one")
     newer.undo()
     step(item, 1)
-    with pytest.raises(OptserveError, match="no 'nesterov' of momentum") as seen:
+    with pytest.raises(OptserveError, match="know 'nesterov' of momentum") as seen:
         checkpoints.restore("a", "one")
     assert seen.value.reason is Reason.CHECKPOINT_DAMAGED
     assert item.steps.step == 2

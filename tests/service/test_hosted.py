@@ -375,7 +375,7 @@ def test_specs_reserve_the_place_for_an_upload_by_somebody_else(client, name, pa
     with pytest.raises(optserve.FailedPreconditionError, match="not been uploaded"):
         opt.step(arrays(1))
     client.optimizer(name).push_parameters(params)
-    with pytest.raises(optserve.FailedPreconditionError, match="uploaded before"):
+    with pytest.raises(optserve.FailedPreconditionError, match="already uploaded"):
         opt.push_parameters(params)
     assert bits(opt.pull_parameters().arrays) == bits(params)
     opt.step(arrays(1))

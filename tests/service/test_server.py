@@ -353,7 +353,7 @@ def test_a_server_whose_parent_dies_ends_too(tmp_path):
     ("options", "message"),
     [
         (["--durability", "sometimes"], "durability must be memory, snapshot or journal"),
-        (["--durability", "journal"], "data_dir is needed by a journal"),
+        (["--durability", "journal"], "data_dir must be set if durability is journal"),
         (["--port", "70000"], "port must be 0 to 65535"),
         (["--config", "/nonexistent.toml"], "Cannot read the configuration"),
         (["--backend", "tpu"], "There is no backend 'tpu'"),
@@ -399,7 +399,7 @@ def test_what_a_library_raises_at_the_start_is_a_line_too(error, level):
 
 def test_an_unknown_setting_is_named(tmp_path):
     options = config_file(tmp_path, max_stream=3)
-    with pytest.raises(optserve.UnavailableError, match="'max_stream', which is no setting"):
+    with pytest.raises(optserve.UnavailableError, match="'max_stream', which is not a setting"):
         optserve.local_server(options=options).__enter__()
 
 

@@ -1,4 +1,4 @@
-"""What the value objects of all methods have in common; they themselves, in `optserve.algorithms`, are generated."""
+"""The base class of the value objects of all methods. The classes in `optserve.algorithms` are generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Algorithm:
     takes_curvature: ClassVar[bool] = False
 
     def to_message(self) -> algorithms_pb2.Algorithm:
-        """The contract's form."""
+        """The message of the contract."""
         message = algorithms_pb2.Algorithm()
         settings = getattr(message, self.name)
         settings.SetInParent()
@@ -27,14 +27,14 @@ class Algorithm:
 
 
 def read(message: algorithms_pb2.Algorithm, known: Mapping[str, type[Algorithm]]) -> Algorithm:
-    """The method that a message holds, as one of those that are known by their names in the contract.
+    """The value object for a message; `known` has the classes by their names in the contract.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: The method is not one of `known`.
     """
     name = message.WhichOneof("method")
     if name not in known:
-        raise ValueError(f"This client does not know the method {name!r}; a newer one may.")
+        raise ValueError(f"This client does not know the method {name!r}; a newer client may.")
     kind = known[name]
     settings = getattr(message, name)
     return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

@@ -1,7 +1,7 @@
-"""The reasons of errors that the client looks at, by their names in the contract.
+"""The reasons of errors that the client compares, by their names in the contract.
 
-`OptserveError.reason` is compared with these, and never with a literal: a name that the contract does not have fails
-when this module is imported.
+Code compares `OptserveError.reason` with these constants, never with a literal. So the import of this module fails for
+a name that the contract does not have.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from optserve.v1 import errors_pb2
 
 
 def name_of(reason: errors_pb2.ErrorReason) -> str:
-    """What `OptserveError.reason` says for a reason of the contract."""
+    """The text of `OptserveError.reason` for a reason of the contract."""
     return errors_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
 
 

@@ -1,4 +1,4 @@
-"""What users call first: `connect` and `Client`."""
+"""The entry points of the package: `connect` and `Client`."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None)
         config: Deadlines, retries and sizes.
 
     Returns:
-        A client, to be used in a with-block or closed.
+        A client. Use it in a with-block, or close it.
 
     Raises:
         UnreachableError: No server was reached within `config.connect_timeout_s`.
-        DeadlineExceededError: Something is there that does not answer.
+        DeadlineExceededError: A server accepted the connection, but did not answer in time.
 
     Example:
         >>> with optserve.connect("127.0.0.1:50051") as client:  # doctest: +SKIP
@@ -60,8 +60,8 @@ class Client:
 
     Args:
         target: The server.
-        config: Its settings.
-        connection: To the server; made by default.
+        config: The settings of the client.
+        connection: The connection to the server; a new one by default.
     """
 
     def __init__(self, target: str, config: ClientConfig, connection: Connection | None = None) -> None:
@@ -78,11 +78,11 @@ class Client:
 
     @property
     def target(self) -> str:
-        """What this client is connected to."""
+        """The server that this client is connected to."""
         return self._connection.target
 
     def server_info(self, *, timeout_s: float | None = None) -> service_pb2.GetServerInfoResponse:
-        """What the server is, can do and accepts."""
+        """The version, the backend, the features and the limits of the server."""
         request = service_pb2.GetServerInfoRequest()
         return replies.info(self._connection.call(self._connection.stub.GetServerInfo, request, timeout_s=timeout_s))
 
@@ -104,25 +104,25 @@ class Client:
         weight_decay: float = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> Optimizer:
-        """Make an optimizer with all state at 0.
+        """Create an optimizer. Its state is 0 everywhere.
 
         Args:
             name: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
             algorithm: The method.
             params: The model's parameters by name: arrays, tensors, or anything else with a shape and a dtype.
-            schedule: Of the learning rate; constant by default.
-            clipping: Of the gradient; none by default.
-            groups: Parameters whose hyper-parameters differ.
-            hosted: Let the server hold the parameters as well. They are uploaded at once where `params` have values;
-                where none of them has, as a `TensorSpec`, `push_parameters` has to, before the first step.
-            weight_decay: Per step, decoupled from the gradient, of the parameters that the server holds.
-            consistency: How several workers share it, in hosted mode; see `worker`. One client at a time by default.
+            schedule: Schedule of the learning rate; a constant rate by default.
+            clipping: Clipping of the gradient; none by default.
+            groups: Groups of parameters whose hyper-parameters differ.
+            hosted: Let the server hold the parameters as well. If `params` have values, this call uploads them. If they
+                are `TensorSpec`s, call `push_parameters` before the first step.
+            weight_decay: Decay per step of the parameters that the server holds, decoupled from the gradient.
+            consistency: Lets several workers share the optimizer, in hosted mode; see `worker`. By default one client
+                makes all steps.
 
         Raises:
             AlreadyExistsError: The name is taken.
-            InvalidArgumentError: A name, shape, dtype, value or hyper-parameter that cannot be used. There is no
-                optimizer of that name then.
-            ResourceExhaustedError: The model is too large for the server. There is no optimizer of that name then.
+            InvalidArgumentError: A name, shape, dtype, value or hyper-parameter is wrong. No optimizer was created.
+            ResourceExhaustedError: The model is too large for the server. No optimizer was created.
         """
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
@@ -136,19 +136,19 @@ class Client:
     def create_optimizer_from_state(
         self, name: str, state: OptimizerState, *, on_progress: Progress = no_progress
     ) -> Optimizer:
-        """Make an optimizer that goes on where another one was: with its settings, its state and its step.
+        """Create an optimizer that continues from a state: with its settings, its arrays and its step.
 
         Settings that the state does not have get their defaults; see `OptimizerState.without`.
 
         Args:
             name: As for `create_optimizer`.
-            state: From `export_state`, a file, or `optserve.torch`. With the parameters, the new one is hosted.
-            on_progress: Called with (bytes sent, bytes in all).
+            state: From `export_state`, a file, or `optserve.torch`. If it has the parameters, the optimizer is hosted.
+            on_progress: Called with (bytes sent, all bytes).
 
         Raises:
-            AlreadyExistsError: The name is taken; `Optimizer.import_state` replaces what is there.
-            InvalidArgumentError: The state cannot be used. There is no optimizer of that name then.
-            ResourceExhaustedError: The state is too large for the server. There is no optimizer of that name then.
+            AlreadyExistsError: The name is taken; `Optimizer.import_state` replaces the state of that optimizer.
+            InvalidArgumentError: The state is invalid. No optimizer was created.
+            ResourceExhaustedError: The state is too large for the server. No optimizer was created.
         """
         check_kind(state, OptimizerState, "state", "opt.export_state()")
         said = state.settings
@@ -181,13 +181,13 @@ class Client:
     ) -> Optimizer:
         """Find the optimizer of that name, or create it. For programs that are restarted, or that run several times.
 
-        If it exists, its state and its parameters stay as they are; parameters are uploaded only if nobody has done so.
+        If it exists, its state and its parameters stay as they are. The call uploads parameters only if no client has.
         For the arguments see `create_optimizer`.
 
         Raises:
-            InvalidArgumentError: The one that exists has other parameters or other settings; or as for
+            InvalidArgumentError: The optimizer exists with other parameters or other settings; or as for
                 `create_optimizer`.
-            DeadlineExceededError: Somebody else was still making it, or deleting it, when the time was up.
+            DeadlineExceededError: Another client was still creating or deleting it when the time was up.
         """
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
@@ -195,8 +195,8 @@ class Client:
         patience = self._connection.patience(self._connection.config.timeout_s)
         backoff = Backoff(self._connection.config, self._connection.clock)
         while (found := self._find_or_create(name, wanted)) is None:
-            # Another client is creating it, and may yet fail.
-            taken = UnavailableError(f"{name!r} is being made, or deleted, by somebody else.")
+            # Another client is creating it, and may fail.
+            taken = UnavailableError(f"Another client is creating or deleting {name!r}.")
             # An UnavailableError without a reason would say, at the deadline, that no server was reached.
             patience.pause(backoff.next_pause_s(taken), DeadlineExceededError(taken.message))
         found, is_new = found
@@ -208,7 +208,7 @@ class Client:
         return found
 
     def _find_or_create(self, name: str, wanted: optimizer_pb2.Optimizer) -> tuple[Optimizer, bool] | None:
-        """An optimizer, and whether it was made just now; None if it is neither there nor can be made."""
+        """(an optimizer, whether this call created it); None if it does not exist, and its name is taken."""
         try:
             return self.optimizer(name), False
         except NotFoundError:
@@ -233,11 +233,11 @@ class Client:
             try:
                 self.delete_optimizer(created.name, missing_ok=True)
             except OptserveError as error:
-                refusal.add_note(f"{created.name!r} was created, and could not be deleted: {error}")
+                refusal.add_note(f"{created.name!r} was created and could not be deleted: {error}")
             raise
         except BaseException as error:
             # Not deleted: the upload may have arrived, and another client may use the optimizer.
-            error.add_note(f"{created.name!r} was created; whether its upload arrived is not known.")
+            error.add_note(f"{created.name!r} was created; it is not known whether the upload arrived.")
             raise
 
     def optimizer(
@@ -251,14 +251,14 @@ class Client:
         """Find an existing optimizer.
 
         Args:
-            name: As given to `create_optimizer`.
+            name: The name that `create_optimizer` got.
             transport: `grpc` sends tensors over the network, `shm` through memory shared with a server on the same
-                host; `auto` takes the fastest that works.
-            wire_dtype: Element type of gradients and updates on the way; `native` is each parameter's own. State
-                keeps its own in any case.
-            error_feedback: Add the rounding errors of earlier gradients, which the wire's dtype causes, to the next
-                gradient. Then the sum of what was applied stays within one rounding of the sum of the gradients. The
-                errors are dropped when a restore or an import replaces the state.
+                host; `auto` chooses the fastest that works.
+            wire_dtype: Dtype of gradients and updates on the wire; `native` is each parameter's own. The dtype of the
+                state does not change.
+            error_feedback: Add the rounding errors of earlier gradients, which the wire dtype causes, to the next
+                gradient. Then the sum of the applied gradients stays within one rounding of the sum of the gradients.
+                The client drops the errors when a restore or an import replaces the state.
 
         Raises:
             NotFoundError: There is no optimizer of that name.
@@ -282,9 +282,9 @@ class Client:
         """Become one of several workers on an existing optimizer, in a with-block.
 
         Args:
-            name: The optimizer's, as given to `create_optimizer`.
-            worker: The worker's name, 1 to 64 printable characters of ASCII; a random one by default. A worker that
-                enters under its old name goes on where it was.
+            name: The optimizer's name, as `create_optimizer` got it.
+            worker: The worker's name, 1 to 64 printable characters of ASCII; a random name by default. A worker that
+                enters under its old name continues where it was.
             transport: As for `optimizer`.
             wire_dtype: As for `optimizer`.
 
@@ -312,22 +312,22 @@ class Client:
             NotFoundError: There is no optimizer of that name, unless `missing_ok`.
             StepInProgressError: A step on it is under way.
         """
-        # Asked before the call, because a retry after a lost answer would find nothing.
+        # Looked up before the call, because a retry after a lost answer would find no optimizer.
         if not missing_ok:
             self.optimizer(name)
         request = service_pb2.DeleteOptimizerRequest(name=resource_name(name), allow_missing=True)
         self._connection.call(self._connection.stub.DeleteOptimizer, request, timeout_s=timeout_s)
 
     def list_checkpoints(self, name: str | None = None) -> list[Checkpoint]:
-        """All checkpoints of an optimizer, oldest first; it may have been deleted itself.
+        """All checkpoints of an optimizer, oldest first. The optimizer itself may be deleted.
 
         Args:
-            name: As given to `create_optimizer`; None for the checkpoints of all optimizers, by name.
+            name: The name that `create_optimizer` got; None for the checkpoints of all optimizers, by name.
         """
         return list_checkpoints(self._connection, ALL_OPTIMIZERS if name is None else resource_name(name))
 
     def delete_checkpoint(self, name: str, tag: str) -> None:
-        """Delete a checkpoint of an optimizer, which may have been deleted itself.
+        """Delete a checkpoint of an optimizer. The optimizer itself may be deleted.
 
         Raises:
             NotFoundError: There is no such tag.
@@ -335,7 +335,7 @@ class Client:
         delete_checkpoint(self._connection, resource_name(name), tag)
 
     def close(self) -> None:
-        """Close the connection. Steps under way on the server are discarded; its state stays."""
+        """Close the connection. The server discards this client's steps under way, and keeps its state."""
         self._connection.close()
 
     def __enter__(self) -> Self:

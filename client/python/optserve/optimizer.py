@@ -1,4 +1,4 @@
-"""An optimizer as its users see it: gradients by name in, updates by name out."""
+"""An optimizer on the server, for users: it takes gradients by name, and returns updates by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Optimizer(Resource):
     """An optimizer on the server. It makes one step at a time, also if several threads call it.
 
     Attributes:
-        name: As given to `create_optimizer`.
+        name: The name that `create_optimizer` got.
         hosted: Whether the server holds the parameters as well.
     """
 
@@ -84,27 +84,27 @@ class Optimizer(Resource):
     def gradient_norm(self) -> float | None:
         """The Euclidean norm of the last step's gradient over all tensors, before clipping.
 
-        None unless the optimizer clips by `norm` or `global_norm`, and where the step had to be resumed after its
-        connection was lost.
+        None unless the optimizer clips by `norm` or `global_norm`. Also None if the client had to resume the step after
+        a lost connection.
         """
         return self._session.gradient_norm
 
     @property
     def takes_curvature(self) -> bool:
-        """Whether each step brings the diagonal of the Hessian as well."""
+        """Whether each step needs the diagonal of the Hessian as well."""
         return self._model.takes_curvature
 
     @property
     def transport(self) -> tuple[str, str]:
-        """How tensors travel, `shm` or `grpc`, and why, as a clause. Opens a stream if there is none."""
+        """(`shm` or `grpc`, the reason for it as a clause). Opens a stream if there is none."""
         stream = self._session.stream(self._connection.patience(self._connection.config.timeout_s))
         return "shm" if stream.shared else "grpc", stream.transport_reason
 
     def buffers(self) -> dict[str, np.ndarray]:
         """An array for each parameter, for gradients and updates that `step` does not have to copy.
 
-        With shared memory they are regions of the server's segment. Get them anew before each step: after a lost
-        connection there is another segment, and the old arrays are ordinary memory.
+        With shared memory they are regions of the server's segment. Call this before each step: after a lost connection
+        there is another segment, and the old arrays are ordinary memory.
 
         Example:
             >>> arrays = opt.buffers()                   # doctest: +SKIP
@@ -134,19 +134,19 @@ class Optimizer(Resource):
         partial: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """Send the gradients of one step, get its updates.
+        """Send the gradients of one step, and receive its updates.
 
         The step is applied exactly once. If the connection is lost, the client connects again and sends the step under
         the same request id.
 
         Args:
             grads: The gradient of every parameter, in the parameter's shape and dtype.
-            curvature: The diagonal of the Hessian for each of them, likewise, for the methods that take it.
+            curvature: The diagonal of the Hessian for each gradient, in the same form, for methods that take it.
             out: Arrays for the reply, which may be the arrays of the gradients; new ones are made by default. If the
                 step raises, they are unchanged; but of a reply of more than 1 MiB over gRPC, the first elements, in
                 the order of the parameters, may be overwritten. The server uses arrays of `buffers` until the step
                 returns.
-            reply: The updates Δx; or, where the server holds the parameters, the new parameters x or nothing.
+            reply: `updates` for Δx; in hosted mode also `parameters` for the new x, or `nothing`.
             partial: Allow parameters to be absent; they and their state stay as they are.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
 
@@ -154,10 +154,10 @@ class Optimizer(Resource):
             The reply by name: the updates Δx, to be added to the parameters, unless `reply` says otherwise.
 
         Raises:
-            InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
-            WrongStepError: Another client has stepped this optimizer; nothing was changed. See `refresh`.
+            InvalidArgumentError: A name, shape, dtype or value is wrong; nothing was changed.
+            WrongStepError: Another client has made a step of this optimizer; nothing was changed. See `refresh`.
             StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `replay` and `refresh`.
-            UnavailableError: The server takes no step now, and says why.
+            UnavailableError: The server accepts no step now; the message says why.
             StepInProgressError: Another connection was in the middle of a step until the time was up.
             DeadlineExceededError, StepCancelledError: There was no answer in time; the next call finds out whether
                 the step was applied. It is an UnreachableError if no server was reached.
@@ -176,7 +176,7 @@ class Optimizer(Resource):
         reply: ReplyName = "updates",
         partial: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Make a step within a patience of the caller, see `step`."""
+        """Make a step within the given patience, see `step`."""
         indices = self._model.selected_indices(grads, partial=partial)
         names = self._model.names_of(indices)
         arrays = [self._model.contiguous(i, grads[name], "gradient") for i, name in zip(indices, names, strict=True)]
@@ -184,7 +184,7 @@ class Optimizer(Resource):
         if curvature is not None or self._model.takes_curvature:
             diagonals = self._model.diagonals(indices, curvature)
         if self._shared_buffers is not None:
-            # Copied first, because the gradient of another parameter is about to be written there.
+            # Copied first, because the step will write the gradient of another parameter there.
             arrays = [
                 array.copy() if self._shared_buffers.belongs_to_another(index, array) else array
                 for index, array in zip(indices, arrays, strict=True)
@@ -211,7 +211,7 @@ class Optimizer(Resource):
             if buffers.belongs_to_another(index, array):
                 name = self._model.parameters[index].name
                 raise InvalidArgumentError(
-                    f"The array for {name!r} lies in the buffer of another parameter; pass buffers()[{name!r}] itself, "
+                    f"The array for {name!r} is in the buffer of another parameter; pass buffers()[{name!r}] itself, "
                     "or a copy.",
                     metadata={"parameter": name},
                 )
@@ -303,8 +303,8 @@ class Optimizer(Resource):
         Call it for a step that was interrupted after the server had applied it.
 
         Raises:
-            FailedPreconditionError: There is no such step, the interrupted one was not applied, or the server no
-                longer keeps its reply.
+            FailedPreconditionError: There is no such step, the interrupted step was not applied, or the server no
+                longer has its reply.
         """
         updates: list[Updates] = []
 
@@ -333,11 +333,11 @@ class Optimizer(Resource):
         self._session.cancel()
 
     def close(self, *, for_good: bool = False) -> None:
-        """Close this object's stream; the optimizer itself stays on the server.
+        """Close this object's stream. The optimizer itself stays on the server.
 
         Args:
-            for_good: Interrupt the step that another thread is making, and refuse every later one. Otherwise wait for
-                that step; the next one opens another stream.
+            for_good: Interrupt the step that another thread is making, and refuse every later step. Otherwise wait for
+                that step; the next step opens another stream.
         """
         if for_good:
             self._session.leave()

@@ -1,4 +1,4 @@
-"""What a server says of an optimizer in a list: a snapshot, not a handle."""
+"""Describes one optimizer of a list. It is a value and does not change with the optimizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class OptimizerInfo:
     """An optimizer at the moment of the list. Other fields of the contract's `Optimizer` can be read as well.
 
     Attributes:
-        name: As given to `create_optimizer`; every call that wants a name takes it.
+        name: The name that `create_optimizer` got. Every call that takes a name accepts it.
         hosted: Whether the server holds the parameters as well.
         step: Steps applied.
-        memory_bytes: What it occupies on the server.
-        message: As the contract shows it, without the parameters.
+        memory_bytes: Bytes that the optimizer occupies on the server.
+        message: The message of the contract, without the parameters.
     """
 
     name: str
@@ -39,34 +39,34 @@ class OptimizerInfo:
 
     @property
     def schedule(self) -> Schedule | None:
-        """The schedule of the learning rate; None for a constant one."""
+        """The schedule of the learning rate; None for a constant rate."""
         return schedule_from(self.message)
 
     @property
     def clipping(self) -> Clipping | None:
-        """The bound on the gradient; None for none."""
+        """The clipping of the gradient; None for no clipping."""
         return clipping_from(self.message)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Parameters whose hyper-parameters differ."""
+        """Groups of parameters whose hyper-parameters differ."""
         return groups_from(self.message)
 
     @property
     def consistency(self) -> Consistency | None:
-        """How workers share it; None for one client at a time."""
+        """The consistency of its workers; None for one client at a time."""
         return consistency_from(self.message)
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the contract that has no attribute of its own: `backend`, `create_time`, `mode` and others."""
-        # copy asks for attributes before there is a message.
+        """A field of the contract without an attribute here: `backend`, `create_time`, `mode` and others."""
+        # `copy` reads attributes before there is a message.
         if name.startswith("_") or name == "message" or name not in self.message.DESCRIPTOR.fields_by_name:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
         return getattr(self.message, name)
 
 
 def info_from(message: optimizer_pb2.Optimizer) -> OptimizerInfo:
-    """The value that a message holds."""
+    """The description that a message holds."""
     return OptimizerInfo(
         message.name.removeprefix(PREFIX),
         message.mode == optimizer_pb2.MODE_HOSTED,
@@ -77,11 +77,11 @@ def info_from(message: optimizer_pb2.Optimizer) -> OptimizerInfo:
 
 
 def resource_name(name: Any) -> str:
-    """`optimizers/{name}`, also of a name that has this form already.
+    """`optimizers/{name}`, also for a name that has this form already.
 
     Raises:
-        InvalidArgumentError: It is no string.
+        InvalidArgumentError: The name is not a string.
     """
     if not isinstance(name, str):
-        raise InvalidArgumentError(f"The name of an optimizer is a string, not of type {type(name).__name__}.")
+        raise InvalidArgumentError(f"The name of an optimizer must be a string, not of type {type(name).__name__}.")
     return PREFIX + name.removeprefix(PREFIX)

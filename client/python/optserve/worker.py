@@ -1,4 +1,4 @@
-"""One of several workers that train one model, whose parameters the server holds."""
+"""One of several workers that train one model. The server holds the parameters."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ RENEWALS_PER_LEASE = 3
 MAX_RENEWAL_S = 3600.0
 """Longest pause between two renewals of a lease."""
 LEAVE_TIMEOUT_S = 5.0
-"""How long a worker tries to report that it leaves. If it fails, its lease runs out."""
+"""Seconds that a worker tries to report that it leaves. If it fails, its lease runs out."""
 
 _LEAVE_WAIT_S = 1.0
 
 
 class Worker:
-    """A worker, for the length of a with-block: registered, kept alive in the background, and gone at the end.
+    """A worker, for the length of a with-block. A thread renews its lease; at the end of the block it leaves.
 
-    Entering the block begins a life of the worker's name, and ends those that others may still have under it: their
-    steps raise WorkerReplacedError. Leaving it interrupts a step that another thread waits for.
+    Entering the block begins a life of the worker's name. It ends earlier lives that other processes may still have
+    under this name: their steps raise WorkerReplacedError. Leaving the block interrupts a step of another thread.
 
     Attributes:
-        name: The worker's name, its own among the optimizer's workers.
+        name: The worker's name. No other worker of the optimizer may use it.
         live_workers: How many workers were alive at this worker's last report.
 
     Example:
@@ -72,7 +72,7 @@ class Worker:
         return f"Worker({self.name!r} of {self._optimizer.name!r}, {self.steps_made} steps made)"
 
     def __enter__(self) -> Self:
-        # Only the second report, with the number of the new life, ends other lives. So the first one can be repeated.
+        # Only the second report, with the number of the new life, ends other lives. So a retry of the first is safe.
         self._life = self._report(replicas_pb2.WORKER_STATE_ALIVE).life
         self._continue_after(self._register().last_request_id)
         self._renewing.start()
@@ -88,7 +88,7 @@ class Worker:
                 replicas_pb2.WORKER_STATE_LEAVING, timeout_s=min(LEAVE_TIMEOUT_S, self._connection.config.timeout_s)
             )
         except WorkerReplacedError as failure:
-            # Another life has the name, and goes on.
+            # Another life has the name, and continues.
             logger.debug("%s", failure)
         except OptserveError as failure:
             # Not raised: the lease runs out, and an error of the block is more important.
@@ -141,7 +141,7 @@ class Worker:
         newer_than: int | None = None,
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
-        """The parameters, all of one step, from which the next gradient is to be computed.
+        """Read the parameters, all of one step. Compute the next gradient at these.
 
         See `Optimizer.pull_parameters`.
         """
@@ -151,7 +151,7 @@ class Worker:
         return found
 
     def refresh(self) -> None:
-        """Read from the server what was the last step under this worker's name. Call `pull` next.
+        """Read from the server which step was the last one under this worker's name. Call `pull` next.
 
         Raises:
             WorkerReplacedError: This life of the worker is over.
@@ -160,7 +160,7 @@ class Worker:
         self._continue_after(self._register().last_request_id)
 
     def cancel(self) -> None:
-        """Interrupt the step that another thread is in the middle of, if there is one; it raises there."""
+        """Interrupt the step that another thread is making, if there is one; it raises StepCancelledError there."""
         self._optimizer.cancel()
 
     def step(
@@ -175,14 +175,14 @@ class Worker:
     ) -> dict[str, np.ndarray]:
         """Send the gradients that this worker has computed; see `Optimizer.step`.
 
-        It returns when they have been applied: at once, when this worker may go on, or with those of the others,
-        according to the optimizer's consistency.
+        It returns when the server has applied them. The optimizer's consistency decides whether that is at once, later,
+        or together with the gradients of other workers.
 
         Raises:
-            GradientLateError: The step has gone on without this gradient; pull, and compute another.
+            GradientLateError: The step was applied without this gradient; pull, and compute another gradient.
             WorkerReplacedError: Another life has begun under this worker's name; this gradient was not applied.
-            TooFewWorkersError: Too few workers were alive until the deadline. After 2 s, and every 30 s, a warning is
-                logged that says who is.
+            TooFewWorkersError: Too few workers were alive until the deadline. After 2 s, and then every 30 s, a warning
+                in the log names the live workers.
             OptserveError: As for `Optimizer.step`.
         """
         patience = self._connection.patience(timeout_s)
@@ -191,11 +191,11 @@ class Worker:
         except StepInDoubtError as error:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise
-            # The step was applied, but the server was restarted and has lost the reply. Newer parameters do as well.
+            # The step was applied, but the server was restarted and has lost the reply. Newer parameters replace it.
             try:
                 return self._pull_newer(patience, list(grads), out)
             except WorkerReplacedError as replaced:
-                # By itself that would say that the step was not applied.
+                # WORKER_REPLACED alone would say that the step was not applied.
                 raise error from replaced
         if reply == "parameters":
             self._session.at_step = self.current_step
@@ -210,7 +210,7 @@ class Worker:
         return found.arrays if found else {}
 
     def _continue_after(self, last_request_id: str) -> None:
-        """Go on after the last step under this worker's name, in the present life."""
+        """Continue after the last step under this worker's name, in the present life."""
         self._session.streams.open_request.life = self._life
         self._session.life.continue_after(last_request_id)
 
@@ -238,6 +238,6 @@ class Worker:
                 # Another life has the name, or the client was closed during the block.
                 logger.warning("the lease of %s is not renewed any more: %s", self.name, error)
                 return
-            # Whatever an interceptor raises as well: without this thread the worker would soon count as dead.
+            # Catches any error, also of an interceptor: without this thread the worker would soon count as dead.
             except Exception as error:  # noqa: BLE001
                 logger.warning("the lease of %s could not be renewed: %s", self.name, error)

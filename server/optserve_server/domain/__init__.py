@@ -1,1 +1,1 @@
-"""What all others may use: errors and configuration."""
+"""Errors and configuration, which all other packages may import."""

@@ -1,4 +1,4 @@
-"""The server's settings: one frozen dataclass, filled from a TOML file and the command line, checked once."""
+"""The server's settings: one frozen dataclass. A TOML file and the command line fill it; it is checked once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 NUMPY_BYTES, COMPILER_BYTES = 96 * MIB, 192 * MIB
-"""What the process itself takes: with NumPy alone, and with Numba or CuPy, which compile kernels."""
+"""Bytes that the process itself takes: with NumPy alone, and with Numba or CuPy, which compile kernels."""
 
 UNASKED_CHUNK_BYTES = 4 * MIB - 4096
-"""Largest payload that is sent to a client that has not asked for a larger one. By themselves gRPC's clients take
-messages of 4 MiB, and the header is a part of it."""
+"""Largest payload for a client that has not asked for larger ones. By default gRPC's clients take messages of 4 MiB,
+with the header."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message says which and why."""
+    """A setting has an impossible value. The message says which setting, and why."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Everything that can be set. The keys of a configuration file are these names."""
+    """All settings. The keys of a configuration file are the names of the fields."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 or [::] for all. Ignored if `uds` is set."""
@@ -36,83 +36,85 @@ class ServerConfig:
     uds: str = ""
     """Path of a Unix socket to listen on instead of TCP."""
     data_dir: str = ""
-    """Folder for what must outlive the process."""
+    """Folder for the journal, snapshots and checkpoints, which outlive the process."""
     durability: str = ""
-    """`memory`: state ends with the process. `snapshot`: it is written down every `snapshot_interval_s`. `journal`:
-    every step is on disk before it is acknowledged; the default with a data folder."""
+    """`memory`: the state ends with the process. `snapshot`: the server writes the state every `snapshot_interval_s`.
+    `journal`: every step is on disk before it is acknowledged; the default with a data folder."""
     snapshot_interval_s: float = 60.0
-    """Seconds between snapshots where durability is `snapshot`; a crash loses the steps since the last."""
+    """Seconds between snapshots if durability is `snapshot`; a crash loses the steps since the last snapshot."""
     snapshot_bytes: int = 512 * MIB
-    """Journal bytes after which a snapshot takes their place; never less than the state's own size."""
+    """Bytes of the journal after which a snapshot replaces it; at least the size of the state counts."""
     segment_bytes: int = 64 * MIB
     """Size of a file of the journal."""
     backend: str = "auto"
     """`auto`, `cupy`, `numba` or `numpy`."""
     threads: int = 0
-    """Threads that a CPU kernel uses; 0 for one per core that the server may use, a container's quota counted."""
+    """Threads that a CPU kernel uses; 0 for one per core that the server may use, within a container's quota."""
     max_streams: int = 256
     """Streams open at the same time; each occupies a thread."""
     unary_threads: int = 16
     """Threads beyond those of the streams, so that unary calls and health checks are always answered."""
     max_connections: int = 4096
-    """Connections at the same time, fewer where the system grants too few descriptors; more are closed at once."""
+    """Connections at the same time, fewer if the system grants too few descriptors; the server closes more at once."""
     connection_idle_s: int = 300
-    """A connection without a call is closed after so long; its client makes another when it needs one."""
+    """Seconds after which the server closes a connection without a call; its client opens another when needed."""
     max_connection_streams: int = 1024
-    """Calls at the same time by one connection; the client holds back what goes beyond."""
+    """Calls at the same time on one connection; the client delays further calls."""
     max_watchers: int = 64
     """Clients that watch the server's health (grpc.health.v1.Health/Watch) at the same time; each occupies a thread."""
     max_reply_bytes: int = 0
-    """Replies of unary calls that their clients have not taken yet, with the calls that they belong to; a single one
-    may be larger. 0 for 64 MiB, or a sixty-fourth of `memory_bytes` where that is less."""
+    """Bytes of replies of unary calls that clients have not taken yet, with their calls; a single reply may be larger.
+    0 for 64 MiB, or a sixty-fourth of `memory_bytes` if that is less."""
     max_chunk_bytes: int = 4 * MIB
     """Largest payload of one chunk."""
     preferred_chunk_bytes: int = 0
-    """Size of the chunks that the server sends, and advises clients to send; 0 for 2 MiB, or less where
-    `max_chunk_bytes` is less. Larger ones than any gRPC client takes, UNASKED_CHUNK_BYTES, are sent only to
+    """Size of the chunks that the server sends, and advises clients to send; 0 for 2 MiB, or less if
+    `max_chunk_bytes` is less. Chunks of more than UNASKED_CHUNK_BYTES, which not every gRPC client takes, go only to
     clients that ask for them."""
     max_message_bytes: int = 4 * MIB
-    """Largest unary request, and largest reply to one; most gRPC clients accept no more without being told to."""
+    """Largest unary request, and largest unary reply; most gRPC clients accept no more by default."""
     max_parameter_bytes: int = 64 * GIB
-    """Largest total of one optimizer's parameters."""
+    """Largest total size of one optimizer's parameters."""
     max_parameters: int = 20_000
     """Largest number of parameters of one optimizer."""
     max_optimizers: int = 1000
-    """Optimizers kept at the same time."""
+    """Most optimizers at the same time."""
     max_checkpoints: int = 1000
-    """Checkpoints kept of one optimizer."""
+    """Most checkpoints of one optimizer."""
     max_total_checkpoints: int = 10_000
-    """Checkpoints kept of all optimizers, deleted ones included."""
+    """Most checkpoints of all optimizers, deleted optimizers included."""
     max_checkpoint_bytes: int = 0
-    """Bytes of all of them; 0 for half of the disk that they are on."""
+    """Bytes of all checkpoints; 0 for half of the disk that they are on."""
     memory_bytes: int = 0
-    """Memory that this process may use; 0 for that of the machine, or of its container where that is less."""
+    """Memory that this process may use; 0 for that of the machine, or of its container if that is less."""
     max_state_bytes: int = 0
-    """Total of all optimizers' state, staging buffers and descriptions; 0 for nine tenths of what the process itself,
-    messages, pulls and replies leave of `memory_bytes`."""
+    """Bytes of the states, staging buffers and descriptions of all optimizers; 0 for nine tenths of what the process
+    itself, messages, pulls and replies leave of `memory_bytes`."""
     max_staged_bytes: int = 0
-    """Staging buffers of workers, with the replies that they keep, beside `max_state_bytes`; 0 for a ninth of it."""
+    """Bytes of the staging buffers of all workers, with the replies in them, beside `max_state_bytes`; 0 for a ninth of
+    `max_state_bytes`."""
     max_optimizer_staged_bytes: int = 0
-    """Those of one optimizer's workers; 0 for half of `max_staged_bytes`, so that others always find room."""
+    """Bytes of the staging buffers of one optimizer's workers; 0 for half of `max_staged_bytes`, so that other
+    optimizers always find memory."""
     max_pull_bytes: int = 0
-    """Copies of hosted parameters that are on their way to clients; a single one may be larger. 0 for 1 GiB, or a
-    sixteenth of `memory_bytes` where that is less."""
+    """Bytes of the copies of hosted parameters that the server is sending; a single copy may be larger. 0 for 1 GiB, or
+    a sixteenth of `memory_bytes` if that is less."""
     idle_step_s: float = 60.0
-    """A step that has not moved for so long is discarded, and so is a transfer, or a reply that its client does not
-    take. Where all places are taken, a stream that has been silent for so long gives way to a new one."""
+    """Seconds without progress after which the server discards a step, a transfer, or a reply that its client does not
+    take. If all places are taken, a stream that was silent for so long is evicted for a new one."""
     receive_s: float = 10.0
-    """How long a call may take to send its message, or the first of them. A unary call may take as long as
+    """Seconds until a call must have sent its message, or its first message. A unary call may take as long as
     `max_message_bytes` take at 64 KiB a second, if that is longer."""
     keepalive_s: int = 60
-    """A connection that is silent for so long is probed; clients may probe twice as often."""
+    """Seconds of silence after which the server probes a connection; clients may probe twice as often."""
     drain_s: float = 20.0
-    """How long steps under way may take to end after SIGTERM."""
+    """Seconds that steps under way may take to end after SIGTERM."""
 
     def __post_init__(self) -> None:
         """Check every value.
 
         Raises:
-            ConfigError: The first that cannot be used.
+            ConfigError: A value is impossible; the first such value.
         """
         for item in fields(self):
             value = getattr(self, item.name)
@@ -158,7 +160,9 @@ class ServerConfig:
             "durability", self.durability in ("memory", "snapshot", "journal"), "must be memory, snapshot or journal"
         )
         self._require(
-            "data_dir", bool(self.data_dir) or self.durability == "memory", f"is needed by a {self.durability}"
+            "data_dir",
+            bool(self.data_dir) or self.durability == "memory",
+            f"must be set if durability is {self.durability}",
         )
         self._require("snapshot_interval_s", self.snapshot_interval_s > 0, "must be positive")
         for name in ("snapshot_bytes", "segment_bytes"):
@@ -191,7 +195,7 @@ class ServerConfig:
 
     @property
     def room_bytes(self) -> int:
-        """Memory for states and for what a recovery needs beside them, whatever `max_state_bytes` says."""
+        """Bytes for states and for what a recovery needs beside them. `max_state_bytes` does not change it."""
         room = self._bytes_for_optimizers
         return room - min(self.max_staged_bytes, room // 10)
 
@@ -206,7 +210,7 @@ class ServerConfig:
 
     @property
     def max_frame_bytes(self) -> int:
-        """Limit of a message in gRPC itself: well above ours, so that our errors explain a refusal."""
+        """Limit of a message in gRPC itself. It is above the server's limits, whose errors explain more than gRPC's."""
         return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
 
 
@@ -223,7 +227,7 @@ def read(path: Path) -> dict[str, Any]:
     known = {item.name for item in dataclasses.fields(ServerConfig)}
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path} sets {name!r}, which is no setting; `optserve config` lists all.")
+            raise ConfigError(f"{path} sets {name!r}, which is not a setting; `optserve config` lists all settings.")
     return values
 
 
@@ -231,7 +235,7 @@ def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
     """Read a TOML file, if there is one. Entries of `overrides` that are not None replace its values.
 
     Raises:
-        ConfigError: The file cannot be read, has an unknown key, or a value cannot be used.
+        ConfigError: The file cannot be read, has an unknown key, or a value is impossible.
     """
     values = read(path) if path is not None else {}
     values.update({name: value for name, value in overrides.items() if value is not None})

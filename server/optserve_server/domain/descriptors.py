@@ -1,4 +1,4 @@
-"""File descriptors: how many connections there can be, beside the descriptors that the server itself needs."""
+"""File descriptors: computes how many connections the server can accept, beside the descriptors that it needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import resource
 logger = logging.getLogger(__name__)
 
 RESERVED = 256
-"""For the journal, snapshots, checkpoints, transfers and libraries."""
+"""Descriptors for the journal, snapshots, checkpoints, transfers and libraries."""
 
 PER_STREAM = 3
-"""A stream may have a control socket, its listener and a file beside its connection."""
+"""Descriptors of a stream beside its connection: a control socket, the listener of the socket and a file."""
 
 FEWEST_CONNECTIONS = 16
 
@@ -41,7 +41,7 @@ def room_for_connections(wanted: int, max_streams: int) -> int:
 
 
 def _raised(soft: int, hard: int, wanted: int) -> int:
-    """Raise the soft limit as far as it is wanted and allowed; returns the new one."""
+    """Raise the soft limit to `wanted`, or as far as the system allows; returns the new limit."""
     if soft == resource.RLIM_INFINITY:
         return wanted
     target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

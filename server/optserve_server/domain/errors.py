@@ -1,7 +1,7 @@
-"""The server's error catalogue: one exception and one table of reasons. Nothing here knows gRPC.
+"""The server's error catalogue: one exception and one table of reasons. It does not use gRPC.
 
-The reasons are the names of `optserve.v1.ErrorReason` without their prefix; the interceptor turns an
-`OptserveError` into a google.rpc.Status.
+The reasons are the names of `optserve.v1.ErrorReason` without their prefix. `edge/status.py` turns an `OptserveError`
+into a google.rpc.Status.
 """
 
 from __future__ import annotations
@@ -148,17 +148,18 @@ RETRY_AFTER_S: dict[Reason, float] = {
     Reason.NOT_DURABLE: 1.0,
     Reason.CLIENT_GONE: 0.05,
 }
-"""Seconds to wait before the same call is worth another try. Other reasons are final."""
+"""Seconds that a client should wait before a retry. After errors with other reasons a retry of the same call is not
+worth it."""
 
 
 class OptserveError(Exception):
-    """A call fails for a reason that its caller can understand.
+    """The error of a call, with a reason that the caller can understand.
 
     Args:
         reason: The reason, as in the contract.
-        message: What is wrong and what to do about it, in one sentence or two.
-        field: Path of the offending request field, if there is one.
-        metadata: Machine-readable particulars, see `ErrorReason` in the contract.
+        message: What is wrong and what the caller can do, in one sentence or two.
+        field: Path of the request field that caused the error; empty if no field did.
+        metadata: Details for programs, see `ErrorReason` in the contract.
     """
 
     def __init__(self, reason: Reason, message: str, *, field: str = "", **metadata: object) -> None:
@@ -169,22 +170,22 @@ class OptserveError(Exception):
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
     def copy(self) -> OptserveError:
-        """The same error, to be raised anew: an exception that is raised twice keeps both tracebacks alive."""
+        """A new exception with the same content. An exception that is raised twice would keep both tracebacks alive."""
         return OptserveError(self.reason, self.message, field=self.field, **self.metadata)
 
     @property
     def code(self) -> Code:
-        """The status code that goes with the reason."""
+        """The status code of the reason."""
         return CODES[self.reason]
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds to wait before the same call is worth another try; None if it is not."""
+        """Seconds that a client should wait before a retry; None if a retry is not worth it."""
         return RETRY_AFTER_S.get(self.reason)
 
 
 class renaming_fields:  # noqa: N801 - used as a function; a generator would cost each step some microseconds
-    """Replace the `field` of errors that leave the with-block by its path in the request, from a table of names."""
+    """Replace the `field` of errors that leave the with-block by the path of the field in the request."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names

@@ -1,4 +1,4 @@
-"""The errors of calls that do not fit an optimizer's state, mode or step."""
+"""Errors that more than one place raises: the call does not fit an optimizer's state, mode or step."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ def wrong_step(name: str, step: int, expected: int) -> OptserveError:
 def no_such_step(name: str, step: int, given: int) -> OptserveError:
     """A gradient names an x of a later step than the present one."""
     return OptserveError(
-        Reason.INVALID_FIELD, f"{name} is at step {step}; there has been no step {given}.", field="parameters_step"
+        Reason.INVALID_FIELD,
+        f"{name} is at step {step}, so a gradient cannot be from step {given}.",
+        field="parameters_step",
     )
 
 
 def no_other_step(name: str) -> OptserveError:
-    """A client that is no worker names another step's x."""
+    """A client that is not a worker names the x of another step."""
     return OptserveError(
         Reason.INVALID_FIELD,
-        f"{name} has no workers, so a gradient can only be of the present step.",
+        f"{name} has no workers, so a gradient must be from the present step.",
         field="parameters_step",
     )
 
@@ -59,10 +61,10 @@ def parameters_missing(name: str) -> OptserveError:
 
 
 def parameters_in_place(name: str) -> OptserveError:
-    """The parameters were uploaded before."""
+    """A client has already uploaded the parameters."""
     return OptserveError(
         Reason.PARAMETERS_IN_PLACE,
-        f"The parameters of {name} have been uploaded before; pull them, or import a state.",
+        f"The parameters of {name} are already uploaded; pull them, or import a state.",
         optimizer=name,
     )
 
@@ -112,7 +114,7 @@ def request_id_reused(request_id: str, made: str, wanted: str) -> OptserveError:
 
 
 def optimizer_not_found(optimizer_id: str) -> OptserveError:
-    """There is no optimizer of that name."""
+    """There is no optimizer of that id."""
     return OptserveError(
         Reason.OPTIMIZER_NOT_FOUND,
         f"There is no optimizer {optimizer_id!r}.",

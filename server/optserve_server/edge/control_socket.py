@@ -1,4 +1,4 @@
-"""A Unix socket beside a stream: carries its short messages within one host, in a quarter of the time of gRPC."""
+"""A Unix socket beside a stream, for its short messages within one host. It takes a quarter of gRPC's time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BACKLOG = 8
 
 
 class ControlSocket:
-    """Answers one client, which first has to prove that it shares memory with this server.
+    """Answers the messages of one client. The client first has to prove that it shares memory with this server.
 
     Args:
-        nonce: The client's first packet has to be this.
+        nonce: The bytes that the first packet of the client must have.
         answer: Carries out a message and yields the answers. ConnectionError ends the connection.
 
     Attributes:
@@ -35,7 +35,7 @@ class ControlSocket:
         self.name = f"optserve-{secrets.token_hex(16)}"
         self._nonce = nonce
         self._answer = answer
-        # Held while a socket is closed or shut, so that another file cannot have got its number meanwhile.
+        # Held while a socket is closed or shut down, so that no other file can get its descriptor number in between.
         self._lock = threading.Lock()
         self._closed = False
         self.proven = False
@@ -70,7 +70,7 @@ class ControlSocket:
                         return
                 finally:
                     self._close(peer)
-        # One side has shut or closed the socket: the end of the connection.
+        # One side has shut down or closed the socket, so the connection ends.
         except OSError as error:
             logger.debug("%s ends: %s", self.name, error)
         finally:
@@ -110,7 +110,7 @@ class ControlSocket:
                 for message in answers:
                     if len(message) > MAX_PACKET_BYTES:
                         raise ConnectionError(f"an answer has {len(message)} bytes")
-                    # A client that does not read its answers is cut off, not waited for.
+                    # The server does not wait for a client that does not read its answers: it ends the connection.
                     peer.send(message, socket.MSG_DONTWAIT)
             finally:
                 # Also after an error, because the generator may hold the stream's lock.

@@ -1,4 +1,4 @@
-"""Protobuf messages to the domain's objects and back, with the checks that belong to the message itself."""
+"""Turns protobuf messages into objects of the domain and back, and checks what the message alone can show."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _REPLIES: dict[int, Reply] = {
 
 MAX_PAGE_SIZE = 1000
 STATUS_BYTES = 1024
-"""What an optimizer's name, counters, times and tokens take in its message, at most."""
+"""Most bytes that an optimizer's name, counters, times and tokens take in its message."""
 
 MAX_RANK = 32
-"""Extents of a parameter; NumPy has arrays of up to 64."""
+"""Most extents of a parameter's shape; NumPy allows 64."""
 
 
 def optimizer_id(name: str, field: str = "name") -> str:
@@ -96,7 +96,7 @@ def layout(message: optimizer_pb2.Optimizer) -> Layout:
         if len(item.shape) > MAX_RANK:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                f"{item.name!r} has {len(item.shape)} extents; {MAX_RANK} are the most.",
+                f"{item.name!r} has {len(item.shape)} extents; at most {MAX_RANK} are allowed.",
                 field=f"{path}.shape",
             )
         dtype = wire.DTYPES.get(item.data_type or optimizer_pb2.DATA_TYPE_FLOAT32)
@@ -118,33 +118,35 @@ def check_known(message: Message, field: str, path: str) -> None:
     if kind is None or value not in kind.values_by_number:
         raise OptserveError(
             Reason.INVALID_FIELD,
-            f"{value} is none of the values of {field} that this server knows.",
+            f"This server does not know the value {value} of {field}.",
             field=f"{path}.{field}",
         )
 
 
 def check_tensor_count(tensors: Sized, layout: Layout, field: str) -> None:
-    """Raise DUPLICATE_PARAMETER if more tensors are named than there are, before anything is made of the list."""
+    """Raise DUPLICATE_PARAMETER if a list names more tensors than the model has, before the list is processed."""
     if len(tensors) > len(layout.parameters):
         raise OptserveError(
             Reason.DUPLICATE_PARAMETER,
-            f"{len(tensors)} tensors are named, but the model has {len(layout.parameters)}; name each once.",
+            f"The request names {len(tensors)} tensors, but the model has {len(layout.parameters)}; name each once.",
             field=field,
         )
 
 
 def wire_dtype(data_type: int, field: str) -> np.dtype | None:
-    """The dtype on the wire, None for each parameter's own; or raise WRONG_DATA_TYPE."""
+    """The dtype on the wire; None for each parameter's own dtype. Raises WRONG_DATA_TYPE."""
     if data_type == optimizer_pb2.DATA_TYPE_UNSPECIFIED:
         return None
     dtype = wire.WIRE_DTYPES.get(data_type)
     if dtype is None:
-        raise OptserveError(Reason.WRONG_DATA_TYPE, f"{data_type} is no data type.", field=field)
+        raise OptserveError(
+            Reason.WRONG_DATA_TYPE, f"This server does not know the data type {data_type}.", field=field
+        )
     return dtype
 
 
 def check_worker(name: str) -> None:
-    """Raise INVALID_FIELD unless it can be a worker's name."""
+    """Raise INVALID_FIELD unless `name` is valid as a worker's name."""
     if not (1 <= len(name) <= 64 and name.isascii() and name.isprintable()):
         raise OptserveError(
             Reason.INVALID_FIELD, "A worker's name is 1 to 64 printable ASCII characters.", field="worker"
@@ -152,17 +154,15 @@ def check_worker(name: str) -> None:
 
 
 def check_life(life: int, field: str) -> None:
-    """Raise INVALID_FIELD unless it can be the number of a worker's life, to which others can be added."""
+    """Raise INVALID_FIELD unless `life` is small enough for the number of a life that others can follow."""
     if life >= 1 << 63:
-        raise OptserveError(Reason.INVALID_FIELD, f"{field} is less than 2^63.", field=field)
+        raise OptserveError(Reason.INVALID_FIELD, f"{field} must be less than 2^63.", field=field)
 
 
 def reply(value: int, field: str) -> Reply:
     """What a reply carries, or raise INVALID_FIELD."""
     if value not in _REPLIES:
-        raise OptserveError(
-            Reason.INVALID_FIELD, f"{value} is none of the values of Reply that this server knows.", field=field
-        )
+        raise OptserveError(Reason.INVALID_FIELD, f"This server does not know the value {value} of Reply.", field=field)
     return _REPLIES[value]
 
 
@@ -177,13 +177,13 @@ def operand(value: int, field: str) -> Operand:
     """What a chunk carries, or raise INVALID_FIELD."""
     if value not in _OPERANDS:
         raise OptserveError(
-            Reason.INVALID_FIELD, f"{value} is none of the values of Operand that this server knows.", field=field
+            Reason.INVALID_FIELD, f"This server does not know the value {value} of Operand.", field=field
         )
     return _OPERANDS[value]
 
 
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
-    """An optimizer as the contract shows it, all of one moment."""
+    """The message of an optimizer; all its values are of the same moment."""
     with item.steps.locked_state():
         settings = item.settings
         message = optimizer_pb2.Optimizer(
@@ -198,7 +198,7 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
             slots=item.rule.slots,
             lineage=item.steps.lineage,
         )
-    # The rest takes long where there are thousands of parameters, and can be told when others may step again.
+    # The rest takes long for thousands of parameters, and needs no lock, so steps go on meanwhile.
     set_settings(message, settings, item.layout)
     if with_parameters:
         message.MergeFromString(_parameters.of(item.layout))
@@ -206,7 +206,7 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
 
 
 class _Parameters:
-    """The serialized parameters of the models that were shown last: thousands of them take long to make."""
+    """A cache of serialized parameters, by model: thousands of parameters take long to serialize."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -215,7 +215,7 @@ class _Parameters:
         self._bytes = 0
 
     def of(self, layout: Layout) -> bytes:
-        """Those of a model, as a serialized Optimizer that has nothing else."""
+        """The parameters of a model, as a serialized Optimizer message without other fields."""
         with self._lock:
             if (known := self._known.get(layout)) is not None:
                 self._known.move_to_end(layout)
@@ -234,7 +234,7 @@ _parameters = _Parameters(8 << 20)
 
 
 def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -> None:
-    """Raise MODEL_TOO_LARGE if an optimizer could be made, but not be shown in one message."""
+    """Raise MODEL_TOO_LARGE if the message of an optimizer would be too large, so that no call could show it."""
     message = optimizer_pb2.Optimizer()
     set_settings(message, settings, layout)
     size = message.ByteSize() + len(_parameters.of(layout)) + STATUS_BYTES
@@ -250,7 +250,7 @@ def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -
 
 
 def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
-    """A checkpoint as the contract shows it."""
+    """The message of a checkpoint."""
     return checkpoints_pb2.Checkpoint(
         name=f"{_PREFIX}{item.optimizer}{_CHECKPOINTS}{item.tag}",
         step=item.step,
@@ -260,7 +260,7 @@ def checkpoint(item: Checkpoint) -> checkpoints_pb2.Checkpoint:
 
 
 def statistics(item: TensorStatistics) -> statistics_pb2.TensorStatistics:
-    """Statistics as the contract shows them."""
+    """The message of one tensor's statistics."""
     message = statistics_pb2.TensorStatistics(
         tensor=item.tensor,
         rms_gradient=item.rms_gradient,
@@ -279,19 +279,19 @@ def statistics(item: TensorStatistics) -> statistics_pb2.TensorStatistics:
 
 
 def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
-    """A message read by one of the codec's decoders.
+    """Decode the bytes of a message with one of the decoders of `wire`.
 
     Raises:
-        OptserveError: INVALID_FIELD, if it is none.
+        OptserveError: INVALID_FIELD, if the bytes are not a message.
     """
     try:
         return decoder(raw)
     except DecodeError as error:
-        raise OptserveError(Reason.INVALID_FIELD, "The message is none that this method takes.") from error
+        raise OptserveError(Reason.INVALID_FIELD, "These bytes are not a message of this method.") from error
 
 
 def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemory:
-    """A segment, and the name of the socket that goes with it, as the contract shows them."""
+    """The message that offers a segment and the control socket beside it."""
     return steps_pb2.SharedMemory(
         segment=segment.name,
         size_bytes=segment.size_bytes,
@@ -305,7 +305,7 @@ def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemo
 
 
 def limits(config: ServerConfig, preferred_chunk_bytes: int) -> steps_pb2.ServerLimits:
-    """What the server accepts, and likes best."""
+    """The limits of the server, and the size of chunks that it prefers."""
     return steps_pb2.ServerLimits(
         max_chunk_bytes=config.max_chunk_bytes,
         max_message_bytes=config.max_message_bytes,
@@ -319,14 +319,14 @@ def limits(config: ServerConfig, preferred_chunk_bytes: int) -> steps_pb2.Server
 
 
 def timestamp(seconds: float) -> Timestamp:
-    """A moment, in seconds since 1970, as the contract has it; the same one always gives the same message."""
+    """The message of a time in seconds since 1970; equal times give equal messages."""
     stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
     return stamp
 
 
 def page_size(wanted: int) -> int:
-    """Entries of a page, or raise INVALID_FIELD."""
+    """The number of entries of a page; raises INVALID_FIELD."""
     if wanted > MAX_PAGE_SIZE:
         raise OptserveError(Reason.INVALID_FIELD, f"page_size must be at most {MAX_PAGE_SIZE}.", field="page_size")
     return wanted or 100

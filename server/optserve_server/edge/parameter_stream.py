@@ -1,4 +1,4 @@
-"""PushParameters and PullParameters: messages to and from the parameters that the server holds."""
+"""PushParameters and PullParameters: uploads and downloads of the parameters that the server holds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset"}
 
 
 def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
-    """Put the parameters in place that the frames bring; without a commit nothing changes.
+    """Upload the parameters in the frames. Without a commit nothing changes.
 
     Raises:
-        OptserveError: See `Steps.place`, `Step.stage` and `Step.commit`; or that the stream ended without a commit.
+        OptserveError: See `Steps.place`, `Step.stage` and `Step.commit`. INVALID_FIELD if the stream ends without a
+            commit.
     """
     first = next(frames, None)
     if first is None:
@@ -41,7 +42,7 @@ def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
             if header.HasField("chunk"):
                 if header.chunk.operand != steps_pb2.OPERAND_UNSPECIFIED:
                     raise OptserveError(
-                        Reason.INVALID_FIELD, "The chunks of an upload have no operand.", field="chunk.operand"
+                        Reason.INVALID_FIELD, "A chunk of an upload must not have an operand.", field="chunk.operand"
                     )
                 data = frame.data or b""
                 with renaming_fields(_FIELDS):
@@ -61,7 +62,7 @@ def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
 def pull(
     optimizer: Optimizer, copies: Copies, request: replicas_pb2.PullParametersRequest, max_chunk_bytes: int
 ) -> Iterator[bytes]:
-    """The parameters of this moment, all of one step, while others go on."""
+    """The messages with the parameters of this moment, all of one step; steps go on meanwhile."""
     wire_dtype = messages.wire_dtype(request.wire_type, "wire_type")
     messages.check_tensor_count(request.tensors, optimizer.layout, "tensors")
     messages.check_life(request.life, "life")

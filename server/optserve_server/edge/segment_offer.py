@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 class SegmentOffer:
-    """A segment for one stream, with a socket for the stream's messages. It takes as much memory as a gradient.
+    """A segment for one stream, with a socket for the stream's messages. The segment is as large as a gradient.
 
     Args:
         segment: The segment.
         stream_lock: The stream's lock; the caller of `accept` and `end` holds it.
         answer: Answers a message that comes through the socket.
-        unshare: Gives the segment back.
+        unshare: Takes the segment back.
         receive_s: Seconds that the client has to prove that it sees the segment.
 
     Attributes:
-        segment: The segment; None once it was given back.
+        segment: The segment; None once the server has taken it back.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SegmentOffer:
         try:
             self._withdrawal.start()
         except RuntimeError:
-            # The system has no more threads. Nobody else would give the segment back: the stream has no offer yet.
+            # The system has no more threads. The stream has no offer yet, so it could not take the segment back.
             unshare(segment)
             raise
         self._control: ControlSocket | None = None
@@ -60,10 +60,10 @@ class SegmentOffer:
         self.message: steps_pb2.SharedMemory = messages.shared_memory(
             segment, self._control.name if self._control else ""
         )
-        """The offer, as the client gets it."""
+        """The message that offers the segment to the client."""
 
     def accept(self, nonce: bytes) -> Segment | None:
-        """The segment for a step that begins; None if its gradients come in messages.
+        """The segment for a step that begins; None if the gradients come in messages.
 
         Args:
             nonce: The bytes that the client has read in the segment, with the first step of the stream; empty if it
@@ -91,7 +91,7 @@ class SegmentOffer:
         if nonce:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                "This is not the nonce of the segment that was offered.",
+                "This is not the nonce of the segment that the server has offered.",
                 field="begin.shared_memory_nonce",
             )
 
@@ -105,13 +105,13 @@ class SegmentOffer:
         self.close_control()
 
     def end(self) -> None:
-        """Give the segment back."""
+        """Take the segment back."""
         self._withdrawal.cancel()
         segment, self.segment = self.segment, None
         if segment is not None:
             self._unshare(segment)
 
     def close_control(self) -> None:
-        """Close the socket. Without holding the stream's lock, which a message on its way may need."""
+        """Close the socket. Call it without the stream's lock, which a message on its way may need."""
         if self._control is not None:
             self._control.close()

@@ -1,4 +1,4 @@
-"""The methods of OptimizerService: protobuf to domain and back. It decides nothing."""
+"""The methods of OptimizerService. They turn messages into calls of the engine, and answers into messages."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from optserve_server.persistence.checkpoints import Checkpoints
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 
 ALL_OPTIMIZERS = "optimizers/-"
-"""As the parent of checkpoints: those of all optimizers."""
+"""The parent in ListCheckpoints that stands for all optimizers."""
 
 PAGE_MARGIN_BYTES = 256
-"""Of a page, for its token."""
+"""Bytes of a page that are reserved for its token."""
 
 ENTRY_BYTES = 8
-"""What an entry of a page takes beside its own bytes, at most."""
+"""Most bytes that an entry of a page takes beside its own bytes."""
 
 
 class Servicer:
@@ -67,7 +67,7 @@ class Servicer:
         self._start_time = clock.now()
 
     def get_server_info(self, _request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
-        """What this server is, can do and accepts."""
+        """The version, the backend, the features and the limits of this server."""
         response = pb.GetServerInfoResponse(
             version=version("optserve"),
             instance_id=self._instance_id,
@@ -86,7 +86,7 @@ class Servicer:
         return response
 
     def create_optimizer(self, request: pb.CreateOptimizerRequest) -> pb.CreateOptimizerResponse:
-        """Make an optimizer."""
+        """Create an optimizer."""
         messages.check_known(request.optimizer, "mode", "optimizer")
         self._optimizers.capacity.check_count(len(request.optimizer.parameters))
         layout = messages.layout(request.optimizer)
@@ -109,7 +109,7 @@ class Servicer:
             shown = messages.optimizer(item, with_parameters=False)
             left -= shown.ByteSize() + ENTRY_BYTES
             if left < 0 and position:
-                # Each one alone fits, see `messages.check_showable`.
+                # One optimizer alone always fits, see `messages.check_showable`.
                 items, more = items[:position], True
                 break
             response.optimizers.append(shown)
@@ -118,7 +118,7 @@ class Servicer:
         return response
 
     def update_optimizer(self, request: pb.UpdateOptimizerRequest) -> pb.UpdateOptimizerResponse:
-        """Change hyper-parameters."""
+        """Change hyper-parameters and other settings."""
         optimizer_id = messages.optimizer_id(request.optimizer.name, "optimizer.name")
         paths = list(request.update_mask.paths)
 
@@ -140,7 +140,7 @@ class Servicer:
         return pb.DeleteOptimizerResponse()
 
     def apply_gradients(self, request: steps_pb2.ApplyGradientsRequest) -> steps_pb2.ApplyGradientsResponse:
-        """One step in one message."""
+        """Make one step, in one message."""
         item = self._find(request.name)
         try:
             return unary_step.apply(item, request, self._drain_gate, self._config.max_message_bytes)
@@ -148,7 +148,7 @@ class Servicer:
             raise self._optimizers.certain(error) from None
 
     def stream_steps(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Any number of steps of any size."""
+        """Make any number of steps of any size."""
         stream = StepStream(
             self._optimizers, self._drain_gate, self._upload_limiter, self._config, to_status, self._clock
         )
@@ -187,7 +187,7 @@ class Servicer:
     def restore_checkpoint(
         self, request: checkpoints_pb2.RestoreCheckpointRequest
     ) -> checkpoints_pb2.RestoreCheckpointResponse:
-        """Roll an optimizer back."""
+        """Replace the state of an optimizer by that of a checkpoint."""
         optimizer_id, tag = messages.checkpoint_id(request.name)
         item = self._checkpoints.restore(optimizer_id, tag, etag=request.etag, request_id=request.request_id)
         return checkpoints_pb2.RestoreCheckpointResponse(optimizer=messages.optimizer(item))
@@ -213,7 +213,7 @@ class Servicer:
         return checkpoints_pb2.ImportStateResponse(optimizer=messages.optimizer(item))
 
     def push_parameters(self, requests: Iterator[parameter_stream.PushFrame]) -> replicas_pb2.PushParametersResponse:
-        """Put hosted parameters in place."""
+        """Upload the hosted parameters."""
         with self._drain_gate.step():
             return replicas_pb2.PushParametersResponse(step=parameter_stream.push(self._optimizers, requests).step)
 
@@ -223,7 +223,7 @@ class Servicer:
         return parameter_stream.pull(item, self._copies, request, self._config.sent_chunk_bytes)
 
     def report_worker(self, request: replicas_pb2.ReportWorkerRequest) -> replicas_pb2.ReportWorkerResponse:
-        """Register a worker, renew its lease, or let it go."""
+        """Register a worker, renew its lease, or end its life."""
         messages.check_known(request, "state", "request")
         messages.check_worker(request.worker)
         messages.check_life(request.life, "life")
@@ -240,7 +240,7 @@ class Servicer:
         return response
 
     def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:
-        """Look at an optimizer between two steps."""
+        """Compute statistics of an optimizer between two steps."""
         query = Query(
             request.tensors, request.quantiles or QUANTILES, request.indices, request.random_indices, request.seed
         )
@@ -252,7 +252,7 @@ class Servicer:
 
 
 def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
-    """The servicer's methods as gRPC wants them. Those that stream tensors take and give raw bytes."""
+    """The handlers of the servicer's methods, for gRPC. Methods that stream tensors take and return raw bytes."""
 
     def unary(method: str) -> grpc.RpcMethodHandler:
         descriptor = SERVICE.methods_by_name[method]

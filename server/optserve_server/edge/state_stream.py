@@ -1,4 +1,4 @@
-"""ExportState and ImportState: messages to and from state files."""
+"""ExportState and ImportState: turns state files into messages, and messages into a state."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _FIELDS = {name: f"chunk.{name}" for name in ("tensor", "slot", "parameter", "of
 
 
 def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[bytes]:
-    """The optimizer's state of this moment: the optimizer itself, then its slots, tensor by tensor."""
+    """The messages with the state of this moment: first the optimizer, then its slots, tensor by tensor."""
     with checkpoints.exported(optimizer) as file:
         message = messages.optimizer(optimizer)
-        # The optimizer may have been stepped since.
+        # Steps may have been applied since the export.
         message.step = file.description.step
         for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
             message.ClearField(field)
@@ -43,7 +43,7 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         layout = optimizer.layout
         for tensor, parameter in enumerate(layout.parameters):
             if not parameter.size:
-                # An arena of empty tensors only is not in the file at all.
+                # The file does not contain an arena whose tensors are all empty.
                 continue
             start = layout.starts[tensor]
             stride = max_chunk_bytes // parameter.dtype.itemsize
@@ -61,10 +61,10 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
 
 
 def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Iterator[ImportFrame]) -> Optimizer:
-    """Replace a state by what the frames bring; without a commit nothing changes.
+    """Replace the state of an optimizer by the state in the frames. Without a commit nothing changes.
 
     Raises:
-        OptserveError: See StateImport; or that the stream ended without a commit.
+        OptserveError: See StateImport. INVALID_FIELD if the stream ends without a commit.
     """
     first = next(frames, None)
     if first is None:
@@ -74,7 +74,7 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
         check_request_id(start.request_id)
     optimizer = optimizers.get(messages.optimizer_id(start.name))
     if not optimizer.was_replaced_by(start.request_id, import_target(start.step)):
-        # Looked at again at the commit; a stale client need not send everything before it is told.
+        # The commit checks the etag once more. The check here spares a client with an old etag the transfer.
         optimizer.check_etag(start.etag)
     paths = list(start.update_mask.paths)
 
@@ -83,7 +83,7 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
             return present
         return settings_messages.updated_settings(present, layout, start.optimizer, paths)
 
-    # Made again at the commit; what cannot be used is said before the state has travelled.
+    # The commit makes these settings once more. The check here spares a client with impossible ones the transfer.
     change(optimizer.settings, optimizer.layout).check()
     with checkpoints.staging(optimizer) as staged:
         state = StateImport(checkpoints, optimizer, staged, change)
@@ -107,7 +107,7 @@ def import_state(optimizers: Optimizers, checkpoints: Checkpoints, frames: Itera
 
 
 def _array(optimizer: Optimizer, chunk: checkpoints_pb2.SlotChunk) -> int:
-    """Position of a chunk's array among those of the state, or raise NOT_HOSTED or INVALID_FIELD."""
+    """The position of a chunk's array among the arrays of the state; raises NOT_HOSTED or INVALID_FIELD."""
     if chunk.WhichOneof("array") != "parameter":
         if chunk.slot < len(optimizer.rule.slots):
             return chunk.slot
@@ -116,7 +116,7 @@ def _array(optimizer: Optimizer, chunk: checkpoints_pb2.SlotChunk) -> int:
             Reason.INVALID_FIELD, f"There is no slot {chunk.slot}; {optimizer.rule.name} has {slots}.", field="slot"
         )
     if not chunk.parameter:
-        raise OptserveError(Reason.INVALID_FIELD, "`parameter` must be true where it is given.", field="parameter")
+        raise OptserveError(Reason.INVALID_FIELD, "`parameter` must be true if it is given.", field="parameter")
     if not optimizer.settings.hosted:
         raise OptserveError(
             Reason.NOT_HOSTED, f"{optimizer.id!r} is in delta mode and holds no parameters.", field="parameter"

@@ -13,7 +13,7 @@ from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics.layout import Operand, Selection
 
 RESULT_BYTES = 256
-"""What a unary reply takes beside its tensors, at most."""
+"""Most bytes that a unary reply takes beside its tensors."""
 
 
 def apply(
@@ -28,11 +28,11 @@ def apply(
         max_reply_bytes: Largest reply, in bytes.
 
     Raises:
-        OptserveError: The step is refused.
+        OptserveError: See `Steps.begin`, `Step.stage` and `Step.commit`. MESSAGE_TOO_LARGE for the reply.
     """
     asked = _asked(item, request)
     if asked.reply is not Reply.NOTHING:
-        # Before the step is applied, because it cannot be undone.
+        # Checked before the step is applied, because a step cannot be undone.
         _check_reply_bytes(item, asked.selection.listed, max_reply_bytes)
     with drain_gate.step():
         with renaming_fields({"tensors": "gradients"}):
@@ -53,14 +53,14 @@ def apply(
 
 
 def _asked(item: Optimizer, request: steps_pb2.ApplyGradientsRequest) -> StepRequest:
-    """The message as a request of the engine."""
+    """The request of the engine that a message stands for."""
     reply = messages.reply(request.reply, "reply")
     messages.check_life(request.life, "life")
     if item.settings.consistency is not None and item.settings.consistency.waits:
-        # A step that waits would keep a thread that the steps which it waits for may need.
+        # This step would wait for other steps, and keep a thread that those may need.
         raise OptserveError(
             Reason.INVALID_FIELD,
-            "A worker's step may wait for others, so it needs a stream; use StreamSteps.",
+            "A worker's step may have to wait for other workers, so it needs a stream; use StreamSteps.",
             field="worker",
         )
     tensors = tuple(_tensor_index(item, tensor.name, i) for i, tensor in enumerate(request.gradients))
@@ -84,7 +84,7 @@ def _check_reply_bytes(item: Optimizer, tensors: tuple[int, ...], limit: int) ->
     if size > limit:
         raise OptserveError(
             Reason.MESSAGE_TOO_LARGE,
-            f"The reply would have {size} bytes; {limit} are the most. Use StreamSteps for larger models.",
+            f"The reply would have {size} bytes; at most {limit} are allowed. Use StreamSteps for larger models.",
             field="gradients",
             limit_bytes=limit,
             actual_bytes=size,

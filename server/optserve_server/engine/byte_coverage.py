@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 MAX_FRAGMENTS = 1 << 14
-"""Disjoint intervals at a time; arrival in order needs one."""
+"""Most disjoint intervals of one step. Bytes that arrive in order need one."""
 
 
 class Overlap(ValueError):
@@ -31,8 +31,8 @@ class Coverage:
         """Add [begin, end).
 
         Raises:
-            Overlap: Part of it was there before. Nothing is added.
-            TooManyFragments: It would be one fragment too many. Nothing is added.
+            Overlap: Some of these bytes had arrived before. Nothing is added.
+            TooManyFragments: The interval would be one fragment too many. Nothing is added.
         """
         if begin == end:
             return
@@ -60,6 +60,6 @@ class Coverage:
             self._ends.insert(after, end)
 
     def first_gap(self, total: int) -> int | None:
-        """The first position in [0, total) that is missing; None if none is."""
+        """The first position in [0, total) that is missing; None if no position is."""
         covered = self._ends[0] if self._begins and self._begins[0] == 0 else 0
         return covered if covered < total else None

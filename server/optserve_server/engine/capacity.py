@@ -1,4 +1,4 @@
-"""What this server has room for: how large a model may be, how many optimizers, how much memory they take together."""
+"""The limits of this server: the size of a model, the number of optimizers, and the memory of all together."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from optserve_server.numerics.state import operands_of
 
 
 class Capacity:
-    """The limits of the configuration, compared with what there is and what is asked for.
+    """Compares what calls ask for with the limits of the configuration.
 
     Args:
-        config: Has the limits.
+        config: The limits.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
 
     def check_workers(self, layout: Layout, settings: Settings) -> None:
-        """Raise INVALID_FIELD if a step takes more workers than can be connected, or more bytes than there is room."""
+        """Raise INVALID_FIELD if a step needs more workers than can connect, or more bytes than the limits allow."""
         if settings.consistency is not None:
             settings.consistency.check_capacity(len(operands_of(settings.rule)) * layout.size_bytes, self._config)
 
     def check_count(self, parameters: int) -> None:
-        """Raise MODEL_TOO_LARGE for a model of too many parameters, before anything is made of them."""
+        """Raise MODEL_TOO_LARGE for a model of too many parameters, before the server processes them."""
         self._check_limit("parameters", parameters, self._config.max_parameters)
 
     def check_size(self, layout: Layout) -> None:
@@ -42,14 +42,14 @@ class Capacity:
         if actual > limit:
             raise OptserveError(
                 Reason.MODEL_TOO_LARGE,
-                f"The model has {actual} {what}; this server accepts {limit}.",
+                f"The model has {actual} {what}; this server accepts at most {limit}.",
                 field="optimizer.parameters",
                 limit=limit,
                 actual=actual,
             )
 
     def check_number(self, optimizers: int) -> None:
-        """Raise SERVER_FULL if there are as many optimizers as there may be."""
+        """Raise SERVER_FULL if the server has as many optimizers as it may have."""
         if optimizers >= self._config.max_optimizers:
             raise OptserveError(
                 Reason.SERVER_FULL,
@@ -58,7 +58,7 @@ class Capacity:
             )
 
     def beside_bytes(self, layout: Layout, settings: Settings) -> int:
-        """What an optimizer takes for a while, beside what it always does."""
+        """Bytes that an optimizer takes for a while, beside those that it always takes."""
         journalled = self._config.durability == "journal"
         return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
 
@@ -70,7 +70,15 @@ class Capacity:
         reserved_bytes: int,
         beside_bytes: int = 0,
     ) -> None:
-        """Raise SERVER_FULL if so much more is beyond the limit, or, with the most beside it, beyond the machine."""
+        """Raise SERVER_FULL unless there is memory for more state.
+
+        Args:
+            optimizer_id: The optimizer that needs the memory, for the error.
+            required_bytes: Bytes that it needs.
+            optimizers: All optimizers of the server.
+            reserved_bytes: Bytes of optimizers that are being created.
+            beside_bytes: Bytes that it takes for a while, see `beside_bytes`.
+        """
         used = reserved_bytes + sum(optimizer.memory_bytes for optimizer in optimizers)
         used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
         beside = max((self.beside_bytes(item.layout, item.settings) for item in optimizers), default=0)

@@ -1,6 +1,6 @@
-"""What keeps state beyond the life of the process: the interface, and the setting that keeps nothing.
+"""The interface of what keeps changes beyond the life of the process, and the class that keeps nothing.
 
-Everything that is told gets a number in one sequence, so that a snapshot can say up to which it knows.
+Each change gets a number in one sequence, so that a snapshot can say which changes it contains.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from optserve_server.engine.records import Change
 
 
 class Durability(Protocol):
-    """Told of every change before it is made.
+    """Gets a record of every change before the change is made.
 
     Attributes:
-        reads_staging: Whether it reads the staging buffer, in which nobody else may write meanwhile. One that does not
-            need not be told of steps.
+        reads_staging: Whether `write` reads the gradients of a step in the staging buffer; then no client may overwrite
+            them meanwhile. If it does not, the caller need not write steps.
     """
 
     reads_staging: bool
 
     @property
     def problem(self) -> str:
-        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        """Why changes cannot be made durable at the moment, in words; empty if they can."""
         ...
 
     def write(self, record: Change) -> int:
-        """Keep a change that is about to be made; if that raises, nothing is to change.
+        """Make a change durable that is about to be made. If this raises, the caller must not make the change.
 
         Args:
             record: The change. The gradients of a step are still in the staging buffer.
 
         Returns:
-            Its number, once it will survive.
+            The number of the change, once the change is durable.
         """
         ...
 
@@ -40,20 +40,20 @@ class Durability(Protocol):
         """Remove the records of refused changes that are still on disk.
 
         Raises:
-            OptserveError: NOT_DURABLE, `in_doubt`: one cannot be removed, and the next start may make its change.
+            OptserveError: NOT_DURABLE, `in_doubt`: a record cannot be removed, and the next start may make its change.
         """
         ...
 
 
 class InMemory:
-    """State ends with the process. Nothing is kept, and nothing numbered."""
+    """Keeps nothing: the state ends with the process. Changes get no numbers."""
 
     reads_staging = False
     problem = ""
 
     def write(self, record: Change) -> int:  # noqa: ARG002 - see Durability
-        """Nothing to keep."""
+        """Do nothing."""
         return 0
 
     def remove_refused(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing."""

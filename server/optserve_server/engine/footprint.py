@@ -1,4 +1,4 @@
-"""How much memory an optimizer takes: what is always there, and what a recovery or a pull takes beside it."""
+"""How much memory an optimizer takes: always, and for a while during a recovery or a pull."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ OPTIMIZER_BYTES = 16 << 10
 PARAMETER_BYTES = 2048
 GROUP_BYTES = 2048
 ENTRY_BYTES = 128
-"""What Python keeps for an optimizer, for each parameter, each group, and each entry of a list of settings."""
+"""Bytes that Python takes for an optimizer, for each parameter, each group, and each entry of a list of settings."""
 
 
 def description_bytes(layout: Layout, settings: Settings) -> int:
-    """What names, shapes and settings take, of which tensors without elements have as much as others."""
+    """Bytes of names, shapes and settings. An empty tensor takes as many as any other."""
     entries = sum(len(group.parameters) for group in settings.groups)
     if settings.schedule is not None:
         entries += len(getattr(settings.schedule, "milestones", ()))
@@ -23,12 +23,12 @@ def description_bytes(layout: Layout, settings: Settings) -> int:
 
 
 def standing_bytes(layout: Layout, settings: Settings) -> int:
-    """What an optimizer takes as long as it is there."""
+    """Bytes that an optimizer takes as long as it exists."""
     return State.required_bytes(layout, settings) + description_bytes(layout, settings)
 
 
 def beside_bytes(layout: Layout, settings: Settings, max_pull_bytes: int, *, journalled: bool) -> int:
-    """What is taken beside that for a while: by a step that is recovered from the journal, or a large pull."""
+    """Bytes that an optimizer takes for a while: in the recovery of a step from the journal, or for a large pull."""
     recovered = len(operands_of(settings.rule)) * layout.size_bytes if journalled else 0
     pulled = layout.size_bytes - max_pull_bytes if settings.hosted else 0
     return max(recovered, pulled, 0)

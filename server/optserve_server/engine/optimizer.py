@@ -1,4 +1,4 @@
-"""One optimizer of the server: what it is called, its state, and its steps."""
+"""One optimizer of the server: its id, its state, and its steps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def is_id(text: str) -> bool:
-    """Whether it can be an optimizer's id, or a checkpoint's tag; such a text is harmless as the name of a file."""
+    """Whether a text is valid as an optimizer's id or a checkpoint's tag; such a text is safe as the name of a file."""
     return _ID.fullmatch(text) is not None
 
 
 @dataclass(eq=False)
 class Optimizer:
-    """One optimizer: its settings, its state and its steps. Everything changes under the lock of its steps only."""
+    """One optimizer: its settings, its state and its steps. Hold the lock of its steps to change anything."""
 
     id: str
     state: State
@@ -40,12 +40,12 @@ class Optimizer:
 
     @property
     def etag(self) -> str:
-        """Changes with settings and state."""
+        """A text that changes with the settings and the lineage."""
         return self.steps.etag
 
     @property
     def update_time(self) -> datetime:
-        """When settings or state were changed last."""
+        """Time of the last change of settings or state."""
         return self.steps.update_time
 
     @property
@@ -65,19 +65,19 @@ class Optimizer:
 
     @property
     def layout(self) -> Layout:
-        """Its parameters."""
+        """The parameters of the model."""
         return self.state.layout
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that it occupies."""
+        """Bytes that the optimizer occupies, with its segments."""
         return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
 
     def was_replaced_by(self, request_id: str, target: str) -> bool:
         """Whether a restore or an import of that request id, which may be empty, has been made.
 
         Raises:
-            OptserveError: REQUEST_ID_REUSED, if it was made of something else.
+            OptserveError: REQUEST_ID_REUSED, if that call had another target.
         """
         made = next((made for made in tuple(self.replacements) if request_id and made.request_id == request_id), None)
         if made is not None and made.target not in ("", target):
@@ -85,7 +85,7 @@ class Optimizer:
         return made is not None
 
     def check_is_what_is_made(self, layout: Layout, settings: Settings) -> None:
-        """Raise REQUEST_ID_REUSED unless a creation is of this; other settings may have been changed since."""
+        """Raise REQUEST_ID_REUSED unless a creation describes this optimizer; settings may have changed since."""
         same = self.layout.parameters == layout.parameters and self.settings.hosted == settings.hosted
         if not same or self.rule.name != settings.rule.name:
             made = f"an optimizer {self.id!r} of another method, mode or other parameters"
@@ -104,14 +104,14 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class OtherState:
-    """A state that is to take the place of an optimizer's own.
+    """A state that replaces the state of an optimizer.
 
     Attributes:
-        step: Its step counter.
+        step: The step counter.
         arrays: All arenas that are not empty.
-        parameter_steps: Steps that each parameter has taken part in; None where that is not known: all in all steps.
+        parameter_steps: Steps that each parameter has taken part in; None if not known: then all count all steps.
         placed_by: See `Steps.placed_by`.
-        target: What it is, in words; the same request id with another one is refused.
+        target: What the call asks for, in words; the same request id with another target is refused.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Copies of hosted parameters on their way to clients, each of one step; those who want the same step share one."""
+"""Copies of hosted parameters that the server is sending, each of one step. Calls for the same step share a copy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.layout import Arenas
 
 WAIT_S = 5.0
-"""How long a client waits for room before it is told to come back later."""
+"""Seconds that a call waits for memory before it is refused with REPLIES_FULL."""
 
 
 @dataclass(eq=False)
 class Copy:
-    """The parameters x of one step, as long as somebody has it."""
+    """The parameters x of one step, as long as some call uses it."""
 
     step: int
     lineage: str
@@ -24,12 +24,12 @@ class Copy:
 
 
 class Copies:
-    """Makes the copies of one server, so that all of them together stay within `max_bytes`; one alone may be larger."""
+    """Makes the copies of one server. All together stay within `max_bytes`; a single copy may be larger."""
 
     def __init__(self, max_bytes: int, clock: Clock = SYSTEM) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        # Released from wherever a copy is collected, in the middle of anything: reentrant.
+        # Reentrant, because the garbage collector may release a copy in any thread at any moment.
         self._room = clock.condition(clock.rlock())
         self._newest: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Copy]] = weakref.WeakKeyDictionary()
 
@@ -37,7 +37,7 @@ class Copies:
         """(number of steps applied, x of that moment); no x if the number is at most `newer_than`.
 
         Raises:
-            OptserveError: NOT_HOSTED, PARAMETERS_MISSING, REPLIES_FULL, or what steps are refused with.
+            OptserveError: NOT_HOSTED, PARAMETERS_MISSING, REPLIES_FULL, or see `Steps.check_usable`.
         """
         steps, size = optimizer.steps, optimizer.layout.size_bytes
         with steps.locked_state():
@@ -51,7 +51,7 @@ class Copies:
             made = None
             try:
                 with steps.locked_state():
-                    # Somebody else may have had the same wait.
+                    # Another call may have made the copy meanwhile.
                     known = self._known(optimizer)
                     if known is None:
                         known = made = self._make(optimizer)
@@ -63,7 +63,7 @@ class Copies:
         return known.step, known
 
     def _known(self, optimizer: Optimizer) -> Copy | None:
-        """A copy of the present step that somebody has already."""
+        """A copy of the present step that another call has made; None if there is none."""
         reference = self._newest.get(optimizer)
         known = reference() if reference is not None else None
         present = (optimizer.steps.step, optimizer.steps.lineage)
@@ -81,8 +81,8 @@ class Copies:
             if not self._room.wait_for(lambda: not self._bytes or self._bytes + size <= self._max_bytes, WAIT_S):
                 raise OptserveError(
                     Reason.REPLIES_FULL,
-                    f"{self._bytes} bytes of parameters are on their way to clients, and {self._max_bytes} are the "
-                    "most that this server has room for; try again later.",
+                    f"{self._bytes} bytes of parameters are on their way to clients; this server allows at most "
+                    f"{self._max_bytes}. Try again later.",
                     limit_bytes=self._max_bytes,
                 )
             self._bytes += size

@@ -1,4 +1,4 @@
-"""The optimizers of this server by name: made, found, listed, changed and deleted within the server's limits."""
+"""The optimizers of this server by id: creates, finds, lists, changes and deletes them within the server's limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from optserve_server.numerics.state import State
 logger = logging.getLogger(__name__)
 
 CREATION_WAIT_S = 60.0
-"""How long a retried creation waits for the first call, which is compiling or allocating."""
+"""Seconds that a retried creation waits for the first call, which may still compile or allocate."""
 
 
 def _token() -> str:
@@ -40,7 +40,7 @@ class Optimizers:
     """All optimizers of one server. Safe to use from several threads.
 
     Attributes:
-        capacity: What there is room for.
+        capacity: The limits of number and memory.
     """
 
     def __init__(self, backend: Backend, durability: Durability, config: ServerConfig, clock: Clock = SYSTEM) -> None:
@@ -52,23 +52,23 @@ class Optimizers:
         self._buffer_budget = BufferBudget(config.max_staged_bytes, config.max_optimizer_staged_bytes, clock=clock)
         self._lock = clock.condition()
         self._by_id: dict[str, Optimizer] = {}
-        # What is being made: (request id, bytes) by optimizer id.
+        # (request id, bytes) of each optimizer that is being created, by its id.
         self._reserved: dict[str, tuple[str, int]] = {}
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of optimizers."""
         return len(self._by_id)
 
     @property
     def durability_problem(self) -> str:
-        """What keeps changes from being made durable at the moment, in words; empty while nothing does."""
+        """Why changes cannot be made durable at the moment, in words; empty if they can."""
         return self._durability.problem
 
     def certain(self, error: OptserveError) -> OptserveError:
-        """The refusal of a step, or one that leaves open what becomes of it.
+        """The error for a refused step: `error`, or an error that says that the step may still be applied.
 
-        The record of a refused step may still be on a disk that refuses to remove it. As long as it is, no other reason
-        for the refusal may say that the step is not applied. The same holds for a record of several workers' gradients.
+        The record of a refused step may still be on a disk that refuses to remove it. As long as the record is there,
+        no error may say that the step is not applied. The same holds for the record of several workers' gradients.
         """
         try:
             self._durability.remove_refused()
@@ -78,11 +78,11 @@ class Optimizers:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that all of them occupy."""
+        """Bytes that all optimizers occupy."""
         return sum(optimizer.memory_bytes for optimizer in list(self._by_id.values()))
 
     def share(self, optimizer: Optimizer) -> Segment | None:
-        """Share memory with a client of an optimizer; None if it cannot be. See `Steps.share`."""
+        """A segment to share with a client of an optimizer; None if there is no memory for it. See `Steps.share`."""
         wanted = len(optimizer.state.operand_kinds) * optimizer.layout.size_bytes
         try:
             self._check_room(optimizer.id, wanted)
@@ -92,17 +92,17 @@ class Optimizers:
         return optimizer.steps.share()
 
     def drain(self) -> None:
-        """Let no worker wait for others any more."""
+        """The server is about to stop: refuse the steps that wait for other workers."""
         for optimizer in list(self._by_id.values()):
             optimizer.steps.workers.drain()
 
     def discard_idle_steps(self) -> None:
-        """Discard the steps that have not moved for `idle_step_s`."""
+        """Discard the steps that have made no progress for `idle_step_s`."""
         for optimizer in list(self._by_id.values()):
             optimizer.steps.discard_idle()
 
     def create(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str = "") -> Optimizer:
-        """Make an optimizer with all state at 0.
+        """Create an optimizer; its state is 0 everywhere.
 
         Raises:
             OptserveError: INVALID_FIELD, OPTIMIZER_EXISTS, MODEL_TOO_LARGE, SERVER_FULL or
@@ -111,7 +111,7 @@ class Optimizers:
         if not is_id(optimizer_id):
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                f"{optimizer_id!r} is no optimizer id: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
+                f"{optimizer_id!r} is not an optimizer id: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
                 "letter or digit.",
                 field="optimizer_id",
             )
@@ -120,7 +120,7 @@ class Optimizers:
         self.capacity.check_size(layout)
         self.capacity.check_workers(layout, settings)
         with self._lock:
-            # A retry that comes while the first call is still at work waits for it.
+            # A retry waits for the first call, which may still be at work.
             self._lock.wait_for(
                 lambda: self._reserved_by(optimizer_id) != request_id or not request_id, CREATION_WAIT_S
             )
@@ -136,7 +136,7 @@ class Optimizers:
                     optimizer=optimizer_id,
                 )
             self._reserve(optimizer_id, request_id, layout, settings)
-        # Compiling and allocating take their time, so not under the lock.
+        # Without the lock, because compiling and allocating take long.
         try:
             optimizer = self._make(optimizer_id, layout, settings, request_id)
         except MemoryError as error:
@@ -158,7 +158,7 @@ class Optimizers:
 
     def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
         record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, self._clock.now())
-        # What takes memory comes first: once it is written down, it exists.
+        # Allocates first, which may fail: once the record is written down, the optimizer exists.
         optimizer = self._build(record)
         return self._enter(optimizer, record, self._durability.write(record))
 
@@ -170,7 +170,7 @@ class Optimizers:
         return Optimizer(record.optimizer, state, steps, record.request_id, record.create_time)
 
     def _enter(self, optimizer: Optimizer, record: CreationRecord, lsn: int) -> Optimizer:
-        """Let an optimizer exist whose creation has that number."""
+        """Add an optimizer; `lsn` is the number of its creation in the journal."""
         transition.note_creation(optimizer.steps, record, lsn)
         optimizer.created_lsn = lsn
         with self._lock:
@@ -178,7 +178,7 @@ class Optimizers:
         return optimizer
 
     def adopt(self, record: CreationRecord, created_lsn: int) -> Optimizer:
-        """Bring an optimizer back that existed before; nobody is told of it."""
+        """Add an optimizer that recovery has found, without a record and without a line in the log."""
         return self._enter(self._build(record), record, created_lsn)
 
     def forget(self, optimizer_id: str) -> None:
@@ -187,7 +187,7 @@ class Optimizers:
             self._by_id.pop(optimizer_id, None)
 
     def renew_lineages(self) -> None:
-        """Give every state a new lineage: it is not certain to be the one that clients knew."""
+        """Give every state a new lineage, because it may not be the state that clients knew."""
         for optimizer in list(self._by_id.values()):
             optimizer.steps.lineage = _token()
 
@@ -196,7 +196,7 @@ class Optimizers:
         return self._by_id.get(optimizer_id)
 
     def settled(self) -> list[Optimizer]:
-        """All optimizers, once those that are being made now are there too."""
+        """All optimizers, once the optimizers that are being created now exist too."""
         with self._lock:
             pending = set(self._reserved)
             self._lock.wait_for(lambda: not pending & set(self._reserved))
@@ -210,7 +210,7 @@ class Optimizers:
         return optimizer
 
     def check_is_same(self, optimizer: Optimizer) -> None:
-        """Raise STATE_REPLACED if another optimizer has the name of that one, which a client has known before."""
+        """Raise STATE_REPLACED if another optimizer has taken the id of this one."""
         found = self._by_id.get(optimizer.id)
         if found is not None and found is not optimizer:
             raise refusals.state_replaced(optimizer.id, found.steps.lineage, found.steps.step)
@@ -223,7 +223,7 @@ class Optimizers:
             return [self._by_id[name] for name in ids[start : start + size]], start + size < len(ids)
 
     def update(self, optimizer_id: str, change: Callable[[Settings, Layout], Settings], etag: str = "") -> Optimizer:
-        """Change hyper-parameters: `change` makes the new settings of the present ones.
+        """Change settings: `change` makes the new settings from the present ones.
 
         Raises:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
@@ -249,12 +249,12 @@ class Optimizers:
         etag: str = "",
         request_id: str = "",
     ) -> None:
-        """Put another state in the place of an optimizer's own, once per request id.
+        """Replace the state of an optimizer, once per request id.
 
         Args:
-            optimizer: Whose layout the arrays have.
-            state: The other one.
-            change: Makes its settings from then on of the present ones; the method stays the same.
+            optimizer: The optimizer. The arrays of the new state have its layout.
+            state: The new state.
+            change: Makes the new settings from the present ones; the method stays the same.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
 
@@ -286,17 +286,17 @@ class Optimizers:
         logger.info("deleted %s", optimizer_id)
 
     def _reserved_by(self, optimizer_id: str) -> str:
-        """The request id that is making an optimizer of that id; empty if none is."""
+        """The request id of the call that is creating an optimizer of that id; empty if no call is."""
         return self._reserved.get(optimizer_id, ("", 0))[0]
 
     def _reserve(self, optimizer_id: str, request_id: str, layout: Layout, settings: Settings) -> None:
-        """Count the memory of an optimizer that is about to be made; called under the lock."""
+        """Count the memory of an optimizer that is about to be created; called under the lock."""
         required = footprint.standing_bytes(layout, settings)
         self._check_room(optimizer_id, required, self.capacity.beside_bytes(layout, settings))
         self.capacity.check_number(len(self._by_id) + len(self._reserved))
         self._reserved[optimizer_id] = (request_id, required)
 
     def _check_room(self, optimizer_id: str, required_bytes: int, beside_bytes: int = 0) -> None:
-        """Raise SERVER_FULL unless there is room for so much more; see `Capacity.check_room`."""
+        """Raise SERVER_FULL unless there is room for `required_bytes` more; see `Capacity.check_room`."""
         reserved_bytes = sum(size for _, size in self._reserved.values())
         self.capacity.check_room(optimizer_id, required_bytes, list(self._by_id.values()), reserved_bytes, beside_bytes)

@@ -1,4 +1,4 @@
-"""What an optimizer is doing, looked at for a moment between two steps."""
+"""Statistics of an optimizer, computed from copies of its state between two steps."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.state import State
 
 MAX_SAMPLE = 1 << 20
-"""Elements of a tensor that its statistics are made of: all, or so many, evenly spread. Nobody steps meanwhile."""
+"""Most elements of one tensor that its statistics use; of a larger tensor, evenly spread ones. They are copied while
+no step can be applied."""
 
 MAX_SAMPLES = 1 << 22
-"""Elements of all tensors of one call that its statistics are made of; each tensor then has an equal share at least."""
+"""Most elements of all tensors that one call uses. If the tensors have more, each tensor gets an equal share."""
 
 MAX_ELEMENTS = 100_000
-"""Elements that can be asked for at a time, over all tensors."""
+"""Most single elements that one call can ask for, over all tensors."""
 
 MAX_QUANTILES = 1000
-"""Quantiles that can be asked for at a time, of each tensor."""
+"""Most quantiles of each tensor that one call can ask for."""
 
 MAX_LOOKS = 2
-"""Calls that look at a time; each holds copies of its samples."""
+"""Most calls at a time; each holds copies of its samples."""
 
 LOOK_WAIT_S = 5.0
-"""How long a call waits for others before it is told to come back."""
+"""Seconds that a call waits for others before it is refused with TOO_MANY_STREAMS."""
 
 _SMALLER = 2.0**-64
 """A unit in which the sum of all squares of a sample is finite. Its root is a power of two as well."""
 
-# Of the whole process, so of no clock: whoever waits here does it for arithmetic.
+# One for the whole process, so it belongs to no clock. Calls wait here for the arithmetic of other calls only.
 _looks = threading.BoundedSemaphore(MAX_LOOKS)  # noqa: TID251
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -42,14 +43,14 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked for.
+    """What a call asks for.
 
     Attributes:
-        tensors: Indices of parameters; none for all.
-        quantiles: Of the effective learning rate, each in [0, 1].
-        indices: Flat indices of elements, of every tensor.
-        random_indices: Instead of them, how many to draw per tensor.
-        seed: Of the draw.
+        tensors: Indices of parameters; empty for all parameters.
+        quantiles: Quantiles of the effective learning rate, each in [0, 1].
+        indices: Flat indices of elements, for every tensor.
+        random_indices: Number of elements to draw per tensor, instead of `indices`.
+        seed: Seed of the draw.
     """
 
     tensors: Sequence[int] = ()
@@ -61,11 +62,11 @@ class Query:
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Of one tensor. Arrays are float64; `rates` and `updates` are None where there are none.
+    """Statistics of one tensor. Arrays are float64; `rates` and `updates` are None if they are not known.
 
     Attributes:
-        rates_count_last_update: Whether the rates are RMS[Δx]_t / RMS[g]_t, as the last update, which would say what
-            RMS[Δx]_{t−1} was, is no longer retained.
+        rates_count_last_update: Whether the rates are RMS[Δx]_t / RMS[g]_t instead of RMS[Δx]_{t−1} / RMS[g]_t, because
+            the server no longer has the last update.
     """
 
     tensor: int
@@ -83,8 +84,8 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
     """(number of steps applied, statistics of each tensor), all of one step.
 
     Raises:
-        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER, TOO_MANY_STREAMS, or what steps are
-            refused with.
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER, DUPLICATE_PARAMETER, TOO_MANY_STREAMS, or see
+            `Steps.check_usable`.
     """
     tensors = _tensors(optimizer, query)
     _check_counts(optimizer, query, tensors)
@@ -93,7 +94,7 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
     if not _looks.acquire(timeout=LOOK_WAIT_S):
         raise OptserveError(
             Reason.TOO_MANY_STREAMS,
-            f"{MAX_LOOKS} calls are computing statistics, which is all that this server does at a time; try again.",
+            f"{MAX_LOOKS} calls are computing statistics, and this server allows no more at a time; try again.",
             limit=MAX_LOOKS,
         )
     try:
@@ -101,14 +102,14 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
             optimizer.steps.check_usable()
             step = optimizer.steps.step
             looks = [_Look(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]
-        # The arithmetic is done when others may step again.
+        # The arithmetic follows here, while steps go on.
         return step, [look.statistics(query.quantiles) for look in looks]
     finally:
         _looks.release()
 
 
 def _tensors(optimizer: Optimizer, query: Query) -> list[int]:
-    """Indices of the parameters that are asked for, or raise UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
+    """Indices of the parameters that a call asks for; raises UNKNOWN_PARAMETER or DUPLICATE_PARAMETER."""
     parameters = optimizer.layout.parameters
     seen: set[int] = set()
     for tensor in query.tensors:
@@ -129,11 +130,15 @@ def _tensors(optimizer: Optimizer, query: Query) -> list[int]:
 
 
 def _check_counts(optimizer: Optimizer, query: Query, tensors: Sequence[int]) -> None:
-    """Raise INVALID_FIELD for more than is answered at a time, before anything is made for it."""
+    """Raise INVALID_FIELD if a call asks for too much, before anything is computed for it."""
     if query.random_indices and query.indices:
-        raise OptserveError(Reason.INVALID_FIELD, "Name indices or a number to draw, not both.", field="random_indices")
+        raise OptserveError(
+            Reason.INVALID_FIELD, "Give `indices` or `random_indices`, not both.", field="random_indices"
+        )
     if query.random_indices > MAX_ELEMENTS:
-        raise OptserveError(Reason.INVALID_FIELD, f"At most {MAX_ELEMENTS} can be drawn.", field="random_indices")
+        raise OptserveError(
+            Reason.INVALID_FIELD, f"random_indices must be at most {MAX_ELEMENTS}.", field="random_indices"
+        )
     drawn = sum(min(query.random_indices, optimizer.layout.parameters[tensor].size) for tensor in tensors)
     for what, field_name, asked, limit in (
         ("elements", "indices", len(query.indices) * len(tensors) + drawn, MAX_ELEMENTS),
@@ -142,18 +147,18 @@ def _check_counts(optimizer: Optimizer, query: Query, tensors: Sequence[int]) ->
         if asked > limit:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                f"At most {limit} {what} can be asked for at a time, not {asked}; ask for fewer, or of fewer tensors.",
+                f"One call can ask for at most {limit} {what}, not for {asked}; ask for fewer, or for fewer tensors.",
                 field=field_name,
             )
     for quantile in query.quantiles:
         if not 0 <= quantile <= 1:
             raise OptserveError(
-                Reason.INVALID_FIELD, f"A quantile lies in [0, 1], not at {quantile!r}.", field="quantiles"
+                Reason.INVALID_FIELD, f"A quantile must lie in [0, 1], not at {quantile!r}.", field="quantiles"
             )
 
 
 def _max_sample(optimizer: Optimizer, tensors: Sequence[int]) -> int:
-    """Elements of one tensor that may be looked at, so that those of all stay within MAX_SAMPLES."""
+    """Most elements of one tensor, so that all tensors together stay within MAX_SAMPLES."""
     sizes = [min(optimizer.layout.parameters[tensor].size, MAX_SAMPLE) for tensor in tensors]
     return MAX_SAMPLE if sum(sizes) <= MAX_SAMPLES else max(1, MAX_SAMPLES // len(tensors))
 
@@ -176,7 +181,7 @@ def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
 
 
 class _Look:
-    """Copies of what the statistics of one tensor need, taken while nobody steps."""
+    """Copies of what the statistics of one tensor need, taken while no step is applied."""
 
     def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray, max_sample: int) -> None:
         parameter, start = state.layout.parameters[tensor], state.layout.starts[tensor]
@@ -195,7 +200,7 @@ class _Look:
             self.updates = updates[start + indices].astype(np.float64)
             if self.rule.rate_needs_update:
                 self.sample_updates = updates[part].astype(np.float64)
-            # A client that shares this memory may have begun to write there.
+            # A client that shares this memory may have begun to overwrite the updates.
             if not steps.main.keeps_updates(tensor):
                 self.sample_updates = self.updates = None
 
@@ -226,6 +231,6 @@ class _Look:
         with np.errstate(over="ignore"):
             mean = float(squares.mean()) if squares.size else 0.0
         if math.isinf(mean):
-            # Their sum is beyond float64. Their mean is not, and so large that eps is nothing.
+            # The sum of the squares is beyond float64; their mean is not. It is so large that eps changes no digit.
             return math.sqrt(float((squares * _SMALLER).mean())) / math.sqrt(_SMALLER)
         return math.sqrt(mean + getattr(self.rule, "eps", 0.0) * self.rule.eps_in_root)

@@ -92,17 +92,17 @@ class Clip:
 
 
 CLIPPINGS = ("value", "norm", "global_norm")
-"""The kinds of it."""
+"""The kinds of clipping."""
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """A bound.
+    """The clipping of gradients.
 
     Attributes:
-        kind: `value`: of every element; `norm`: of every tensor's Euclidean norm; `global_norm`: of the norm over all
-            tensors of the step.
-        bound: Positive.
+        kind: What the bound limits. `value`: every element; `norm`: the Euclidean norm of every tensor; `global_norm`:
+            the Euclidean norm over all tensors of the step.
+        bound: The bound, positive.
     """
 
     kind: str
@@ -110,7 +110,7 @@ class Clipping:
 
     def check(self) -> None:
         """Raise HYPERPARAMETER_OUT_OF_RANGE unless the bound is a positive number."""
-        # The smallest bound is half of float32's smallest number, which it is rounded to.
+        # The smallest bound is half of float32's smallest number, to which it is rounded.
         if not (0 < self.bound < math.inf and float(np.float32(min(self.bound, 1.0))) > 0):
             raise OptserveError(
                 Reason.HYPERPARAMETER_OUT_OF_RANGE,
@@ -151,7 +151,7 @@ def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tupl
 def _factors(bound: float, norm: _Norm, dtype: np.dtype) -> tuple[float, float]:
     """(power of two to divide by, factor) that bring a norm down to the bound.
 
-    The factor alone, if the dtype has it with all its digits.
+    The power is 1 if the dtype can hold the factor with all its digits.
     """
     factor = bound / norm.value
     if factor >= float(np.finfo(dtype).tiny):

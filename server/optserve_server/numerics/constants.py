@@ -1,4 +1,7 @@
-"""Which constants of the rule hold where: by the groups of parameters, and by the steps that each has taken part in."""
+"""The constants of the rule for each part of an arena.
+
+They depend on the groups of parameters, and on the steps that each parameter has taken part in.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ Row = Sequence[np.generic]
 """The constants of one rule, rounded to a dtype."""
 
 Part = tuple[slice, int, int]
-"""(part of an arena, position among the rules, step counter; 0 where the rule does not use it) of one row."""
+"""(part of an arena, position among the rules, step counter; 0 if the rule does not use it): it has one row."""
 
 
 class Rows:
-    """The constants of one step, of a rule that does not use step counters.
+    """The constants of one step, for a rule that does not use step counters.
 
     Args:
-        rows: Of each dtype, by position among the rules.
+        rows: The rows of each dtype, by position among the rules.
     """
 
     def __init__(self, rows: Mapping[np.dtype, Sequence[Row]]) -> None:
@@ -37,10 +40,10 @@ class Rows:
 
 
 class CountedRows(Rows):
-    """Those of a rule that uses them, made when they are needed.
+    """The constants of one step, for a rule that uses step counters. Each row is made when it is needed.
 
     Args:
-        rules: Of the step.
+        rules: The rules of the step.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
@@ -57,16 +60,16 @@ class CountedRows(Rows):
 
 
 class Constants:
-    """Those of an optimizer's present settings.
+    """The constants of an optimizer's present settings.
 
     Args:
-        layout: Of the model.
-        settings: The present ones.
+        layout: The model.
+        settings: The present settings.
         rules: See `Settings.rules`.
 
     Attributes:
-        settings: The present ones.
-        first: Those without a schedule, at a parameter's first step, of each dtype and rule.
+        settings: The present settings.
+        first: The constants at a parameter's first step, without a schedule, for each dtype and rule.
     """
 
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
@@ -80,11 +83,11 @@ class Constants:
         self._stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
         self._decays = settings.decays()
         self.first = self._rows(rules)
-        # Without a schedule they are always the same.
+        # Without a schedule the constants never change.
         self._always = None if settings.schedule else Rows(self.first)
 
     def _stretches_of(self, layout: Layout, dtype: np.dtype) -> list[tuple[int, int, int]]:
-        """(start, stop, position among the rules) of the stretches of an arena that follow one rule."""
+        """(start, stop, position among the rules) of each stretch of an arena that has one rule."""
         stretches: list[tuple[int, int, int]] = []
         for index, parameter in enumerate(layout.parameters):
             if parameter.dtype != dtype or not parameter.size:
@@ -99,36 +102,36 @@ class Constants:
         return {dtype: [_rounded(rule, dtype, FIRST_STEP) for rule in rules] for dtype in self._dtypes}
 
     def at(self, step: int, staleness: int) -> Rows:
-        """The constants at a step, for gradients so many steps old."""
+        """The constants at a step, for gradients that are `staleness` steps old."""
         if self._always is not None and not staleness:
             return self._always
         return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self._rules]))
 
     def decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
-        """The weight decay of a step: where its learning rate is divided for its staleness, it is too.
+        """The weight decay of a step. Staleness divides it as it divides the learning rate.
 
-        Else the decay would grow with the number of workers, and not what it is to hold in balance.
+        Otherwise the decay would grow with the number of workers, and the updates that it balances would not.
         """
         return dtype.type(self._decays[position] / (1 + staleness))
 
     def rule_of(self, tensor: int, step: int, staleness: int) -> Rule:
-        """The rule that a parameter follows at a step, with the learning rate that it has there."""
+        """The rule of a parameter at a step, with the learning rate of that step."""
         return self.settings.at(self._rules[self._position_of.get(tensor, 0)], step, staleness)
 
     def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:  # noqa: ARG002
-        """The parts of a run that have one row each.
+        """The parts of a run that have one row of constants each.
 
         Args:
             run: A stretch of an arena.
-            parameter_steps: Steps that each parameter has taken part in before; none where the rule does not use it.
+            parameter_steps: Steps that each parameter has taken part in before; empty if the rule does not use it.
         """
         stretches = self._stretches[run.dtype]
         if len(stretches) == 1:
             return ((slice(run.start, run.stop), stretches[0][2], 0),)
         parts: list[Part] = []
-        # A model may have as many runs as stretches: each run begins where its first stretch is, not at the very first.
-        for turn in range(bisect_right(self._stops[run.dtype], run.start), len(stretches)):
-            start, stop, position = stretches[turn]
+        # Begins at the first stretch of the run by bisection, because a model may have as many runs as stretches.
+        for number in range(bisect_right(self._stops[run.dtype], run.start), len(stretches)):
+            start, stop, position = stretches[number]
             if start >= run.stop:
                 break
             parts.append((slice(max(start, run.start), min(stop, run.stop)), position, 0))
@@ -136,7 +139,7 @@ class Constants:
 
 
 class CountedConstants(Constants):
-    """Those of a rule that uses step counters: a run is split where these differ, as it is at the borders of groups."""
+    """The constants for a rule that uses step counters. A run is split where the counters differ, or the groups."""
 
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
         super().__init__(layout, settings, rules)
@@ -151,7 +154,7 @@ class CountedConstants(Constants):
             self._positions[dtype] = np.array([self._position_of.get(index, 0) for index in own])
 
     def at(self, step: int, staleness: int) -> Rows:
-        """See Constants. Each step has other ones, so none are kept."""
+        """See Constants. Each step has new constants, so none are kept."""
         return CountedRows([self.settings.at(rule, step, staleness) for rule in self._rules])
 
     def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:
@@ -173,7 +176,7 @@ class CountedConstants(Constants):
 
 
 def constants_of(layout: Layout, settings: Settings, rules: Sequence[Rule]) -> Constants:
-    """Those of a rule of either kind."""
+    """The constants of settings, for a rule of either kind."""
     kind = CountedConstants if settings.rule.counts_steps else Constants
     return kind(layout, settings, rules)
 

@@ -1,8 +1,9 @@
 """Computes from bounds for how many steps nothing can become infinite, so that most steps need no pass over the state.
 
-`Rule.bounds` bounds the results of a rule. From the measured extremes of the slots, the next steps are bounded for
-gradients larger than the present ones. As long as gradients stay below, a step costs one comparison. The bounds are not
-exact: a step that they do not cover may still be good, and is checked by a trial, see `trial.py`.
+`Rule.bounds` gives bounds of the results of a rule. `Headroom` computes them for the next steps, from the measured
+extremes of the slots, for gradients larger than the present ones. As long as gradients stay below, a step costs one
+comparison. The bounds are not exact: a step that they do not cover may still be good. A trial checks it, see
+`trial.py`.
 """
 
 from __future__ import annotations

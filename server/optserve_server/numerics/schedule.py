@@ -1,4 +1,4 @@
-"""Annealing: how a factor on the learning rate changes over the steps. Section 2.1 of the paper."""
+"""Schedules: a factor on the learning rate that changes over the steps. Section 2.1 of the paper."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Schedule:
     def factor(self, t: int) -> float:
         """The factor at step t, in [0, 1]: (t + 1) / (warmup_steps + 1) during the warm-up.
 
-        Never more than 1, since bounds that hold for the learning rate itself have to hold at every step.
+        It is never more than 1, because bounds that hold for the learning rate must hold at every step.
         """
         if t < self.warmup_steps:
             return (t + 1) / (self.warmup_steps + 1)
@@ -39,14 +39,14 @@ class Schedule:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise HYPERPARAMETER_OUT_OF_RANGE, with the field's path, for a value that is impossible."""
+        """Raise HYPERPARAMETER_OUT_OF_RANGE, with the field's path, for an impossible value."""
         for name, interval in self.ranges.items():
             value = getattr(self, name)
             if value not in Range(interval) or not math.isfinite(value):
                 raise self.impossible(name, f"{value!r}, but must lie in {interval}")
 
     def impossible(self, name: str, what: str) -> OptserveError:
-        """The error for a field."""
+        """The error for an impossible value of a field."""
         return OptserveError(
             Reason.HYPERPARAMETER_OUT_OF_RANGE,
             f"The {name} of the {self.kind.replace('_', ' ')} schedule is {what}.",
@@ -54,17 +54,17 @@ class Schedule:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The form on disk."""
         return {"kind": self.kind, **self.values()}
 
     def values(self) -> dict[str, Any]:
-        """By field name, as they are: `asdict` would copy every milestone by itself, which takes seconds."""
+        """The values by field name. Not by `asdict`, which would copy every milestone and take seconds."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """1."""
+    """The factor is always 1."""
 
     kind = "constant"
 
@@ -113,7 +113,7 @@ class AtSteps(Schedule):
     milestones: tuple[int, ...] = ()
 
     def check(self) -> None:
-        """See Schedule; besides, the milestones must be there and rise."""
+        """See Schedule. There must be milestones, in increasing order."""
         super().check()
         if not self.milestones:
             raise self.impossible("milestones", "empty; name at least one step")

@@ -1,4 +1,4 @@
-"""What an optimizer is set to: its method, and what goes with it. It can change while the state stays."""
+"""The settings of an optimizer: its method, and all other settings. They can change while the state stays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class UnknownSettingError(ValueError):
-    """Settings that were written down have something that this server does not know. The message says what."""
+    """Settings on disk have a field or a kind that this server does not know. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Group:
 
     Attributes:
         parameters: Their indices.
-        overrides: Hyper-parameters by name; the others are the optimizer's.
-        weight_decay: None for the optimizer's.
+        overrides: Hyper-parameters by name; the others are those of the optimizer.
+        weight_decay: Weight decay; None for that of the optimizer.
     """
 
     parameters: tuple[int, ...]
@@ -37,8 +37,8 @@ class Group:
     weight_decay: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written down."""
-        # Not `asdict`, which would copy every index by itself.
+        """The form on disk."""
+        # Not by `asdict`, which would copy every index.
         return {"parameters": self.parameters, "overrides": dict(self.overrides), "weight_decay": self.weight_decay}
 
 
@@ -48,12 +48,12 @@ class Settings:
 
     Attributes:
         rule: The method, whose kind is fixed at creation, with its hyper-parameters.
-        schedule: Of its learning rate; None for a constant one.
-        clipping: Of the gradient; None for none.
-        groups: No parameter is in two.
+        schedule: Schedule of the learning rate; None for a constant rate.
+        clipping: Clipping of the gradient; None for no clipping.
+        groups: Groups of parameters. No parameter is in two groups.
         hosted: Whether the server holds the parameters x as well; fixed at creation.
-        weight_decay: Of x per step, decoupled from the gradient.
-        consistency: How the gradients of several workers come together; None for one client at a time.
+        weight_decay: Decay of x per step, decoupled from the gradient.
+        consistency: When the steps of several workers are applied; None for one client at a time.
     """
 
     rule: Rule
@@ -66,11 +66,11 @@ class Settings:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Names of all arrays of the state: the slots, then x where it is hosted."""
+        """Names of all arrays of the state: the slots, then x in hosted mode."""
         return (*self.rule.slots, PARAMETER) if self.hosted else self.rule.slots
 
     def check(self) -> None:
-        """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD for what is impossible whatever the dtype."""
+        """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD for settings that are impossible for every dtype."""
         if self.schedule is not None:
             self.schedule.check()
             self._check_rate("follow a schedule", "optimizer.schedule")
@@ -112,11 +112,11 @@ class Settings:
         return [own, *(own if group.weight_decay is None else group.weight_decay for group in self.groups)]
 
     def rules(self) -> list[Rule]:
-        """That of the parameters in no group, then that of each group."""
+        """The rule of the parameters in no group, then the rule of each group."""
         return [self.rule, *(replace(self.rule, **group.overrides) for group in self.groups)]
 
     def at(self, rule: Rule, step: int, staleness: int = 0) -> Rule:
-        """One of `rules` with the learning rate that it has at a step, for a gradient so many steps old."""
+        """One of `rules` with the learning rate of a step, for a gradient that is `staleness` steps old."""
         if self.schedule is None and not staleness:
             return rule
         factor = 1.0 if self.schedule is None else self.schedule.factor(step)
@@ -135,7 +135,7 @@ class Settings:
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written down."""
+        """The form on disk."""
         content: dict[str, Any] = {"rule": {"name": self.rule.name, **asdict(self.rule)}}
         if self.schedule is not None:
             content["schedule"] = self.schedule.to_json()
@@ -153,11 +153,11 @@ class Settings:
     def from_json(cls, content: dict[str, Any]) -> Settings:
         """The reverse of `to_json`.
 
-        What stands beside the settings in `content` is its caller's. Within a setting everything is read: what a newer
-        server has put there would change the steps, and must not be left out.
+        `content` may have other keys beside the settings, which belong to the caller. Within a setting every field must
+        be known, because an unknown field of a newer server may change the steps.
 
         Raises:
-            UnknownSettingError: There is a setting, or a kind of one, that this server does not know.
+            UnknownSettingError: This server does not know a field of a setting, or a kind of setting.
         """
         rule = dict(content["rule"])
         kind = _kind_of("method", RULES, rule.pop("name"))
@@ -183,7 +183,9 @@ def _names(kind: Any) -> set[str]:
 def _check_names(what: str, known: Collection[str], values: Mapping[str, Any]) -> None:
     for name in values:
         if name not in known:
-            raise UnknownSettingError(f"this server knows no {name!r} of {what}, which a newer one may have written")
+            raise UnknownSettingError(
+                f"this server does not know {name!r} of {what}, which a newer server may have written"
+            )
 
 
 def _read(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
@@ -193,7 +195,9 @@ def _read(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
 
 def _kind_of(what: str, kinds: Mapping[str, T], name: str) -> T:
     if name not in kinds:
-        raise UnknownSettingError(f"this server knows no {what} {name!r}, which a newer one may have written")
+        raise UnknownSettingError(
+            f"this server does not know the {what} {name!r}, which a newer server may have written"
+        )
     return kinds[name]
 
 

@@ -1,8 +1,8 @@
-"""The staging buffer of an optimizer: takes the gradients of a step, checked, and then the updates in their place.
+"""The staging buffer: receives and checks the gradients of a step, and holds the updates that overwrite them.
 
-Gradients come in chunks, or lie in a segment that the server shares with a client. Where nothing else reads the buffer,
-it is the segment, and nothing is copied. It knows nothing of steps as transactions; `engine/steps.py` decides what
-may happen to it and when.
+Gradients come in chunks, or are in a segment that the server shares with a client. If nothing else reads the buffer,
+the segment itself is the buffer, and nothing is copied. `engine/steps.py` decides which step may use the
+buffer, and when.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _GRADIENT = Operand.GRADIENT
 
 
 class Staging:
-    """The buffer, with as many parts as a step has operands.
+    """The buffer. It has arenas for each operand of a step.
 
     Args:
-        state: Whose layout, limits and backend hold.
+        state: The state whose layout, limits and backend the buffer uses.
 
     Attributes:
-        operands: Its arenas.
-        updates: The arenas that hold the updates once a step is applied, and its gradients before.
-        segment: What is shared with a client now.
+        operands: The arenas of the buffer.
+        updates: The arenas of the gradients, which the updates overwrite when the step is applied.
+        segment: The segment that the server shares with a client now; None if it shares none.
     """
 
     def __init__(self, state: State) -> None:
@@ -54,7 +54,7 @@ class Staging:
         self.segment = None
 
     def copy_updates(self, source: Arenas, payload: Payload) -> None:
-        """Put what a source has for the tensors of a step where their updates are."""
+        """Copy the values of a step's tensors from `source` over the updates."""
         for run in payload.runs:
             part = slice(run.start, run.stop)
             self._backend.copy(source[run.dtype][part], self.updates[run.dtype][part])
@@ -64,14 +64,14 @@ class Staging:
     def stage(
         self, payload: Payload, operand: Operand, position: int, data: memoryview | bytes, largest: Largest
     ) -> None:
-        """Copy wire bytes of a step to their place.
+        """Copy wire bytes of a step into the buffer, and check them.
 
         Args:
-            payload: Of the step.
-            operand: What they are.
-            position: Of the first of them in the payload.
-            data: All of them within the payload.
-            largest: Takes note of their magnitudes.
+            payload: The payload of the step.
+            operand: The operand that the bytes belong to.
+            position: Position of the first byte in the payload.
+            data: The bytes; they end within the payload.
+            largest: The largest magnitudes of the step so far; updated.
 
         Raises:
             OptserveError: CHUNK_OUT_OF_BOUNDS, NON_FINITE_VALUE or GRADIENT_OVERFLOW.
@@ -103,7 +103,7 @@ class Staging:
         start = run.start + (position - run.begin) // size
         staged = arena[start : start + elements.size]
         found = self._backend.receive(staged, elements)
-        # In this form it holds for NaN as well.
+        # `not <=` also catches NaN.
         if not found <= limit:
             bad = _first_beyond(staged, limit)
             raise self._bad_value(
@@ -114,9 +114,9 @@ class Staging:
             largest[key] = found
 
     def to_wire(self, source: Arenas, run: Run, begin: int, end: int) -> np.ndarray:
-        """What a source has from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
+        """The values of `source` from byte `begin` to byte `end` of the payload, within a run, in the run's wire dtype.
 
-        A view of the source where that is its own.
+        Returns a view of the source if that is the dtype of the source.
         """
         size = run.wire.itemsize
         part = source[run.dtype][run.start + (begin - run.begin) // size : run.start + (end - run.begin) // size]
@@ -125,10 +125,10 @@ class Staging:
     # Shared memory.
 
     def share(self, *, in_place: bool) -> Segment:
-        """Make a segment, and let the buffer be in it if `in_place`.
+        """Make a segment. If `in_place`, move the buffer into it.
 
         Raises:
-            OSError: There is no room, or no shared memory here.
+            OSError: There is no memory for it, or the system has no shared memory.
         """
         self.segment = Segment(self._state.layout, self.operands)
         if in_place:
@@ -136,12 +136,12 @@ class Staging:
         return self.segment
 
     def unshare(self) -> None:
-        """Let go of the segment; what was in the buffer stays."""
+        """Drop the segment; the content of the buffer stays."""
         self.leave_segment()
         self.segment = None
 
     def leave_segment(self) -> None:
-        """Be in the segment no more, so that its client cannot write into the steps of others."""
+        """Move the buffer out of the segment, so that its client cannot write into the steps of others."""
         if self.in_place:
             self._move_to(self._new_operands())
 
@@ -159,13 +159,13 @@ class Staging:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the segment, where it is not the buffer."""
-        # Read by others without a lock: looked at once.
+        """Bytes of the segment; 0 if the segment is the buffer, or there is none."""
+        # Read once, because other threads may change it: they call this without a lock.
         segment = self.segment
         return segment.size_bytes if segment is not None and self.operands is not segment.operands else 0
 
     def take_gradients(self, segment: Segment, payload: Payload, largest: Largest) -> None:
-        """Take the gradients that a client has written into a segment, and note of their magnitudes.
+        """Take the gradients that a client has written into a segment: copy, check and measure them.
 
         Raises:
             OptserveError: NON_FINITE_VALUE or GRADIENT_OVERFLOW.
@@ -185,7 +185,7 @@ class Staging:
                 largest[key] = max(found, largest.get(key, 0.0))
 
     def write_reply(self, segment: Segment, payload: Payload, step: int, source: Arenas) -> None:
-        """Put the reply of a step where a client has written its gradients."""
+        """Write the reply of a step over the gradients in a segment."""
         target = segment.operands[_GRADIENT]
         if source is not target:
             segment.begin_reply(step)

@@ -1,7 +1,6 @@
-"""The state of one optimizer: its slots, and how a step changes them. Generic over rules and backends.
+"""The state of one optimizer: its slots, and how a step changes them, for every rule and backend.
 
-It knows nothing of gradients on their way in, see `staging.py`, nor of steps as transactions, see
-`engine/steps.py`.
+`staging.py` receives gradients. `engine/steps.py` makes a transaction of a step.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import PARAMETER, Settings
 
 UPDATE = "update"
-"""Name of what a step makes beside the arrays of the state; no rule has a slot of that name."""
+"""Name of the update among the results of a trial step; no rule has a slot of that name."""
 
 
 def operands_of(rule: Rule) -> tuple[Operand, ...]:
-    """What a step of that rule brings."""
+    """The operands of a step of that rule."""
     return (Operand.GRADIENT, Operand.CURVATURE) if rule.takes_curvature else (Operand.GRADIENT,)
 
 
 class Prepared(NamedTuple):
-    """A step that may be applied.
+    """What `State.prepare` has found about a step.
 
     Attributes:
-        clip: What clipping does to its gradient; None where there is no clipping.
-        covered: Whether it is known by bounds alone that it leaves everything finite.
+        clip: How clipping changes the gradient; None without clipping.
+        covered: Whether bounds alone show that the step leaves everything finite.
     """
 
     clip: Clip | None
@@ -47,17 +46,17 @@ _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 class State:
-    """Slots, all 0 at first.
+    """The arrays of one optimizer. All slots are 0 at first.
 
     Attributes:
-        layout: Of the model.
-        settings: The present ones, of one method for good.
-        operand_kinds: What a step brings.
-        backend: Computes it.
-        slots: The arenas of each slot.
-        parameters: The arenas of x, in host memory, where it is hosted.
-        parameter_steps: Steps that each parameter has taken part in; of none where the rule does not use it.
-        limits: The largest magnitude with which an operand may arrive, in each dtype.
+        layout: The model.
+        settings: The present settings. Their method never changes.
+        operand_kinds: The operands of a step.
+        backend: Computes steps.
+        slots: The arenas of each slot, by dtype.
+        parameters: The arenas of x, in host memory; empty in delta mode.
+        parameter_steps: Steps that each parameter has taken part in; empty if the rule does not use it.
+        limits: The largest magnitude that an operand may have when it arrives, in each dtype.
 
     Raises:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
@@ -66,7 +65,7 @@ class State:
     def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self.backend = backend
-        # What the last step that was applied was made with: the constants of that time, step and staleness.
+        # (constants, step, staleness) of the last step that was applied.
         self._last: tuple[Constants, int, int] | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._headroom = Headroom(self._bounds, hosted=settings.hosted)
@@ -86,7 +85,11 @@ class State:
         return self.settings.rule
 
     def check(self, settings: Settings) -> list[Rule]:
-        """Raise HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD unless it can have these settings; gives their rules."""
+        """Check new settings, and return their rules.
+
+        Raises:
+            OptserveError: HYPERPARAMETER_OUT_OF_RANGE or INVALID_FIELD.
+        """
         settings.check()
         rules = settings.rules()
         for dtype in self._dtypes or list(self.layout.sizes):
@@ -95,7 +98,7 @@ class State:
         return rules
 
     def set(self, settings: Settings) -> None:
-        """Change the settings; refused as a whole where one is out of range."""
+        """Change the settings. If one is out of range, raises HYPERPARAMETER_OUT_OF_RANGE and changes none."""
         rules = self.check(settings)
         self.settings = settings
         self.limits = {
@@ -111,12 +114,12 @@ class State:
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
         if operand is Operand.GRADIENT and self.settings.clipping is not None:
-            # What is too large for the rule is about to be brought down.
+            # Clipping will reduce what is too large for the rule.
             return float(np.finfo(dtype).max)
         return float(dtype.type(min(rule.gradient_limit(dtype) for rule in rules)))
 
     def _bounds(self) -> dict[np.dtype, Bounds]:
-        """In which all elements lie, by a look at all of them."""
+        """The bounds of all elements, measured by one pass over them."""
         return {
             dtype: Bounds(
                 tuple(self.backend.extremes(slot) for slot in self.slots[dtype]),
@@ -131,37 +134,37 @@ class State:
         return (len(settings.arrays) + len(operands_of(settings.rule))) * layout.size_bytes
 
     def release(self) -> None:
-        """Let go of the arrays; the state is of no further use."""
+        """Drop the arrays. The state cannot be used afterwards."""
         self.slots.clear()
         self.parameters.clear()
 
     @property
     def backend_name(self) -> str:
-        """Name of the backend that computes it."""
+        """Name of the backend that computes steps."""
         return self.backend.name
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that it occupies."""
+        """Bytes that the state occupies, with one staging buffer."""
         return self.required_bytes(self.layout, self.settings)
 
     def measure(self, payload: Payload, gradients: Sequence[np.ndarray]) -> Clip | None:
-        """What clipping does to a step's gradients, run by run; None where there is no clipping."""
+        """How clipping changes a step's gradients, run by run; None without clipping."""
         return self.settings.clipping.measure(payload, gradients) if self.settings.clipping else None
 
     def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, reply_wires: ReplyWires) -> Prepared:
-        """Prepare a step: measure its clipping, and find out whether bounds cover it; changes nothing.
+        """Prepare a step: measure its clipping, and find out whether bounds cover it. Changes nothing.
 
         Args:
-            payload: What takes part.
+            payload: The parameters that take part.
             gradients: The arenas of the gradient.
-            largest: Magnitudes of the operands.
-            reply_wires: The wire dtypes of its reply.
+            largest: The largest magnitudes of the operands.
+            reply_wires: The wire dtypes of the step's reply.
         """
         if self.settings.clipping is None:
             return _COVERED if self._headroom.covers(largest, reply_wires) else Prepared(None, False)
         clip = self.settings.clipping.measure(payload, payload.parts(gradients))
-        # Rounding may leave a little more, of the smallest numbers up to twice as much.
+        # Rounding may make a value a little larger than the bound; among the smallest numbers, up to twice as large.
         bound = 1.001 * clip.bound + _SMALLEST
         clipped = {
             (operand, dtype): min(value, bound) if operand is Operand.GRADIENT else value
@@ -172,14 +175,14 @@ class State:
     def apply(
         self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0, prepared: Prepared | None = None
     ) -> None:
-        """Turn the gradients of the runs into updates, in place, and advance the slots, and x where it is hosted.
+        """Turn the gradients of the runs into updates, in place. Advance the slots, and x in hosted mode.
 
         Args:
             operands: The arenas of a staging buffer.
-            runs: What takes part.
-            step: Number of steps applied before, by which the learning rate is scheduled.
-            staleness: By which it is scaled; 0 where it is not.
-            prepared: Of `prepare`; None where nothing is clipped.
+            runs: The stretches of the arenas that take part.
+            step: Number of steps applied before; the schedule of the learning rate depends on it.
+            staleness: The learning rate is divided by 1 + staleness; 0 to leave it as it is.
+            prepared: The result of `prepare`; None if nothing is clipped.
         """
         constants = self._constants
         self._last = constants, step, staleness
@@ -198,7 +201,7 @@ class State:
                     self.backend.advance(self.parameters[run.dtype][part], staged, decay)
 
     def count(self, selection: Selection) -> None:
-        """Some parameters have taken part in a step, which was applied."""
+        """Count one more step for the parameters that have taken part in it."""
         if self.parameter_steps.size:
             self.parameter_steps[slice(None) if selection.is_all else list(selection.listed)] += 1
 
@@ -208,10 +211,10 @@ class State:
         Args:
             written: The counters in the form on disk; None if an earlier version or another method has written none.
                 Then every parameter counts as having taken part in all steps.
-            step: Steps that were applied.
+            step: Number of steps applied.
 
         Raises:
-            ValueError: They do not fit the parameters.
+            ValueError: The counters do not fit the parameters.
         """
         if self.parameter_steps.size:
             self.parameter_steps[:] = parameter_steps.each(
@@ -220,23 +223,23 @@ class State:
 
     @property
     def written_parameter_steps(self) -> parameter_steps.Written | None:
-        """The step counters as they are written down; None where the rule does not use them."""
+        """The step counters in the form on disk; None if the rule does not use them."""
         return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
 
     def trial_step(
         self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, staleness: int
     ) -> dict[str, Any]:
-        """What a step would make of a part of an arena that has one row of constants: all arrays, and the update.
+        """Make a step on copies of a part of an arena that has one row of constants.
 
         Args:
-            operand_parts: The operands there, clipped; the first becomes the update.
-            dtype: Of the arena.
-            part: Of the arena.
-            rows: Of `constants_at`.
+            operand_parts: The operands in that part, clipped; the first becomes the update.
+            dtype: The arena.
+            part: The part of the arena.
+            rows: The result of `constants_at`.
             staleness: See `apply`.
 
         Returns:
-            The arrays by name.
+            The new arrays of the state, and the update, by name.
         """
         where, position, counter = part
         slots = [self.backend.clone(slot[where]) for slot in self.slots[dtype]]
@@ -257,26 +260,26 @@ class State:
         return self._constants.parts_of(run, self.parameter_steps)
 
     def copy_of_parameters(self) -> Arenas:
-        """X as it is now."""
+        """A copy of x as it is now."""
         copies = {dtype: np.empty_like(arena) for dtype, arena in self.parameters.items()}
         for dtype, arena in self.parameters.items():
             self.backend.copy(arena, copies[dtype])
         return copies
 
     def last_rule_of(self, tensor: int, step: int) -> Rule:
-        """The rule that a parameter followed in the last step, with the learning rate that it had there.
+        """The rule of a parameter in the last step, with the learning rate of that step.
 
-        A state that came from a file or a client does not say what that step was made with: then by its settings.
+        The last step of a state that came from a file or a client is not known; then the settings give the rule.
 
         Args:
-            tensor: The parameter.
+            tensor: Index of the parameter.
             step: Number of steps applied.
         """
         constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
         return constants.rule_of(tensor, *at)
 
     def forget_last_step(self) -> None:
-        """The state is another one, which that step has not made."""
+        """Forget the last step, because the state was replaced by another one."""
         self._last = None
 
     def sample(self, dtype: np.dtype, slot: int, where: slice | np.ndarray) -> np.ndarray:
@@ -286,7 +289,7 @@ class State:
         return self.backend.to_host(self.slots[dtype][slot][where]).astype(np.float64)
 
     def read(self, dtype: np.dtype, array: int, start: int, stop: int) -> np.ndarray:
-        """A stretch of one arena of one of `Settings.arrays`, in host memory; to be used while nothing changes."""
+        """A stretch of one arena of one of `Settings.arrays`, in host memory. Valid until the next change."""
         if array == len(self.rule.slots):
             return self.parameters[dtype][start:stop]
         return np.ascontiguousarray(self.backend.to_host(self.slots[dtype][array][start:stop]))

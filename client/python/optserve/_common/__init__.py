@@ -1,1 +1,1 @@
-"""What client and server share, beside the contract."""
+"""Code that client and server share, beside the contract."""

@@ -1,8 +1,8 @@
-"""The time, and everything that waits for something: locks, conditions, events, queues and threads.
+"""A clock gives the time, and everything that can wait: locks, conditions, events, queues and threads.
 
-Server and client take a clock when they are made, and have nothing of this kind from elsewhere. `SYSTEM` is that of the
-machine. The simulation in `tests/simulation` has another, with which one thread does the work of all and hours pass in
-an instant.
+Server and client get a clock when they are made, and take all of these from it. `SYSTEM` is the clock of the machine.
+The simulation in `tests/simulation` has another one: one thread does the work of all threads, and hours pass in an
+instant.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Lock(Protocol):
     """See threading.Lock and threading.RLock."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take it."""
+        """Take the lock; returns whether it was free in time."""
         ...
 
     def release(self) -> None:
-        """Give it back."""
+        """Free the lock."""
         ...
 
     def __enter__(self) -> bool: ...
@@ -44,11 +44,11 @@ class Condition(Lock, Protocol):
         ...
 
     def wait_for(self, predicate: Callable[[], _T], timeout: float | None = None) -> _T:
-        """Wait until the predicate holds; gives its last value."""
+        """Wait until the predicate holds; returns its last value."""
         ...
 
     def notify_all(self) -> None:
-        """Wake all who wait."""
+        """Wake all threads that wait."""
         ...
 
 
@@ -56,19 +56,19 @@ class Event(Protocol):
     """See threading.Event."""
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether the event is set."""
         ...
 
     def set(self) -> None:
-        """Let it happen."""
+        """Set the event, and wake all threads that wait for it."""
         ...
 
     def clear(self) -> None:
-        """Let it not have happened."""
+        """Reset the event."""
         ...
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for it; False after the time-out."""
+        """Wait until the event is set; False after the time-out."""
         ...
 
 
@@ -88,37 +88,37 @@ class Thread(Protocol):
     """See threading.Thread."""
 
     def start(self) -> None:
-        """Let it run."""
+        """Start the thread."""
         ...
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
+        """Wait until the thread ends, or for `timeout` seconds."""
         ...
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the thread runs."""
         ...
 
 
 class Clock:
-    """The machine's own."""
+    """The clock of the machine."""
 
-    # The functions themselves: they are called several times in each step.
+    # The functions themselves, without a method around them: each step calls them several times.
     monotonic = staticmethod(time.monotonic)
-    """Seconds from some moment on; never goes back."""
+    """Seconds since some moment; never goes back."""
     time_ns = staticmethod(time.time_ns)
-    """Nanoseconds since 1970; goes back when somebody sets the machine's clock."""
+    """Nanoseconds since 1970; may go back when a user sets the machine's clock."""
 
     def now(self) -> datetime:
         """The time of day, in UTC."""
         return datetime.now(UTC)
 
     def lock(self) -> Lock:
-        """A lock that is free."""
+        """A lock, free."""
         return threading.Lock()
 
     def rlock(self) -> Lock:
-        """A lock that is free, and that whoever has it may take again."""
+        """A reentrant lock, free."""
         return threading.RLock()
 
     def condition(self, lock: Any = None) -> Condition:
@@ -126,7 +126,7 @@ class Clock:
         return threading.Condition(lock)
 
     def event(self) -> Event:
-        """An event that has not happened."""
+        """An event that is not set."""
         return threading.Event()
 
     def queue(self) -> Queue:
@@ -134,9 +134,9 @@ class Clock:
         return queue.SimpleQueue()
 
     def thread(self, target: Callable[[], object], name: str) -> Thread:
-        """A thread that is not running yet, and for which the process does not wait at its end."""
+        """A thread that does not run yet. The process does not wait for it when it ends."""
         return threading.Thread(target=target, name=name, daemon=True)
 
 
 SYSTEM = Clock()
-"""The clock of who is given none."""
+"""The default clock."""

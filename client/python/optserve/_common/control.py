@@ -1,6 +1,6 @@
-"""The Unix socket beside a stream with shared memory: carries the stream's messages, one per packet, if they are short.
+"""The Unix socket beside a stream with shared memory. It carries the stream's short messages, one per packet.
 
-It takes a quarter of the time that gRPC takes for a message and its answer.
+A message and its answer take a quarter of the time that gRPC takes.
 """
 
 from __future__ import annotations
@@ -13,49 +13,49 @@ import struct
 logger = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = 64 << 10
-"""Longer messages go through the stream itself."""
+"""Largest packet. Longer messages go through the stream itself."""
 
 PROOF_TIMEOUT_S = 1.0
-"""How long a connection may take to be made and proven."""
+"""Seconds that a client may take to connect and to send the nonce."""
 
 
 class ControlConnection:
     """A client's connection to a server's control socket.
 
     Args:
-        name: Of the socket.
-        nonce: Proves that memory is shared.
+        name: Name of the socket.
+        nonce: The bytes that prove to the server that this client sees the segment.
 
     Raises:
-        OSError: There is none, or it cannot be reached from here, for example from another network namespace.
+        OSError: The server has no socket, or this process cannot reach it, for example from another network namespace.
     """
 
     def __init__(self, name: str, nonce: bytes) -> None:
         if not name:
-            raise OSError("the server has none")
+            raise OSError("the server has no control socket")
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._end.settimeout(PROOF_TIMEOUT_S)
             self._end.connect(f"\0{name}")
-            # Anybody may have bound a name; our own user is trusted anyhow.
+            # Any process may have bound the name, so only processes of the own user are trusted.
             if peer_uid(self._end) != os.geteuid():
-                raise PermissionError("it belongs to another user")
+                raise PermissionError("the control socket belongs to another user")
             self._end.send(nonce)
-            # Whoever waits for an answer has a patience of their own.
+            # No time-out from here on: the patience of each call limits its wait.
             self._end.settimeout(None)
         except BaseException:
             self._end.close()
             raise
 
     def send(self, message: bytes) -> None:
-        """Send a message of at most MAX_PACKET_BYTES; that the server is gone shows when its answer is received."""
+        """Send a message of at most MAX_PACKET_BYTES. If the server is gone, `receive` returns empty bytes."""
         try:
             self._end.send(message)
         except OSError as error:
             logger.debug("the control socket is shut: %s", error)
 
     def receive(self) -> bytes:
-        """Wait for a message; empty when the server is gone or the connection was shut."""
+        """Wait for a message; empty if the server is gone or the connection was shut."""
         try:
             return receive(self._end)
         except OSError as error:
@@ -63,16 +63,16 @@ class ControlConnection:
             return b""
 
     def shut(self) -> None:
-        """Let go of the server, and let whoever waits for a message go on. Safe from any thread, more than once."""
+        """End the connection, and end every wait for a message. Safe from any thread, and more than once."""
         shut(self._end)
 
     def close(self) -> None:
-        """Release the socket, for which nobody may wait any more."""
+        """Close the socket. No thread may wait for a message meanwhile."""
         self._end.close()
 
 
 def receive(end: socket.socket) -> bytes:
-    """The next packet; empty when the other side is gone.
+    """The next packet; empty if the other side is gone.
 
     Raises:
         OSError: The socket is shut, or the packet is too long.
@@ -90,7 +90,7 @@ def peer_uid(end: socket.socket) -> int:
 
 
 def shut(end: socket.socket) -> None:
-    """End a connection, from any thread; more than once, too."""
+    """End a connection. Safe from any thread, and more than once."""
     try:
         end.shutdown(socket.SHUT_RDWR)
     except OSError as error:

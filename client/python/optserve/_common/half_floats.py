@@ -9,13 +9,13 @@ import numpy as np
 
 FLOAT16 = np.dtype("<f2")
 BFLOAT16 = np.dtype("<u2")
-"""Stands for bfloat16; there are no integers on the wire."""
+"""The dtype that stands for bfloat16. Integers are never sent."""
 
 _FLOAT32 = np.dtype("<f4")
 _BITS32 = np.dtype("<u4")
 BLOCK = 1 << 17
-"""Elements whose temporaries stay in the cache, yet so many that NumPy seldom gives the interpreter up, which gRPC's
-threads would take."""
+"""Elements of one block. Few enough that temporaries stay in the cache, and enough that NumPy seldom releases the
+interpreter lock, which gRPC's threads would take."""
 _QUIET_NAN = np.uint16(0x7FC0)
 
 
@@ -26,7 +26,7 @@ def name_of(dtype: np.dtype) -> str:
 
 def largest(dtype: np.dtype) -> float:
     """The largest finite number of a wire dtype."""
-    # Of bfloat16: all bits of the exponent but the last, and all of the fraction.
+    # bfloat16: all bits of the exponent except the last, and all bits of the fraction.
     return 2.0**127 * (2 - 2.0**-7) if dtype == BFLOAT16 else float(np.finfo(dtype).max)
 
 
@@ -62,7 +62,7 @@ def _narrow(source: np.ndarray, target: np.ndarray, scratch: np.ndarray) -> None
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
-    # Two passes: NumPy is slower where it shifts and converts in one.
+    # Two passes, because NumPy is slower if it shifts and converts in one.
     rounded >>= 16
     np.copyto(target, rounded, casting="unsafe")
     # NaN wins every max.

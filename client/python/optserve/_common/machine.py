@@ -1,4 +1,4 @@
-"""What this process may use of its machine."""
+"""How many cores and how much memory this process may use."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OWN_PAGES = Path("/proc/self/statm")
 
 
 def usable_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> int:
-    """Cores that this process may run on, or fewer where a quota, such as that of a container, gives it less time.
+    """Cores that this process may run on, or fewer if a quota, such as that of a container, gives it less time.
 
     A part of a core counts as a whole one: two threads at a quota of 1.5 cores are faster than one.
 
     Args:
         cgroups: Where the kernel shows control groups, of version 1 or 2.
-        own_cgroups: The file that says which of them this process is in.
+        own_cgroups: The file that names the groups of this process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups("cpu", cgroups, own_cgroups):
@@ -34,11 +34,11 @@ def usable_bytes(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> in
 
     Args:
         cgroups: Where the kernel shows control groups, of version 1 or 2.
-        own_cgroups: The file that says which of them this process is in.
+        own_cgroups: The file that names the groups of this process.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder in _groups("memory", cgroups, own_cgroups):
-        # Version 2 says "max" where there is no limit, version 1 a number beyond any machine.
+        # Without a limit, version 2 says "max", and version 1 a number beyond any machine.
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name).strip()
             limits += [int(text)] if text.isdecimal() else []
@@ -46,12 +46,12 @@ def usable_bytes(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> in
 
 
 def own_bytes(own_pages: Path = OWN_PAGES) -> int:
-    """Memory of this process that nothing but the process itself can give back; 0 where the system does not say.
+    """Bytes of this process that only the process itself can free; 0 if the system does not say.
 
     Args:
-        own_pages: The file that says how many pages it has.
+        own_pages: The file with the numbers of pages.
     """
-    # Pages in all, those in memory, and those of them that files or other processes share.
+    # Numbers of pages: all, those in memory, and those in memory that files or other processes share.
     words = _read(own_pages).split()
     if len(words) < 3 or not all(word.isdecimal() for word in words):
         return 0
@@ -59,9 +59,9 @@ def own_bytes(own_pages: Path = OWN_PAGES) -> int:
 
 
 def _groups(controller: str, cgroups: Path, own_cgroups: Path) -> Iterator[Path]:
-    """The folders of the groups that limit this process, its own and those around it.
+    """The folders of the groups that limit this process: its own group, and the groups around it.
 
-    Within a container its own is usually shown as the root, whatever its name outside.
+    Within a container the kernel usually shows the own group as the root.
     """
     yield cgroups
     yield cgroups / controller
@@ -77,7 +77,7 @@ def _groups(controller: str, cgroups: Path, own_cgroups: Path) -> Iterator[Path]
 
 
 def _quota(folder: Path) -> float | None:
-    """Cores' worth of time that a group may use; None where it has no limit."""
+    """Number of cores, maybe a fraction, that a group may use; None without a limit."""
     # Version 2: "50000 100000" or "max 100000"; version 1 has two files, and -1 for no limit.
     words = _read(folder / "cpu.max").split() or (
         _read(folder / "cpu.cfs_quota_us").split() + _read(folder / "cpu.cfs_period_us").split()
@@ -88,7 +88,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _read(path: Path) -> str:
-    """A file's text; empty where there is none, or none that this process may read."""
+    """A file's text; empty if there is no such file, or this process may not read it."""
     try:
         return path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""The head of a safetensors file: which array lies where.
+"""The head of a safetensors file. It says where each array is in the file.
 
 length of the header (8 bytes, little-endian) | header (JSON) | raw little-endian arrays
 """
@@ -18,19 +18,19 @@ _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
 LENGTH_BYTES = _LENGTH.size
 MAX_HEADER_BYTES = 100_000_000
-"""Of the header; what safetensors' own reader takes."""
+"""Largest header, the same as for safetensors' own reader."""
 
 _NAMES = {np.dtype("<f4"): "F32", np.dtype("<f8"): "F64"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class SafetensorsError(ValueError):
-    """A file that is not safetensors, or has arrays of other dtypes than float32 and float64."""
+    """A file is not safetensors, or has arrays of other dtypes than float32 and float64."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One array: what it is, and its bytes counted from the end of the head."""
+    """One array. `begin` is its first byte, counted from the end of the head."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -38,18 +38,18 @@ class Entry:
 
     @property
     def end(self) -> int:
-        """Byte behind the last."""
+        """The byte after the last."""
         return self.begin + math.prod(self.shape) * self.dtype.itemsize
 
 
 def lay_out(parameters: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Sequence[str]) -> dict[str, Entry]:
-    """Where a model's state is in a file: entries PARAMETER.ARRAY, one behind the other.
+    """The entries PARAMETER.ARRAY of a model's state, one after the other.
 
-    Array by array; within an array float64 before float32; within these in the order of the parameters.
+    They are sorted by array, then float64 before float32, then in the order of the parameters.
 
     Args:
-        parameters: (name, dtype, shape) of each.
-        arrays: What there is of each parameter: its slots.
+        parameters: (name, dtype, shape) of each parameter.
+        arrays: Names of the arrays that each parameter has, such as its slots.
     """
     entries: dict[str, Entry] = {}
     begin = 0
@@ -63,7 +63,7 @@ def lay_out(parameters: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays:
 
 
 def encode_head(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Everything before the arrays."""
+    """The bytes before the arrays."""
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     for name, entry in entries.items():
         header[name] = {
@@ -80,27 +80,27 @@ def read_head(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str], int]:
     """Read a file's head: (entries, metadata, where the arrays begin).
 
     Raises:
-        SafetensorsError: It is none.
+        SafetensorsError: The file is not safetensors.
     """
     length = file.read(_LENGTH.size)
     if len(length) < _LENGTH.size:
         raise SafetensorsError("The file is too short to be safetensors.")
     (size,) = _LENGTH.unpack(length)
     if size > MAX_HEADER_BYTES:
-        raise SafetensorsError(f"A header of {size} bytes is none of safetensors.")
+        raise SafetensorsError(f"The file is not safetensors: its header would have {size} bytes.")
     text = file.read(size)
     try:
         header = json.loads(text)
         metadata = {str(key): str(value) for key, value in header.pop(_METADATA, {}).items()}
         entries = {name: _entry(name, item) for name, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SafetensorsError(f"The file's header is none of safetensors: {error}") from error
+        raise SafetensorsError(f"The file's header is not that of safetensors: {error}") from error
     begin = _LENGTH.size + size
     file.seek(0, 2)
     available = file.tell() - begin
     for name, entry in entries.items():
         if entry.end > available:
-            raise SafetensorsError(f"The file ends before {name!r} does: it is truncated.")
+            raise SafetensorsError(f"The file ends before {name!r} ends, so it is truncated.")
     return entries, metadata, begin
 
 
@@ -110,5 +110,5 @@ def _entry(name: str, item: dict[str, object]) -> Entry:
     begin, end = item["data_offsets"]  # pyright: ignore[reportGeneralTypeIssues]
     entry = Entry(_DTYPES[str(item["dtype"])], tuple(int(n) for n in item["shape"]), int(begin))  # pyright: ignore
     if entry.end != end or entry.begin < 0 or any(n < 0 for n in entry.shape):
-        raise SafetensorsError(f"{name!r} has other bytes than its shape needs.")
+        raise SafetensorsError(f"The number of bytes of {name!r} does not fit its shape.")
     return entry

@@ -1,7 +1,7 @@
-"""System V shared memory: segments of a fixed size that belong to one user and end with the last process using them.
+"""System V shared memory: segments of a fixed size. They belong to one user and end with the last process using them.
 
-Nobody can truncate or resize such a segment, so no write of one process can make another fail; it has no name in any
-file system, so nothing is left behind by a crash; and containers that share an IPC namespace share it.
+No process can truncate or resize such a segment, so no process can make another one fail. It has no name in a file
+system, so a crash leaves nothing behind. Containers that share an IPC namespace can share it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def host_id() -> str:
-    """Says which kernel, IPC namespace and user this is; empty where there is no System V shared memory."""
+    """An id of this kernel, IPC namespace and user; empty if there is no System V shared memory."""
     if sys.platform != "linux" or sys.maxsize < 1 << 32:
         return ""
     try:
@@ -37,7 +37,7 @@ def host_id() -> str:
 
 
 class _Attached:
-    """The memory of a segment for as long as an array of it lives."""
+    """The memory of a segment, which stays attached as long as an array of it exists."""
 
     def __init__(self, number: int, size_bytes: int) -> None:
         libc = _libc()
@@ -57,7 +57,7 @@ def create(size_bytes: int) -> tuple[int, np.ndarray]:
     """Make a segment: (its number, its bytes, all 0). It ends when no process has an array of it any more.
 
     Raises:
-        OSError: There is no room, or no shared memory here.
+        OSError: There is no memory for it, or the system has no shared memory.
     """
     libc = _libc()
     number = libc.shmget(_IPC_PRIVATE, size_bytes, _IPC_CREAT | _OWNER_ONLY)
@@ -66,7 +66,7 @@ def create(size_bytes: int) -> tuple[int, np.ndarray]:
     try:
         return number, np.asarray(_Attached(number, size_bytes))
     finally:
-        # It is removed as soon as nobody is attached, also by kill -9; until then others can attach to it.
+        # The system removes it when no process is attached, also after kill -9; until then processes can attach it.
         libc.shmctl(number, _IPC_RMID, None)
 
 
@@ -76,7 +76,7 @@ def attach(number: int, size_bytes: int) -> np.ndarray:
     Raises:
         OSError: There is no such segment of that size that belongs to this user.
     """
-    # What does not fit into C's int would be cut off without a word, and name another segment.
+    # A number that does not fit into C's int would be cut off silently, and be the number of another segment.
     if not 0 <= number <= _MAX_NUMBER:
         raise OSError(f"there is no segment {number}")
     libc = _libc()

@@ -1,9 +1,8 @@
-"""The codec of the messages that carry tensors: a small header and a payload, as exactly the contract's bytes.
+"""Encodes and decodes messages that carry tensors: a small header and a payload, in exactly the bytes of the contract.
 
-`data` has the highest field number of its message and is last on the wire. So a header's own serialisation followed by
-the field's tag, its length and the payload is the serialisation of the whole, and the payload of a message that was
-received can be used where it is. Whoever sends otherwise (another order of fields is allowed) is read by the generated
-code, with two more copies.
+`data` has the highest field number of its message and is last on the wire. So the bytes of a message are the bytes of
+the header, the tag of the field, its length, and the payload. A received payload can be used where it is. Protobuf
+allows other orders of fields too; the generated code decodes those, with two more copies.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
 _MAX_FIELDS = 16
-"""Fields that are looked through for the payload; a header of ours has fewer, and the generated code is faster."""
+"""Most fields that are searched for the payload. Headers of the contract have fewer; for more, the generated code is
+faster."""
 
 
 class _Message(Protocol):
@@ -37,7 +37,7 @@ class _Message(Protocol):
     def HasField(self, field_name: Any) -> bool: ...  # noqa: N802
 
 
-@lru_cache(maxsize=64)  # The payloads of steps have the same few sizes again and again.
+@lru_cache(maxsize=64)  # The payloads of steps have few different sizes.
 def varint(value: int) -> bytes:
     """`value`, not negative, as a protobuf varint."""
     encoded = bytearray()
@@ -49,7 +49,7 @@ def varint(value: int) -> bytes:
 
 
 COPIED_BYTES = 1 << 15
-"""Of messages of up to this size, the payload is copied."""
+"""Largest message whose payload is copied."""
 
 _DATA_KEY = DATA_FIELD << 3 | _LENGTH_DELIMITED
 _DATA_TAG = varint(_DATA_KEY)
@@ -67,7 +67,7 @@ ResponseFrame = Frame[steps_pb2.StreamStepsResponse]
 
 
 def encode(header: _Message, *parts: Buffer) -> bytes:
-    """One message: the header's fields, then the parts, joined, as its `data`. Each part is copied once."""
+    """The bytes of one message: the fields of the header, then the joined parts as `data`. Copies each part once."""
     head = header.SerializeToString()
     if not parts:
         return head
@@ -75,10 +75,10 @@ def encode(header: _Message, *parts: Buffer) -> bytes:
 
 
 def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) -> Callable[[bytes], Frame[_Header]]:
-    """A function that reads the bytes of one message of that type as a frame.
+    """A function that decodes the bytes of one message of that type into a frame.
 
-    The payload is a view of them; a copy if they are no more than `copied_bytes`, because the generated code copies
-    those sooner than they are looked through here. It raises google.protobuf.message.DecodeError where they are none.
+    The payload is a view of the bytes. For at most `copied_bytes` bytes it is a copy, because the generated code is
+    faster for these. The function raises google.protobuf.message.DecodeError if the bytes are not a message.
     """
     parse: Callable[[bytes], _Header] = message.FromString  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -89,7 +89,7 @@ def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) ->
             header = parse(raw[:tag])
             if header.HasField("chunk"):
                 return Frame(header, memoryview(raw)[begin:])
-        # Without a chunk, `data` stays in the header, where it is out of place and can be seen.
+        # Without a chunk, `data` is out of place; it stays in the header, where the caller can see it.
         header = parse(raw)
         if not header.HasField("chunk"):
             return Frame(header)
@@ -101,9 +101,9 @@ def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) ->
 
 
 def _data_place(raw: bytes) -> tuple[int, int] | None:
-    """(where the tag of `data` begins, where its content does), if it is the last field and the only one of its number.
+    """(position of the tag of `data`, position of its content), if `data` is the last field and appears once.
 
-    Otherwise None, as for anything that is not certain to be right; the generated code then has the last word.
+    Otherwise, and in any doubt, None; then the generated code decodes the message.
     """
     position, end = 0, len(raw)
     for _ in range(_MAX_FIELDS):
@@ -130,13 +130,13 @@ def _data_place(raw: bytes) -> tuple[int, int] | None:
         elif kind in _FIXED_BYTES:
             position += _FIXED_BYTES[kind]
         else:
-            # A group, or no wire type at all.
+            # A group, or an invalid wire type.
             return None
     return None
 
 
 def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
-    """(value, position behind it) of a varint; a position behind the end of `raw` if it is none."""
+    """(value, position after it) of a varint; a position after the end of `raw` if it is not a varint."""
     value = 0
     for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
         if position >= len(raw):
@@ -150,22 +150,22 @@ def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
 
 
 WINDOW_BYTES = 8 << 20
-"""How much of a stream may be on its way to a side that has not taken it yet."""
+"""Most bytes of a stream on their way to a side that has not taken them yet."""
 
 
 FRAME_BYTES = 1 << 16
-"""Largest frame of HTTP/2 that a side takes. gRPC reads into blocks of this size and gives Python each frame, or part
-of one in a block, as an object of its own: frames of the usual 16 KiB cost a tenth of a large step."""
+"""Largest frame of HTTP/2 that a side takes. gRPC reads into blocks of this size, and gives Python a separate object
+for each frame, or each part of a frame in a block. Frames of the usual 16 KiB cost a tenth of a large step's time."""
 
 
 HEADER_BYTES = 1 << 12
-"""More than a message takes beside its payload; whoever limits messages leaves so much room beside the chunk."""
+"""More bytes than a message takes beside its payload. A limit of messages must be larger than a chunk by so much."""
 
 
 def http2_options() -> list[tuple[str, int]]:
     """The options of a gRPC channel or server that hold WINDOW_BYTES and FRAME_BYTES.
 
-    By itself gRPC estimates the window from the times of pings, and on a busy machine takes a hundred MiB for it.
+    By default gRPC estimates the window from the times of pings, and on a busy machine takes a hundred MiB for it.
     """
     return [
         ("grpc.http2.bdp_probe", 0),
@@ -188,7 +188,7 @@ WIRE_DTYPES: dict[int, np.dtype] = {
     optimizer_pb2.DATA_TYPE_FLOAT16: half_floats.FLOAT16,
     optimizer_pb2.DATA_TYPE_BFLOAT16: half_floats.BFLOAT16,
 }
-"""Those of payloads, which may be halves of float32 as well."""
+"""NumPy dtypes of payloads, which can be float16 and bfloat16 too."""
 
 DATA_TYPES: dict[np.dtype, int] = {dtype: value for value, dtype in DTYPES.items()}
 """The reverse of DTYPES."""

@@ -1,1 +1,1 @@
-"""What a client knows of optimizers and checkpoints."""
+"""Optimizers and checkpoints on the server, apart from steps."""

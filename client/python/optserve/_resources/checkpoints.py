@@ -1,4 +1,4 @@
-"""The checkpoints of an optimizer, which may be gone itself."""
+"""The checkpoints of an optimizer. The optimizer itself may be deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optserve.state import Checkpoint
 from optserve.v1 import checkpoints_pb2
 
 ALL_OPTIMIZERS = "optimizers/-"
-"""In the place of an optimizer's resource name: all, deleted ones included, by name."""
+"""Stands for the resource names of all optimizers, deleted ones included, in the order of their names."""
 
 
 def list_checkpoints(connection: Connection, optimizer: str) -> list[Checkpoint]:
@@ -26,7 +26,7 @@ def delete_checkpoint(connection: Connection, optimizer: str, tag: str) -> None:
     Raises:
         NotFoundError: There is no such tag.
     """
-    # A retry after a lost answer finds nothing, so whether it was there is found out by a first call without retries.
+    # A retry after a lost answer finds no checkpoint. So a first call without retries finds out whether there is one.
     request = checkpoints_pb2.DeleteCheckpointRequest(name=f"{optimizer}/checkpoints/{tag}")
     try:
         connection.call_once(connection.stub.DeleteCheckpoint, request)
@@ -38,10 +38,10 @@ def delete_checkpoint(connection: Connection, optimizer: str, tag: str) -> None:
 
 
 def checkpoint_from(message: checkpoints_pb2.Checkpoint, optimizer: str, tag: str = "") -> Checkpoint:
-    """A checkpoint as users see it.
+    """The value object of a checkpoint.
 
     Raises:
-        InternalError: It is not one of that optimizer, or not the one of that tag where one is given.
+        InternalError: The checkpoint is not of that optimizer, or does not have the tag, if one is given.
     """
     of, separator, found = message.name.rpartition("/checkpoints/")
     known = bool(separator and found) and of.startswith("optimizers/") and optimizer in (of, ALL_OPTIMIZERS)

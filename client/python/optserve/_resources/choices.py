@@ -1,4 +1,4 @@
-"""What users choose by a word: how tensors travel, in which dtype, and what is replied."""
+"""Choices that users make by a word: transport, wire dtype and reply."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REPLIES = {
 
 
 def wire_type(wire_dtype: WireDtype) -> optimizer_pb2.DataType:
-    """The contract's data type of payloads, or raise InvalidArgumentError."""
+    """The contract's data type of payloads; raises InvalidArgumentError."""
     if wire_dtype == "native":
         return optimizer_pb2.DATA_TYPE_UNSPECIFIED
     if wire_dtype not in _WIRE_TYPES:
@@ -36,21 +36,21 @@ def wire_type(wire_dtype: WireDtype) -> optimizer_pb2.DataType:
 
 
 def reply_of(reply: ReplyName) -> steps_pb2.Reply:
-    """The contract's reply, or raise InvalidArgumentError."""
+    """The contract's reply; raises InvalidArgumentError."""
     if reply not in _REPLIES:
-        raise InvalidArgumentError(f"reply is one of {', '.join(_REPLIES)}, not {reply!r}.")
+        raise InvalidArgumentError(f"reply must be one of {', '.join(_REPLIES)}, not {reply!r}.")
     return _REPLIES[reply]
 
 
 def shares_memory(connection: Connection, transport: TransportName, wire_dtype: WireDtype) -> tuple[bool, bool]:
-    """(whether shared memory is asked for, whether nothing else will do).
+    """(whether to ask for shared memory, whether to fail without it).
 
     Raises:
-        InvalidArgumentError: There is no such transport, or it does not go with that dtype.
-        FeatureUnavailableError: Nothing else will do, and the server is not on this host.
+        InvalidArgumentError: There is no such transport, or it does not support that dtype.
+        FeatureUnavailableError: The transport is `shm`, and the server is not on this host.
     """
     if transport not in _TRANSPORTS:
-        raise InvalidArgumentError(f"transport is one of {', '.join(_TRANSPORTS)}, not {transport!r}.")
+        raise InvalidArgumentError(f"transport must be one of {', '.join(_TRANSPORTS)}, not {transport!r}.")
     if transport == "auto":
         transport = connection.config.transport
     if transport == "shm" and wire_dtype != "native":

@@ -1,4 +1,4 @@
-"""What an optimizer is made of: the arguments of `Client.create_optimizer`, checked and as the contract shows them."""
+"""Checks the arguments of `Client.create_optimizer`, and makes the message of the contract from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optserve.v1 import optimizer_pb2
 
 
 class ArrayLike(Protocol):
-    """Anything with a shape and a dtype: arrays of NumPy above all, tensors of other libraries too."""
+    """Anything with a shape and a dtype, such as arrays of NumPy and tensors of other libraries."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -41,10 +41,10 @@ class NewSettings:
 def new_optimizer(
     name: str, algorithm: algorithms.Algorithm, params: Mapping[str, ArrayLike | TensorSpec], new_settings: NewSettings
 ) -> optimizer_pb2.Optimizer:
-    """An optimizer that is to be made, as the contract shows it.
+    """The message of an optimizer to be created.
 
     Raises:
-        InvalidArgumentError: An argument is not of its type.
+        InvalidArgumentError: An argument has the wrong type.
     """
     check_mapping(params, "params", "dict(model.named_parameters())")
     check_kinds(algorithm, new_settings.schedule, new_settings.clipping, new_settings.groups, new_settings.consistency)
@@ -66,22 +66,22 @@ def new_optimizer(
                 )
             message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{name!r} cannot be made of these arguments: {error}") from error
+        raise InvalidArgumentError(f"{name!r} cannot be created from these arguments: {error}") from error
     return message
 
 
 def values_of(params: Mapping[str, ArrayLike | TensorSpec]) -> dict[str, np.ndarray]:
-    """The parameters, to be uploaded; empty where none has values.
+    """The values of the parameters, for an upload; empty if no parameter has values.
 
     Raises:
-        InvalidArgumentError: Some have and some have not, or values that cannot be read.
+        InvalidArgumentError: Only some parameters have values, or values cannot be read.
     """
     arrays = {name: param for name, param in params.items() if has_values(param)}
     if arrays and len(arrays) < len(params):
         name = next(name for name in params if name not in arrays)
         raise InvalidArgumentError(
-            f"{name!r} has no values, and others have. Pass arrays of all parameters, "
-            "to be uploaded at once, or of none.",
+            f"{name!r} has no values, but other parameters have. Pass arrays for all parameters, "
+            "to upload them at once, or for none.",
             metadata={"parameter": name},
         )
     return {name: host_array(array, f"Parameter {name!r}") for name, array in arrays.items()}

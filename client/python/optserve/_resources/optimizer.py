@@ -1,4 +1,4 @@
-"""An optimizer on the server apart from its steps: its settings, statistics, checkpoints and state."""
+"""An optimizer on the server, without its steps: its settings, statistics, checkpoints and state."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from optserve.v1 import checkpoints_pb2, optimizer_pb2, replicas_pb2, service_pb
 _Response = TypeVar("_Response")
 
 MAX_STEP = 1 << 62
-"""No optimizer has made so many steps."""
+"""More steps than any optimizer can have made."""
 
 
 class Resource(abc.ABC):
-    """What `optserve.Optimizer` is besides its steps.
+    """The part of `optserve.Optimizer` without steps.
 
     Attributes:
-        name: As given to `create_optimizer`.
+        name: The name that `create_optimizer` got.
         hosted: Whether the server holds the parameters as well.
     """
 
@@ -76,20 +76,20 @@ class Resource(abc.ABC):
         consistency: settings.Consistency | EllipsisType | None = ...,
         **hyperparameters: float,
     ) -> None:
-        """Change settings from the next step on; the state stays, and so does what is not given.
+        """Change settings from the next step on. The state, and settings that are not given, stay as they are.
 
         Args:
-            algorithm: The same method with all hyper-parameters anew; those that are left out of it get its defaults.
-            schedule: Another one, or None for a constant learning rate.
-            clipping: Another bound, or None for none.
-            groups: All of them anew.
-            weight_decay: Another, where the server holds the parameters.
-            consistency: Another way for workers to share it, or None for one client at a time.
-            hyperparameters: Single ones of the method, by name; the others stay.
+            algorithm: The same method with all hyper-parameters; those that are left out get their defaults.
+            schedule: The new schedule, or None for a constant learning rate.
+            clipping: The new clipping, or None for no clipping.
+            groups: All new groups; they replace the old ones.
+            weight_decay: The new weight decay; only in hosted mode.
+            consistency: The new consistency, or None for one client at a time.
+            hyperparameters: Single hyper-parameters of the method, by name; the others stay as they are.
 
         Raises:
             InvalidArgumentError: Another method, an unknown hyper-parameter, or a value out of range.
-            FailedPreconditionError: The consistency was to be changed while workers are alive.
+            FailedPreconditionError: The consistency cannot change while workers are alive.
 
         Example:
             >>> opt.update(learning_rate=0.5)                             # doctest: +SKIP
@@ -111,7 +111,7 @@ class Resource(abc.ABC):
 
     @property
     def clipping(self) -> settings.Clipping | None:
-        """The present bound on the gradient, as the server has it."""
+        """The present clipping of gradients, as the server has it."""
         return clipping_from(self._get())
 
     @property
@@ -121,37 +121,37 @@ class Resource(abc.ABC):
 
     @property
     def weight_decay(self) -> float:
-        """The present weight decay of the parameters, where the server holds them."""
+        """The present weight decay of the parameters, as the server has it; 0 in delta mode."""
         return self._get().weight_decay
 
     @property
     def consistency(self) -> settings.Consistency | None:
-        """How workers share the optimizer, as the server has it."""
+        """The present consistency, as the server has it; None for one client at a time."""
         return consistency_from(self._get())
 
     def _check_same(self, wanted: optimizer_pb2.Optimizer) -> None:
-        """Raise InvalidArgumentError unless it has the parameters, the mode and the settings of another one."""
+        """Raise InvalidArgumentError unless the optimizer has the parameters, the mode and the settings of `wanted`."""
         present = self._get()
         if [(item.name, item.shape, item.data_type) for item in present.parameters] != [
             (item.name, item.shape, item.data_type) for item in wanted.parameters
         ]:
-            raise InvalidArgumentError(f"There is a {self.name!r} already, and it has other parameters.")
+            raise InvalidArgumentError(f"An optimizer {self.name!r} exists already, and it has other parameters.")
         if present.mode != wanted.mode:
             raise InvalidArgumentError(
-                f"There is a {self.name!r} already, and the server {'holds' if self.hosted else 'does not hold'} its "
-                "parameters."
+                f"An optimizer {self.name!r} exists already, and the server "
+                f"{'holds' if self.hosted else 'does not hold'} its parameters."
             )
         others = differences(present, **settings_from(wanted))
         if others:
             raise InvalidArgumentError(
-                f"There is a {self.name!r} already, and {others[0]}. Take it as it is with client.optimizer("
-                f"{self.name!r}), which has `update`."
+                f"An optimizer {self.name!r} exists already, and {others[0]}. To use it as it is, call "
+                f"client.optimizer({self.name!r}); its `update` changes settings."
             )
 
     def _push_parameters_if_missing(self, params: Mapping[str, np.ndarray]) -> None:
-        """Upload the parameters x unless somebody has; see `push_parameters`."""
+        """Upload the parameters x unless another client has uploaded them; see `push_parameters`."""
         try:
-            # More steps than there are: it is only asked whether there is anything.
+            # No step is newer than MAX_STEP, so this transfers nothing. It only fails if there are no parameters.
             self.pull_parameters(newer_than=MAX_STEP)
         except FailedPreconditionError as error:
             if error.reason != _reasons.PARAMETERS_MISSING:
@@ -165,12 +165,12 @@ class Resource(abc.ABC):
                 raise
 
     def push_parameters(self, params: Mapping[str, np.ndarray]) -> None:
-        """Upload the parameters x, all of them and once, for a server that is to hold them.
+        """Upload all parameters x to an optimizer in hosted mode. This is possible once.
 
         Raises:
-            FailedPreconditionError: Somebody has uploaded them before (PARAMETERS_IN_PLACE), so pull them; or the
+            FailedPreconditionError: The parameters are already uploaded (PARAMETERS_IN_PLACE), so pull them; or the
                 optimizer is in delta mode (NOT_HOSTED).
-            InvalidArgumentError: A name, shape, dtype or value that cannot be used; nothing was changed.
+            InvalidArgumentError: A name, shape, dtype or value is wrong. Nothing was changed.
         """
         indices = self._model.selected_indices(params, partial=False, what="parameter")
         arrays = [self._model.contiguous(index, params[self._model.names[index]], "parameter") for index in indices]
@@ -193,20 +193,20 @@ class Resource(abc.ABC):
         newer_than: int | None = None,
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
-        """Read the parameters x that the server holds, all of one step; others may step meanwhile.
+        """Read the parameters x that the server holds, all of one step. Other clients may make steps meanwhile.
 
         Args:
-            names: Those wanted; all by default.
-            newer_than: Only if more steps than this have been applied.
-            out: Arrays that take them; new ones are made by default. If the call raises, they are as they were; of more
-                than 1 MiB, the first elements, in the order of the parameters, may be newer.
+            names: The parameters to read; all by default.
+            newer_than: Read them only if more steps than this have been applied.
+            out: Arrays for the values; new arrays are made by default. If the call raises, the arrays are as they were;
+                of more than 1 MiB, the first elements, in the order of the parameters, may be newer.
 
         Returns:
-            The step and the arrays; None if there is nothing newer.
+            The step and the arrays; None if no newer step was applied.
 
         Raises:
-            FailedPreconditionError: Nobody has uploaded them yet (PARAMETERS_MISSING), or the optimizer is in delta
-                mode (NOT_HOSTED).
+            FailedPreconditionError: The parameters are not uploaded yet (PARAMETERS_MISSING), or the optimizer is in
+                delta mode (NOT_HOSTED).
         """
         indices = self._model.indices_of(names or self._model.names)
         arrays = self._model.outputs(indices, out)
@@ -227,14 +227,14 @@ class Resource(abc.ABC):
         random_indices: int = 0,
         seed: int = 0,
     ) -> Statistics:
-        """Look at the state between two steps, which go on meanwhile.
+        """Compute statistics of the state between two steps. Steps can go on meanwhile.
 
         Args:
-            names: Parameters to look at; all by default.
-            quantiles: Of the effective learning rate, each in [0, 1].
-            indices: Flat indices of elements to look at, of each parameter.
-            random_indices: Instead of them, how many to draw of each.
-            seed: Of the draw.
+            names: The parameters; all by default.
+            quantiles: Quantiles of the effective learning rate, each in [0, 1].
+            indices: Flat indices of single elements, for each parameter.
+            random_indices: Number of elements to draw of each parameter, instead of `indices`.
+            seed: Seed of the draw.
 
         Raises:
             InvalidArgumentError: There is no such parameter, element or quantile.
@@ -257,17 +257,17 @@ class Resource(abc.ABC):
         return statistics_from(response, self._model.names, self._slots, asked)
 
     def save_checkpoint(self, tag: str, *, overwrite: bool = False) -> Checkpoint:
-        """Take a named copy of the state and the hyper-parameters, durable as far as the server is.
+        """Take a checkpoint: a named copy of the state and the hyper-parameters. It is as durable as the server.
 
-        It outlives the optimizer, until it is deleted itself.
+        A checkpoint stays until it is deleted, also if its optimizer is deleted.
 
         Args:
             tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.
-            overwrite: Replace a copy of that name.
+            overwrite: Replace a checkpoint with this tag.
 
         Raises:
             AlreadyExistsError: The tag is taken, unless `overwrite`.
-            UnavailableError: The server's disk did not take it, or no server answers.
+            UnavailableError: The server's disk has refused the checkpoint, or no server answers.
         """
         request = checkpoints_pb2.SaveCheckpointRequest(
             parent=self._resource, tag=tag, overwrite=overwrite, request_id=str(uuid.uuid4())
@@ -276,16 +276,16 @@ class Resource(abc.ABC):
         return checkpoint_from(saved, self._resource, tag)
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """All named copies, oldest first."""
+        """All checkpoints of the optimizer, oldest first."""
         return list_checkpoints(self._connection, self._resource)
 
     def restore_checkpoint(self, tag: str) -> None:
-        """Roll state, hyper-parameters and step counter back to a named copy. Other clients get StateReplacedError.
+        """Replace state, hyper-parameters and step counter by a checkpoint. Other clients get StateReplacedError.
 
         Raises:
             NotFoundError: There is no such tag.
-            FailedPreconditionError: It is of another method or of other parameters.
-            CheckpointDamagedError: Its file is damaged. In all cases nothing was changed.
+            FailedPreconditionError: The checkpoint is of another method or of other parameters.
+            CheckpointDamagedError: The file of the checkpoint is damaged. In all cases nothing was changed.
         """
         request = checkpoints_pb2.RestoreCheckpointRequest(
             name=f"{self._resource}/checkpoints/{tag}", request_id=str(uuid.uuid4())
@@ -294,7 +294,7 @@ class Resource(abc.ABC):
         self._on_state_replaced(replies.optimizer(restored, self._resource))
 
     def delete_checkpoint(self, tag: str) -> None:
-        """Delete a named copy.
+        """Delete a checkpoint.
 
         Raises:
             NotFoundError: There is no such tag.
@@ -302,26 +302,26 @@ class Resource(abc.ABC):
         delete_checkpoint(self._connection, self._resource, tag)
 
     def export_state(self, *, on_progress: Progress = no_progress) -> OptimizerState:
-        """Read the whole state with its settings, all of one step; other clients may step meanwhile."""
+        """Read the whole state with its settings, all of one step. Other clients may make steps meanwhile."""
         return export_state(self._connection, self._resource, on_progress)
 
     def import_state(self, state: OptimizerState, *, on_progress: Progress = no_progress) -> None:
-        """Replace state, step counter and settings by those of a state. Other clients get StateReplacedError.
+        """Replace state, step counter and settings by those of `state`. Other clients get StateReplacedError.
 
-        Settings that the state does not say stay; see `OptimizerState.without`. So does the consistency where the
-        state has none.
+        Settings that the state leaves out stay as they are; see `OptimizerState.without`. The consistency stays too if
+        the state has none.
 
         Raises:
             InvalidArgumentError: The state is of another method or other parameters, or has a NaN, an infinity, or a
                 negative mean of squares, or a setting out of range. Nothing was changed.
-            FailedPreconditionError: Its consistency is another one, and workers are alive. Nothing was changed.
-            FeatureUnavailableError: It has other settings, and the server is too old to import any.
+            FailedPreconditionError: The state has another consistency, and workers are alive. Nothing was changed.
+            FeatureUnavailableError: The state has other settings, and the server is too old to import settings.
         """
         imported = import_state(self._connection, self._get(), state, on_progress)
         self._on_state_replaced(imported)
 
     def _call_with_step_timeout(self, method: Callable[..., _Response], request: object) -> _Response:
-        """Call a method that takes as long as the state is large."""
+        """Make a call with the time-out of a step, because it takes longer for a larger state."""
         return self._connection.call(method, request, timeout_s=self._connection.config.step_timeout_s)
 
     def _get(self) -> optimizer_pb2.Optimizer:
@@ -331,4 +331,4 @@ class Resource(abc.ABC):
 
     @abc.abstractmethod
     def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
-        """This client has replaced the state: go on with the new one."""
+        """This client has replaced the state: use the new state from now on."""

@@ -15,10 +15,10 @@ from optserve.v1 import optimizer_pb2
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A new array, or raise ResourceExhaustedError where this process has no memory for it."""
+    """A new array; raises ResourceExhaustedError if this process has no memory for it."""
     try:
         return np.empty(shape, dtype)
-    # ValueError: no process could have it.
+    # ValueError: the array would be too large for any process.
     except (MemoryError, ValueError) as error:
         raise ResourceExhaustedError(
             f"There is no memory here for an array of {list(shape)} {dtype}, as the server describes it: {error}"
@@ -37,14 +37,14 @@ class ParameterTable:
     """The parameters of an optimizer, in the order of their indices.
 
     Args:
-        name: The optimizer's, for messages.
-        messages: As the contract shows them.
+        name: The optimizer's name, for messages.
+        messages: The messages of the parameters.
         takes_curvature: Whether the method takes the diagonal of the Hessian.
 
     Attributes:
-        parameters: All of them.
-        names: Theirs.
-        sizes: (bytes, bytes of an element) of each.
+        parameters: All parameters.
+        names: Their names.
+        sizes: (bytes, bytes of an element) of each parameter.
     """
 
     def __init__(self, name: str, messages: Sequence[optimizer_pb2.Parameter], *, takes_curvature: bool) -> None:
@@ -57,17 +57,17 @@ class ParameterTable:
         self._all = list(self._indices.values())
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of parameters."""
         return len(self.parameters)
 
     def names_of(self, indices: Sequence[int]) -> list[str]:
-        """Names of parameters."""
+        """Names of the parameters with these indices."""
         return self.names if indices is self._all else [self.parameters[index].name for index in indices]
 
     def selected_indices(self, grads: Mapping[str, object], *, partial: bool, what: str = "gradient") -> list[int]:
         """Indices, ascending, of the parameters that have a gradient; all must, unless `partial`.
 
-        With `partial`, one that is None counts as absent, as torch has it for parameters that took no part.
+        With `partial`, a gradient that is None counts as absent, as for torch's parameters that took no part.
         """
         if type(grads) is not dict:
             check_mapping(grads, f"{what}s", "{'w': array}")
@@ -86,7 +86,7 @@ class ParameterTable:
         return indices if len(indices) < len(self) else self._all
 
     def indices_of(self, names: Iterable[str]) -> list[int]:
-        """Indices, ascending, of parameters that are named."""
+        """Indices, ascending, of the parameters with these names."""
         if isinstance(names, str) and len(names) > 1 and names in self._indices:
             raise InvalidArgumentError(f"Pass a sequence of names, such as [{names!r}].")
         wanted = set()
@@ -102,7 +102,7 @@ class ParameterTable:
             raise InvalidArgumentError(f"{self._name!r} has no parameter {name!r}.", metadata={"parameter": name})
 
     def diagonals(self, indices: list[int], curvature: Mapping[str, np.ndarray] | None) -> list[np.ndarray] | None:
-        """The diagonals of the Hessian that go with the gradients, if the method takes them."""
+        """The diagonals of the Hessian for the gradients; None if the method does not take them."""
         if (curvature is not None) != self.takes_curvature:
             raise InvalidArgumentError(
                 f"The method of {self._name!r} takes the diagonal of the Hessian: pass `curvature`."
@@ -121,7 +121,7 @@ class ParameterTable:
         return arrays
 
     def contiguous(self, index: int, array: Any, what: str) -> np.ndarray:
-        """`array`, if it has the parameter's shape and dtype, or a copy in one piece and in the host's byte order."""
+        """`array`, checked against the parameter; a copy if it is not contiguous, or not in the host's byte order."""
         if type(array) is not np.ndarray:
             array = self._on_host(index, array, what)
         if not array.dtype.isnative and array.dtype.newbyteorder("=") == self.parameters[index].dtype:
@@ -130,7 +130,7 @@ class ParameterTable:
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
     def _on_host(self, index: int, array: Any, what: str) -> np.ndarray:
-        """The values of an array that is none of NumPy."""
+        """The values of an array of another library than NumPy."""
         name = self.parameters[index].name
         if array is None and what == "gradient":
             raise InvalidArgumentError(
@@ -141,7 +141,7 @@ class ParameterTable:
         return host_array(array, f"The {what} of {name!r}")
 
     def _checked(self, index: int, array: np.ndarray, what: str) -> np.ndarray:
-        """`array`, if it has the parameter's shape and dtype."""
+        """`array`, after a check of its shape and dtype against the parameter."""
         parameter = self.parameters[index]
         if array.shape != parameter.shape:
             raise InvalidArgumentError(
@@ -171,7 +171,7 @@ class ParameterTable:
                 kind = type(out[name]).__name__
                 raise InvalidArgumentError(
                     f"The output of {name!r} must be an array of NumPy, not of type {kind}; a tensor of torch on the "
-                    "CPU lends its memory as tensor.detach().numpy().",
+                    "CPU shares its memory as tensor.detach().numpy().",
                     metadata={"parameter": name},
                 )
             array = self._checked(index, out[name], "output")

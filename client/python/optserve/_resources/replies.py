@@ -22,10 +22,10 @@ def invalid_reply(what: str) -> InternalError:
 
 
 def optimizer(message: optimizer_pb2.Optimizer, name: str) -> optimizer_pb2.Optimizer:
-    """`message`, if it describes the optimizer with that resource name.
+    """`message`, after a check that it describes the optimizer with that resource name.
 
     Raises:
-        InternalError: It does not, or it has parameters or slots that cannot be.
+        InternalError: It does not, or it has impossible parameters or slots.
     """
     if message.name != name:
         raise invalid_reply(f"it describes {message.name[:80]!r}, not {name!r}")
@@ -43,9 +43,9 @@ def optimizer(message: optimizer_pb2.Optimizer, name: str) -> optimizer_pb2.Opti
 def created(
     message: optimizer_pb2.Optimizer, name: str, wanted: Sequence[optimizer_pb2.Parameter]
 ) -> optimizer_pb2.Optimizer:
-    """`message`, if it describes an optimizer of that resource name and with the parameters that were asked for."""
+    """`message`, after a check that it describes an optimizer of that resource name, with the wanted parameters."""
     if list(optimizer(message, name).parameters) != list(wanted):
-        raise invalid_reply(f"{name!r} was made with other parameters than those that were asked for")
+        raise invalid_reply(f"{name!r} was created with other parameters than those of the request")
     return message
 
 
@@ -53,13 +53,13 @@ def method(message: optimizer_pb2.Optimizer) -> algorithms.Algorithm:
     """The method of an optimizer.
 
     Raises:
-        FeatureUnavailableError: A newer server's, which this client does not know.
+        FeatureUnavailableError: The server is newer, and this client does not know the method.
     """
     return method_from(message)
 
 
 def info(message: service_pb2.GetServerInfoResponse) -> service_pb2.GetServerInfoResponse:
-    """What a server says of itself, if its times are such."""
+    """`message`, after a check of its times."""
     seconds(message.start_time)
     return message
 

@@ -1,4 +1,4 @@
-"""An optimizer's whole state over the wire, either way."""
+"""Transfers of states and parameters, in both directions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export_state(connection: Connection, name: str, on_progress: Progress) -> Op
     """Read the state of the optimizer with that resource name.
 
     Raises:
-        OptserveError: The server's answer, or that it gave none.
+        OptserveError: The server has refused the call, or has not answered in time.
     """
     request = checkpoints_pb2.ExportStateRequest(name=name)
 
@@ -54,12 +54,12 @@ def export_state(connection: Connection, name: str, on_progress: Progress) -> Op
 def import_state(
     connection: Connection, optimizer: optimizer_pb2.Optimizer, state: OptimizerState, on_progress: Progress
 ) -> optimizer_pb2.Optimizer:
-    """Replace the state of an optimizer, and the settings that the state says.
+    """Replace the state of an optimizer, and the settings that the state has.
 
     Raises:
         InvalidArgumentError: The state is of another method or of other parameters. Nothing was changed.
-        FeatureUnavailableError: It has other settings than the optimizer, and the server cannot import them.
-        OptserveError: The server's answer, or that it gave none.
+        FeatureUnavailableError: The state has other settings than the optimizer, and the server cannot import settings.
+        OptserveError: The server has refused the call, or has not answered in time.
     """
     names, arrays = _array_names(optimizer), _arrays(optimizer, state)
     # One id for all tries: a retry after a lost answer must not undo the steps since.
@@ -69,7 +69,7 @@ def import_state(
             steps_in_order(state.parameter_steps, [item.name for item in optimizer.parameters])
         )
     said = state.settings
-    # That nobody shared the optimizer is no setting which the new place has to have.
+    # A state without a consistency leaves the consistency of the optimizer as it is.
     consistency = said.get("consistency") or ...
     new_settings = Changes(
         said.get("schedule", ...),
@@ -84,8 +84,8 @@ def import_state(
         first.update_mask.CopyFrom(changes.update_mask)
     elif others := differences(optimizer, algorithm=state.algorithm, **{**said, "consistency": consistency}):
         raise FeatureUnavailableError(
-            f"This server cannot import settings, and {others[0]}. Update the optimizer's first, or import "
-            "state.without(…) to leave the state's own behind."
+            f"This server cannot import settings, and {others[0]}. Update the optimizer's settings first, or import "
+            "state.without(…), which leaves settings out."
         )
     answer = _with_retries(
         connection,
@@ -102,10 +102,10 @@ def _imports_settings(connection: Connection) -> bool:
 
 
 def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarray]) -> int:
-    """Upload all parameters of an optimizer, in the order of their indices; gives its step.
+    """Upload all parameters of an optimizer, in the order of their indices. Returns the step of the optimizer.
 
     Raises:
-        OptserveError: The server's answer, or that it gave none.
+        OptserveError: The server has refused the call, or has not answered in time.
     """
     first = replicas_pb2.PushParametersRequest(name=name, request_id=str(uuid.uuid4()))
 
@@ -125,10 +125,10 @@ def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarr
 def pull_parameters(
     connection: Connection, request: replicas_pb2.PullParametersRequest, arrays: Updates
 ) -> tuple[int, bool]:
-    """Read parameters into arrays: (their step, whether there was anything newer).
+    """Read parameters into arrays: (their step, whether the parameters were newer).
 
     Raises:
-        OptserveError: The server's answer, or that it gave none.
+        OptserveError: The server has refused the call, or has not answered in time.
     """
 
     def received(timeout_s: float) -> tuple[int, bool]:
@@ -156,10 +156,10 @@ def pull_parameters(
 
 
 def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
-    """The header of the first message, which has no payload, or raise InternalError."""
+    """The header of the first message, which has no payload; raises InternalError."""
     first = next(frames, None)
     if first is None or first.data is not None:
-        raise replies.invalid_reply("it does not begin with a message that says what follows")
+        raise replies.invalid_reply("it does not begin with a message without data, which describes what follows")
     return first.header
 
 
@@ -191,7 +191,7 @@ def _read_state(
         for name, spec in parameters.items()
     }
     arrays = [array for of_one in slots.values() for array in of_one.values()]
-    # As if each array of each parameter was a tensor of its own.
+    # `Updates` sees each array of each parameter as a separate tensor.
     received = Updates(range(len(arrays)), arrays)
     per_parameter = len(_array_names(optimizer))
     done, total = 0, sum(array.nbytes for array in arrays)
@@ -200,7 +200,7 @@ def _read_state(
         chunk = frame.header.chunk
         array = len(optimizer.slots) if chunk.WhichOneof("array") == "parameter" else chunk.slot
         if frame.data is None or array >= per_parameter:
-            raise replies.invalid_reply("a message has no state, or some of an array that there is not")
+            raise replies.invalid_reply("a message has no state, or a part of an array that does not exist")
         received.put(chunk.tensor * per_parameter + array, chunk.offset, frame.data)
         received.write_large()
         done += len(frame.data)
@@ -221,16 +221,16 @@ def _read_state(
 
 
 def _parameter_steps(counts: Sequence[int], names: Sequence[str]) -> dict[str, int] | None:
-    """The steps of each parameter; None where there are none, or raise InternalError."""
+    """The step counter of each parameter; None if the server sent none. Raises InternalError."""
     if not counts:
         return None
     if len(counts) != len(names) or max(counts) > MAX_STEP:
-        raise replies.invalid_reply(f"it has the steps of {len(counts)} parameters, up to {max(counts)}")
+        raise replies.invalid_reply(f"it has step counters of {len(counts)} parameters, up to {max(counts)}")
     return dict(zip(names, counts, strict=True))
 
 
 def _array_names(optimizer: optimizer_pb2.Optimizer) -> list[str]:
-    """The arrays of a state: the slots, and the parameter itself where the server holds it."""
+    """Names of the arrays of a state: the slots, and the parameter itself in hosted mode."""
     return [*optimizer.slots, *([PARAMETER] if optimizer.mode == optimizer_pb2.MODE_HOSTED else [])]
 
 
@@ -264,7 +264,7 @@ def _messages(
 
 
 def _arrays(optimizer: optimizer_pb2.Optimizer, state: OptimizerState) -> list[list[np.ndarray]]:
-    """The state's arrays in the optimizer's order, checked against it."""
+    """The state's arrays in the order of the optimizer's parameters, after a check that they fit."""
     method = optimizer.algorithm.WhichOneof("method")
     if state.algorithm.name != method:
         raise InvalidArgumentError(f"The state is of {state.algorithm.name}; the optimizer is of {method}.")

@@ -1,4 +1,4 @@
-"""The channel of gRPC that a client's calls are made on."""
+"""Opens the gRPC channel for a client's calls."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from optserve._rpc.proxies import channel_options
 from optserve.config import ClientConfig
 
 RECONNECT_PAUSE_S = 0.1
-"""Longest pause between tries while no server is there, of the channel and of a call, so that a client goes on within
-0.3 s of a server's return. A try is one small packet to a host that refuses it; all pauses have jitter."""
+"""Longest pause between tries while no server answers, for the channel and for a call. So a client goes on within 0.3 s
+after the server is back. A try is one small packet to a host that refuses it; all pauses have jitter."""
 
 CONNECT_ATTEMPT_S = 5.0
-"""After so long without an answer, as from a host that is down and says nothing, a connection is tried anew: the kernel
-by itself would ask again ever more seldom."""
+"""Seconds without an answer, as from a host that is down, after which the channel begins a new connection. The kernel
+by itself would try again after longer and longer pauses."""
 
 
 @dataclass(frozen=True)
 class _Details(grpc.ClientCallDetails):
-    """Of a call, as gRPC passes them."""
+    """Details of a call, in the form that gRPC passes to interceptors."""
 
     method: Any
     timeout: Any
@@ -39,13 +39,13 @@ class _Metadata(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds the same pairs to every call."""
+    """Adds the same metadata to every call."""
 
     def __init__(self, pairs: Sequence[tuple[str, str | bytes]]) -> None:
         self._pairs = tuple(pairs)
 
     def _go_on(self, continuation: Any, details: Any, request: Any) -> Any:
-        """Make the call, of whatever shape, with the pairs."""
+        """Make a call of any kind with the metadata."""
         metadata = (*(details.metadata or ()), *self._pairs)
         return continuation(
             _Details(
@@ -77,7 +77,7 @@ class _Metadata(
 
 
 def open_channel(target: str, config: ClientConfig) -> grpc.Channel:
-    """A connection of its own to a server, secured where there are credentials."""
+    """Open a channel with a connection of its own. With credentials the connection is secured."""
     options = _options(target, config)
     if config.credentials is None:
         channel = grpc.insecure_channel(target, options)
@@ -88,9 +88,9 @@ def open_channel(target: str, config: ClientConfig) -> grpc.Channel:
 
 
 def begun(call: Any) -> Any:
-    """A stream that has begun, or raise ValueError if its channel was closed.
+    """The call of a stream; raises ValueError if its channel was closed.
 
-    With interceptors gRPC gives that error as a stream that has ended at once.
+    With interceptors gRPC does not raise this error, but returns a stream that has already ended.
     """
     if isinstance(call, grpc.Future) and call.done() and not call.cancelled():
         error = call.exception()

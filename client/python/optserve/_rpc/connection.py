@@ -1,4 +1,4 @@
-"""The channel: deadlines, retries and errors of every call. What is called is none of its business."""
+"""One connection: deadlines, retries and errors of all calls, whatever a call does."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ INHERITED = (
     "This client was made before the process forked, and gRPC connections do not survive that. "
     "Connect again in the new process, or start it with the 'spawn' method."
 )
-"""What a client says in a process that has inherited it."""
+"""The error of a client in a process that has inherited it."""
 
 CLOSE_S = 3.0
 """Seconds that `close` waits for the connection to end. That takes milliseconds, unless a call never ends."""
@@ -76,12 +76,12 @@ class Connection:
         target: The server, as gRPC writes it, such as `host:port` or `unix:PATH`.
         config: The client's settings.
         clock: The time.
-        channel: What calls are made on, in the place of a connection of gRPC's own to the target.
+        channel: The channel for the calls; None to open one to the target.
 
     Attributes:
         clock: The time.
         same_host: Whether the server can share memory with this process.
-        has_shared: Names of optimizers whose memory this client has shared.
+        has_shared: Names of optimizers with which this client has shared memory.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ def _frames(call: Any, decode: Callable[[bytes], _Frame]) -> Iterator[_Frame]:
                     raise not_a_message() from error
                 yield frame
     finally:
-        # Ends the call also where the caller has stopped reading.
+        # Ends the call also if the caller has stopped reading.
         call.cancel()
 
 

@@ -1,1 +1,1 @@
-"""What users pass: arrays and settings, checked and described."""
+"""Checks and conversions of what users pass: arrays and settings."""

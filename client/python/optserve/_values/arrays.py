@@ -1,4 +1,4 @@
-"""Arrays and tensors of any library on their way to a server: NumPy arrays of the same dtype, or a clear error."""
+"""Turns arrays and tensors of any library into NumPy arrays of the same dtype, or raises a clear error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from optserve.errors import InvalidArgumentError
 
 _NAMES = {name: np.dtype(name) for name in ("float16", "float32", "float64")}
-# How tinygrad says them: the same name with other bytes is another type, as `float` is to NumPy.
+# Names of tinygrad, with bytes per element: NumPy uses the name `float` for 8 bytes.
 _C_NAMES = {("half", 2): np.dtype("float16"), ("float", 4): np.dtype("float32"), ("double", 8): np.dtype("float64")}
 
 
 def known_dtype(dtype: Any) -> np.dtype | None:
-    """The NumPy dtype, little-endian, that a library's own dtype is; None where there is none."""
+    """The little-endian NumPy dtype that equals a library's own dtype; None if there is none."""
     if hasattr(dtype, "as_numpy_dtype"):
         dtype = dtype.as_numpy_dtype
     if isinstance(dtype, str | type | np.dtype):
@@ -29,21 +29,21 @@ def known_dtype(dtype: Any) -> np.dtype | None:
 
 
 def has_values(value: Any) -> bool:
-    """Whether there are numbers behind a shape and a dtype: an array, not a TensorSpec or a tensor without memory."""
+    """Whether `value` has numbers, and not only a shape and a dtype, as a TensorSpec or a meta tensor has."""
     return (hasattr(value, "__array__") or hasattr(value, "numpy")) and not getattr(value, "is_meta", False)
 
 
 def host_array(value: Any, what: str) -> np.ndarray:
-    """The values of an array or tensor as an array of NumPy; without a copy where its library allows that.
+    """The values of an array or tensor as a NumPy array, without a copy if the library allows that.
 
     Args:
-        value: Of any library; on a device, it is copied to the host.
-        what: Says what it is, for errors.
+        value: An array or tensor of any library. One on a device is copied to the host.
+        what: What the value is, for errors.
 
     Raises:
-        InvalidArgumentError: It is None or masked, cannot be read, or NumPy has no such dtype.
+        InvalidArgumentError: The value is None or masked, cannot be read, or has a dtype that NumPy does not have.
     """
-    # Most are this, and a step has many.
+    # The usual case first, because a step has many arrays.
     if type(value) is np.ndarray:
         return value
     if value is None:
@@ -55,7 +55,7 @@ def host_array(value: Any, what: str) -> np.ndarray:
         raise InvalidArgumentError(f"{what} is {dtype}, which is neither float32 nor float64; convert it.")
     try:
         for step in ("detach", "cpu", "numpy"):
-            # torch refuses to convert what requires a gradient, or lies on a device; tinygrad has no __array__.
+            # torch refuses to convert a tensor that requires a gradient, or is on a device; tinygrad has no __array__.
             value = getattr(value, step)() if hasattr(value, step) else value
         array = np.asarray(value)
     except Exception as error:

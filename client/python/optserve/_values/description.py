@@ -1,4 +1,4 @@
-"""What a state's file says of its settings, as JSON; the server's own state files say it in the same words."""
+"""The settings in a state's file, as JSON. The server's own state files have the same form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optserve.settings import CONSISTENCIES, SCHEDULES, Clipping, Consistency, G
 
 
 class GivenSettings(TypedDict, total=False):
-    """What goes with a method, as far as it is said; `Client.create_optimizer` has the same arguments."""
+    """The settings beside the method; a setting may be left out. `Client.create_optimizer` has the same arguments."""
 
     schedule: Schedule | None
     clipping: Clipping | None
@@ -21,23 +21,23 @@ class GivenSettings(TypedDict, total=False):
 
 
 SETTINGS = tuple(GivenSettings.__annotations__)
-"""Names of all of them."""
+"""Names of all settings beside the method."""
 
 
 def given_settings(**values: object) -> GivenSettings:
-    """Those that are said: not an Ellipsis."""
+    """The settings whose value is not an Ellipsis."""
     return GivenSettings(**{name: value for name, value in values.items() if not isinstance(value, EllipsisType)})  # pyright: ignore[reportArgumentType]
 
 
 def settings_to_json(settings: GivenSettings, names: Sequence[str]) -> dict[str, Any]:
-    """The settings of a state.
+    """The form on disk of a state's settings.
 
     Args:
-        settings: Those that are said.
-        names: Of all parameters, in their order.
+        settings: The settings that the state has.
+        names: Names of all parameters, in their order.
 
     Raises:
-        KeyError: A group has another parameter.
+        KeyError: A group has a parameter that is not among them.
     """
     content: dict[str, Any] = {}
     if schedule := settings.get("schedule"):
@@ -63,12 +63,12 @@ def settings_to_json(settings: GivenSettings, names: Sequence[str]) -> dict[str,
 
 
 def settings_from_json(content: Mapping[str, Any], names: Sequence[str]) -> GivenSettings:
-    """The reverse of `settings_to_json`, from content that holds more.
+    """The reverse of `settings_to_json`. The content may have other keys too.
 
     Raises:
-        ValueError, LookupError, TypeError: It is damaged, or of a version that knows other settings.
+        ValueError, LookupError, TypeError: The content is damaged, or of a version with other settings.
     """
-    # A server's own file says all that there is; one of a client that did not know settings says nothing.
+    # A server's own file has all settings; a file of a client from before there were settings has none.
     said = content.get("settings", SETTINGS if "create_time" in content else ())
     all_of_them: dict[str, Any] = {
         "schedule": _schedule(content.get("schedule")),

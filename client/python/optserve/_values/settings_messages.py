@@ -1,4 +1,4 @@
-"""The settings of an optimizer between the contract's messages and values, as far as they go with one another."""
+"""Turns settings of an optimizer into messages of the contract, and messages into settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def method_from(message: optimizer_pb2.Optimizer) -> Algorithm:
     """The method of an optimizer.
 
     Raises:
-        FeatureUnavailableError: A newer server's, which this client does not know; here and below.
+        FeatureUnavailableError: The server is newer, and this client does not know the method. The functions below
+            raise this error for other settings.
     """
     try:
         return from_message(message.algorithm)
@@ -35,10 +36,10 @@ def method_from(message: optimizer_pb2.Optimizer) -> Algorithm:
 
 
 def _kind_of(message: optimizer_pb2.Optimizer, field: str, oneof: str) -> str | None:
-    """Which kind of a setting an optimizer has; None where it has none."""
+    """Which kind of a setting an optimizer has; None if it has no such setting."""
     name = getattr(message, field).WhichOneof(oneof)
     if name is None and message.HasField(field):
-        raise FeatureUnavailableError(f"This client does not know the {field} of {message.name!r}; a newer one may.")
+        raise FeatureUnavailableError(f"This client does not know the {field} of {message.name!r}; a newer client may.")
     return name
 
 
@@ -56,13 +57,13 @@ def schedule_from(message: optimizer_pb2.Optimizer) -> Schedule | None:
 
 
 def clipping_from(message: optimizer_pb2.Optimizer) -> Clipping | None:
-    """The bound on the gradients of an optimizer; None for none."""
+    """The clipping of an optimizer; None for no clipping."""
     kind = _kind_of(message, "clipping", "bound")
     return Clipping(**{kind: getattr(message.clipping, kind)}) if kind else None
 
 
 def consistency_from(message: optimizer_pb2.Optimizer) -> Consistency | None:
-    """How workers share an optimizer; None if they do not."""
+    """The consistency of an optimizer; None for one client at a time."""
     name = _kind_of(message, "consistency", "kind")
     if name is None:
         return None
@@ -86,7 +87,7 @@ def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
 
 
 def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
-    """The contract's form of all groups."""
+    """The messages of all groups."""
     return [group.to_message(method) for group in groups]
 
 
@@ -94,7 +95,7 @@ def check_kinds(algorithm: object, schedule: object, clipping: object, groups: A
     """Check that arguments are settings, None, or an Ellipsis.
 
     Raises:
-        InvalidArgumentError: One is a class rather than an object of it, or something else.
+        InvalidArgumentError: An argument is a class instead of an object of the class, or something else.
     """
     if algorithm is not None:
         check_kind(algorithm, Algorithm, "algorithm", "Adadelta()")
@@ -113,7 +114,7 @@ def check_kinds(algorithm: object, schedule: object, clipping: object, groups: A
 
 
 def settings_from(message: optimizer_pb2.Optimizer) -> dict[str, Any]:
-    """All settings of an optimizer by name, the method's included."""
+    """All settings of an optimizer by name, the method included."""
     return {
         "algorithm": method_from(message),
         "schedule": schedule_from(message),
@@ -125,11 +126,11 @@ def settings_from(message: optimizer_pb2.Optimizer) -> dict[str, Any]:
 
 
 def differences(message: optimizer_pb2.Optimizer, **wanted: Any) -> list[str]:
-    """What of an optimizer is not as wanted, each as a clause of a sentence.
+    """Differences between an optimizer's settings and the wanted ones, each as a clause of a sentence.
 
     Args:
         message: The optimizer.
-        wanted: Settings by name; one that is not given, or an Ellipsis, does not matter.
+        wanted: Settings by name. A setting that is not given, or is an Ellipsis, is not compared.
     """
     present = settings_from(message)
     return [
@@ -141,7 +142,7 @@ def differences(message: optimizer_pb2.Optimizer, **wanted: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Changes:
-    """Settings that are to be others; what is `...`, and a weight decay of None, stays. None takes a setting away.
+    """Changes of settings. `...`, and a weight decay of None, leave a setting as it is. None removes a setting.
 
     See `optserve.Optimizer.update`.
     """
@@ -160,17 +161,17 @@ def update_request(
     changes: Changes,
     hyperparameters: Mapping[str, Any] = MappingProxyType({}),
 ) -> service_pb2.UpdateOptimizerRequest:
-    """The request that changes the settings of an optimizer; what is not given stays.
+    """The request that changes settings of an optimizer. Settings that are not given stay as they are.
 
     Args:
-        resource: `optimizers/…`.
-        method: Name of its method in the contract.
-        algorithm: Its method anew; None to leave it.
-        changes: Of the other settings.
-        hyperparameters: Single ones of the method, by name.
+        resource: The resource name, `optimizers/…`.
+        method: Name of the optimizer's method in the contract.
+        algorithm: The method with all hyper-parameters; None to leave it as it is.
+        changes: Changes of the other settings.
+        hyperparameters: Single hyper-parameters of the method, by name.
 
     Raises:
-        InvalidArgumentError: The method has no such hyper-parameter, or all of them are given as well.
+        InvalidArgumentError: The method has no such hyper-parameter, or `algorithm` is given too.
     """
     check_kinds(algorithm, changes.schedule, changes.clipping, changes.groups, changes.consistency)
     request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))

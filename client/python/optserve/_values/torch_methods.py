@@ -1,4 +1,4 @@
-"""Which of torch's optimizers is which of the service's methods, and what their settings are called."""
+"""Which of torch's optimizers corresponds to which method of the service, and torch's names of their settings."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class _Kind:
     """How one of torch's optimizers corresponds to one of the service's methods.
 
     Attributes:
-        slots: Our slots with torch's names for them.
-        group: Our method as torch's hyper-parameters.
-        algorithm: The reverse.
-        neutral: Further hyper-parameters of torch, with the only value that the service has too.
+        slots: Torch's names of the slots, by the service's names.
+        group: Makes torch's hyper-parameters from the service's method.
+        algorithm: Makes the service's method from torch's hyper-parameters.
+        neutral: Further hyper-parameters of torch, each with the only value that the service supports.
         counts_steps: Whether torch keeps a step counter per parameter.
     """
 
@@ -66,16 +66,16 @@ _KINDS: dict[type[Algorithm], _Kind] = {
     ),
 }
 
-# Settings of how torch computes, not of what.
+# Settings of how torch computes. They do not change the result.
 _IMPLEMENTATION = frozenset({"foreach", "fused", "capturable"})
 
-# What torch's schedulers note in the groups for themselves; `lr` and `momentum` are the present ones.
+# What torch's schedulers write into the groups for themselves; `lr` and `momentum` have the present values.
 _SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "initial_momentum", "max_momentum", "base_momentum"}
 )
 
 STEP = "optserve_step"
-"""The step, in a group, where torch's own counter cannot hold it exactly."""
+"""Key of the step counter in a group, for numbers that torch's own counter cannot hold exactly."""
 
 
 def kind_of(algorithm: Algorithm) -> _Kind:
@@ -92,7 +92,7 @@ def recognise(groups: Sequence[Mapping[str, Any]]) -> list[Algorithm]:
     """The method of each param group; it is the same for all."""
     kinds = [_kind_in(group) for group in groups]
     if _KINDS[Momentum] in kinds:
-        # A group whose momentum is 0 is one of SGD with momentum as well.
+        # A group with momentum 0 is a group of SGD with momentum too.
         kinds = [_KINDS[Momentum] if kind is _KINDS[Sgd] else kind for kind in kinds]
     if any(kind is not kinds[0] for kind in kinds):
         raise InvalidArgumentError("The parameter groups are of different methods.")
@@ -110,17 +110,17 @@ def _kind_in(group: Mapping[str, Any]) -> _Kind:
     if {"dampening", "momentum", "lr"} <= group.keys():
         return _KINDS[Momentum if group["momentum"] else Sgd]
     raise InvalidArgumentError(
-        f"A state_dict with the settings {sorted(group)} is of none of Adadelta, Adagrad, RMSprop and SGD."
+        f"A state_dict with the settings {sorted(group)} does not belong to Adadelta, Adagrad, RMSprop or SGD."
     )
 
 
 def _algorithm_in(group: Mapping[str, Any], kind: _Kind) -> Algorithm:
-    """Our method with the settings of a param group, if it has all of them."""
+    """The service's method with the settings of a param group; raises InvalidArgumentError for an unknown setting."""
     algorithm = kind.algorithm({key: float(value) if key == "lr" else value for key, value in group.items()})
     neutral = {**NEUTRAL, **kind.neutral}
     own = {*kind.group(algorithm), *_IMPLEMENTATION, *_SCHEDULERS, "params", "param_names", STEP}
     if isinstance(algorithm, Adagrad):
-        # The sums begin with it, and hold it.
+        # The sums begin with this value, so they contain it.
         own.add("initial_accumulator_value")
     for name, value in group.items():
         if name not in own and (name not in neutral or value != neutral[name]):

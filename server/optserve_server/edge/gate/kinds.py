@@ -1,4 +1,4 @@
-"""Kinds of calls, each with places and threads of its own, so that no call waits for those of another kind."""
+"""Kinds of calls. Each kind has places and threads of its own, so no call waits for calls of another kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Kind:
     Args:
         name: Name of the threads.
         places: The places of these calls.
-        limit: Most calls with a thread, those without a place included.
+        limit: Number of threads. Calls without a place occupy a thread too.
 
     Attributes:
         pool: The threads.
@@ -45,10 +45,10 @@ class Kind:
         return self._free.acquire(blocking=False)
 
     def one_call(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """The handler for one call, which runs in the thread that `enter` has reserved, and gives it back at the end.
+        """The handler for one call. It runs in the thread that `enter` has reserved; the thread is free after the call.
 
-        If the handler never runs, as where an interceptor has asked for it and refuses the call, the thread is given
-        back when the handler is forgotten.
+        An interceptor may ask for a handler and then refuse the call. Then the handler never runs, and the thread
+        becomes free when the handler is garbage-collected.
         """
         streams = handler.response_streaming
         run = _Run(handler.stream_stream if streams else handler.stream_unary, self.pool, self._unused)
@@ -61,7 +61,7 @@ class Kind:
 
 
 class _Run:
-    """What one call runs, in its kind's threads; notes itself in `unused` if it is never called."""
+    """The function of one call, which runs in its kind's threads. If it never runs, it adds an entry to `unused`."""
 
     def __init__(self, behaviour: Any, pool: ThreadPoolExecutor, unused: deque[None]) -> None:
         self.experimental_thread_pool = pool
@@ -74,13 +74,13 @@ class _Run:
         return self._behaviour(requests, context)
 
     def __del__(self) -> None:
-        # No lock is taken here, because this may run in the middle of anything, also where that lock is held.
+        # Takes no lock: the garbage collector may call this anywhere, also in a thread that holds the lock.
         if not self._has_run:
             self._unused.append(None)
 
 
 class ConcurrencyLimit:
-    """Lets `threads` calls be answered at a time; the others wait."""
+    """Lets at most `threads` calls run at a time; the others wait."""
 
     def __init__(self, threads: int) -> None:
         self._free = threading.BoundedSemaphore(threads)
@@ -88,11 +88,11 @@ class ConcurrencyLimit:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Be one of these calls for the length of a with-block, or raise TOO_MANY_STREAMS after QUEUE_WAIT_S."""
+        """Wait until the call may run, for the length of a with-block; raises TOO_MANY_STREAMS after QUEUE_WAIT_S."""
         if not self._free.acquire(timeout=QUEUE_WAIT_S):
             raise OptserveError(
                 Reason.TOO_MANY_STREAMS,
-                f"This server answers {self._threads} calls at a time, and all of them are busy; try again.",
+                f"This server answers {self._threads} calls at a time, and is busy with as many; try again.",
                 limit=self._threads,
             )
         try:

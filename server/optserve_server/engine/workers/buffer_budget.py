@@ -30,8 +30,8 @@ class BufferBudget:
     """Gives step slots their buffers. Takes buffers back that only hold a reply, the oldest first.
 
     Args:
-        max_bytes: Limit of all buffers; a single one may be larger.
-        max_optimizer_bytes: Limit of one optimizer's buffers; a single one may be larger.
+        max_bytes: Limit of all buffers; a single buffer may be larger.
+        max_optimizer_bytes: Limit of one optimizer's buffers; a single buffer may be larger.
         wait_s: Seconds that a step waits for a buffer.
         clock: The time.
     """
@@ -44,11 +44,11 @@ class BufferBudget:
         self._bytes: Counter[str] = Counter()
         self._lock = clock.lock()
         self._waiting: list[_Waiting] = []
-        # Step slots whose buffer holds a reply only, the oldest first.
+        # Step slots whose buffers hold only a reply, the oldest first.
         self._idle: OrderedDict[WorkerSlot, None] = OrderedDict()
 
     def ensure_buffer(self, step_slot: WorkerSlot) -> None:
-        """Give a step slot a buffer, if it has none; waits for memory if needed, first come, first served.
+        """Give a step slot a buffer, if it has none. Waits for memory if needed; steps get it in their order.
 
         Raises:
             OptserveError: STAGING_FULL.
@@ -70,7 +70,7 @@ class BufferBudget:
             raise self._full(step_slot) from waiting.failure
 
     def _serve(self) -> None:
-        """Give buffers to the steps that wait, the first one first; an optimizer at its own limit delays no other."""
+        """Give buffers to the steps that wait, in their order. An optimizer at its own limit delays no other one."""
         full: set[str] = set()
         for waiting in list(self._waiting):
             step_slot = waiting.step_slot
@@ -81,7 +81,7 @@ class BufferBudget:
                     full.add(step_slot.optimizer)
                     continue
                 if not self._make_room(step_slot):
-                    # Otherwise later, smaller ones would take all memory that becomes free, and this one would starve.
+                    # Otherwise later steps with smaller buffers would take all free memory, and this one would wait on.
                     break
                 try:
                     step_slot.make_buffer()
@@ -94,7 +94,7 @@ class BufferBudget:
             waiting.granted.set()
 
     def is_needed_elsewhere(self, step_slot: WorkerSlot) -> bool:
-        """Whether another step has waited for long for the memory of this step slot, whose step waits too."""
+        """Whether another step has waited for long for the memory of this step slot, while its own step waits too."""
         with self._lock:
             long_ago = self._clock.monotonic() - CHECK_EVERY_S
             return any(
@@ -138,7 +138,7 @@ class BufferBudget:
         return not self._is_in_the_way(step_slot, optimizer)
 
     def _is_in_the_way(self, step_slot: WorkerSlot, optimizer: str = "", free: int = 0) -> bool:
-        """Whether what is used, apart from what is `free`, leaves too little for a step slot's buffer."""
+        """Whether the used bytes, less `free` bytes, leave too little for a step slot's buffer."""
         used, limit = (
             (self._bytes[optimizer], self._max_optimizer_bytes) if optimizer else (self._bytes.total(), self._max_bytes)
         )

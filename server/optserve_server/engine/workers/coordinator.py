@@ -56,11 +56,16 @@ class Workers:
         return WorkerSlot(self._name, self._state, lock, steps.commit, self._idle_step_s, steps.step_ended, self._clock)
 
     def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
-        """Register a life of a worker, renew its lease, or let it go; without its number, give it one.
+        """Handle a report: register a life of a worker, renew its lease, or end the life.
+
+        Args:
+            name: The worker.
+            leaving: Whether the life ends.
+            life: The number of the life; 0 if it has none yet, and asks for one.
 
         Raises:
-            OptserveError: WORKER_REPLACED, SERVER_FULL, INVALID_FIELD where there are no workers, or what every step
-                is refused with.
+            OptserveError: WORKER_REPLACED, SERVER_FULL, INVALID_FIELD if the optimizer has no workers, or see
+                `Steps.check_usable`.
         """
         with self._owner.lock:
             self._owner.check_usable()
@@ -70,7 +75,7 @@ class Workers:
                 if worker is not None:
                     self._leave(worker, life)
                     self.steps.wake()
-            # Who asks for a number takes nothing from a life that has one.
+            # A report that asks for a number changes nothing for a live worker whose life has one.
             elif worker is None or life or not (worker.life and worker.alive):
                 worker = self._admit(name, life, lease_s)
             last_request_id = worker.step_slot.last_request_id if worker else ""
@@ -87,7 +92,7 @@ class Workers:
         return worker
 
     def _begin_life(self, worker: Worker) -> None:
-        """Withdraw the step of an earlier life, and forget which x it had."""
+        """Withdraw the step of an earlier life, and forget the x that the server sent it."""
         worker.at_step = self._owner.step
         self.steps.withdraw(worker)
         self.steps.wake()
@@ -124,12 +129,12 @@ class Workers:
         return worker
 
     def pulled(self, name: str, step: int, life: int = 0) -> None:
-        """The server sends a worker the x of a step."""
+        """Note that the server sends a worker the x of a step."""
         with self._owner.lock:
             self.act(name, life).at_step = step
 
     def share(self) -> Segment | None:
-        """A segment for a worker on this host; gradients are copied out of it, replies into it. Or None."""
+        """A segment for a worker on this host, or None. The server copies gradients out of it and replies into it."""
         try:
             segment = Segment(self._state.layout, self._state.operand_kinds)
         except OSError as error:

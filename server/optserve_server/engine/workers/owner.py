@@ -1,4 +1,4 @@
-"""The steps of an optimizer, as its workers see them."""
+"""The part of an optimizer's steps that the code of its workers uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optserve_server.engine.step_slot import ClientSlot
 
 
 class Owner(Protocol):
-    """The part of an optimizer's steps that its workers use. Hold `lock` for all of it."""
+    """The part of an optimizer's steps that its workers use. Hold `lock` for every use."""
 
     lock: Condition
     step: int

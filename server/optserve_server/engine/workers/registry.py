@@ -1,4 +1,4 @@
-"""Who the workers of one optimizer are: which are alive, what each has done, and what of that outlives the process."""
+"""The workers of one optimizer: which are alive, how many steps each has made, and what is written down of that."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.numerics.layout import Selection
 
 MAX_NAMED = 8
-"""Workers that an error names."""
+"""Most workers that an error names."""
 
 MAX_KNOWN = 5_000
-"""Workers of one optimizer that are remembered, dead ones included; the longest dead are forgotten first."""
+"""Most workers of one optimizer that the server remembers, dead ones included; it forgets the longest dead first."""
 
 
 @dataclass(eq=False)
@@ -26,14 +26,17 @@ class Worker:
     """One worker.
 
     Attributes:
-        monotonic: The time.
-        clock: Steps that it has made, or the clock of the slowest when it came.
-        at_step: Step of the x that it was given last.
-        lease_until: By the monotonic clock; 0 if it has left, or not reported since this server started.
-        seen_at: When it was last heard of.
-        contribution: Its step whose gradient is there, and not applied: it waits for others.
-        stream: Number of the stream that it has opened last; earlier ones make no steps any more.
-        life: Number of the life that has the name now; lower ones are over. 0 for a client that sends none.
+        name: The name that the worker has chosen.
+        step_slot: Where the worker makes its steps.
+        monotonic: Returns the monotonic time, in seconds.
+        clock: Steps that the worker has made; at least the clock of the slowest live worker when it entered.
+        at_step: Step of the x that the server has sent the worker last.
+        lease_until: End of the lease by the monotonic clock; 0 if the worker has left, or has not reported since this
+            server started.
+        seen_at: Time of the last report, step or recovery of the worker, by the monotonic clock.
+        contribution: The step whose gradient has arrived and is not applied yet.
+        stream: Number of the stream that the worker has opened last; earlier streams make no more steps.
+        life: Number of the present life; lives with lower numbers are over. 0 for a client that sends no number.
     """
 
     name: str
@@ -49,22 +52,22 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether its lease holds; one in the middle of a step is alive."""
+        """Whether the lease holds, or the worker is in the middle of a step."""
         return self.lease_until > self.monotonic() or (self.lease_until > 0 and self.step_slot.holder is not None)
 
     def renew(self, lease_s: float) -> None:
-        """Let it live for so many seconds at least."""
+        """Let the lease last for at least `lease_s` seconds from now."""
         self.lease_until = max(self.lease_until, self.monotonic() + lease_s)
 
 
 class Standing(NamedTuple):
-    """What a worker that has reported is told.
+    """The answer to a worker's report.
 
     Attributes:
-        lease_s: How long it lives from now, in seconds.
-        live_workers: How many are alive.
-        last_request_id: Of the last step under its name; empty if there is none.
-        life: The number of its life, or of one that it may begin.
+        lease_s: Seconds that the lease lasts from now.
+        live_workers: Number of live workers.
+        last_request_id: Request id of the last step under the worker's name; empty if there is none.
+        life: The number of the worker's life, or of a life that it may begin.
     """
 
     lease_s: float
@@ -74,12 +77,12 @@ class Standing(NamedTuple):
 
 
 class WorkerRegistry:
-    """All workers of one optimizer that are remembered, to be used under the optimizer's lock.
+    """All workers of one optimizer that the server remembers. Use it under the optimizer's lock.
 
     Args:
-        name: The optimizer's, for messages.
-        make_step_slot: Makes the step slot of a new one.
-        room: Takes the buffers of those who are forgotten.
+        name: The optimizer's name, for messages.
+        make_step_slot: Makes the step slot of a new worker.
+        buffer_budget: Takes back the buffers of workers that are forgotten.
         clock: The time.
     """
 
@@ -95,28 +98,28 @@ class WorkerRegistry:
         self._make_step_slot = make_step_slot
         self._buffer_budget = buffer_budget
         self._known: dict[str, Worker] = {}
-        # Those that may be alive: each step looks at these, and not at thousands that have been.
+        # Workers that may be alive. Each step looks only at these, because thousands may be dead.
         self._living: dict[str, Worker] = {}
         self._newest_life = 0
 
     def __iter__(self) -> Iterator[Worker]:
-        """All of them, as they are at the moment."""
+        """All workers at the moment, dead ones included."""
         return iter(tuple(self._known.values()))
 
     @property
     def alive(self) -> list[Worker]:
-        """Those whose leases hold."""
+        """The live workers."""
         living = [worker for worker in self._living.values() if worker.alive]
         if len(living) < len(self._living):
             self._living = {worker.name: worker for worker in living}
         return living
 
     def holds(self, worker: Worker) -> None:
-        """A worker has begun a step, in the middle of which it is alive."""
+        """A worker has begun a step, so it is alive until the step ends."""
         self._living[worker.name] = worker
 
     def too_few(self, needed: int) -> OptserveError:
-        """The error for a step that takes more workers than are alive; says who is, and who has been."""
+        """The error for a step that needs more workers than are alive; names live workers and dead ones."""
         alive = self.alive
         gone = sorted((worker for worker in self if not worker.alive), key=lambda worker: -worker.seen_at)
         there = f" ({_names(alive)})" if alive else ""
@@ -129,27 +132,27 @@ class WorkerRegistry:
         )
 
     def slowest(self, default: int) -> int:
-        """The least clock of those alive."""
+        """The least clock of all live workers; `default` if there are none."""
         return min((worker.clock for worker in self.alive), default=default)
 
     def find(self, name: str) -> Worker | None:
-        """One that is remembered, dead or alive."""
+        """A worker that the server remembers, dead or alive; or None."""
         return self._known.get(name)
 
     def get(self, name: str) -> Worker:
-        """One that is alive, or raise WORKER_UNKNOWN."""
+        """A live worker; raises WORKER_UNKNOWN."""
         worker = self._known.get(name)
         if worker is None or not worker.alive:
             raise OptserveError(
                 Reason.WORKER_UNKNOWN,
-                f"{name[:64]!r} is no worker of {self._name}, or its lease has run out; report it alive.",
+                f"{name[:64]!r} is not a worker of {self._name}, or its lease has run out; report it alive.",
                 field="worker",
                 worker=name[:64],
             )
         return worker
 
     def check_current(self, worker: Worker, stream: int | None, life: int) -> None:
-        """Raise WORKER_REPLACED for an earlier life, STEP_TAKEN_OVER for a stream that this one has given up."""
+        """Raise WORKER_REPLACED for an earlier life, STEP_TAKEN_OVER for a stream that the worker has abandoned."""
         if life != worker.life:
             raise refusals.worker_replaced(self._name, worker.name)
         if stream is not None and stream < worker.stream:
@@ -158,37 +161,37 @@ class WorkerRegistry:
             )
 
     def new_life(self, name: str) -> int:
-        """A number for a life that may begin, greater than all that were given here or used under that name.
+        """A number for a life that may begin, greater than all numbers that were given here or used under that name.
 
-        It also grows from one start of the server to the next, as long as its clock does.
+        Numbers also grow from one start of the server to the next, unless its clock goes back.
         """
         self._newest_life = max(self._newest_life + 1, self._clock.time_ns())
         worker = self._known.get(name)
         return max(self._newest_life, worker.life + 1) if worker else self._newest_life
 
     def claim(self, worker: Worker, life: int) -> bool:
-        """Let a life act under a worker's name; gives whether that ends another one.
+        """Let a life act under a worker's name; returns whether that ends another life.
 
         Raises:
             OptserveError: WORKER_REPLACED.
         """
         if life == worker.life:
             return False
-        # One without a number cannot be told from others of its kind, so it may come in when nobody is there.
+        # Lives without a number cannot be told apart, so such a life may act while no other life is alive.
         if life < worker.life and (life or worker.alive):
             raise refusals.worker_replaced(self._name, worker.name)
         worker.life = life
         return True
 
     def revive(self, name: str, lease_s: float, step: int) -> Worker:
-        """Let one live for another `lease_s` seconds; if it comes anew, at the given step of the optimizer.
+        """Make a worker alive for `lease_s` seconds; `step` is the step of the optimizer, for a worker that was dead.
 
         Raises:
             OptserveError: SERVER_FULL.
         """
         worker = self._known.get(name) or self._remember(name)
         if not worker.alive:
-            # It must not hold up the others until it has caught up, nor wait for one that is as new.
+            # So others do not have to wait until it has caught up, and it does not have to wait for another new one.
             newest = max(other.clock for other in self)
             worker.clock = max(worker.clock, self.slowest(newest))
             worker.at_step = step
@@ -202,7 +205,9 @@ class WorkerRegistry:
             dead = [worker for worker in self if not worker.alive]
             if not dead:
                 raise OptserveError(
-                    Reason.SERVER_FULL, f"{self._name} has {MAX_KNOWN} workers, which is all.", limit=MAX_KNOWN
+                    Reason.SERVER_FULL,
+                    f"{self._name} has {MAX_KNOWN} live workers, and this server allows no more.",
+                    limit=MAX_KNOWN,
                 )
             oldest = min(dead, key=lambda worker: worker.seen_at)
             self._buffer_budget.take_back(oldest.step_slot)
@@ -212,21 +217,21 @@ class WorkerRegistry:
         return worker
 
     def clear(self) -> None:
-        """Forget all, and give their room back."""
+        """Forget all workers, and take their buffers back."""
         for worker in self:
             self._buffer_budget.take_back(worker.step_slot)
         self._known.clear()
         self._living.clear()
 
-    # What outlives the process.
+    # What is written down.
 
     def made_step(self, name: str, retained: Retained, clock: int) -> None:
-        """A worker has made a step, in this life of the server or an earlier one, after which its clock stood there."""
+        """A worker has made a step, now or before this server started; `clock` is its clock after the step."""
         worker = self._known.get(name) or self._remember(name)
         worker.step_slot.retained, worker.clock, worker.seen_at = retained, clock, self._clock.monotonic()
 
     def to_json(self) -> dict[str, Any]:
-        """What is known of all workers, as it is written down."""
+        """The form on disk of all workers that have made steps."""
         return {
             worker.name: [worker.clock, retained.request_id, retained.step, retained.selection.listed]
             for worker in self
@@ -240,6 +245,6 @@ class WorkerRegistry:
 
 
 def _names(workers: list[Worker]) -> str:
-    """The names of the first few."""
+    """The names of the first workers, as a text."""
     names = ", ".join(repr(worker.name) for worker in workers[:MAX_NAMED])
     return names + (f" and {len(workers) - MAX_NAMED} more" if len(workers) > MAX_NAMED else "")

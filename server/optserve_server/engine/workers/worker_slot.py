@@ -25,7 +25,7 @@ class WorkerSlot(StepSlot):
         clock: The time.
 
     Attributes:
-        worker_name: Name of the worker whose step has it.
+        worker_name: Name of the worker whose step holds the slot, or held it last.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class WorkerSlot(StepSlot):
 
     @property
     def has_buffer(self) -> bool:
-        """Whether it has a buffer."""
+        """Whether the step slot has a buffer."""
         return self.buffer is not None
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of a buffer."""
+        """Bytes of the buffer."""
         return len(self._state.operand_kinds) * self._state.layout.size_bytes
 
     def make_buffer(self) -> None:

@@ -2,7 +2,7 @@
 
 Each worker has a step slot of its own, so their gradients can arrive at the same time. Steps are applied one after the
 other, under the optimizer's lock. The optimizer's consistency decides when a step is applied, and of which gradients;
-until then the worker waits in its commit. Nobody waits for a worker that has left, or whose lease has run out.
+until then the worker waits in its commit. No worker waits for one that has left, or whose lease has run out.
 
 Locks: take a step slot's lock before the optimizer's. A commit that waits holds neither.
 """
@@ -122,11 +122,11 @@ class WorkerSteps:
                     return step
 
     def step_ended(self, step_slot: WorkerSlot) -> None:
-        """A step has ended."""
+        """A step has ended: its buffer may be taken back."""
         with self._owner.lock:
             worker = self._registry.find(step_slot.worker_name)
             if worker is None or not worker.alive:
-                # Only its step has kept it alive.
+                # The worker was alive only because of its step, so others may go on now.
                 self.wake()
         self._buffer_budget.mark_idle(step_slot)
 
@@ -177,7 +177,7 @@ class WorkerSteps:
             step.reply_source = worker.step_slot.staging.updates
             worker.step_slot.check_replay(step)
             return Outcome(step.request_id, worker.step_slot.retained.step, replayed=True)
-        # Also catches a replay whose reply is gone: it has no gradients, and must not be applied.
+        # Also catches a replay whose reply is lost: it has no gradients, and must not be applied.
         step.check_complete()
         self._contribute(worker, step, self.consistency)
         return step.outcome
@@ -193,7 +193,7 @@ class WorkerSteps:
             try:
                 self._apply(consistency, consistency.contributors(worker, self._contributors))
             except BaseException:
-                # Before the lock is let go: another worker's commit would take what is refused here.
+                # Before the lock is released: otherwise another worker's commit could use the refused gradient.
                 self.withdraw(worker)
                 raise
             if consistency.may_wake_others(worker.clock, self._registry):

@@ -1,4 +1,4 @@
-"""The base of all rules. A rule is the formula of one method, per dimension; it knows no arrays, devices or wires."""
+"""The base of all rules. A rule is the formula of one method, per dimension. It does not depend on devices or wires."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Rule:
     Attributes:
         name: The method's field in `optserve.v1.Algorithm`.
         slots: Names of the state tensors, all starting at 0.
-        signed_slots: Those that may be negative; the others are averages or sums of squares.
+        signed_slots: The slots that may be negative; the others are averages or sums of squares.
         counts_steps: Whether `scalars` uses the step counter.
         takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
@@ -105,8 +105,8 @@ class Rule:
         """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype.
 
         Args:
-            step: Counts the steps that the parameter has taken part in, this one included, so that it is 1 in the
-                first. Only for a rule with `counts_steps`.
+            step: Number of steps that the parameter has taken part in, this one included; 1 in the first step. Only
+                for a rule with `counts_steps`.
         """
         raise NotImplementedError
 
@@ -123,17 +123,17 @@ class Rule:
         """Bounds of the results of at most `steps` steps, for all operands and slots within bounds, up to rounding.
 
         Args:
-            numbers: Of the dtype.
+            numbers: The numbers of the dtype.
             gradient: The largest magnitude of g.
-            curvature: That of h; 0 where there is none.
-            slots: In which each slot lies.
-            scalars: See `scalars`. Of a rule with `counts_steps` those of the first step: what is given holds for all.
-            steps: So many, or fewer.
+            curvature: The largest magnitude of h; 0 without curvature.
+            slots: The interval of each slot.
+            scalars: See `scalars`. For a rule with `counts_steps` those of the first step; the bounds hold for all.
+            steps: The largest number of steps.
 
         Returns:
-            The largest magnitude of an update, infinite where it, or a number on the way to it or to a slot, may be
-            so; and in which each slot lies meanwhile. None if nothing is known: every step is then tried out
-            beforehand, which takes twice the time.
+            The largest magnitude of an update, and the interval of each slot. The magnitude is infinite if an update
+            may be infinite, or a number on the way to an update or a slot. None if no bounds are known: then every
+            step needs a trial, which takes twice the time.
         """
         return None
 
@@ -183,7 +183,7 @@ class Rule:
     def gradient_limit(self, dtype: np.dtype) -> float:
         """The largest magnitude of an element of the gradient, and of the curvature, that keeps the state finite.
 
-        Where the rule squares gradients, that is about the root of the largest number of `dtype`.
+        If the rule squares gradients, it is about the root of the largest number of `dtype`.
         """
         largest = float(np.finfo(dtype).max)
         # Rounded towards 0 in the dtype itself, so that limit * limit does not overflow there.
