@@ -188,8 +188,8 @@ PAGE = f"""\
 # Methods
 
 g is the gradient, x the parameter, Δx the update that the server returns, E[y] a decaying average that starts at 0.
-Everything is per dimension. Equation numbers are those of Zeiler, arXiv:1212.5701. The server refuses a value outside
-its range, also one that only its rounding to the parameter's data type puts there.
+Everything is per dimension. Equation numbers are those of Zeiler, arXiv:1212.5701. The server refuses a value that is
+outside its range before or after the rounding to the parameter's data type.
 """
 
 

@@ -163,6 +163,6 @@ def test_who_waits_in_vain_for_anothers_creation_is_told_so_and_not_that_no_serv
 
     with optserve.connect(server.target, optserve.ClientConfig(timeout_s=1.0)) as client:
         monkeypatch.setattr(client, "_create", taken)
-        with pytest.raises(optserve.DeadlineExceededError, match="by somebody else") as late:
+        with pytest.raises(optserve.DeadlineExceededError, match="Another client is creating or deleting") as late:
             client.get_or_create_optimizer(name, optserve.Sgd(), PARAMS)
     assert not isinstance(late.value, optserve.UnreachableError)

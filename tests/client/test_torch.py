@@ -119,7 +119,7 @@ def test_a_state_dict_has_torchs_keys_and_settings(client, name, method):
         (lambda p: torch.optim.RMSprop(p, centered=True), "no centered"),
         (lambda p: torch.optim.RMSprop(p, momentum=0.5), "no momentum"),
         (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "no lr_decay"),
-        (torch.optim.Adam, "none of Adadelta, Adagrad, RMSprop and SGD"),
+        (torch.optim.Adam, "does not belong to Adadelta, Adagrad, RMSprop or SGD"),
         (lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "nesterov": True}], momentum=0.9), "nesterov"),
         (lambda p: torch.optim.Adadelta(p[:2]), "of 2 parameters, not 4"),
     ],
@@ -388,7 +388,11 @@ def test_the_step_has_torchs_dtype_and_comes_back_exactly(default, step):
     [
         ({}, {}, "no state_dict of a torch optimizer"),
         (None, {}, "no state_dict of a torch optimizer"),
-        ({"state": {}, "param_groups": [{"params": [0], "rho": 0.5}]}, {"w": torch.ones(1)}, "none of Adadelta"),
+        (
+            {"state": {}, "param_groups": [{"params": [0], "rho": 0.5}]},
+            {"w": torch.ones(1)},
+            "does not belong to Adadelta",
+        ),
         ({"state": {}, "param_groups": []}, [torch.ones(1)], r"such as dict\(model\.named_parameters\(\)\)"),
         (
             {

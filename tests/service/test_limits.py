@@ -203,7 +203,7 @@ def test_lists_of_tensors_are_no_longer_than_the_model(stub, name):
     full_name = create(stub, name, {"x": (1,), "y": (1,)}).name
     with stream(stub, full_name) as steps:
         steps.send(begin(tensors=[0, 1, 0]))
-        assert "3 tensors are named" in steps.error().message
+        assert "names 3 tensors" in steps.error().message
 
 
 def test_the_number_of_parameters_is_looked_at_before_each_of_them(stub, name):

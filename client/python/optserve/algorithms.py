@@ -101,7 +101,8 @@ class Adagrad(Algorithm):
 
     Args:
         learning_rate: Learning rate η. Range [0, inf), default 0.01.
-        eps: Keeps the quotient finite while the sum is 0; outside the root. Range (0, inf), default 1e-10.
+        eps: Constant outside the root, which keeps the quotient finite while the sum is 0. Range (0, inf), default
+            1e-10.
 
     Example:
         >>> Adagrad()
@@ -149,8 +150,8 @@ class DiagonalHessian(Algorithm):
     The client sends h = diag(H), which may have either sign, as the curvature of each step. No slots.
 
     Args:
-        mu: Improves the conditioning where the curvature is small, and keeps the quotient finite where it is 0. Range
-            (0, inf), default 3.
+        mu: Improves the conditioning where the curvature is small, and keeps the quotient finite where the curvature is
+            0. Range (0, inf), default 3.
         learning_rate: Learning rate η. Range [0, inf), default 1.
 
     Example:
@@ -170,7 +171,7 @@ class Vsgd(Algorithm):
     """vSGD of Schaul, Zhang and LeCun, equation 7: Δx = −(1 / (E[|h|] + ε)) (E[g]² / E[g²]) g.
 
     The client sends h = diag(H), which may have either sign, as the curvature of each step. There is no learning rate.
-    Averages are taken over a window of τ steps, E[y] ← (1 − 1 / τ) E[y] + y / τ, that adapts per dimension:
+    Averages run over a window of τ steps, E[y] ← (1 − 1 / τ) E[y] + y / τ. The window adapts per dimension:
 
       τ ← (1 − E[g]² / E[g²]) τ + 1
 
@@ -182,7 +183,8 @@ class Vsgd(Algorithm):
         eps: Conditioning constant ε added to E[|h|]. Range (0, inf), default 0.01.
         initial_overestimate: Factor by which the first estimates of E[g²] and E[|h|] are enlarged. Range [1, 1e6],
             default 100.
-        initial_steps: Steps in which nothing moves and the first estimates are made. Range [2, 1e6], default 10.
+        initial_steps: Number of first steps, which only make the first estimates: x does not change. Range [2, 1e6],
+            default 10.
 
     Example:
         >>> Vsgd()

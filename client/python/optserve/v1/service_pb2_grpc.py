@@ -136,14 +136,14 @@ class OptimizerServiceServicer(object):
     """
 
     def GetServerInfo(self, request, context):
-        """What this server is, can do and accepts.
+        """Returns the version, the backend, the features and the limits of this server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateOptimizer(self, request, context):
-        """Makes an optimizer with all state at 0.
+        """Creates an optimizer. Its state is 0 everywhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,14 +178,14 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ApplyGradients(self, request, context):
-        """One step in one message: all that a small model needs.
+        """Makes one step in one message. A small model needs no other call for steps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamSteps(self, request_iterator, context):
-        """Any number of steps of any size on one optimizer.
+        """Makes any number of steps of any size on one optimizer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +206,7 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportWorker(self, request, context):
-        """Registers a worker, renews its lease, or takes its leave.
+        """Registers a worker, renews its lease, or reports that it leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,7 +227,7 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCheckpoint(self, request, context):
-        """Rolls an optimizer back to a checkpoint.
+        """Replaces the state and the hyper-parameters of an optimizer by those of a checkpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -255,7 +255,7 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetStatistics(self, request, context):
-        """What an optimizer is doing, without disturbing it.
+        """Computes statistics of an optimizer, while steps go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

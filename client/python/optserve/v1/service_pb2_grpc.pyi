@@ -473,10 +473,10 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetServerInfo: _OptimizerServiceGetServerInfoType
-    """What this server is, can do and accepts."""
+    """Returns the version, the backend, the features and the limits of this server."""
 
     CreateOptimizer: _OptimizerServiceCreateOptimizerType
-    """Makes an optimizer with all state at 0."""
+    """Creates an optimizer. Its state is 0 everywhere."""
 
     GetOptimizer: _OptimizerServiceGetOptimizerType
     """Reads an optimizer's settings and counters."""
@@ -491,10 +491,10 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     """Deletes an optimizer and its state."""
 
     ApplyGradients: _OptimizerServiceApplyGradientsType
-    """One step in one message: all that a small model needs."""
+    """Makes one step in one message. A small model needs no other call for steps."""
 
     StreamSteps: _OptimizerServiceStreamStepsType
-    """Any number of steps of any size on one optimizer."""
+    """Makes any number of steps of any size on one optimizer."""
 
     PullParameters: _OptimizerServicePullParametersType
     """Reads the parameters of a hosted optimizer."""
@@ -503,7 +503,7 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     """Writes the parameters of a hosted optimizer."""
 
     ReportWorker: _OptimizerServiceReportWorkerType
-    """Registers a worker, renews its lease, or takes its leave."""
+    """Registers a worker, renews its lease, or reports that it leaves."""
 
     SaveCheckpoint: _OptimizerServiceSaveCheckpointType
     """Takes a checkpoint."""
@@ -512,7 +512,7 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     """Lists checkpoints."""
 
     RestoreCheckpoint: _OptimizerServiceRestoreCheckpointType
-    """Rolls an optimizer back to a checkpoint."""
+    """Replaces the state and the hyper-parameters of an optimizer by those of a checkpoint."""
 
     DeleteCheckpoint: _OptimizerServiceDeleteCheckpointType
     """Deletes a checkpoint."""
@@ -524,7 +524,7 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     """Replaces an optimizer's whole state."""
 
     GetStatistics: _OptimizerServiceGetStatisticsType
-    """What an optimizer is doing, without disturbing it."""
+    """Computes statistics of an optimizer, while steps go on."""
 
 OptimizerServiceAsyncStub: typing_extensions.TypeAlias = OptimizerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -610,7 +610,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.service_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.service_pb2.GetServerInfoResponse, collections.abc.Awaitable[optserve.v1.service_pb2.GetServerInfoResponse]]:
-        """What this server is, can do and accepts."""
+        """Returns the version, the backend, the features and the limits of this server."""
 
     @abc.abstractmethod
     def CreateOptimizer(
@@ -618,7 +618,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.service_pb2.CreateOptimizerRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.service_pb2.CreateOptimizerResponse, collections.abc.Awaitable[optserve.v1.service_pb2.CreateOptimizerResponse]]:
-        """Makes an optimizer with all state at 0."""
+        """Creates an optimizer. Its state is 0 everywhere."""
 
     @abc.abstractmethod
     def GetOptimizer(
@@ -658,7 +658,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.steps_pb2.ApplyGradientsRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.steps_pb2.ApplyGradientsResponse, collections.abc.Awaitable[optserve.v1.steps_pb2.ApplyGradientsResponse]]:
-        """One step in one message: all that a small model needs."""
+        """Makes one step in one message. A small model needs no other call for steps."""
 
     @abc.abstractmethod
     def StreamSteps(
@@ -666,7 +666,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[optserve.v1.steps_pb2.StreamStepsRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[optserve.v1.steps_pb2.StreamStepsResponse], collections.abc.AsyncIterator[optserve.v1.steps_pb2.StreamStepsResponse]]:
-        """Any number of steps of any size on one optimizer."""
+        """Makes any number of steps of any size on one optimizer."""
 
     @abc.abstractmethod
     def PullParameters(
@@ -690,7 +690,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.replicas_pb2.ReportWorkerRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.replicas_pb2.ReportWorkerResponse, collections.abc.Awaitable[optserve.v1.replicas_pb2.ReportWorkerResponse]]:
-        """Registers a worker, renews its lease, or takes its leave."""
+        """Registers a worker, renews its lease, or reports that it leaves."""
 
     @abc.abstractmethod
     def SaveCheckpoint(
@@ -714,7 +714,7 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.checkpoints_pb2.RestoreCheckpointRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.checkpoints_pb2.RestoreCheckpointResponse, collections.abc.Awaitable[optserve.v1.checkpoints_pb2.RestoreCheckpointResponse]]:
-        """Rolls an optimizer back to a checkpoint."""
+        """Replaces the state and the hyper-parameters of an optimizer by those of a checkpoint."""
 
     @abc.abstractmethod
     def DeleteCheckpoint(
@@ -746,6 +746,6 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request: optserve.v1.statistics_pb2.GetStatisticsRequest,
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.statistics_pb2.GetStatisticsResponse, collections.abc.Awaitable[optserve.v1.statistics_pb2.GetStatisticsResponse]]:
-        """What an optimizer is doing, without disturbing it."""
+        """Computes statistics of an optimizer, while steps go on."""
 
 def add_OptimizerServiceServicer_to_server(servicer: OptimizerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
