@@ -58,8 +58,8 @@ _decode_pull = wire.decoder(replicas_pb2.PullParametersResponse)
 
 
 def not_a_message() -> InternalError:
-    """The error for bytes of the server that are no message."""
-    return InternalError("The server's answer is no message.")
+    """The error for bytes of the server that are not a message."""
+    return InternalError("The server's answer is not a message.")
 
 
 class Closeable(Protocol):
