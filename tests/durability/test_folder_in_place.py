@@ -198,7 +198,7 @@ def test_verify_says_good_of_data_folders_only_and_writes_nothing(kept, tmp_path
     wrong = tmp_path / "wrong"
     (wrong / "deeper").mkdir(parents=True)
     for command in ("verify", "stats", "repair"):
-        in_a_sentence(tool(command, wrong), "is no data folder")
+        in_a_sentence(tool(command, wrong), "is not a data folder")
     assert [path.name for path in wrong.iterdir()] == ["deeper"]
     # A copy that nobody has used and nobody may write to.
     copy = shutil.copytree(kept, tmp_path / "copy", ignore=shutil.ignore_patterns(folder_lock.LOCK))

@@ -1,1 +1,1 @@
-"""The commands that run in the server's package."""
+"""The commands of the server's package: `optserve serve`, `optserve journal`, `optserve config`."""

@@ -1,4 +1,4 @@
-"""The command line that shows what can be set, behind `optserve config`. ServerConfig is its only source."""
+"""The command `optserve config`, which shows the settings of a server. ServerConfig is its only source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optserve_server.domain import config
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 UNITS = {"_s": "seconds", "_bytes": "bytes"}
-"""What the end of a setting's name says about its unit."""
+"""The unit of a setting, by the end of its name."""
 
 
 @app.command()
@@ -26,7 +26,7 @@ def show(
     file: Annotated[
         Optional[Path],
         typer.Option(
-            "--config", help="TOML file of a server: show what it sets, checked as a start would.", dir_okay=False
+            "--config", help="TOML file of a server: show its values, and check them as a start does.", dir_okay=False
         ),
     ] = None,
     json: Json = False,
@@ -38,23 +38,23 @@ def show(
     except config.ConfigError as error:
         show_error(str(error), "optserve config")
         raise typer.Exit(2) from error
-    rows = [_row(item, meaning, given, in_effect) for item, meaning in settings()]
+    rows = [_row(setting, meaning, given, in_effect) for setting, meaning in settings()]
     if json:
         print_json(rows)
         return
     columns = ["setting", "type", "default", "unit", *(["value", "set"] if file else []), "meaning"]
-    shown = [
+    cells = [
         [
             row["name"],
             row["type"],
-            _words(row["default"]),
+            _as_text(row["default"]),
             row["unit"],
-            *([_words(row["value"]), "by the file" if row["set"] else ""] if file else []),
+            *([_as_text(row["value"]), "by the file" if row["set"] else ""] if file else []),
             row["meaning"],
         ]
         for row in rows
     ]
-    show_table(columns, shown, right=("default", "value"), folded="meaning")
+    show_table(columns, cells, right=("default", "value"), folded="meaning")
     if file:
         say(f"{len(given)} of {len(rows)} settings are set by {file}.")
 
@@ -70,24 +70,24 @@ def settings() -> list[tuple[Field[Any], str]]:
         elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             meanings[name] = " ".join(str(node.value.value).split())
             name = ""
-    return [(item, meanings.get(item.name, "")) for item in fields(config.ServerConfig)]
+    return [(setting, meanings.get(setting.name, "")) for setting in fields(config.ServerConfig)]
 
 
 def _row(
-    item: Field[Any], meaning: str, given: dict[str, Any], in_effect: config.ServerConfig | None
+    setting: Field[Any], meaning: str, given: dict[str, Any], in_effect: config.ServerConfig | None
 ) -> dict[str, Any]:
     return {
-        "name": item.name,
-        "type": item.type,
-        "default": item.default,
-        "unit": next((unit for end, unit in UNITS.items() if item.name.endswith(end)), ""),
+        "name": setting.name,
+        "type": setting.type,
+        "default": setting.default,
+        "unit": next((unit for end, unit in UNITS.items() if setting.name.endswith(end)), ""),
         "meaning": meaning,
-        "set": item.name in given,
-        "value": getattr(in_effect, item.name) if in_effect else None,
+        "set": setting.name in given,
+        "value": getattr(in_effect, setting.name) if in_effect else None,
     }
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

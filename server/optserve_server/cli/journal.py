@@ -1,4 +1,4 @@
-"""The command line for data folders that no server is using, behind `optserve journal`."""
+"""The command `optserve journal`, for data folders that no server is using."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.progress import Progress
@@ -36,13 +36,27 @@ _KINDS = {
 }
 
 
-def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
-    """Read all that a server would: (reader, lsn of the snapshot, records by optimizer and kind)."""
+class _Contents(NamedTuple):
+    """What was read of a data folder.
+
+    Attributes:
+        reader: The reader of the journal, after the last record.
+        snapshot_lsn: LSN of the snapshot; 0 if there is none.
+        counts: Number of records by (name of the optimizer, kind).
+    """
+
+    reader: Reader
+    snapshot_lsn: int
+    counts: Counter[tuple[str, str]]
+
+
+def _read(folder: Path) -> _Contents:
+    """Read and check everything that a start of a server reads."""
     lsn = 0
     for path in snapshot.paths(folder)[-1:]:
         lsn, saved = snapshot.read(path)
-        for item in saved:
-            item.verify()
+        for optimizer in saved:
+            optimizer.verify()
     reader = Reader(folder, lsn)
     counts: Counter[tuple[str, str]] = Counter()
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -50,13 +64,13 @@ def _read(folder: Path) -> tuple[Reader, int, Counter[tuple[str, str]]]:
         for record in reader:
             counts[loads(record.meta)["optimizer"], _KINDS.get(record.kind, "others")] += 1
             progress.update(task, completed=reader.bytes_read)
-    return reader, lsn, counts
+    return _Contents(reader, lsn, counts)
 
 
 @app.command()
 def verify(folder: Folder, json: Json = False) -> None:
-    """Check every checksum of the snapshot and the journal; exit code 1 if something is damaged."""
-    with _errors_as_a_line(), folder_lock.reading(folder):
+    """Check every checksum of the snapshot and the journal. The exit code is 1 if something is damaged."""
+    with _one_line_errors(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
     torn_tail = reader.torn_tail
     if json:
@@ -71,8 +85,8 @@ def verify(folder: Folder, json: Json = False) -> None:
 
 @app.command()
 def stats(folder: Folder, json: Json = False) -> None:
-    """Count what the journal holds beyond the last snapshot."""
-    with _errors_as_a_line(), folder_lock.reading(folder):
+    """Count the records of the journal after the last snapshot, by optimizer and kind."""
+    with _one_line_errors(), folder_lock.reading(folder):
         reader, lsn, counts = _read(folder)
     names = sorted({name for name, _ in counts})
     if json:
@@ -93,7 +107,7 @@ def _totals(reader: Reader, lsn: int) -> dict[str, int]:
 @app.command()
 def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Truncate a damaged journal where the damage begins. All later steps are lost; copy the folder first."""
-    with _errors_as_a_line(), _locked(folder):
+    with _one_line_errors(), _locked(folder):
         try:
             _read(folder)
         except CorruptionError as damage:
@@ -109,7 +123,7 @@ def repair(folder: Folder, yes: Annotated[bool, typer.Option("--yes", help="Do n
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep servers out of a folder that is changed, for the length of a with-block."""
+    """Lock a folder that is about to be changed, for the length of a with-block."""
     with folder_lock.reading(folder):
         pass
     lock = folder_lock.FolderLock(folder)
@@ -120,7 +134,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_as_a_line() -> Iterator[None]:
+def _one_line_errors() -> Iterator[None]:
+    """Print an error as one line, and end with exit code 1."""
     try:
         yield
     except (JournalError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The command line of the server, behind `optserve serve`."""
+"""The command `optserve serve`, which runs a server."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def serve(  # noqa: PLR0913 - one for each option
 
     try:
         run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof, target_file=target_file)
-    # ValueError besides ConfigError: what the system's calls and libraries do not take.
+    # ValueError, not only ConfigError: calls of the system and of libraries raise it for settings that they refuse.
     except (ValueError, JournalError, RuntimeError, OSError) as error:
         from optserve.cli.console import show_error
 
-        logging.getLogger("optserve_server").debug("the server could not start, or go on", exc_info=True)
+        logging.getLogger("optserve_server").debug("the server could not start, or had to stop", exc_info=True)
         show_error(str(error), "optserve serve")
         raise typer.Exit(2) from error
 
 
 def log_to_stderr(level: str) -> None:
-    """Logs go to standard error: readable on a terminal, one plain line each elsewhere."""
+    """Write the log to standard error: with colours on a terminal, else one plain line per entry."""
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
         handler.setFormatter(_CleanFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_CleanFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    # The level is ours; libraries speak up when something is wrong.
+    # The level applies to the server's own entries. Libraries log warnings and errors only.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("optserve_server").setLevel(level.upper())
 
 
 class _CleanFormatter(logging.Formatter):
-    """Writes what would steer a terminal, in what a client or a library has said, as escapes."""
+    """Writes control characters as escapes, so that no text of a client or a library controls the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as text."""
+        """A log entry as text."""
         from optserve.cli.console import clean
 
         return clean(super().format(record))

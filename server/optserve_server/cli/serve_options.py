@@ -13,33 +13,33 @@ from optserve_server.domain import config as settings
 DEFAULTS = settings.ServerConfig()
 
 Host = Annotated[Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)]
-Port = Annotated[Optional[int], typer.Option(help="TCP port; 0 takes a free one.", show_default=str(DEFAULTS.port))]
+Port = Annotated[Optional[int], typer.Option(help="TCP port; 0 for any free port.", show_default=str(DEFAULTS.port))]
 Uds = Annotated[Optional[str], typer.Option(help="Path of a Unix socket to listen on instead of TCP.")]
-DataDir = Annotated[Optional[Path], typer.Option(help="Folder for what must outlive the process.", file_okay=False)]
+DataDir = Annotated[Optional[Path], typer.Option(help="Folder for state that outlives the process.", file_okay=False)]
 Durability = Annotated[
     Optional[str],
     typer.Option(
-        help="memory: state ends with the process. snapshot: it is written down every minute. journal: a step is "
-        "on disk before it is acknowledged.",
+        help="memory: state ends with the process. snapshot: state is written to disk every minute. journal: each "
+        "step is on disk before it is acknowledged.",
         show_default="journal with --data-dir, else memory",
     ),
 ]
 Backend = Annotated[
     Optional[str],
-    typer.Option(help="auto, cupy, numba or numpy. auto takes the fastest that works.", show_default=DEFAULTS.backend),
+    typer.Option(help="auto, cupy, numba or numpy. auto uses the fastest that works.", show_default=DEFAULTS.backend),
 ]
 Threads = Annotated[
     Optional[int],
     typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads)),
 ]
 Config = Annotated[
-    Optional[Path], typer.Option(help="TOML file with any of the settings; options win over it.", dir_okay=False)
+    Optional[Path], typer.Option(help="TOML file with any of the settings; options override it.", dir_okay=False)
 ]
-LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Least that is logged.")]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Lowest level of the log.")]
 TargetFile = Annotated[
     Optional[Path],
     typer.Option(
-        help="File that tells `optserve health` and the other commands what to connect to, while the server answers.",
+        help="File with the server's target, for `optserve health` and others; it exists while the server answers.",
         envvar=TARGET_FILE,
         dir_okay=False,
     ),

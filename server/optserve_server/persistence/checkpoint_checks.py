@@ -1,4 +1,4 @@
-"""What a checkpoint has to be: its tag, its size, and the optimizer that it is restored into."""
+"""Checks of checkpoints: the tag, the size of the header, and whether a checkpoint fits an optimizer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from optserve_server.persistence.state_file import Description, StateFile
 
 
 def check_tag(tag: str) -> None:
-    """Raise INVALID_FIELD unless it can be a tag."""
+    """Raise INVALID_FIELD if the text cannot be a tag."""
     if not is_id(tag):
         raise OptserveError(
             Reason.INVALID_FIELD,
-            f"{tag[:100]!r} is no tag: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit.",
+            f"{tag[:100]!r} is not a tag: use 1 to 64 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit.",
             field="tag",
         )
 
 
 def check_readable(optimizer: Optimizer, file: StateFile) -> None:
-    """Raise MODEL_TOO_LARGE if nobody could read the file: a head of safetensors has a limit."""
+    """Raise MODEL_TOO_LARGE if the file's header is larger than readers of safetensors files accept."""
     limit = file.max_header_bytes
     if file.header_bytes > limit:
         raise OptserveError(
             Reason.MODEL_TOO_LARGE,
-            f"The names, shapes and settings of {optimizer.id!r} would take {file.header_bytes} bytes of a checkpoint; "
+            f"The names, shapes and settings of {optimizer.id!r} take {file.header_bytes} bytes in a checkpoint; "
             f"safetensors allows {limit}. Use shorter names, or fewer parameters or groups.",
             field="parent",
             limit=limit,
@@ -31,20 +31,20 @@ def check_readable(optimizer: Optimizer, file: StateFile) -> None:
         )
 
 
-def check_fit(optimizer: Optimizer, tag: str, of: Description) -> None:
-    """Raise CHECKPOINT_MISMATCH unless the checkpoint has the optimizer's method and parameters."""
+def check_fit(optimizer: Optimizer, tag: str, saved: Description) -> None:
+    """Raise CHECKPOINT_MISMATCH unless the checkpoint has the optimizer's method, mode and parameters."""
     difference = ""
-    if of.rule.name != optimizer.rule.name:
-        difference = f"of {of.rule.name}, not of {optimizer.rule.name}"
-    elif of.settings.hosted != optimizer.settings.hosted:
-        difference = f"of an optimizer in {'hosted' if of.settings.hosted else 'delta'} mode, which this one is not"
-    elif of.layout.parameters != optimizer.layout.parameters:
-        pairs = zip(of.layout.parameters, optimizer.layout.parameters, strict=False)
-        kept, own = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
-        difference = f"of {len(of.layout.parameters)} parameters, not of {len(optimizer.layout.parameters)}"
-        if kept and own:
+    if saved.rule.name != optimizer.rule.name:
+        difference = f"of {saved.rule.name}, not of {optimizer.rule.name}"
+    elif saved.settings.hosted != optimizer.settings.hosted:
+        difference = f"of an optimizer in {'hosted' if saved.settings.hosted else 'delta'} mode, but this one is not"
+    elif saved.layout.parameters != optimizer.layout.parameters:
+        pairs = zip(saved.layout.parameters, optimizer.layout.parameters, strict=False)
+        theirs, own = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
+        difference = f"of {len(saved.layout.parameters)} parameters, not of {len(optimizer.layout.parameters)}"
+        if theirs and own:
             difference = (
-                f"of other parameters: {kept.name!r} {list(kept.shape)} {kept.dtype.name}, not "
+                f"of other parameters: {theirs.name!r} {list(theirs.shape)} {theirs.dtype.name}, not "
                 f"{own.name!r} {list(own.shape)} {own.dtype.name}"
             )
     if difference:
@@ -54,7 +54,7 @@ def check_fit(optimizer: Optimizer, tag: str, of: Description) -> None:
 
 
 def checkpoint_exists(optimizer_id: str, tag: str) -> OptserveError:
-    """The error for a tag that is taken."""
+    """The error for a tag that already has a checkpoint."""
     return OptserveError(
         Reason.CHECKPOINT_EXISTS,
         f"There is a checkpoint {tag!r} of {optimizer_id!r} already; overwrite it, delete it or choose another tag.",

@@ -1,4 +1,4 @@
-"""Where checkpoints are: in a folder, or in files without a name that end with the process."""
+"""The stores of checkpoint files: in a folder, or in temporary files without a name that end with the process."""
 
 from __future__ import annotations
 
@@ -17,72 +17,86 @@ _SUFFIX = ".safetensors"
 _TEMPORARY = ".new-"
 
 MAX_TEMPORARY = 200
-"""Checkpoints of a server without a data folder, each of which holds a file descriptor."""
+"""Most checkpoints of a server without a data folder. Each of them holds a file descriptor."""
 
 Key = tuple[str, str]
-"""Optimizer and tag."""
+"""(name of the optimizer, tag) of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What all checkpoints may take, those of deleted optimizers included.
+    """The limits on all checkpoints together, including those of deleted optimizers.
 
     Attributes:
-        max_files: Most of them.
-        max_bytes: Of all files.
+        max_files: Most checkpoints.
+        max_bytes: Most bytes of all files.
     """
 
     max_files: int = 1 << 62
     max_bytes: int = 1 << 62
 
     def check(self, sizes: Mapping[Key, int], key: Key, size_bytes: int) -> None:
-        """Raise SERVER_FULL if there is no room for one more beside those of other keys."""
-        before = sizes.get(key)
-        count = len(sizes) + (before is None)
-        used = sum(sizes.values()) - (before or 0)
-        advice = "delete some, of deleted optimizers as well (optserve checkpoints list shows all)"
+        """Raise SERVER_FULL if a file would exceed a limit.
+
+        Args:
+            sizes: Bytes of the existing files.
+            key: The key of the new file. It replaces an existing file of that key.
+            size_bytes: Size of the new file.
+        """
+        replaced_bytes = sizes.get(key)
+        count = len(sizes) + (replaced_bytes is None)
+        used = sum(sizes.values()) - (replaced_bytes or 0)
+        advice = "delete some, also of deleted optimizers (optserve checkpoints list shows all)"
         if count > self.max_files:
             raise OptserveError(
                 Reason.SERVER_FULL,
-                f"There are {len(sizes)} checkpoints, which is all that this server keeps; {advice}.",
+                f"There are {len(sizes)} checkpoints, and this server keeps no more; {advice}.",
                 limit=self.max_files,
             )
         if used + size_bytes > self.max_bytes:
             raise OptserveError(
                 Reason.SERVER_FULL,
-                f"The checkpoint takes {size_bytes} bytes; {max(0, self.max_bytes - used)} of {self.max_bytes} that "
-                f"this server has for checkpoints are free; {advice}.",
+                f"The checkpoint takes {size_bytes} bytes. Of the {self.max_bytes} bytes that this server has for "
+                f"checkpoints, {max(0, self.max_bytes - used)} are free; {advice}.",
                 limit=self.max_bytes,
             )
 
 
 class Store(Protocol):
-    """Files by optimizer and tag, both of which are known to be harmless as names. Safe to use from several threads.
+    """Files by optimizer and tag. Safe to use from several threads.
+
+    The caller has checked that name and tag are safe as names of files.
 
     Attributes:
-        disk: Where its files are.
+        disk: The disk of the files.
     """
 
     disk: Disk
 
     def temporary(self) -> BinaryIO:
-        """A new file, which is gone once closed unless it is kept."""
+        """A new file. It is deleted when it is closed, unless `keep` was called."""
         ...
 
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:
-        """Give a temporary file its place, durably; raise FileExistsError if it is taken, unless `overwrite`."""
+        """Make a temporary file the file of an optimizer and tag, durably.
+
+        Raises:
+            FileExistsError: There is a file already, and `overwrite` is False.
+            OptserveError: SERVER_FULL.
+            OSError: The disk refuses.
+        """
         ...
 
     def make_durable(self, optimizer: str) -> None:
-        """Make sure that what is there of an optimizer is durable."""
+        """Wait until all files of an optimizer are durable."""
         ...
 
     def check_capacity(self, optimizer: str, tag: str, size_bytes: int) -> None:
-        """Raise SERVER_FULL if there is no room for a file. `keep` does so as well."""
+        """Raise SERVER_FULL if a file of that size would exceed a limit. `keep` checks that too."""
         ...
 
     def keys(self) -> list[Key]:
-        """All optimizers and tags, in order."""
+        """The keys of all files, sorted."""
         ...
 
     def tags(self, optimizer: str) -> list[str]:
@@ -90,7 +104,7 @@ class Store(Protocol):
         ...
 
     def open(self, optimizer: str, tag: str) -> BinaryIO:
-        """A file for reading, which stays readable if it is removed; or raise FileNotFoundError."""
+        """Open a file for reading, or raise FileNotFoundError. It stays readable if it is removed."""
         ...
 
     def remove(self, optimizer: str, tag: str) -> None:
@@ -102,11 +116,11 @@ class FolderStore:
     """Files `OPTIMIZER/TAG.safetensors` in a folder that no other process changes.
 
     Args:
-        path: The folder; made when it is needed.
-        limits: Of all files.
-        check_in_place: Called before something is written; raises what a call is refused with then.
+        path: The folder; created with the first file.
+        limits: The limits on all files.
+        check_in_place: Called before each change; raises OptserveError to refuse the change.
         clock: The time.
-        disk: Where the folder is.
+        disk: The disk of the folder.
     """
 
     def __init__(
@@ -123,7 +137,7 @@ class FolderStore:
         self._check_in_place = check_in_place
         self._lock = clock.lock()
         self._sizes = self._measure_files()
-        # No optimizer's name begins with a dot.
+        # Temporary files of an earlier process. Their names begin with a dot, which no name of an optimizer does.
         for leftover in path.glob(f"{_TEMPORARY}*"):
             disk.unlink(leftover)
 
@@ -135,7 +149,7 @@ class FolderStore:
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:  # noqa: D102
         self.disk.sync(file.fileno())
         target = self._file(optimizer, tag)
-        # A second name, because a temporary file removes its own when it is closed.
+        # A second name, because closing a temporary file deletes its first one.
         second = self._path / f"{Path(file.name).name}-kept"
         size_bytes = os.fstat(file.fileno()).st_size
         with self._lock:
@@ -162,7 +176,7 @@ class FolderStore:
         try:
             self._limits.check(self._sizes, key, size_bytes)
         except OptserveError:
-            # Somebody may have removed files by hand.
+            # Measured anew, because somebody may have removed files by hand.
             self._sizes = self._measure_files()
             self._limits.check(self._sizes, key, size_bytes)
 
@@ -194,16 +208,16 @@ class FolderStore:
         return self._path / optimizer / f"{tag}{_SUFFIX}"
 
     def _sync(self, folder: Path) -> None:
-        """Make the names of a folder durable, and those of the folders that it is in."""
-        for each in (folder, self._path, self._path.parent):
-            self.disk.sync_path(each)
+        """Make the names in a folder and in its two parents durable."""
+        for path in (folder, self._path, self._path.parent):
+            self.disk.sync_path(path)
 
 
 class TemporaryStore:
-    """Files without a name in the system's folder for temporary ones. They end with the process, however that ends.
+    """Files without a name in the system's temporary folder. They end with the process, even if it is killed.
 
     Args:
-        limits: Of all files, of which there are at most `MAX_TEMPORARY`.
+        limits: The limits on all files. At most `MAX_TEMPORARY` files are kept in any case.
         clock: The time.
     """
 
@@ -221,14 +235,14 @@ class TemporaryStore:
     def keep(self, file: BinaryIO, optimizer: str, tag: str, *, overwrite: bool) -> None:  # noqa: D102
         size_bytes = os.fstat(file.fileno()).st_size
         with self._lock:
-            before = self._files.get((optimizer, tag))
-            if before is not None and not overwrite:
+            replaced = self._files.get((optimizer, tag))
+            if replaced is not None and not overwrite:
                 raise FileExistsError(tag)
             self._limits.check(self._sizes, (optimizer, tag), size_bytes)
             self._files[optimizer, tag] = _duplicate(file)
             self._sizes[optimizer, tag] = size_bytes
-        if before is not None:
-            before.close()
+        if replaced is not None:
+            replaced.close()
 
     def check_capacity(self, optimizer: str, tag: str, size_bytes: int) -> None:  # noqa: D102
         with self._lock:
@@ -239,7 +253,7 @@ class TemporaryStore:
             return sorted(self._files)
 
     def make_durable(self, optimizer: str) -> None:
-        """Nothing is durable here."""
+        """Does nothing: no file is durable here."""
 
     def tags(self, optimizer: str) -> list[str]:  # noqa: D102
         with self._lock:
@@ -260,5 +274,5 @@ class TemporaryStore:
 
 
 def _duplicate(file: BinaryIO) -> BinaryIO:
-    """The same file under another descriptor."""
+    """The same file with another descriptor."""
     return os.fdopen(os.dup(file.fileno()), "rb")

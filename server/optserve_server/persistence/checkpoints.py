@@ -1,7 +1,7 @@
-"""Named copies of an optimizer's state: taken, listed, restored and deleted; and its state on the way in or out.
+"""Saves, lists, restores and deletes checkpoints, which are named copies of an optimizer's state; exports and imports.
 
-A checkpoint is of one step: its optimizer is held still while its slots are written to the system's file cache, and
-steps again while the disk takes them. Checkpoints outlive their optimizer.
+A checkpoint is of one step: its optimizer is locked while its slots are written to the system's file cache. It can make
+steps while the file is synced. Checkpoints stay when their optimizer is deleted.
 """
 
 from __future__ import annotations
@@ -37,12 +37,21 @@ from optserve_server.persistence.state_file import Description, StateFile, State
 logger = logging.getLogger(__name__)
 
 MAX_TRANSFERS = 8
-"""States that are saved, exported or imported at a time."""
+"""Most saves, exports and imports at the same time."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint without reading its arrays."""
+    """Everything about a checkpoint except its settings and arrays.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        tag: Its tag.
+        step: Step counter of the state.
+        size_bytes: Size of the file.
+        create_time: When it was saved.
+        request_id: The request that saved it; empty if there was no request id.
+    """
 
     optimizer: str
     tag: str
@@ -53,7 +62,7 @@ class Checkpoint:
 
     @property
     def sort_key(self) -> str:
-        """Its place in lists: by age, then by tag."""
+        """The key by which lists are sorted: by age, then by tag."""
         return f"{self.create_time.isoformat(timespec='microseconds')} {self.tag}"
 
 
@@ -61,9 +70,9 @@ class Checkpoints:
     """The checkpoints of one server. Safe to use from several threads.
 
     Args:
-        optimizers: Whose states they are.
-        store: Where the files are.
-        max_checkpoints: Most of one optimizer.
+        optimizers: The optimizers of the server.
+        store: The store of the files.
+        max_checkpoints: Most checkpoints of one optimizer.
         clock: The time.
     """
 
@@ -72,12 +81,13 @@ class Checkpoints:
         self._optimizers = optimizers
         self._store = store
         self._max_checkpoints = max_checkpoints
-        # Nobody waits for it.
+        # No thread waits for this semaphore, so it need not come from the clock.
         self._transfers = threading.BoundedSemaphore(MAX_TRANSFERS)  # noqa: TID251
-        self._seen: dict[tuple[str, str], tuple[tuple[int, ...], Checkpoint]] = {}
+        # The checkpoints that were read, each with the identity of its file.
+        self._cached: dict[Key, tuple[tuple[int, ...], Checkpoint]] = {}
 
     def save(self, optimizer_id: str, tag: str, *, overwrite: bool = False, request_id: str = "") -> Checkpoint:
-        """Take a checkpoint, once per request id.
+        """Save a checkpoint, once per request id.
 
         Raises:
             OptserveError: OPTIMIZER_NOT_FOUND, INVALID_FIELD, CHECKPOINT_EXISTS, SERVER_FULL, STATE_LOST or
@@ -89,22 +99,22 @@ class Checkpoints:
         optimizer = self._optimizers.get(optimizer_id)
         tags = self._store.tags(optimizer_id)
         if tag in tags:
-            if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
+            if (existing := self._saved_by(request_id, optimizer_id, tag)) is not None:
                 return existing
             if not overwrite:
                 raise checkpoint_exists(optimizer_id, tag)
         elif len(tags) >= self._max_checkpoints:
             raise OptserveError(
                 Reason.SERVER_FULL,
-                f"{optimizer_id!r} has {len(tags)} checkpoints, which is all that this server keeps; delete one.",
+                f"{optimizer_id!r} has {len(tags)} checkpoints, and this server keeps no more; delete one.",
                 limit=self._max_checkpoints,
             )
         with disk_errors(), self.exported(optimizer, request_id, to_keep_as=tag) as file:
             try:
                 self._store.keep(file.file, optimizer_id, tag, overwrite=overwrite)
             except FileExistsError:
-                # Another call was quicker; it may have been the same one.
-                if (existing := self._made_by(request_id, optimizer_id, tag)) is not None:
+                # Another call was faster. It may be an earlier try of the same call.
+                if (existing := self._saved_by(request_id, optimizer_id, tag)) is not None:
                     return existing
                 raise checkpoint_exists(optimizer_id, tag) from None
             saved = _checkpoint(tag, file)
@@ -112,35 +122,41 @@ class Checkpoints:
         return saved
 
     def page(self, optimizer_id: str, size: int, after: str) -> tuple[list[Checkpoint], str]:
-        """Up to `size` checkpoints, oldest first, from the place after `after` on.
+        """A page of an optimizer's checkpoints, oldest first.
+
+        Args:
+            optimizer_id: Name of the optimizer.
+            size: Most checkpoints of the page.
+            after: The page begins after the checkpoint with this sort key; empty for the first page.
 
         Returns:
-            The checkpoints, and the place of the last one if more follow, else an empty text.
+            The checkpoints, and the sort key of the last one if more follow, else an empty text.
         """
-        found = self._all_known([(optimizer_id, tag) for tag in self._store.tags(optimizer_id)])
-        found.sort(key=lambda item: item.sort_key)
-        rest = [item for item in found if item.sort_key > after]
+        checkpoints = self._describe_all([(optimizer_id, tag) for tag in self._store.tags(optimizer_id)])
+        checkpoints.sort(key=lambda checkpoint: checkpoint.sort_key)
+        rest = [checkpoint for checkpoint in checkpoints if checkpoint.sort_key > after]
         return rest[:size], rest[size - 1].sort_key if len(rest) > size else ""
 
     def page_of_all(self, size: int, after: str) -> tuple[list[Checkpoint], str]:
-        """Likewise the checkpoints of all optimizers, deleted ones included, by optimizer and tag."""
+        """A page of all checkpoints, also of deleted optimizers, sorted by optimizer and tag. See `page`."""
         keys = self._store.keys()
         begin = bisect.bisect_right(keys, tuple(after.split(" ", 1))) if after else 0
-        chosen = keys[begin : begin + size]
-        return self._all_known(chosen), " ".join(chosen[-1]) if begin + size < len(keys) else ""
+        page = keys[begin : begin + size]
+        return self._describe_all(page), " ".join(page[-1]) if begin + size < len(keys) else ""
 
-    def _all_known(self, keys: list[Key]) -> list[Checkpoint]:
-        found: list[Checkpoint] = []
+    def _describe_all(self, keys: list[Key]) -> list[Checkpoint]:
+        """The checkpoints of these keys. One that cannot be read is left out."""
+        checkpoints: list[Checkpoint] = []
         for optimizer_id, tag in keys:
             try:
-                found.append(self._known(optimizer_id, tag))
+                checkpoints.append(self._describe(optimizer_id, tag))
             except (OptserveError, OSError) as error:
-                # Deleted just now, or damaged, which a restore would say; the others are to be had.
-                logger.warning("not listed: %s", error)
-        return found
+                # It was just deleted, or it is damaged. The others are listed, and a restore reports the damage.
+                logger.warning("a checkpoint is not listed: %s", error)
+        return checkpoints
 
     def restore(self, optimizer_id: str, tag: str, *, etag: str = "", request_id: str = "") -> Optimizer:
-        """Roll an optimizer back to a checkpoint, hyper-parameters included, once per request id.
+        """Restore the state and settings of an optimizer from a checkpoint, once per request id.
 
         Raises:
             OptserveError: OPTIMIZER_NOT_FOUND, REQUEST_ID_REUSED, CHECKPOINT_NOT_FOUND, CHECKPOINT_MISMATCH,
@@ -160,7 +176,7 @@ class Checkpoints:
                 file.verify()
 
             def change(present: Settings, _: Layout) -> Settings:
-                # Who shares the optimizer is no part of its state.
+                # The consistency is not restored: it belongs to the workers, not to the state.
                 return replace(description.settings, consistency=present.consistency)
 
             with file.mapped() as arrays:
@@ -177,23 +193,23 @@ class Checkpoints:
                 self._store.remove(optimizer_id, tag)
             except FileNotFoundError:
                 raise checkpoint_not_found(optimizer_id, tag) from None
-        self._seen.pop((optimizer_id, tag), None)
+        self._cached.pop((optimizer_id, tag), None)
         logger.info("deleted checkpoint %s of %s", tag, optimizer_id)
 
     @contextmanager
     def exported(self, optimizer: Optimizer, request_id: str = "", to_keep_as: str = "") -> Iterator[StateFile]:
-        """An optimizer's state of this moment, in a temporary file, for the length of a with-block.
+        """Write an optimizer's state to a temporary file, for the length of a with-block.
 
         Args:
-            optimizer: Whose state.
-            request_id: To be written down with it.
-            to_keep_as: A tag, if it is to become a checkpoint, for which there must be room.
+            optimizer: The optimizer.
+            request_id: Written to the file; may be empty.
+            to_keep_as: The tag, if the file becomes a checkpoint; then the limits on checkpoints are checked first.
 
         Raises:
             OptserveError: NOT_DURABLE, STATE_LOST or OPTIMIZER_NOT_FOUND; SERVER_FULL or MODEL_TOO_LARGE for a
                 checkpoint that cannot be kept.
         """
-        with self._place(), closing(self._temporary()) as file:
+        with self._transfer(), closing(self._temporary()) as file:
             with disk_errors(), optimizer.steps.locked_state() as state:
                 optimizer.steps.check_usable()
                 description = Description(
@@ -216,13 +232,13 @@ class Checkpoints:
 
     @contextmanager
     def staging(self, optimizer: Optimizer) -> Iterator[StateFile]:
-        """A temporary file for a state of the optimizer that is on its way in, for the length of a with-block.
+        """A temporary file for an import of the optimizer's state, for the length of a with-block.
 
         Raises:
             OptserveError: NOT_DURABLE.
         """
         description = Description(optimizer.id, optimizer.layout, optimizer.settings, 0, self._clock.now())
-        with self._place(), closing(self._temporary()) as file:
+        with self._transfer(), closing(self._temporary()) as file:
             with disk_errors():
                 staged = StateFile.create(file, description, self._store.disk)
             yield staged
@@ -232,13 +248,13 @@ class Checkpoints:
             return self._store.temporary()
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        """One of a few places, because each takes as much room on the disk as the state."""
+    def _transfer(self) -> Iterator[None]:
+        """Count a transfer. Their number is limited, because each takes as much disk space as the state."""
         if not self._transfers.acquire(blocking=False):
             raise OptserveError(
                 Reason.TOO_MANY_STREAMS,
-                f"{MAX_TRANSFERS} states are being saved, exported or imported, which is all that this server does at "
-                "a time; try again later.",
+                f"{MAX_TRANSFERS} states are being saved, exported or imported, and this server does no more at the "
+                "same time; try again later.",
                 limit=MAX_TRANSFERS,
             )
         try:
@@ -256,37 +272,47 @@ class Checkpoints:
         request_id: str = "",
         parameter_steps: Written | None = None,
     ) -> None:
-        """Put a state in the place of an optimizer's own. See `Optimizers.replace`."""
+        """Replace an optimizer's state by that of a file. See `Optimizers.replace`.
+
+        Args:
+            optimizer: The optimizer.
+            step: The new step counter.
+            file: The new arrays.
+            change: See `Optimizers.replace`.
+            etag: See `Optimizers.replace`.
+            request_id: See `Optimizers.replace`.
+            parameter_steps: The new step counters of the parameters; None if they are unknown.
+        """
         with file.mapped() as arrays:
-            # All arrays were sent, x as well where it is hosted.
+            # The client has sent all arrays, with x if the server hosts it.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
             state = OtherState(step, arrays, parameter_steps, placed_by, import_target(step))
             self._optimizers.replace(optimizer, state, change, etag, request_id)
 
-    def _made_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
-        """The checkpoint, if that request has made it."""
+    def _saved_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:
+        """The checkpoint, if that request has saved it; else None."""
         try:
             existing = self._read(optimizer_id, tag)
         except OptserveError as error:
-            logger.warning("not looked at: %s", error)
+            logger.warning("a checkpoint is not compared with a request: %s", error)
             return None
         if not request_id or existing.request_id != request_id:
             return None
         with disk_errors():
-            # The first call may have ended before that.
+            # The first call may have ended before its sync.
             self._store.make_durable(optimizer_id)
         return existing
 
-    def _known(self, optimizer_id: str, tag: str) -> Checkpoint:
-        """A checkpoint, which is read once as long as its file is the same; a head of many parameters takes long."""
+    def _describe(self, optimizer_id: str, tag: str) -> Checkpoint:
+        """A checkpoint. It is read again only if its file has changed, because a large header takes long to read."""
         with closing(self._open_file(optimizer_id, tag)) as file:
             status = os.fstat(file.fileno())
-        same = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-        seen, known = self._seen.get((optimizer_id, tag), (None, None))
-        if known is None or seen != same:
-            known = self._read(optimizer_id, tag)
-            self._seen[optimizer_id, tag] = same, known
-        return known
+        identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        cached_identity, checkpoint = self._cached.get((optimizer_id, tag), (None, None))
+        if checkpoint is None or cached_identity != identity:
+            checkpoint = self._read(optimizer_id, tag)
+            self._cached[optimizer_id, tag] = identity, checkpoint
+        return checkpoint
 
     def _read(self, optimizer_id: str, tag: str) -> Checkpoint:
         with self._opened(optimizer_id, tag) as file:
@@ -313,10 +339,12 @@ class Checkpoints:
 
 
 def import_target(step: int) -> str:
-    """What an import puts in place, in words. What its arrays hold is not compared."""
+    """The target of an import, in words. It does not include the values of the arrays."""
     return f"an import of a state of step {step}"
 
 
 def _checkpoint(tag: str, file: StateFile) -> Checkpoint:
-    of = file.description
-    return Checkpoint(of.optimizer, tag, of.step, file.size_bytes, of.create_time, of.request_id)
+    description = file.description
+    return Checkpoint(
+        description.optimizer, tag, description.step, file.size_bytes, description.create_time, description.request_id
+    )

@@ -1,6 +1,6 @@
-"""The calls that change files and make changes durable, so that a simulation can have a disk that fails and loses.
+"""The calls that change files and make them durable. The simulation replaces them by a disk that fails and loses data.
 
-What only reads is not here: it sees what was written, durable or not.
+Calls that only read are not here. They see what was written, durable or not.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Buffer = bytes | memoryview
 
 
 class Disk:
-    """The system's own. Files and folders that are made may be read by their owner only.
+    """The disk of the operating system. Only their owner may read the files and folders that it creates.
 
-    All of these raise OSError where the disk refuses; what it was asked for may then have been done in part.
+    Every method raises OSError if the disk refuses. The disk may then have done a part of what was asked.
     """
 
-    # Each looks its function up when it is called: a test may let that fail, or kill the process in it.
+    # Each method looks up its function of `os` when it is called, so that a test can replace that function.
 
     def open(self, path: Path, flags: int) -> int:
-        """Open a file; gives its descriptor."""
+        """Open a file and return its descriptor."""
         return os.open(path, flags, 0o600)
 
     def close(self, descriptor: int) -> None:
@@ -32,39 +32,39 @@ class Disk:
         os.close(descriptor)
 
     def create(self, path: Path) -> BinaryIO:
-        """Make a file, or empty it, for reading and writing."""
+        """Create a file, or empty an existing one, and open it for reading and writing."""
         return os.fdopen(self.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "w+b")
 
     def temporary(self, folder: Path, prefix: str) -> BinaryIO:
-        """A new file in a folder, which removes its name when it is closed."""
+        """Create a file in a folder, which is deleted when it is closed."""
         return tempfile.NamedTemporaryFile(dir=folder, prefix=prefix)  # pyright: ignore[reportReturnType]
 
     def write(self, descriptor: int, parts: Sequence[Buffer], position: int) -> int:
-        """Write parts behind one another from a position on; gives the bytes that were taken, which may be fewer."""
+        """Write parts, one after the other, from a position on. Returns the bytes written, which may be fewer."""
         return os.pwritev(descriptor, parts, position)
 
     def write_one(self, descriptor: int, data: Buffer, position: int) -> int:
-        """Write bytes from a position on; gives how many were taken."""
+        """Write bytes from a position on. Returns the number of bytes written, which may be less."""
         return os.pwrite(descriptor, data, position)
 
     def allocate(self, descriptor: int, size_bytes: int) -> None:
-        """Take room for a file of that size, or raise OSError."""
+        """Reserve disk space, so that the file has that size, or raise OSError."""
         os.posix_fallocate(descriptor, 0, size_bytes)
 
     def truncate(self, descriptor: int, size_bytes: int) -> None:
-        """Cut a file."""
+        """Change the size of a file."""
         os.ftruncate(descriptor, size_bytes)
 
     def sync(self, descriptor: int) -> None:
-        """Make a file durable; or, of a folder, its names."""
+        """Make a file durable, with its size and times (fsync). Of a folder: make the names in it durable."""
         os.fsync(descriptor)
 
     def sync_data(self, descriptor: int) -> None:
-        """Make the content of a file durable."""
+        """Make the content of a file durable, with its size (fdatasync)."""
         os.fdatasync(descriptor)
 
     def sync_path(self, path: Path) -> None:
-        """What `sync` does, of a file or folder that is not open."""
+        """Open a file or folder, and `sync` it."""
         descriptor = self.open(path, os.O_RDONLY)
         try:
             self.sync(descriptor)
@@ -72,25 +72,25 @@ class Disk:
             self.close(descriptor)
 
     def rename(self, path: Path, to: Path) -> None:
-        """Give a file or folder another name, whose file, if there is one, it replaces."""
+        """Rename a file or folder. A file that has the new name is replaced."""
         path.replace(to)
 
     def link(self, path: Path, to: Path) -> None:
-        """Give a file a second name."""
+        """Give a file a second name (a hard link)."""
         os.link(path, to)
 
     def unlink(self, path: Path, *, missing_ok: bool = False) -> None:
-        """Remove a file's name."""
+        """Delete a file. Processes that have opened it keep it."""
         path.unlink(missing_ok=missing_ok)
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder, unless it is there."""
+        """Create a folder, unless it exists."""
         path.mkdir(mode=0o700, exist_ok=True)
 
     def remove_tree(self, path: Path, *, ignore_errors: bool = False) -> None:
-        """Remove a folder with all that is in it."""
+        """Delete a folder and everything in it."""
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 SYSTEM_DISK = Disk()
-"""The disk of who is given none."""
+"""The default disk."""

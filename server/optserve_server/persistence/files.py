@@ -1,4 +1,4 @@
-"""Writing all that is to be written, however little the disk takes at a time."""
+"""Writes all bytes, even if the disk takes only some of them per call."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from optserve_server.persistence.disk import SYSTEM_DISK, Buffer, Disk
 
 _IOV_MAX = 512
-"""Parts per write; the least that POSIX systems take is 16, Linux takes 1024."""
+"""Most parts per call. POSIX requires that a system takes 16; Linux takes 1024."""
 
 
 def write_all(descriptor: int, parts: Sequence[Buffer], position: int, disk: Disk = SYSTEM_DISK) -> None:
-    """Write all of the parts, one behind the other, however few bytes the disk takes at a time.
+    """Write all parts, one after the other, in as many calls as the disk needs.
 
     Args:
-        descriptor: Of the file.
-        parts: Bytes; many small ones are one call.
-        position: In the file, of the first byte.
-        disk: Where the file is.
+        descriptor: The file.
+        parts: The bytes. Many small parts take one call.
+        position: Byte of the file at which the first part begins.
+        disk: The disk of the file.
 
     Raises:
-        OSError: The disk refuses, or takes none of them. Some may have been written.
+        OSError: The disk refuses, or takes no bytes. Some bytes may have been written.
     """
     pending = [memoryview(part).cast("B") for part in parts if len(part)]
     while pending:

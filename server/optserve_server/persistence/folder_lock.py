@@ -1,4 +1,4 @@
-"""Who may use a data folder, and whether it is still where it was."""
+"""The lock of a data folder, and the check that the folder is still at its path."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ logger = logging.getLogger(__name__)
 
 LOCK = "LOCK"
 UNCLEAN = "UNCLEAN"
-"""A file that says that steps which had been acknowledged may be missing here."""
+"""Name of a file in the data folder. It exists while acknowledged steps may be missing from the folder."""
 
 
 class FolderLock:
-    """Keeps every other server out of a data folder, which is made if need be, until it is released.
+    """The lock of a data folder. While it is held, no other server can use the folder.
+
+    Args:
+        path: The folder; created if it does not exist.
+        disk: The disk of the folder.
 
     Raises:
         JournalError: The folder cannot be used, or another server uses it.
@@ -30,10 +34,10 @@ class FolderLock:
 
     def __init__(self, path: Path, disk: Disk = SYSTEM_DISK) -> None:
         self._disk = disk
-        # As text, which is twice as fast at each change.
+        # A text, because a call with a text takes half the time of one with a Path, and there is one call per change.
         self._file = str(path / LOCK)
         try:
-            _make_durably(path, disk)
+            _create_durably(path, disk)
             self._descriptor = disk.open(path / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise JournalError(f"The data folder {path} cannot be used: {error}.") from error
@@ -43,7 +47,7 @@ class FolderLock:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the folder has been neither deleted nor moved away nor replaced since, which nobody is kept from."""
+        """Whether the folder is still at its path. False if somebody has deleted, moved or replaced it."""
         try:
             status = os.stat(self._file)  # noqa: PTH116
         except OSError:
@@ -51,22 +55,22 @@ class FolderLock:
         return status.st_ino == self._identity[1] and status.st_dev == self._identity[0]
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock, so that another server can use the folder."""
         self._disk.close(self._descriptor)
 
 
-def _make_durably(path: Path, disk: Disk) -> None:
-    """Make a folder and those that it is in, unless they are there, so that a power failure does not take them away."""
+def _create_durably(path: Path, disk: Disk) -> None:
+    """Create a folder and its parents unless they exist, and make their names durable against a power failure."""
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     disk.make_folder(path)
-    # That of the folder itself also where it is there: an earlier start may have ended before it came to that.
+    # The folder's own name is synced even if the folder exists: an earlier start may have ended before that sync.
     for folder in (path, *missing):
         try:
             disk.sync_path(folder.parent)
         except OSError as error:
-            # Somebody else has made the folder for this server, in one that may not be read, or on a file system that
-            # syncs no folders: that of an image, for example, in which the data folder is where another is mounted.
+            # Somebody else has created the folder for this server: in a parent that the server may not read, or on a
+            # file system that syncs no folders, such as that of a container image in which the folder is mounted.
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
                 raise
             logger.debug("%s is not synced: %s", folder.parent, error)
@@ -74,21 +78,21 @@ def _make_durably(path: Path, disk: Disk) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Keep servers out of a data folder for the length of a with-block, writing nothing there.
+    """Keep servers out of a data folder for the length of a with-block. Writes nothing to the folder.
 
     Raises:
-        JournalError: It is none, cannot be read, or a server uses it.
+        JournalError: It is not a data folder, or cannot be read, or a server uses it.
     """
     descriptor = None
     try:
         if not (snapshot.paths(path) or segment_paths(path) or (path / LOCK).exists()):
-            raise JournalError(f"{path} is no data folder: there is neither a journal nor a snapshot in it.")
+            raise JournalError(f"{path} is not a data folder: it contains neither a journal nor a snapshot.")
         if (path / LOCK).exists():
             descriptor = os.open(path / LOCK, os.O_RDONLY)
     except OSError as error:
         raise JournalError(f"{path} cannot be read: {error}.") from error
     if descriptor is None:
-        # A copy, which no server has ever used.
+        # A copy without the lock file, which no server has used.
         yield
         return
     _lock(descriptor, path, fcntl.LOCK_SH)
@@ -107,7 +111,7 @@ def _lock(descriptor: int, path: Path, kind: int) -> None:
 
 
 def set_unclean(folder: Path, *, unclean: bool, disk: Disk = SYSTEM_DISK) -> None:
-    """Make or remove the file that says so, durably."""
+    """Create or delete the file `UNCLEAN`, durably."""
     marker = folder / UNCLEAN
     if unclean != marker.exists():
         if unclean:

@@ -1,4 +1,4 @@
-"""Takes the place of the journal where there is none."""
+"""The replacement of the journal with durability `snapshot`, which has no journal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from optserve_server.persistence.journal import note_newest_segment, segment_pat
 
 
 class NoJournal:
-    """With durability `snapshot`: numbers the changes, and writes nothing."""
+    """Gives each change an LSN and writes nothing. Safe to use from several threads.
+
+    Args:
+        folder: The data folder.
+        next_lsn: LSN of the first change.
+        clock: The time.
+        disk: The disk of the folder.
+
+    Attributes:
+        last_lsn: LSN of the last change.
+        bytes_written: Always 0.
+    """
 
     def __init__(self, folder: Path, next_lsn: int, clock: Clock, disk: Disk) -> None:
         self._folder = folder
@@ -21,13 +32,13 @@ class NoJournal:
         self.bytes_written = 0
 
     def append(self, kind: int, meta: bytes, payload: Sequence[memoryview] = ()) -> int:  # noqa: ARG002 - see Journal
-        """Return the number of a change."""
+        """Return the LSN of a change."""
         with self._lock:
             self.last_lsn += 1
             return self.last_lsn
 
     def delete_before(self, lsn: int) -> None:  # noqa: ARG002
-        """Remove the journal of an earlier server; its changes are in the snapshot."""
+        """Delete the journal of an earlier server with durability `journal`. Its changes are in the snapshot."""
         if paths := segment_paths(self._folder):
             note_newest_segment(self._folder, None, self._disk)
             for path in paths:

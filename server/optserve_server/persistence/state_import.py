@@ -1,4 +1,4 @@
-"""A state on its way in: checked as it arrives, kept in a temporary file, and put in place whole or not at all."""
+"""The import of a state: checked as it arrives, kept in a temporary file, and applied whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from optserve_server.persistence.state_file import StateFile
 
 
 class StateImport:
-    """All arrays of one optimizer, in pieces of any order.
+    """The import of all arrays of one optimizer, in chunks of any order.
 
     Args:
-        checkpoints: Put it in place.
-        optimizer: Whose state is to be replaced.
-        staged: Takes the pieces.
-        change: Makes the settings that come with the state of the present ones.
+        checkpoints: The checkpoints of the server, which replace the state.
+        optimizer: The optimizer.
+        staged: The file to which the chunks are written.
+        change: Makes the new settings of the present ones.
     """
 
     def __init__(
@@ -42,7 +42,13 @@ class StateImport:
         self._staged = staged
 
     def stage(self, tensor: int, slot: int, offset: int, data: bytes | memoryview) -> None:
-        """Take a piece of one array of one parameter; `slot` is its position among `Settings.arrays`.
+        """Check a chunk of one array of one parameter, and write it to the file.
+
+        Args:
+            tensor: Index of the parameter.
+            slot: Position of the array among `Settings.arrays`.
+            offset: First byte of the chunk in the array of the parameter.
+            data: The chunk: elements of the parameter's dtype, little-endian.
 
         Raises:
             OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
@@ -62,43 +68,43 @@ class StateImport:
             raise OptserveError(
                 Reason.CHUNK_OUT_OF_BOUNDS,
                 f"{len(data)} bytes at byte {offset} of {parameter.name!r} do not fit into its {parameter.size * size} "
-                "bytes, or do not begin and end on an element.",
+                "bytes, or do not begin and end at an element.",
                 field="offset",
                 parameter=parameter.name,
                 offset=offset,
             )
-        self._cover(tensor, slot, offset, len(data))
+        self._record_coverage(tensor, slot, offset, len(data))
         values = np.frombuffer(data, parameter.dtype)
-        self._check(parameter, slot, offset // size, values)
+        self._check_values(parameter, slot, offset // size, values)
         start = self._optimizer.layout.starts[tensor] + offset // size
         with disk_errors():
             self._staged.write(parameter.dtype, slot, start, values)
 
     def check_parameter_steps(self, given: Sequence[int]) -> None:
-        """Raise INVALID_FIELD unless they are the step counters of all parameters, or none."""
+        """Raise INVALID_FIELD unless `given` is empty or has the step counter of each parameter."""
         if not given:
             return
         if not self._optimizer.rule.counts_steps:
             raise OptserveError(
                 Reason.INVALID_FIELD,
-                f"{self._optimizer.rule.name} does not use the steps of each parameter, so send none.",
+                f"{self._optimizer.rule.name} does not use the step counters of parameters, so send none.",
                 field="parameter_steps",
             )
         try:
             each(given, len(self._optimizer.layout.parameters), MAX_STEP)
         except ValueError as error:
             raise OptserveError(
-                Reason.INVALID_FIELD, f"They do not fit this model: {error}.", field="parameter_steps"
+                Reason.INVALID_FIELD, f"parameter_steps does not fit this model: {error}.", field="parameter_steps"
             ) from error
 
     def commit(self, step: int, etag: str = "", request_id: str = "", parameter_steps: Sequence[int] = ()) -> None:
-        """Put the state in place, once per request id.
+        """Replace the optimizer's state by the imported one, once per request id.
 
         Args:
-            step: Its step counter.
+            step: The new step counter.
             etag: See `Optimizers.replace`.
             request_id: See `Optimizers.replace`.
-            parameter_steps: Steps that each parameter has taken part in; none where that is not known.
+            parameter_steps: Number of steps that each parameter has taken part in; empty if it is unknown.
 
         Raises:
             OptserveError: INVALID_FIELD, MISSING_CHUNK, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE,
@@ -119,10 +125,10 @@ class StateImport:
                 parameter=name,
                 offset=offset,
             )
-        counted = list(parameter_steps) or None
-        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id, counted)
+        counters = list(parameter_steps) or None
+        self._checkpoints.put(self._optimizer, step, self._staged, self._change, etag, request_id, counters)
 
-    def _cover(self, tensor: int, slot: int, offset: int, size: int) -> None:
+    def _record_coverage(self, tensor: int, slot: int, offset: int, size: int) -> None:
         begin = slot * self._payload.size_bytes + self._payload.byte_ranges[tensor][0] + offset
         name = self._optimizer.layout.parameters[tensor].name
         try:
@@ -143,8 +149,8 @@ class StateImport:
                 limit=MAX_FRAGMENTS,
             ) from None
 
-    def _check(self, parameter: Parameter, slot: int, start: int, values: np.ndarray) -> None:
-        """Raise NON_FINITE_VALUE for what would poison the state: NaN, infinity, a negative mean of squares."""
+    def _check_values(self, parameter: Parameter, slot: int, start: int, values: np.ndarray) -> None:
+        """Raise NON_FINITE_VALUE for NaN and infinity, INVALID_FIELD for other values that no step can produce."""
         good = np.isfinite(values)
         name = self._slots[slot]
         rule, negative = self._optimizer.rule, False

@@ -1,4 +1,4 @@
-"""Decides when the next snapshot is due, and knows why changes cannot be made durable at the moment."""
+"""Decides when the next snapshot is due, and knows why changes cannot be made durable now."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ logger = logging.getLogger(__name__)
 
 WARN_EVERY_S = 60.0
 MAX_PAUSE_S = 60.0
-"""Longest pause between two snapshots that fail, or that are taken because the disk refuses changes."""
-_TIMES_ITS_LENGTH = 10
-"""After a snapshot that was taken because the disk refuses changes, pause for this many times its duration."""
+"""Longest pause after a snapshot that has failed, or that was written because the disk refuses changes."""
+_PAUSE_PER_DURATION = 10
+"""After a snapshot that was written because the disk refuses changes, pause for this many times its duration."""
 
 
 class Upkeep:
-    """Safe to use from several threads.
+    """The schedule of snapshots, and the failures of the disk. Safe to use from several threads.
 
     Args:
         clock: The time.
@@ -25,7 +25,7 @@ class Upkeep:
     def __init__(self, clock: Clock = SYSTEM) -> None:
         self._monotonic = clock.monotonic
         self._lock = clock.lock()
-        # Why the disk refuses changes, and how many it has refused; why no snapshot can be written.
+        # Why the disk refuses changes, and how many it has refused; why snapshots fail, and how many have failed.
         self._refusal = ""
         self._refused = 0
         self._failure = ""
@@ -38,7 +38,7 @@ class Upkeep:
         return self._refusal or self._failure
 
     def refused(self, error: OSError) -> None:
-        """The disk did not take a change, which was refused."""
+        """Note that the disk has refused a change."""
         with self._lock:
             self._refused += 1
             self._refusal = f"the disk refuses changes: {error.strerror or error}"
@@ -49,7 +49,7 @@ class Upkeep:
         logger.warning("%s. The server tries to write a snapshot, which lets it delete journal files", self._refusal)
 
     def accepted(self) -> None:
-        """A change is durable."""
+        """Note that the disk has accepted a change."""
         if not self._refusal:
             return
         with self._lock:
@@ -57,12 +57,14 @@ class Upkeep:
         logger.warning("the disk accepts changes now; %d were refused before", refused)
 
     def is_snapshot_due(self, *, grown: bool) -> bool:
-        """Whether to write one now.
+        """Whether to write a snapshot now.
+
+        A snapshot is due when the journal has grown enough. It is due earlier if the disk refuses changes, because it
+        lets the server delete journal segments, which frees disk space. It is also due earlier if the last snapshot has
+        failed, because only a new one shows whether the disk accepts snapshots again.
 
         Args:
-            grown: Whether the journal has grown by as much as it may. Where the disk refuses changes, one is written
-                before that, since it is what makes room; and where the last one has failed, since nobody could tell
-                otherwise that the disk takes it again.
+            grown: Whether the journal has grown enough.
         """
         now = self._monotonic()
         with self._lock:
@@ -71,18 +73,23 @@ class Upkeep:
             return grown or self._failures > 0 or (self._refused > 0 and now >= self._pause_when_refused_until)
 
     def snapshot_made(self, name: str, seconds: float) -> None:
-        """A snapshot of that name was written, in so many seconds."""
+        """Note that a snapshot was written.
+
+        Args:
+            name: Name of the snapshot.
+            seconds: How long it took.
+        """
         with self._lock:
             failures, self._failure, self._failures = self._failures, "", 0
-            self._pause_when_refused_until = self._monotonic() + min(_TIMES_ITS_LENGTH * seconds, MAX_PAUSE_S)
-        # Whoever has read of the failures wants to read of their end; the others come every second or two.
+            self._pause_when_refused_until = self._monotonic() + min(_PAUSE_PER_DURATION * seconds, MAX_PAUSE_S)
+        # The end of failures is a warning, as they were. Other snapshots may come every second, so they are not.
         level = logging.WARNING if failures else logging.DEBUG
         logger.log(level, "snapshot %s was written%s", name, f"; {failures} before it had failed" if failures else "")
-        # There is room again where the journal was.
+        # The snapshot has let the server delete journal segments, so there is disk space.
         self.accepted()
 
     def snapshot_failed(self, error: Exception) -> None:
-        """It could not be written, and is tried again after a pause that becomes longer."""
+        """Note that a snapshot has failed. The next one is due after a pause that doubles with each failure."""
         with self._lock:
             pause_s = min(2.0**self._failures, MAX_PAUSE_S)
             self._failures += 1
