@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import wait
 from typing import get_type_hints
 
 import numpy as np
@@ -66,6 +67,7 @@ def test_a_cancelled_step_is_applied_once_or_not_at_all_and_the_next_one_finds_o
             total, applied = np.zeros_like(big["x"]), 0
             for turn in range(8):
                 task = asyncio.create_task(opt.step(big))
+                # Each time in another part of the step.
                 await asyncio.sleep(0.004 * turn)
                 task.cancel()
                 try:
@@ -97,8 +99,9 @@ def test_updates_that_arrive_too_late_for_their_caller_are_not_lost(server, name
             await opt.step(G)
             task = asyncio.create_task(opt.step(G))
             await asyncio.sleep(0)
-            while opt.current_step < 2 or opt._optimizer._outcomes.unsettled:
-                pass  # the loop is busy
+            # The loop is busy until then.
+            wait(list(opt._threads._under_way))
+            assert opt.current_step == 2
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -117,9 +120,9 @@ def test_cancelling_a_step_that_waits_for_its_turn_leaves_the_other_alone(server
             big = {"x": np.ones(4_000_000, np.float32)}
             opt = await client.create_optimizer(name, optserve.Sgd(), big)
             first = asyncio.create_task(opt.step(big))
-            await asyncio.sleep(0.005)
             second = asyncio.create_task(opt.step(big))
-            await asyncio.sleep(0.005)
+            # Both begin: the first in its thread, so that the second waits.
+            await asyncio.sleep(0)
             second.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await second

@@ -5,14 +5,16 @@ import random
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
 
 import optserve
 import optserve.aio
+from clocks import TellingClock
 from present import present
+from service.worker_harness import app
 
 G = {"x": np.arange(1, 5, dtype=np.float32)}
 SHARED = {"hosted": True, "consistency": optserve.Sync(2)}
@@ -23,16 +25,17 @@ def run(coroutine):
     return asyncio.run(coroutine)
 
 
+async def somebody_waits(clock: TellingClock) -> None:
+    """Until a step waits for another worker, as nobody has done since the last time."""
+    await asyncio.to_thread(clock.somebody_waits.wait, 30)
+    assert clock.somebody_waits.is_set()
+    clock.somebody_waits.clear()
+
+
 async def cancelled(task: asyncio.Task) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def threads_of(name: str) -> list[threading.Thread]:
@@ -56,6 +59,7 @@ def test_a_step_that_is_cancelled_while_its_block_is_left_is_delivered_or_said(s
             for turn in range(80):
                 task = asyncio.create_task(one())
                 if turn % 8:
+                    # Into any part of the step.
                     await asyncio.sleep(chance.uniform(0, 0.006))
                     task.cancel()
                 try:
@@ -99,8 +103,8 @@ def test_a_replay_whose_updates_do_not_arrive_can_be_made_again(server, name):
                 before = outcomes.unsettled
                 task = asyncio.create_task(make())
                 await asyncio.sleep(0)
-                while opt._threads._under_way:
-                    time.sleep(0.001)  # the loop is busy
+                # The loop is busy until then.
+                wait(list(opt._threads._under_way))
                 await cancelled(task)
                 assert outcomes.unsettled >= before
                 with pytest.raises(optserve.StepInDoubtError, match="was applied"):
@@ -119,6 +123,7 @@ def test_a_cancelled_replay_of_a_step_that_was_delivered_changes_nothing(server,
             await opt.step(G)
             for pause_s in (0, 0.0003, 0.001, 0.003):
                 task = asyncio.create_task(opt.replay())
+                # Into each part of the replay.
                 await asyncio.sleep(pause_s)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -128,20 +133,20 @@ def test_a_cancelled_replay_of_a_step_that_was_delivered_changes_nothing(server,
     run(train())
 
 
-def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(server, client, name):
+def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(name):
     """Both wait: one for another worker, one for its turn. Either can be cancelled without touching the other."""
-    client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
+    clock = TellingClock()
 
-    async def train() -> None:
+    async def train(target: str) -> None:
         async with (
-            optserve.aio.connect(server.target) as aclient,
+            optserve.aio.connect(target) as aclient,
             await aclient.worker(name, "a") as one,
             await aclient.worker(name, "b") as two,
         ):
             await asyncio.gather(one.pull(), two.pull())
             first = asyncio.create_task(one.step({"x": np.full(4, 2, np.float32)}))
             second = asyncio.create_task(one.step({"x": np.full(4, 8, np.float32)}))
-            await asyncio.sleep(0.05)
+            await somebody_waits(clock)
             await cancelled(second)
             assert not first.done()
             await two.step({"x": np.full(4, 4, np.float32)})
@@ -149,7 +154,7 @@ def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(server, client, n
 
             first = asyncio.create_task(one.step({"x": np.full(4, 2, np.float32)}))
             second = asyncio.create_task(one.step({"x": np.full(4, 8, np.float32)}))
-            await asyncio.sleep(0.05)
+            await somebody_waits(clock)
             await cancelled(first)
             other = asyncio.create_task(two.step({"x": np.full(4, 4, np.float32)}))
             try:
@@ -159,7 +164,10 @@ def test_of_two_steps_of_one_worker_the_cancelled_one_is_ended(server, client, n
                 assert (await other)["x"].tolist() == [-6] * 4
             await other
 
-    run(train())
+    with app(clock) as served:
+        with optserve.connect(served.target) as client:
+            client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
+        run(train(served.target))
 
 
 def test_leaving_a_block_is_carried_out_however_early_it_is_cancelled(server, client, name):
@@ -174,27 +182,32 @@ def test_leaving_a_block_is_carried_out_however_early_it_is_cancelled(server, cl
                 await cancelled(task)
             assert not threads_of("leaves-")
             await stays.refresh()
-            assert stays._worker.live_workers == 1
+            assert stays.live_workers == 1
 
     run(train())
 
 
-def test_leaving_a_block_ends_a_step_of_it_that_waits(server, client, name):
-    client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
+def test_leaving_a_block_ends_a_step_of_it_that_waits(name):
+    clock = TellingClock()
 
-    async def train() -> None:
-        async with optserve.aio.connect(server.target) as aclient, await aclient.worker(name, "stays") as stays:
+    async def train(target: str) -> None:
+        async with optserve.aio.connect(target) as aclient, await aclient.worker(name, "stays") as stays:
             async with asyncio.timeout(20), await aclient.worker(name, "leaves") as worker:
                 await worker.pull()
                 steps = [asyncio.create_task(worker.step(G)) for _ in range(2)]
-                await asyncio.sleep(0.1)
+                await somebody_waits(clock)
                 assert not any(step.done() for step in steps)
             ends = await asyncio.wait_for(asyncio.gather(*steps, return_exceptions=True), 20)
             assert all(isinstance(end, optserve.OptserveError) for end in ends), ends
+            # The one that waited; the other waited for its turn.
+            assert any(isinstance(end, optserve.StepCancelledError) for end in ends), ends
             await stays.refresh()
-            assert stays._worker.live_workers == 1
+            assert stays.live_workers == 1
 
-    run(train())
+    with app(clock) as served:
+        with optserve.connect(served.target) as client:
+            client.create_optimizer(name, optserve.Sgd(1.0), PARAMS, **SHARED)
+        run(train(served.target))
 
 
 def test_a_cancelled_entry_of_a_worker_leaves_nobody_behind(server, client, name):
@@ -209,13 +222,14 @@ def test_a_cancelled_entry_of_a_worker_leaves_nobody_behind(server, client, name
 
             for number in range(25):
                 task = asyncio.create_task(block(number))
+                # Into each part of the entry.
                 await asyncio.sleep(0.0003 * number)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
             assert not threads_of("cancelled-")
             # At once, and not when leases have run out.
             async with await aclient.worker(name, "alive") as worker:
-                assert worker._worker.live_workers == 1
+                assert worker.live_workers == 1
                 await worker.pull()
                 for _ in range(3):
                     await worker.step(PARAMS, timeout_s=20)
@@ -233,6 +247,7 @@ def test_nothing_is_written_to_the_arrays_of_a_cancelled_call(server, client, na
             opt = await aclient.optimizer(name)
             for turn in range(24):
                 task = asyncio.create_task(opt.step(grads, out=out) if turn % 2 else opt.pull_parameters(out=out))
+                # Into each part of the call; then time for what still might write.
                 await asyncio.sleep(0.0015 * turn)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -265,6 +280,7 @@ def test_a_call_that_waits_for_a_server_that_is_gone_is_ended_at_once(name):
                     optserve.aio.connect(server.target, config).__aenter__(),
                 )
                 tasks = [asyncio.create_task(call) for call in calls]
+                # Nothing happens by which to see that they all wait.
                 await asyncio.sleep(0.3)
                 assert not any(task.done() for task in tasks)
                 for task in tasks:
@@ -294,7 +310,8 @@ def test_more_workers_than_threads_wait_for_one_another(server, client, name):
             steps += [workers[0].step(G) for _ in range(1)]
             assert all((x["x"] == -G["x"]).all() for x in await asyncio.gather(*steps))
             waiting = [asyncio.create_task(workers[0].step(G)) for _ in range(count)]
-            await asyncio.sleep(0.1)
+            # All of them begin; the first is in its thread, and the others wait for it.
+            await asyncio.sleep(0)
             assert (await workers[1].pull()).step == 1
             for task in waiting:
                 task.cancel()

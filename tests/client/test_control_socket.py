@@ -22,6 +22,7 @@ from optserve._common.wire import encode
 from optserve._steps import stream as stream_module
 from optserve.v1 import steps_pb2
 from present import present
+from service.attacks import wait_until
 from service.wire_client import begin, commit, create, details, stream
 
 MODEL = {"w": np.ones((20, 3), np.float32), "b": np.ones(3, np.float64)}
@@ -200,8 +201,8 @@ def test_closing_the_client_releases_a_step_that_waits(own_server):
     with stopped(own_server):
         thread = threading.Thread(target=step)
         thread.start()
-        while opt._session._patience is None:
-            time.sleep(0.001)
+        # The server stands still, so nothing else shows that the step is under way.
+        wait_until(lambda: opt._session._patience is not None)
         client.close()
         thread.join(20)
         assert not thread.is_alive()

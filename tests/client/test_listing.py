@@ -3,12 +3,15 @@
 import asyncio
 import copy
 
+import grpc
 import numpy as np
 import pytest
 
 import optserve
 import optserve.aio
 from optserve.v1 import optimizer_pb2
+from optserve_server.app import App
+from optserve_server.domain.config import ServerConfig
 
 PARAMS = {"w": np.ones((3, 2)), "b": np.ones(2)}
 OPTIONS = {
@@ -155,14 +158,26 @@ def test_workers_are_told_it_too(server, client, name):
     asyncio.run(run())
 
 
-def test_who_waits_in_vain_for_anothers_creation_is_told_so_and_not_that_no_server_was_reached(
-    server, name, monkeypatch
-):
-    def taken(*_):
-        raise optserve.AlreadyExistsError("somebody is making it")
+class Making(grpc.ServerInterceptor):
+    """Somebody else is making each optimizer, and never comes to an end."""
 
-    with optserve.connect(server.target, optserve.ClientConfig(timeout_s=1.0)) as client:
-        monkeypatch.setattr(client, "_create", taken)
-        with pytest.raises(optserve.DeadlineExceededError, match="Another client is creating or deleting") as late:
+    def intercept_service(self, continuation, handler_call_details):
+        if handler_call_details.method.endswith("/CreateOptimizer"):
+            return grpc.unary_unary_rpc_method_handler(
+                lambda _request, context: context.abort(grpc.StatusCode.ALREADY_EXISTS, "somebody is making it")
+            )
+        return continuation(handler_call_details)
+
+
+def test_who_waits_in_vain_for_anothers_creation_is_told_so_and_not_that_no_server_was_reached(name):
+    app = App(ServerConfig(port=0, backend="numpy"), interceptors=[Making()])
+    app.start()
+    try:
+        with (
+            optserve.connect(app.target, optserve.ClientConfig(timeout_s=1.0)) as client,
+            pytest.raises(optserve.DeadlineExceededError, match="Another client is creating or deleting") as late,
+        ):
             client.get_or_create_optimizer(name, optserve.Sgd(), PARAMS)
+    finally:
+        app.stop()
     assert not isinstance(late.value, optserve.UnreachableError)

@@ -71,6 +71,7 @@ class Storm:
             # Some while the loop is busy, so that nobody has looked at an answer that is there; some before they begin.
             elif kind < 0.95:
                 await asyncio.sleep(0)
+                # Not awaited: the loop is what is kept busy.
                 time.sleep(min(pause_s, 0.01))
             if task.cancel():
                 self.cancelled[name] += 1
@@ -279,7 +280,7 @@ def test_2000_random_cancellations(transport, tmp_path):
                 times = 1 if name == "sync" else 2
                 assert same(x, {key: -times * array for key, array in total(36).items()}), name
                 async with await client.worker(name, "last") as worker:
-                    assert worker._worker.live_workers == 1
+                    assert worker.live_workers == 1
             for item in await client.list_optimizers():
                 await client.delete_optimizer(item.name)
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -87,6 +87,7 @@ def test_the_sum_is_exact_whatever_dies(tmp_path, consistency, workers, processe
         expected_steps = STEPS * (workers + processes) // share
         killed, cuts = False, 0
         while any(thread.is_alive() for thread in threads):
+            # The pace at which connections are cut.
             time.sleep(0.25)
             if cuts < 20:
                 cuts += 1

@@ -178,6 +178,7 @@ class Victim:
                 started = time.monotonic()
                 self._health.Check(health_pb2.HealthCheckRequest(), timeout=10)
                 times.health.append(time.monotonic() - started)
+                # The pace of those who ask.
                 time.sleep(0.01)
 
         asking = threading.Thread(target=ask)
@@ -231,6 +232,7 @@ def used(server: optserve.LocalServer) -> Used:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Look again and again: for what happens in another process, which tells nobody."""
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not come about"

@@ -77,9 +77,9 @@ def test_health_and_unary_calls_answer_while_every_stream_is_taken(tmp_path):
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS") as seen, stream(stub, names[0]):
             pass
         assert seen["retry_s"] == 1.0
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        assert stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=2).limits.max_streams == 4
+        assert stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=20).limits.max_streams == 4
         streams.close()
         # The places are free again as soon as the streams have ended.
         for _ in range(1000):
@@ -99,7 +99,7 @@ def test_health_watchers_occupy_no_threads(tmp_path):
         watchers = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(8)]
         for watcher in watchers:
             assert next(watcher).status == health_pb2.HealthCheckResponse.SERVING
-        assert health.Check(health_pb2.HealthCheckRequest(), timeout=2).status == 1
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=20).status == 1
         for watcher in watchers:
             watcher.cancel()
 

@@ -4,28 +4,14 @@ For whom they wait, and how long, is played in virtual time in `simulation/test_
 """
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 
 import optserve
 from clocks import TellingClock
-from optserve_server.app import App
-from optserve_server.domain.config import ServerConfig
-from service.worker_harness import full, shared
-
-
-@contextmanager
-def app(clock: TellingClock) -> Iterator[App]:
-    """A server in this process, so that its clock can tell when a commit waits."""
-    made = App(ServerConfig(port=0, backend="numpy"), clock=clock)
-    made.start()
-    try:
-        yield made
-    finally:
-        made.stop()
+from service.worker_harness import app, full, shared
 
 
 def step_that_fails(worker: optserve.Worker) -> type[optserve.OptserveError]:

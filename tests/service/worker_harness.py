@@ -1,12 +1,17 @@
 """What the tests of workers share."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 import optserve
+from clocks import TellingClock
 from optserve.v1 import optimizer_pb2, replicas_pb2, steps_pb2
+from optserve_server.app import App
+from optserve_server.domain.config import ServerConfig
 
 MODEL = {"w": np.zeros((20, 3), np.float32), "b": np.zeros(3, np.float64)}
 QUICK = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.2)
@@ -17,6 +22,17 @@ def over_both_transports(server, request):
     """A client whose workers come over one transport and then the other; streams that are made by hand are gRPC's."""
     with optserve.connect(server.target, optserve.ClientConfig(transport=request.param)) as connected:
         yield connected
+
+
+@contextmanager
+def app(clock: TellingClock) -> Iterator[App]:
+    """A server in this process, so that its clock can tell when a commit waits."""
+    made = App(ServerConfig(port=0, backend="numpy"), clock=clock)
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
 
 
 def full(value: float) -> dict[str, np.ndarray]:
