@@ -18,6 +18,8 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.persistence import folder_lock, journal
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+# Its first pause is longer than its time-outs, so it says why it was refused once.
+ONE_TRY = optserve.ClientConfig(timeout_s=30, step_timeout_s=30, initial_backoff_s=60, max_backoff_s=60)
 ONES = {"w": np.ones(5, np.float32)}
 
 
@@ -32,7 +34,7 @@ def watched(target: str) -> Iterator[Iterator[int]]:
 
 def refused(opt: optserve.Optimizer) -> None:
     with pytest.raises(optserve.UnavailableError, match="data folder was deleted, moved or replaced") as caught:
-        opt.step(ONES, timeout_s=0.3)
+        opt.step(ONES)
     assert caught.value.reason == "NOT_DURABLE"
 
 
@@ -41,7 +43,7 @@ def test_nothing_is_acknowledged_while_the_folder_is_elsewhere(tmp_path):
     folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     with (
         optserve.local_server(folder, backend="numpy") as server,
-        optserve.connect(server.target, optserve.ClientConfig(step_timeout_s=0.5)) as client,
+        optserve.connect(server.target, ONE_TRY) as client,
         watched(server.target) as health,
     ):
         opt = client.create_optimizer("a", optserve.Momentum(), ONES)
@@ -75,7 +77,7 @@ def test_a_folder_that_was_deleted_is_not_made_anew(tmp_path):
     folder = tmp_path / "data"
     with (
         optserve.local_server(folder, backend="numpy") as server,
-        optserve.connect(server.target) as client,
+        optserve.connect(server.target, ONE_TRY) as client,
         watched(server.target) as health,
     ):
         opt = client.create_optimizer("a", optserve.Momentum(), ONES)
