@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import optserve
+from clocks import StoppedClock
 from optserve.v1 import (
     algorithms_pb2,
     checkpoints_pb2,
@@ -30,6 +31,7 @@ from optserve.v1 import (
 from optserve.v1.steps_pb2 import StreamStepsRequest as Request
 from optserve_server.numerics.rules import RULES
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
+from service.worker_harness import app
 
 MIB = 1 << 20
 DATA_TYPES = optimizer_pb2.DATA_TYPE_FLOAT32, optimizer_pb2.DATA_TYPE_FLOAT64
@@ -136,22 +138,20 @@ def test_watchers_that_come_and_go_never_stop_the_server(tmp_path):
         assert server.process.wait(10) == 0
 
 
-def test_a_step_that_does_not_move_gives_way(tmp_path):
-    options = config_file(tmp_path, idle_step_s=4.0)
-    with optserve.local_server(options=options) as server, grpc.insecure_channel(server.target) as channel:
+def test_a_step_that_does_not_move_gives_way():
+    clock = StoppedClock()
+    with app(clock, idle_step_s=4.0) as server, grpc.insecure_channel(server.target) as channel:
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         name = create(stub, "a", {"x": (2,)}).name
         with stream(stub, name) as idle, stream(stub, name) as other:
             idle.send(begin(), chunk(0, 0, bytes(4)))
             _wait_until_under_way(stub, name)
-            for _ in range(100_000):
-                other.send(begin(), chunk(0, 0, bytes(8)), commit())
-                response = other.receive()
-                if response.HasField("result"):
-                    break
-                assert details(response.error.status)[0] == "STEP_IN_PROGRESS"
-            else:
-                pytest.fail("the idle step did not give way")
+            clock.seconds += 3.9
+            other.send(begin(), chunk(0, 0, bytes(8)), commit())
+            assert details(other.error())[0] == "STEP_IN_PROGRESS"
+            clock.seconds += 0.2
+            other.send(begin(), chunk(0, 0, bytes(8)), commit())
+            assert other.reply()[1].step == 1
             idle.send(chunk(0, 4, bytes(4)), commit())
             assert details(idle.error())[0] == "STEP_TAKEN_OVER"
 
@@ -171,23 +171,21 @@ def test_a_step_that_stalls_is_discarded_though_nobody_wants_its_place(tmp_path)
 
 
 @pytest.mark.parametrize("how", ["empty chunks", "by turns"])
-def test_a_step_is_not_kept_by_messages_that_bring_nothing(tmp_path, how):
+def test_a_step_is_not_kept_by_messages_that_bring_nothing(how):
     """Only bytes that were missing are a move: not empty chunks, nor the same step taken over again and again."""
-    options = config_file(tmp_path, idle_step_s=0.4)
-    with (
-        optserve.local_server(backend="numpy", options=options) as server,
-        grpc.insecure_channel(server.target) as channel,
-    ):
+    clock, over = StoppedClock(), threading.Event()
+    with app(clock, idle_step_s=0.4) as server, grpc.insecure_channel(server.target) as channel:
         stub = service_pb2_grpc.OptimizerServiceStub(channel)
         name = create(stub, "a", {"x": (2,)}).name
-        over = threading.Event()
         with stream(stub, name) as first, stream(stub, name) as second, stream(stub, name) as other:
             first.send(begin("held"), chunk(0, 0, bytes(4)))
             _wait_until_under_way(stub, name)
 
             def hold() -> None:
                 streams = itertools.cycle([first, second])
+                # Slowly enough for the server to have taken them before it is their time.
                 while not over.wait(0.05):
+                    clock.seconds += 0.05
                     if how == "empty chunks":
                         first.send(chunk(0, 4, b""))
                     else:

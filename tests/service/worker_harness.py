@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
 import optserve
-from clocks import TellingClock
+from optserve._common.clock import Clock
 from optserve.v1 import optimizer_pb2, replicas_pb2, steps_pb2
 from optserve_server.app import App
 from optserve_server.domain.config import ServerConfig
@@ -25,9 +26,9 @@ def over_both_transports(server, request):
 
 
 @contextmanager
-def app(clock: TellingClock) -> Iterator[App]:
-    """A server in this process, so that its clock can tell when a commit waits."""
-    made = App(ServerConfig(port=0, backend="numpy"), clock=clock)
+def app(clock: Clock, **settings: Any) -> Iterator[App]:
+    """A server in this process, with a clock that tells when a commit waits, or whose time the test lets pass."""
+    made = App(ServerConfig(port=0, backend="numpy", **settings), clock=clock)
     made.start()
     try:
         yield made
