@@ -181,7 +181,7 @@ def test_the_same_from_asyncio(server, name):
 def test_a_state_that_contradicts_itself_is_not_written(opt, tmp_path):
     state = opt.export_state()
     w = {slot: array.astype("f8") for slot, array in state.slots["w"].items()}
-    with pytest.raises(optserve.InvalidArgumentError, match=r"w.square_avg is not there, or not \[40, 30\] float32"):
+    with pytest.raises(optserve.InvalidArgumentError, match=r"w.square_avg is missing, or is not \[40, 30\] float32"):
         changed(state, w=w).save(tmp_path / "state.safetensors")
     assert not list(tmp_path.iterdir())
 

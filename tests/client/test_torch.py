@@ -152,7 +152,7 @@ def test_state_dicts_that_cannot_be_understood_are_refused():
                 s["param_groups"][0].update(lr=0.0),
                 s["state"].update({0: {"momentum_buffer": torch.ones(PARAMETERS["w"])}}),
             ),
-            "says nothing where the rate is 0",
+            "cannot be computed for a learning rate of 0",
         ),
     ):
         spoilt = {"state": dict(good["state"]), "param_groups": [dict(group) for group in good["param_groups"]]}
@@ -386,8 +386,8 @@ def test_the_step_has_torchs_dtype_and_comes_back_exactly(default, step):
 @pytest.mark.parametrize(
     ("state_dict", "params", "message"),
     [
-        ({}, {}, "no state_dict of a torch optimizer"),
-        (None, {}, "no state_dict of a torch optimizer"),
+        ({}, {}, "not a state_dict of a torch optimizer"),
+        (None, {}, "not a state_dict of a torch optimizer"),
         (
             {"state": {}, "param_groups": [{"params": [0], "rho": 0.5}]},
             {"w": torch.ones(1)},

@@ -1,4 +1,4 @@
-"""The client's settings, and what it reads of the environment."""
+"""The client's settings, and the environment variables that it reads."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ class ClientConfig:
     """How a client talks to its server. All times are finite, so nothing hangs for ever."""
 
     connect_timeout_s: float = 10.0
-    """How long `connect` waits for the server's first answer."""
+    """Seconds that `connect` waits for the server's first answer."""
     timeout_s: float = 30.0
-    """How long any other call may take, retries included."""
+    """Seconds that any other call may take, retries included."""
     step_timeout_s: float = 300.0
-    """How long a step, a checkpoint, a restore, an export or an import may take, reconnections included."""
+    """Seconds that a step, a checkpoint, a restore, an export or an import may take, reconnections included."""
     initial_backoff_s: float = 0.05
-    """Pause before the first retry; it doubles with each."""
+    """Seconds before the first retry; the pause doubles with each retry."""
     max_backoff_s: float = 2.0
-    """Longest pause between retries; while no server is there, it is a tenth of a second at most."""
+    """Longest pause between retries, in seconds; while no server answers, it is at most a tenth of a second."""
     transport: Literal["auto", "grpc", "shm"] = "auto"
-    """How tensors travel where `Client.optimizer` does not say: `auto` shares memory with a server on the same host."""
+    """How tensors travel if `Client.optimizer` does not choose: `auto` shares memory with a server on the same host."""
     max_chunk_bytes: int = 0
-    """Largest payload of one message, either way; 0 for the server's preference. Its limit holds as well."""
+    """Largest payload of one message, both ways; 0 for the server's preference. The server's limit applies too."""
     max_receive_bytes: int = 64 << 20
-    """Largest payload of a message that is accepted from the server, or sent to it."""
+    """Largest payload of a message that the client accepts from the server, or sends to it."""
     keep_freed_memory: bool = True
-    """Tell glibc's allocator, for the whole process, to keep up to 16 MiB of freed memory per arena instead of
-    returning it after every message. Large steps over gRPC take a quarter less time."""
+    """Let glibc's allocator, in the whole process, keep up to 16 MiB of freed memory per arena. By default it returns
+    the memory after every message. Large steps over gRPC then take a quarter less time."""
     keepalive_s: float = 60.0
-    """Seconds after which a silent connection with a call on it is probed. Servers close connections that are probed
-    too often."""
+    """Seconds of silence after which the client probes a connection with a call on it. Servers close connections that
+    probe too often."""
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
-    """What secures the connection, such as `grpc.ssl_channel_credentials(…)`; None for one that is not secured."""
+    """Credentials that secure the connection, such as `grpc.ssl_channel_credentials(…)`; None for an unsecured one."""
     metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
-    """Pairs that are sent with every call. Keys are of a-z, 0-9, '_', '.' and '-'; the values of those that end in
-    `-bin` are bytes, others printable ASCII. They are no secret on a connection that is not secured."""
+    """Pairs (key, value) that the client sends with every call. Keys consist of a-z, 0-9, '_', '.' and '-'. Values are
+    bytes if the key ends in `-bin`, otherwise printable ASCII. They are not secret on an unsecured connection."""
     interceptors: Sequence[Interceptor] = field(default=(), repr=False)
-    """gRPC's client interceptors, which see every call, the first one first, after `metadata` was added."""
+    """gRPC's client interceptors. They see every call in their order, after `metadata` was added."""
 
     def __post_init__(self) -> None:
         """Check every value, or raise ValueError."""
@@ -78,7 +78,7 @@ class ClientConfig:
 def _check_metadata(key: str, value: str | bytes) -> None:
     """Raise ValueError for a pair that gRPC does not send.
 
-    The value may be a secret, so it is not shown; nor is a key that cannot be one, as the two may be swapped.
+    The value may be a secret, so no error shows it. No error shows an invalid key either: the two may be swapped.
     """
     if not isinstance(key, str) or not _METADATA_KEY.fullmatch(key):
         raise ValueError(
@@ -93,7 +93,7 @@ def _check_metadata(key: str, value: str | bytes) -> None:
 
 
 def proxy_variable() -> str:
-    """Name of the environment variable that gRPC takes its proxy from; empty where it takes none."""
+    """Name of the environment variable from which gRPC takes its proxy; empty if it uses no proxy."""
     return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), "")
 
 

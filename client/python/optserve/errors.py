@@ -1,30 +1,30 @@
-"""Everything the client raises, and the one place where a google.rpc.Status becomes an exception.
+"""All exceptions of the client, and the code that turns a google.rpc.Status into one of them.
 
 OptserveError
-├── UnavailableError            no server answers, or it is about to stop
-│   ├── TooFewWorkersError      a step takes more workers than are alive
-│   └── UnreachableError        no try until the deadline has reached a server (also a DeadlineExceededError)
+├── UnavailableError            no server answers, or the server is about to stop
+│   ├── TooFewWorkersError      a step needs more workers than are alive
+│   └── UnreachableError        no try before the deadline has reached a server (also a DeadlineExceededError)
 ├── DeadlineExceededError       no answer in time; the step may or may not have been applied
 ├── StepCancelledError          the step was cancelled; it may or may not have been applied
-├── InvalidArgumentError        a value, name, shape or dtype that cannot be used (also a ValueError)
+├── InvalidArgumentError        a value, name, shape or dtype is wrong (also a ValueError)
 ├── NotFoundError               no such optimizer or checkpoint (also a KeyError)
 ├── AlreadyExistsError          the name is taken
 ├── AbortedError
 │   ├── WrongStepError          the server is at another step than the client
-│   ├── GradientLateError       a step has gone on without a worker's gradient
+│   ├── GradientLateError       a step was applied without a worker's gradient
 │   ├── EtagMismatchError       the optimizer was changed meanwhile
 │   ├── WorkerReplacedError     another life of this worker has begun, under the same name
-│   ├── StateReplacedError      the state is another one than this client knew: restored, imported, or a new optimizer's
+│   ├── StateReplacedError      the state was restored or imported, or belongs to a new optimizer of the same name
 │   └── StepInProgressError     another client is in the middle of a step
 ├── FailedPreconditionError
 │   ├── StepInDoubtError        a step whose call was interrupted has, or may have, been applied
 │   └── StepsLostError          the server has come back with fewer steps than this client has seen
-├── ResourceExhaustedError      too large, too many, or no room
+├── ResourceExhaustedError      too large, too many, or no memory
 ├── FeatureUnavailableError     this server, or this client, lacks that part of the contract
-├── StateLostError              the server's device failed; the optimizer's state is gone
+├── StateLostError              the server's device failed; the optimizer's state may be wrong
 ├── CheckpointDamagedError      the checkpoint's file on the server is damaged; the optimizer is as it was
 ├── InternalError               a fault of the server, or an answer that the contract does not allow
-└── ClientUseError              this object cannot be used here: closed, or inherited by a forked process
+└── ClientUseError              this object is closed, or was inherited by a forked process
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class OptserveError(Exception):
     """The root of this package's exceptions.
 
     Attributes:
-        message: What is wrong and what to do about it.
-        reason: The server's `ErrorReason` without its prefix; empty where the error arose elsewhere.
-        metadata: Particulars of the reason, such as `parameter`, `index` or `current_step`.
-        field: Path of the offending field of the request; empty if there is none.
-        retry_after_s: Seconds after which the same call is worth another try; None if it is not.
+        message: What is wrong, and what to do about it.
+        reason: The server's `ErrorReason` without its prefix; empty if the error does not come from a server.
+        metadata: Details of the reason, such as `parameter`, `index` or `current_step`.
+        field: Path of the request field that caused the error; empty if no field did.
+        retry_after_s: Seconds after which a retry of the same call is worth it; None if it is not.
     """
 
     def __init__(
@@ -77,33 +77,33 @@ class OptserveError(Exception):
 
 
 class UnavailableError(OptserveError):
-    """No server answers, or it is about to stop."""
+    """No server answers, or the server is about to stop."""
 
 
 class TooFewWorkersError(UnavailableError):
     """A step needs the gradients of more workers than are alive, and no others came before the deadline.
 
-    The message says which are alive and which have been. The step was not applied.
+    The message names the live workers and the dead ones. The step was not applied.
     """
 
 
 class DeadlineExceededError(OptserveError):
-    """No answer came in time. A step may or may not have been applied; the next one finds out."""
+    """No answer came in time. A step may or may not have been applied; the next step finds out."""
 
 
 class UnreachableError(UnavailableError, DeadlineExceededError):
     """No server was reached before the deadline, or the connection was lost. The message has the last try's error.
 
-    A step may or may not have been applied; the next one finds out.
+    A step may or may not have been applied; the next step finds out.
     """
 
 
 class StepCancelledError(OptserveError):
-    """The step was cancelled. It may or may not have been applied; the next one finds out."""
+    """The step was cancelled. It may or may not have been applied; the next step finds out."""
 
 
 class InvalidArgumentError(OptserveError, ValueError):
-    """A value, name, shape or dtype that cannot be used. Nothing was changed."""
+    """A value, name, shape or dtype is wrong. Nothing was changed."""
 
 
 class NotFoundError(OptserveError, KeyError):
@@ -119,11 +119,11 @@ class AbortedError(OptserveError):
 
 
 class GradientLateError(AbortedError):
-    """A step has gone on without this worker's gradient, which was not applied. Pull, and compute another."""
+    """A step was applied without this worker's gradient. Pull, and compute another gradient."""
 
 
 class WrongStepError(AbortedError):
-    """The server is at another step than the client; `current_step` says at which."""
+    """The server is at another step than the client; `current_step` is the server's step."""
 
     @property
     def current_step(self) -> int:
@@ -136,16 +136,16 @@ class EtagMismatchError(AbortedError):
 
 
 class WorkerReplacedError(AbortedError):
-    """This life of a worker is over: another has begun under the same name. Its step was not applied.
+    """This life of a worker is over, because another life has begun under the same name. Its step was not applied.
 
-    It makes no steps any more, whatever becomes of the other one; to go on, enter a new `Client.worker`.
+    It makes no more steps, even when the other life has ended. To go on, enter a new `Client.worker`.
     """
 
 
 class StateReplacedError(AbortedError):
-    """The optimizer's state is another one than this client knew: restored, imported, or that of a new optimizer.
+    """The state is not the one that this client knew: it was restored or imported, or belongs to a new optimizer.
 
-    `Optimizer.refresh` goes on with it, if that is wanted.
+    To go on with the new state, call `Optimizer.refresh`.
     """
 
 
@@ -154,34 +154,34 @@ class StepInProgressError(AbortedError):
 
 
 class FailedPreconditionError(OptserveError):
-    """The call came at the wrong time."""
+    """The call is not possible in the present state of the optimizer."""
 
 
 class StepInDoubtError(FailedPreconditionError):
     """A step whose call was interrupted has, or may have, been applied, and its updates have not arrived.
 
-    The message says which. `Optimizer.replay` gets the updates as long as the server has them; `Optimizer.refresh`
-    goes on without them.
+    The message says which of the two. `Optimizer.replay` receives the updates as long as the server has them. To go on
+    without them, call `Optimizer.refresh`.
     """
 
 
 class StepsLostError(FailedPreconditionError):
     """The server has come back with fewer steps than this client has seen: its state was not durable.
 
-    Nothing was changed. `Optimizer.refresh` goes on from the server's step, if that is wanted.
+    Nothing was changed. To go on from the server's step, call `Optimizer.refresh`.
     """
 
 
 class ResourceExhaustedError(OptserveError):
-    """Too large, too many, or no room left on the server."""
+    """The request is too large, there are too many, or the server has no memory for it."""
 
 
 class FeatureUnavailableError(OptserveError, NotImplementedError):
-    """This server, or this client, lacks that part of the contract."""
+    """This server, or this client, lacks a part of the contract."""
 
 
 class StateLostError(OptserveError):
-    """The server's device failed in the middle of a step; the optimizer's state is not to be trusted."""
+    """The server's device failed in the middle of a step, so the optimizer's state may be wrong."""
 
 
 class CheckpointDamagedError(OptserveError):
@@ -191,17 +191,17 @@ class CheckpointDamagedError(OptserveError):
 class InternalError(OptserveError):
     """A fault of the server: it failed, or its answer is not what the contract allows.
 
-    With the reason INTERNAL its log has the particulars under `metadata["incident"]`. Nothing of a bad answer is used;
-    a step that it came to may or may not have been applied, and the next one finds out.
+    With the reason INTERNAL the server's log has details under `metadata["incident"]`. The client uses no part of a bad
+    answer. The step of such an answer may or may not have been applied; the next step finds out.
     """
 
 
 class ClientUseError(OptserveError, RuntimeError):
-    """This object cannot be used here: it is closed, or belongs to the process that this one was forked from."""
+    """This object is closed, or belongs to the process from which this process was forked."""
 
 
 _BY_CODE: dict[int, type[OptserveError]] = {
-    # An error that says that all is well.
+    # An error with the code OK contradicts itself.
     code_pb2.OK: InternalError,
     code_pb2.CANCELLED: UnavailableError,
     code_pb2.INVALID_ARGUMENT: InvalidArgumentError,
@@ -229,7 +229,7 @@ _BY_REASON: dict[str, type[OptserveError]] = {
 
 
 def from_status(status: status_pb2.Status) -> OptserveError:
-    """The exception for a status, with what those of its details say that can be read."""
+    """The exception for a status, with those of its details that can be decoded."""
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -238,15 +238,15 @@ def from_status(status: status_pb2.Status) -> OptserveError:
     retryable = False
     for detail in status.details:
         try:
-            # Unpack does nothing where the type is another.
+            # Unpack does nothing if the type differs.
             detail.Unpack(info)
             detail.Unpack(bad_request)
             retryable |= detail.Unpack(retry)
         except DecodeError as error:
-            logger.debug("a detail of an error is no %s: %s", detail.type_url, error)
+            logger.debug("a detail of an error is not a %s: %s", detail.type_url, error)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(status.code, OptserveError)
     if kind is WrongStepError and not _STEP.fullmatch(info.metadata.get("current_step", "")):
-        # Without the step it is none of those whose step can be asked for.
+        # A WrongStepError needs the step.
         kind = AbortedError
     return kind(
         status.message,
@@ -258,13 +258,13 @@ def from_status(status: status_pb2.Status) -> OptserveError:
 
 
 _TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
-"""How gRPC itself, which knows nothing of advice, refuses a call beyond its `maximum_concurrent_rpcs`."""
+"""The message with which gRPC itself refuses a call beyond its `maximum_concurrent_rpcs`, without a retry hint."""
 
 _BUSY_RETRY_S = 0.5
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> OptserveError:
-    """The exception for a failed call to `target`; `hint` says what else may keep a server from being reached."""
+    """The exception for a failed call to `target`; `hint` is a further possible reason why no server was reached."""
     if not isinstance(error, grpc.Call):
         return InternalError(f"The call to {target} failed: {error}")
     for item in error.trailing_metadata() or ():
@@ -272,7 +272,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> Optserv
             try:
                 return from_status(status_pb2.Status.FromString(item.value))
             except DecodeError as unreadable:
-                logger.debug("the details of an error are no Status: %s", unreadable)
+                logger.debug("the details of an error are not a Status: %s", unreadable)
     code = code_pb2.Code.Value(error.code().name)
     if code == code_pb2.UNAVAILABLE:
         message = (

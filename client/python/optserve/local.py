@@ -1,4 +1,4 @@
-"""A server of one's own, for notebooks, tests and scripts: a child process that ends with its with-block."""
+"""A local server for notebooks, tests and scripts: a child process that ends with its with-block."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STOP_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A running server. In a notebook `LocalServer.start()` and `stop()` do without a with-block.
+    """A running server. In a notebook `LocalServer.start()` and `stop()` replace the with-block.
 
     Attributes:
-        target: What to connect to.
+        target: The address for `connect`.
         process: The child process.
 
     Example:
@@ -40,10 +40,10 @@ class LocalServer:
     def start(
         cls, data_dir: str | Path | None = None, backend: str = "auto", options: Sequence[str] = ()
     ) -> LocalServer:
-        """Start a server on a free port of this machine. It ends with this process at the latest, however that ends.
+        """Start a server on a free port of this machine. It ends with this process at the latest, also after a crash.
 
         Args:
-            data_dir: Folder for what must outlive the server.
+            data_dir: Folder for the journal and checkpoints, which outlive the server; None to keep nothing.
             backend: `auto`, `cupy`, `numba` or `numpy`.
             options: Further options of `optserve serve`.
 
@@ -56,7 +56,7 @@ class LocalServer:
         if data_dir is not None:
             command += ["--data-dir", str(data_dir)]
         with tempfile.TemporaryFile() as log:
-            # A session of its own: Ctrl-C is for this process, which then stops the server in order.
+            # A new session, so that Ctrl-C reaches only this process, which then stops the server in order.
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
@@ -67,7 +67,7 @@ class LocalServer:
                 raise
 
     def stop(self) -> None:
-        """Let the server drain and end; one that has ended stays so."""
+        """Let the server finish its steps and end. Does nothing if it has ended."""
         _stop(self.process)
 
     def __repr__(self) -> str:
@@ -105,17 +105,17 @@ def _target(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
         line = ""
     if line.startswith("ready "):
         return line.removeprefix("ready ").strip()
-    # What it has written last is there once it has ended.
+    # The log is complete once the server has ended.
     _stop(process)
     log.seek(0)
     tail = log.read().decode(errors="replace")[-2000:]
     if "No module named optserve_server" in tail:
-        tail = "The server is not installed; pip install 'optserve[server]' brings it."
+        tail = "The server is not installed; pip install 'optserve[server]' installs it."
     raise UnavailableError(f"The local server did not start.\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Let the server drain, and kill it only if it does not."""
+    """Let the server finish its steps and end; kill it if it does not end."""
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)

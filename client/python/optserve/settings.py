@@ -1,6 +1,6 @@
-"""What goes with the method of an optimizer: annealing, clipping, and groups of parameters that differ.
+"""The settings of an optimizer beside its method: schedules, clipping, consistency, and groups of parameters.
 
-What they compute is on the server, which checks ranges; its `InvalidArgumentError` names the field.
+The server applies them and checks their ranges; its `InvalidArgumentError` names the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from optserve.v1 import algorithms_pb2, optimizer_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A factor on the learning rate over the steps, evaluated by the server. Use a subclass.
+    """A factor on the learning rate over the steps. The server computes it. Use a subclass.
 
     Args:
         warmup_steps: Steps in which the factor rises linearly to 1 before the schedule starts.
@@ -26,11 +26,11 @@ class Schedule:
     warmup_steps: int = 0
 
     def _values(self) -> dict[str, Any]:
-        """By name, as they are; `dataclasses.asdict` would copy every milestone by itself, which takes seconds."""
+        """The values by name. Not by `dataclasses.asdict`, which would copy every milestone and take seconds."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def to_message(self) -> algorithms_pb2.Schedule:
-        """The contract's form."""
+        """The message of the contract."""
         values = self._values()
         message = algorithms_pb2.Schedule(warmup_steps=values.pop("warmup_steps"))
         chosen = getattr(message, self.kind)
@@ -41,7 +41,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Always 1."""
+    """The factor is always 1."""
 
     kind = "constant"
 
@@ -65,7 +65,7 @@ class Exponential(Schedule):
 
     Args:
         rate: In (0, 1].
-        period_steps: Steps in which the factor falls by `rate`.
+        period_steps: Steps in which the factor is multiplied by `rate`.
     """
 
     kind = "exponential"
@@ -119,9 +119,9 @@ class Clipping:
     """A bound on the gradient, applied by the server before the method. Give one of the three.
 
     Args:
-        value: Every element into [−value, value].
-        norm: Every tensor's Euclidean norm to at most this.
-        global_norm: The Euclidean norm over all tensors of a step to at most this.
+        value: Every element is clipped to [−value, value].
+        norm: Every tensor is scaled to a Euclidean norm of at most this.
+        global_norm: All tensors of a step are scaled to a joint Euclidean norm of at most this.
     """
 
     value: float | None = None
@@ -137,18 +137,18 @@ class Clipping:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def to_message(self) -> optimizer_pb2.Clipping:
-        """The contract's form."""
+        """The message of the contract."""
         return optimizer_pb2.Clipping(**self._given())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consistency:
-    """How the gradients of several workers on one optimizer come together. Use a subclass.
+    """When the steps of several workers on one optimizer are applied, and of which gradients. Use a subclass.
 
     Args:
-        lease_s: How long a worker lives after its last report, 1 s to an hour.
-        scale_by_staleness: Divide the learning rate by 1 + the steps applied since the parameters that a gradient was
-            taken at (Zhang et al., arXiv:1511.05950), so that many workers move as far together as one would.
+        lease_s: Seconds for which a worker counts as alive after its last report, 1 s to an hour.
+        scale_by_staleness: Divide the learning rate by 1 + the staleness of the gradient (Zhang et al.,
+            arXiv:1511.05950), so that many workers together change x as much as one worker would.
     """
 
     kind: ClassVar[str]
@@ -157,7 +157,7 @@ class Consistency:
     scale_by_staleness: bool = False
 
     def to_message(self) -> optimizer_pb2.Consistency:
-        """The contract's form."""
+        """The message of the contract."""
         values = asdict(self)
         message = optimizer_pb2.Consistency(scale_by_staleness=values.pop("scale_by_staleness"))
         message.lease.FromNanoseconds(int(values.pop("lease_s") * 1e9))
@@ -169,17 +169,17 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Async(Consistency):
-    """Gradients are applied in the order in which they arrive."""
+    """The server applies gradients in the order in which they arrive."""
 
     kind = "async"
 
 
 @dataclass(frozen=True)
 class Bounded(Consistency):
-    """Likewise, but a worker that is ahead of the slowest live one waits.
+    """Like `Async`, but a worker that is too far ahead of the slowest live worker waits.
 
     Args:
-        staleness: Steps that a worker may have made more than the slowest; 0 is lock-step.
+        staleness: Most steps that a worker may be ahead. With 0, all workers make the same number of steps.
     """
 
     kind = "bounded"
@@ -192,8 +192,8 @@ class Sync(Consistency):
     """A step is the mean of several workers' gradients, all taken at the same parameters.
 
     Args:
-        workers: How many gradients make a step.
-        backup_workers: More workers than that, of which the slowest are not waited for.
+        workers: Number of gradients that make a step.
+        backup_workers: Number of additional workers. A step does not wait for the slowest so many workers.
     """
 
     kind = "sync"
@@ -212,8 +212,8 @@ class Group:
 
     Args:
         parameters: Their names; no parameter is in two groups.
-        overrides: Hyper-parameters of the optimizer's method by name; the others are the optimizer's.
-        weight_decay: Where the server holds the parameters; the optimizer's by default.
+        overrides: Hyper-parameters of the optimizer's method by name; the others are those of the optimizer.
+        weight_decay: Weight decay of the group, in hosted mode; that of the optimizer by default.
 
     Example:
         >>> Group(("b1", "b2"), {"learning_rate": 0.1})
@@ -231,7 +231,7 @@ class Group:
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
     def to_message(self, method: str) -> optimizer_pb2.ParameterGroup:
-        """The contract's form, for a method by its name there.
+        """The message of the contract; `method` is the name of the method there.
 
         Raises:
             InvalidArgumentError: The method has no such hyper-parameter.
@@ -244,10 +244,10 @@ class Group:
 
 
 def set_hyperparameter(message: algorithms_pb2.Algorithm, method: str, name: str, value: object) -> None:
-    """Make a message say one hyper-parameter of a method, by its name there.
+    """Set one hyper-parameter of a method in a message, by its name in the contract.
 
     Raises:
-        InvalidArgumentError: The method has no such hyper-parameter, or it is not of that type.
+        InvalidArgumentError: The method has no such hyper-parameter, or the value has the wrong type.
     """
     settings = getattr(message, method)
     known = settings.DESCRIPTOR.fields_by_name

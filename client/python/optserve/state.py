@@ -1,4 +1,4 @@
-"""An optimizer's state outside the service: arrays in memory, and safetensors files."""
+"""States of optimizers outside the service: arrays in memory, and safetensors files."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from optserve.errors import InvalidArgumentError
 from optserve.settings import Clipping, Consistency, Group, Schedule
 
 FORMAT_VERSION = 2
-"""Since 2 a file says what goes with the method; without such settings it has the form of 1."""
+"""Format 2 has the settings beside the method. A file without such settings has format 1."""
 MAX_STEP = 1 << 62
-"""The most steps that a state can have made."""
+"""Largest step counter of a state."""
 PARAMETER = "parameter"
 """Name of the hosted parameter among the arrays of a state; no method has a slot of that name."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all)."""
+"""A function that is called with (bytes done, all bytes)."""
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Tell nobody."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a parameter, where there is no array at hand.
+    """Shape and dtype of a parameter, instead of an array.
 
     Args:
         shape: Extents; empty for a scalar.
@@ -52,7 +52,7 @@ class HostedParameters(NamedTuple):
     """The parameters that a server holds, all of one step.
 
     Attributes:
-        step: Steps that had been applied to them.
+        step: Steps that had been applied.
         arrays: x by name.
     """
 
@@ -69,11 +69,11 @@ class Checkpoint:
     """A named copy of an optimizer's state on the server.
 
     Attributes:
-        tag: Its name.
-        step: Steps that had been applied when it was taken.
-        size_bytes: Of its file.
-        create_time: Seconds since 1970, UTC.
-        optimizer: Of which it is; that may have been deleted.
+        tag: The name of the copy.
+        step: Steps that had been applied when the copy was taken.
+        size_bytes: Size of the file.
+        create_time: Time of the copy, in seconds since 1970, UTC.
+        optimizer: Name of the optimizer, which may be deleted.
     """
 
     tag: str
@@ -85,25 +85,25 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OptimizerState:
-    """All that an optimizer knows at one step, with its settings.
+    """The whole state of an optimizer at one step, with its settings.
 
-    Of the settings beside the method an Ellipsis says that the state says nothing of it, as where it comes from
-    `torch.optim`, which has no such setting; an optimizer that imports the state keeps its own then.
+    A setting beside the method may be an Ellipsis: then the state leaves it out, as a state from `torch.optim` does,
+    which has no such setting. An optimizer that imports the state keeps its own setting then.
 
     Attributes:
         step: Steps applied.
         algorithm: The method with its hyper-parameters.
         parameters: Shape and dtype of each parameter by name, in the optimizer's order.
-        slots: The arrays by parameter, then by slot; in the parameter's shape and dtype. Where the server holds the
-            parameters, `parameter` is the last of the slots.
-        schedule: Of the learning rate; None for a constant one.
-        clipping: Of the gradient; None for none.
-        groups: Parameters whose hyper-parameters differ.
-        weight_decay: Of the parameters that the server holds.
-        consistency: How workers share the optimizer; None for one client at a time.
-        parameter_steps: Steps that each parameter has taken part in, by name, where the method uses them. None where it
-            does not, or where the state comes from a version that has not written them down: an optimizer that imports
-            the state takes it then that all parameters have taken part in all steps.
+        slots: The arrays by parameter, then by slot; in the parameter's shape and dtype. In hosted mode `parameter` is
+            the last of the slots.
+        schedule: Schedule of the learning rate; None for a constant rate.
+        clipping: Clipping of the gradient; None for no clipping.
+        groups: Groups of parameters whose hyper-parameters differ.
+        weight_decay: Weight decay of the parameters that the server holds.
+        consistency: Consistency of the workers; None for one client at a time.
+        parameter_steps: Steps that each parameter has taken part in, by name. None if the method does not use them, or
+            if the state comes from a version that has not written them. Then an import counts all steps for all
+            parameters.
 
     Example:
         >>> arrays = {"w": {"momentum": np.zeros(2, np.float32)}}
@@ -130,17 +130,17 @@ class OptimizerState:
 
     @property
     def hosted(self) -> bool:
-        """Whether the parameters themselves are part of it."""
+        """Whether the parameters themselves are part of the state."""
         return any(PARAMETER in arrays for arrays in self.slots.values())
 
     @property
     def hosted_parameters(self) -> dict[str, np.ndarray]:
-        """The parameters x by name, where the server holds them; empty otherwise."""
+        """The parameters x by name, in hosted mode; empty otherwise."""
         return {name: arrays[PARAMETER] for name, arrays in self.slots.items() if PARAMETER in arrays}
 
     @property
     def settings(self) -> GivenSettings:
-        """What goes with the method, as far as the state says it, as arguments of `Client.create_optimizer`."""
+        """The settings beside the method that the state has, as arguments of `Client.create_optimizer`."""
         return given_settings(**{name: getattr(self, name) for name in SETTINGS})
 
     @property
@@ -149,10 +149,10 @@ class OptimizerState:
         return sum(array.nbytes for arrays in self.slots.values() for array in arrays.values())
 
     def without(self, *names: str) -> OptimizerState:
-        """The same state, which says nothing of some settings: a way to go on without them that is not silent.
+        """The same state without some settings. An import leaves these settings of the optimizer as they are.
 
         Args:
-            names: Of `schedule`, `clipping`, `groups`, `weight_decay`, `consistency`, and `parameters` for the
+            names: Any of `schedule`, `clipping`, `groups`, `weight_decay`, `consistency`, and `parameters` for the
                 parameters x that a server holds.
 
         Raises:
@@ -164,7 +164,7 @@ class OptimizerState:
         for name in names:
             if name not in (*SETTINGS, "parameters"):
                 raise InvalidArgumentError(
-                    f"A state can do without {', '.join(SETTINGS)} and parameters, but has no {name!r}."
+                    f"A state can leave out {', '.join(SETTINGS)} and parameters; it has no {name!r}."
                 )
         unsaid: dict[str, Any] = dict.fromkeys((name for name in names if name != "parameters"), ...)
         if "parameters" in names:
@@ -175,7 +175,7 @@ class OptimizerState:
         return replace(self, **unsaid)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same bit for bit, settings included; the order of parameters does not matter."""
+        """Whether both states have the same bits and settings; the order of parameters does not matter."""
         if not isinstance(other, OptimizerState):
             return NotImplemented
         return (
@@ -185,7 +185,7 @@ class OptimizerState:
             and all(_same_bits(arrays, other.slots[name]) for name, arrays in self.slots.items())
         )
 
-    # Its arrays can change.
+    # Not hashable, because the arrays can change.
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
@@ -200,7 +200,7 @@ class OptimizerState:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; its tensors are named PARAMETER.SLOT.
 
-        The file has its name only once it is whole and on disk.
+        The file gets its name only when it is complete and on disk.
 
         Raises:
             InvalidArgumentError: The slots, or the groups, do not fit `parameters`.
@@ -212,7 +212,7 @@ class OptimizerState:
         arrays = {f"{name}.{slot}": array for name, slots in self.slots.items() for slot, array in slots.items()}
         for name, entry in entries.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != (entry.dtype, entry.shape):
-                raise InvalidArgumentError(f"{name} is not there, or not {list(entry.shape)} {entry.dtype}.")
+                raise InvalidArgumentError(f"{name} is missing, or is not {list(entry.shape)} {entry.dtype}.")
         description = self._description(specs, slots)
         ordered = [arrays[name] for name in entries]
         metadata = {"optserve": description, "crc32": _checksum(description, ordered)}
@@ -229,13 +229,13 @@ class OptimizerState:
             temporary.unlink(missing_ok=True)
 
     def _description(self, specs: Sequence[tuple[str, np.dtype, tuple[int, ...]]], slots: Sequence[str]) -> str:
-        """The metadata of its file."""
+        """The metadata of the file."""
         try:
             settings = settings_to_json(self.settings, list(self.parameters))
         except KeyError as error:
-            raise InvalidArgumentError(f"A group has the parameter {error}, which the state has not.") from None
+            raise InvalidArgumentError(f"A group has the parameter {error}, which the state does not have.") from None
         content = {
-            # Versions that know no settings here must not read a state as one that has none.
+            # Versions that do not read settings must refuse a state with settings.
             "format": FORMAT_VERSION if settings else 1,
             "rule": {"name": self.algorithm.name, **asdict(self.algorithm)},
             **settings,
@@ -253,11 +253,11 @@ class OptimizerState:
     def load(cls, path: str | Path) -> OptimizerState:
         """Read a file that `save` has written, or a checkpoint's from a server's data folder.
 
-        A file of a version that did not write them says nothing of schedule, clipping, groups, weight decay and
-        consistency.
+        A file of a version that did not write schedule, clipping, groups, weight decay and consistency gives a state
+        that leaves them out.
 
         Raises:
-            InvalidArgumentError: It is none, of a newer version, or damaged.
+            InvalidArgumentError: The file is not a state, is of a newer version, or is damaged.
         """
         with Path(path).open("rb") as file:
             try:
@@ -269,10 +269,10 @@ class OptimizerState:
     def _read(cls, file: BinaryIO) -> OptimizerState:
         _, metadata, _ = safetensors.read_head(file)
         if "optserve" not in metadata:
-            raise ValueError("its metadata has nothing of optserve")
+            raise ValueError("its metadata has no entry of optserve")
         content = json.loads(metadata["optserve"])
         if content["format"] > FORMAT_VERSION:
-            raise ValueError(f"it has format {content['format']}; this version knows up to {FORMAT_VERSION}")
+            raise ValueError(f"it has format {content['format']}; this version reads formats up to {FORMAT_VERSION}")
         specs = [(name, np.dtype(dtype), tuple(shape)) for name, shape, dtype in content["parameters"]]
         entries = safetensors.lay_out(specs, content["slots"])
         head = safetensors.encode_head(entries, metadata)
@@ -298,7 +298,7 @@ class OptimizerState:
 
 
 def steps_in_order(parameter_steps: Mapping[str, int], names: Sequence[str]) -> list[int]:
-    """The steps of each parameter, in their order, or raise InvalidArgumentError."""
+    """The step counters in the order of `names`; raises InvalidArgumentError."""
     if parameter_steps.keys() != set(names):
         other = next(iter(parameter_steps.keys() ^ set(names)))
         raise InvalidArgumentError(f"parameter_steps and the parameters differ in {other!r}.")
@@ -309,7 +309,7 @@ def steps_in_order(parameter_steps: Mapping[str, int], names: Sequence[str]) -> 
 
 
 def _steps_from_json(content: int | list[int] | None, names: Sequence[str]) -> dict[str, int] | None:
-    """The reverse, also of the server's form, which has one number where all are the same."""
+    """The reverse of `steps_in_order`. The server's form is one number if all counters are the same."""
     if content is None:
         return None
     steps = [content] * len(names) if isinstance(content, int) else content

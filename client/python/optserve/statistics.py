@@ -1,4 +1,4 @@
-"""What an optimizer on the server is doing: root mean squares, effective learning rates, single elements."""
+"""Statistics of an optimizer on the server: root mean squares, effective learning rates, single elements."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MAX_INDEX = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class ElementStatistics:
-    """Single elements of one parameter, in the order in which they were asked for; arrays are float64.
+    """Single elements of one parameter, in the order of the request; arrays are float64.
 
     Attributes:
-        indices: Their flat indices.
-        rates: Effective learning rates: the factor on −g that the last step used; None before the first step, and for
+        indices: Flat indices of the elements.
+        rates: Effective learning rates: the factor on −g that the last step used. None before the first step, and for
             methods whose factor does not follow from the state.
-        updates: The last Δx; None where the server has it no more.
-        slots: The state, slot by slot.
+        updates: The last Δx; None if the server no longer has it.
+        slots: The values of each slot.
     """
 
     indices: np.ndarray
@@ -34,16 +34,16 @@ class ElementStatistics:
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Statistics of one parameter; of at most 2^20 of its elements, evenly spread.
+    """Statistics of one parameter, computed from at most 2^20 of its elements, evenly spread.
 
     Attributes:
-        rms_gradient: √(mean(E[g²]) + ε); None where the method has no such average.
-        rms_update: √(mean(E[Δx²]) + ε), likewise.
+        rms_gradient: √(mean(E[g²]) + ε); None if the method has no such average.
+        rms_update: √(mean(E[Δx²]) + ε); None if the method has no such average.
         rates: Quantiles of the effective learning rate of the last step, for ADADELTA RMS[Δx]_{t−1} / RMS[g]_t; empty
             before the first step.
-        elements: Those asked for.
+        elements: The single elements of the request.
         rates_count_last_update: Whether all rates are RMS[Δx]_t / RMS[g]_t instead, because the server no longer has
-            the last update, as where workers share the optimizer.
+            the last update. That is so if workers share the optimizer.
     """
 
     rms_gradient: float | None
@@ -59,7 +59,7 @@ class Statistics:
 
     Attributes:
         step: Steps applied.
-        parameters: By name.
+        parameters: Statistics of each parameter, by name.
     """
 
     step: int
@@ -68,13 +68,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class StatisticsRequest:
-    """What statistics were asked for.
+    """A request for statistics.
 
     Attributes:
         tensors: Indices of the parameters.
-        quantiles: Of the effective learning rate.
-        indices: Flat indices of elements; None if they were to be drawn.
-        random_indices: How many.
+        quantiles: Quantiles of the effective learning rate.
+        indices: Flat indices of elements; None if the server draws them.
+        random_indices: Number of elements to draw.
     """
 
     tensors: Sequence[int]
@@ -90,12 +90,12 @@ def statistics_from(
 
     Args:
         message: The server's answer.
-        names: Of all parameters of the optimizer.
+        names: Names of all parameters of the optimizer.
         slots: Names of the method's slots.
-        asked: What it answers.
+        asked: The request.
 
     Raises:
-        InternalError: It is not what was asked for.
+        InternalError: The answer does not fit the request.
     """
     _check(message, slots, asked)
     parameters = {
@@ -113,9 +113,9 @@ def statistics_from(
 
 
 def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], asked: StatisticsRequest) -> None:
-    """Raise InternalError unless a message has everything that was asked for, and nothing else."""
+    """Raise InternalError unless a message has exactly what the request asks for."""
     if [tensor.tensor for tensor in message.tensors] != list(asked.tensors):
-        raise InternalError("The server's statistics are of other parameters than those that were asked for.")
+        raise InternalError("The server's statistics are of other parameters than those of the request.")
     for tensor in message.tensors:
         if len(tensor.effective_rate_quantiles) not in (0, len(asked.quantiles)):
             raise InternalError(f"The server's statistics lack quantiles of the rates of parameter {tensor.tensor}.")
@@ -123,7 +123,7 @@ def _check(message: statistics_pb2.GetStatisticsResponse, slots: Sequence[str], 
         right = indices == list(asked.indices) if asked.indices is not None else len(indices) <= asked.random_indices
         if not right or any(index > _MAX_INDEX for index in indices):
             raise InternalError(
-                f"The server's statistics have other elements of parameter {tensor.tensor} than those asked for."
+                f"The server's statistics have other elements of parameter {tensor.tensor} than the request."
             )
         if any(len(element.slots) != len(slots) for element in tensor.elements):
             raise InternalError(f"The server's statistics have too few or too many slots; there are {len(slots)}.")

@@ -1,4 +1,4 @@
-"""States to and from torch.optim, so that a run can leave or enter the service in mid-training.
+"""Converts states to and from torch.optim, so that a run can leave or enter the service during training.
 
     state = opt.export_state()
     torch_optimizer.load_state_dict(optserve.torch.to_state_dict(state))
@@ -14,12 +14,12 @@
 | SGD with momentum | Momentum | torch's buffer is Δx / −η |
 | SGD | Sgd | no slots |
 
-Groups of parameters travel both ways. What torch can do and the service cannot, such as nesterov or amsgrad, is
-refused, and so is what a state_dict has no place for: schedule, clipping, decoupled weight decay, consistency and the
-parameters x themselves. `OptimizerState.without` goes on without them; nothing is left out silently.
+Groups of parameters travel both ways. An error names settings of torch that the service does not have, such as nesterov
+or amsgrad. An error also names what a state_dict cannot hold: schedule, clipping, decoupled weight decay, consistency
+and the parameters x themselves. `OptimizerState.without` leaves them out; nothing is left out silently.
 
 torch keeps schedules apart from its optimizers, so a state_dict has the present learning rate only. torch's SGD counts
-no steps; where a schedule goes on in the service, tell `from_state_dict` how many there were.
+no steps; if a schedule continues in the service, pass the number of steps to `from_state_dict`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from optserve.state import OptimizerState, TensorSpec
 
 
 def param_groups(state: OptimizerState, params: Mapping[str, torch.Tensor]) -> list[dict[str, list[torch.Tensor]]]:
-    """The groups that the torch optimizer must be made with which loads `to_state_dict(state)`.
+    """The param groups for a torch optimizer that is to load `to_state_dict(state)`.
 
     Args:
-        state: With groups or without.
+        state: A state, with groups or without.
         params: The parameters by name.
 
     Raises:
-        InvalidArgumentError: A parameter of the state is not there, or a group is of parameters that the state lacks.
+        InvalidArgumentError: `params` lacks a parameter of the state, or a group has a parameter that the state lacks.
 
     Example:
         >>> groups = optserve.torch.param_groups(state, dict(model.named_parameters()))     # doctest: +SKIP
@@ -67,12 +67,12 @@ def to_state_dict(state: OptimizerState) -> dict[str, Any]:
 
     Raises:
         InvalidArgumentError: torch has no such method: vSGD, the diagonal Hessian, a WindowedRms with eps inside the
-            root, or a Momentum whose learning rate of 0 does not tell the buffer. Or the state has a setting that a
-            state_dict has not.
+            root, or a Momentum with learning rate 0, from which the buffer cannot be computed. Or the state has a
+            setting that a state_dict cannot hold.
     """
     _check_no_setting_is_lost(state)
     groups = _groups_of(state)
-    # As torch.optim has it.
+    # The form of torch.optim.
     counter = torch.tensor(float(state.step), dtype=_step_dtype())
     entries: dict[int, dict[str, Any]] = {}
     made: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def to_state_dict(state: OptimizerState) -> dict[str, Any]:
                 entries[index] = arrays
         group = {**NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(first, first + len(names)))}
         if len(groups) > 1:
-            # Their order is no longer that of the state.
+            # The order of the parameters is no longer that of the state.
             group["param_names"] = list(names)
         if kind.counts_steps and int(counter) != state.step:
             group[STEP] = state.step
@@ -103,22 +103,22 @@ def from_state_dict(
 ) -> OptimizerState:
     """The state that a torch optimizer's state_dict holds.
 
-    Param groups whose hyper-parameters are not those of the first become groups of the state. Of schedule, clipping,
-    weight decay and consistency the state says nothing.
+    Param groups whose hyper-parameters differ from those of the first become groups of the state. The state leaves out
+    schedule, clipping, weight decay and consistency.
 
     Args:
-        state_dict: Of Adadelta, Adagrad, RMSprop or SGD.
-        params: The parameters by name, such as dict(model.named_parameters()). Where the torch optimizer was made with
-            names, they are matched by them; otherwise they must be in the order in which the torch optimizer got
-            them, group by group.
-        step: Steps made, for SGD, which does not count them; 0 by default.
+        state_dict: A state_dict of Adadelta, Adagrad, RMSprop or SGD.
+        params: The parameters by name, such as dict(model.named_parameters()). If the torch optimizer has their names,
+            they are matched by name. Otherwise they must be in the order in which the torch optimizer got them, group
+            by group.
+        step: Number of steps, for SGD, which does not count them; 0 by default.
 
     Raises:
-        InvalidArgumentError: The service lacks something that it uses, or it does not fit `params`.
+        InvalidArgumentError: The service lacks a setting of the state_dict, or the state_dict does not fit `params`.
     """
     if not isinstance(params, Mapping):
         raise InvalidArgumentError(
-            f"params is a mapping of names to parameters, such as dict(model.named_parameters()), not {type(params)}."
+            f"params must be a mapping by name, such as dict(model.named_parameters()), not {type(params)}."
         )
     groups = _all_groups(state_dict)
     for name, parameter in params.items():
@@ -149,12 +149,12 @@ def from_state_dict(
 
 
 def _step_dtype() -> torch.dtype:
-    """That of torch's own step counters, whatever halves the default is."""
+    """The dtype of torch's own step counters, also if torch's default dtype is a half float."""
     return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
 
 def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
-    """The step that torch has counted for a parameter; None where it counts none."""
+    """The step that torch has counted for a parameter; None if torch counts none."""
     if "step" not in entry:
         return None
     counted = torch.as_tensor(entry["step"])
@@ -165,36 +165,36 @@ def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
 
 
 def _check_no_setting_is_lost(state: OptimizerState) -> None:
-    """Raise InvalidArgumentError for a setting that a state_dict has no place for."""
+    """Raise InvalidArgumentError for a setting that a state_dict cannot hold."""
     said = state.settings
     schedule = said.get("schedule")
     decays = [said.get("weight_decay", 0.0), *(group.weight_decay for group in said.get("groups", ()))]
     lost = {
         "schedule": (
             schedule if schedule != Constant() else None,
-            "torch keeps that in a scheduler of its own, such as LambdaLR, to be made anew",
+            "make a scheduler of torch for it, such as LambdaLR",
         ),
-        "clipping": (said.get("clipping"), "in torch the training loop does that, by torch.nn.utils.clip_grad_norm_"),
-        "weight_decay": (any(decays) and max(filter(None, decays)), "torch's own is added to the gradient"),
+        "clipping": (said.get("clipping"), "in torch the training loop clips, with torch.nn.utils.clip_grad_norm_"),
+        "weight_decay": (any(decays) and max(filter(None, decays)), "torch adds its own weight decay to the gradient"),
         "consistency": (said.get("consistency"), "a torch optimizer has no workers"),
-        "parameters": (state.hosted, "they are in state.hosted_parameters, to be copied into the model"),
+        "parameters": (state.hosted, "copy them from state.hosted_parameters into the model"),
     }
     for name, (value, instead) in lost.items():
         if value:
             what = "the parameters themselves" if name == "parameters" else f"the {name} {value}"
             raise InvalidArgumentError(
                 f"The state has {what}, which a state_dict of torch.optim cannot hold: {instead}. "
-                f'state.without("{name}") goes without.'
+                f'state.without("{name}") leaves it out.'
             )
 
 
 def _groups_of(state: OptimizerState) -> list[tuple[Algorithm, list[str]]]:
-    """The method and the names of each group of parameters, first of those that are in none."""
+    """The method and the names of each group of parameters; first those of the parameters in no group."""
     groups = state.settings.get("groups", ())
     for group in groups:
         for name in group.parameters:
             if name not in state.parameters:
-                raise InvalidArgumentError(f"A group has the parameter {name!r}, which the state has not.")
+                raise InvalidArgumentError(f"A group has the parameter {name!r}, which the state does not have.")
     grouped = {name for group in groups for name in group.parameters}
     rest = [name for name in state.parameters if name not in grouped]
     all_of_them = [(state.algorithm, rest)] if rest or not groups else []
@@ -205,14 +205,16 @@ def _to_torch(algorithm: Algorithm, array: np.ndarray) -> np.ndarray:
     if not isinstance(algorithm, Momentum):
         return array
     if algorithm.learning_rate == 0:
-        raise InvalidArgumentError("torch's momentum buffer is Δx / −η, which a learning rate of 0 does not tell.")
+        raise InvalidArgumentError(
+            "torch's momentum buffer is Δx / −η, which cannot be computed for a learning rate of 0."
+        )
     return (array / -algorithm.learning_rate).astype(array.dtype)
 
 
 def _array(
     group: Mapping[str, Any], algorithm: Algorithm, tensor: torch.Tensor | None, parameter: torch.Tensor, what: str
 ) -> np.ndarray:
-    """One of torch's state tensors as ours; one that is not there yet is what torch would begin with."""
+    """One of torch's state tensors as a slot; a missing tensor gives the value with which torch would begin."""
     if tensor is None:
         begin = float(group.get("initial_accumulator_value", 0)) if isinstance(algorithm, Adagrad) else 0.0
         return np.full(tuple(parameter.shape), begin, str(parameter.dtype).rpartition(".")[2])
@@ -223,14 +225,18 @@ def _array(
         )
     array = np.array(tensor.detach().cpu().numpy())
     if isinstance(algorithm, Momentum) and algorithm.learning_rate == 0 and array.any():
-        raise InvalidArgumentError("torch's momentum buffer is Δx / −η, which says nothing where the rate is 0.")
+        raise InvalidArgumentError(
+            "torch's momentum buffer is Δx / −η, so Δx cannot be computed for a learning rate of 0."
+        )
     return (array * -algorithm.learning_rate).astype(array.dtype) if isinstance(algorithm, Momentum) else array
 
 
 def _all_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The param groups that have parameters."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise InvalidArgumentError("This is no state_dict of a torch optimizer: it has no `state` and `param_groups`.")
+        raise InvalidArgumentError(
+            "This is not a state_dict of a torch optimizer: it has no `state` and `param_groups`."
+        )
     groups = [dict(group) for group in state_dict["param_groups"] if group["params"]]
     if not groups:
         raise InvalidArgumentError("The state_dict has no parameter group.")
@@ -238,10 +244,10 @@ def _all_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _names_of(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[str]]:
-    """The names of the parameters of each group: those that torch knows, or those given, one after the other."""
+    """The names of the parameters of each group: from the state_dict, or from `names` in their order."""
     count = sum(len(group["params"]) for group in groups)
     if count != len(names):
-        raise InvalidArgumentError(f"The state_dict is of {count} parameters, not {len(names)}.")
+        raise InvalidArgumentError(f"The state_dict has {count} parameters, not {len(names)}.")
     if not any("param_names" in group for group in groups):
         rest = iter(names)
         return [[next(rest) for _ in group["params"]] for group in groups]

@@ -1,4 +1,4 @@
-"""Weight decay where the server does not see the weights: added to the gradient, before it is sent."""
+"""Weight decay for delta mode, where the server does not have the weights: adds it to the gradients."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from optserve.errors import InvalidArgumentError
 def with_weight_decay(
     grads: Mapping[str, Any], params: Mapping[str, Any], weight_decay: float | Mapping[str, float]
 ) -> dict[str, np.ndarray]:
-    """The gradients of the loss with λ ‖x‖² / 2 added: g + λ x, as `weight_decay` of torch.optim has it.
+    """The gradients of the loss plus λ ‖x‖² / 2, which are g + λ x, as with `weight_decay` of torch.optim.
 
     An optimizer that clips on the server clips this sum. Torch's usual order is the other one: `clip_grad_norm_` bounds
     g, and the optimizer adds λ x to what is left. For that, clip g here, and set no clipping on the server.
 
     Args:
-        grads: By name, of NumPy or torch; not changed. One that is None stays None.
-        params: The present parameters x, at least those that have a gradient; likewise, also torch's own Parameters.
-        weight_decay: λ, finite and not negative, for all parameters, or by name; it is 0 for those not named.
+        grads: The gradients g by name, of NumPy or torch. They are not changed. A gradient that is None stays None.
+        params: The present parameters x by name, of NumPy or torch; at least those that have a gradient.
+        weight_decay: λ, finite and not negative, for all parameters, or by name; 0 for parameters that are not named.
 
     Returns:
-        New arrays of NumPy in the dtypes of the gradients; the gradient itself where λ is 0.
+        New NumPy arrays in the dtypes of the gradients; the gradient itself if λ is 0.
 
     Raises:
         InvalidArgumentError: A λ out of range or of an unknown parameter, or a gradient without a parameter of its
@@ -61,7 +61,7 @@ def _decayed(name: str, gradient: Any, params: Mapping[str, Any], rate: float) -
             f"the parameter {param.dtype}{list(param.shape)}.",
             metadata={"parameter": name},
         )
-    # One new array, and no other.
+    # Makes only one new array.
     decayed = np.multiply(param, param.dtype.type(rate))
     decayed += gradient
     return decayed
