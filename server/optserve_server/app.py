@@ -45,7 +45,7 @@ CLOSING_S = 1.0
 NO_COMPRESSION = 1
 """gRPC's bit set of accepted compression algorithms, with none but the identity."""
 
-LOOKS_PER_IDLE_TIME = 4
+SEARCHES_PER_IDLE_TIME = 4
 """Number of searches for idle steps during `idle_step_s`."""
 
 
@@ -137,7 +137,7 @@ class App:
             self._health.set(status)
 
     def _discard_idle_steps(self) -> None:
-        while not self._stopping.wait(self._config.idle_step_s / LOOKS_PER_IDLE_TIME):
+        while not self._stopping.wait(self._config.idle_step_s / SEARCHES_PER_IDLE_TIME):
             self._optimizers.discard_idle_steps()
 
     def stop(self) -> bool:

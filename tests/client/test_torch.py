@@ -121,7 +121,7 @@ def test_a_state_dict_has_torchs_keys_and_settings(client, name, method):
         (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "no lr_decay"),
         (torch.optim.Adam, "does not belong to Adadelta, Adagrad, RMSprop or SGD"),
         (lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "nesterov": True}], momentum=0.9), "nesterov"),
-        (lambda p: torch.optim.Adadelta(p[:2]), "of 2 parameters, not 4"),
+        (lambda p: torch.optim.Adadelta(p[:2]), "has 2 parameters, not 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

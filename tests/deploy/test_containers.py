@@ -318,7 +318,7 @@ def test_a_server_hears_sigterm_from_the_first_moment_on(engine, image):
         engine("exec", name, "sh", "-c", AT_ONCE)
         assert engine("wait", name).strip().splitlines()[0] == "0"
         log = engine("logs", name)
-        assert "stopped before it had begun" in log
+        assert "stopped before it had started" in log
         assert "serving" not in log
     finally:
         engine("rm", "--force", "--volumes", name)

@@ -191,5 +191,5 @@ def test_a_signal_while_a_server_is_being_loaded_ends_it(tmp_path, entry, module
         # Its own handlers are in place: it stops in order, once it has begun.
         assert "stopped" in done.stderr
     else:
-        assert done.stderr == "optserve serve: stopped before it had begun\n"
+        assert done.stderr == "optserve serve: stopped before it had started\n"
     assert not (tmp_path / "socket").exists()

@@ -177,7 +177,7 @@ def test_the_command_anneals_where_it_is_told_to(server, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--algorithm", "vsgd"), "vsgd has no learning rate to be annealed"),
+        (("--algorithm", "vsgd"), "vsgd has no learning rate that could be annealed"),
         (("--replicas", "2"), "--anneal is for a single trainer"),
         (("--data-dir", "small"), "5000 cannot be held out"),
     ],

@@ -5,22 +5,24 @@
         updates = await opt.step(grads)
 
 Each call runs the synchronous client in a thread. That is about 1.7 times as fast as grpc.aio for tensors, works
-from any number of event loops, and leaves one implementation of retries and resumption (docs/adr/0003).
+with any number of event loops, and needs only one implementation of retries and resumption (docs/adr/0003).
 
-**Cancellation.** A call that is cancelled is interrupted wherever it waits, and `CancelledError` is raised when its
-thread is through with it. From then on nothing reads or writes its arrays; no other call was touched.
+**Cancellation.** A cancelled call is interrupted wherever it waits. `CancelledError` is raised when the thread of the
+call has finished. After that nothing reads or writes the arrays of the call. Other calls are not affected.
 
-- A step (`step`, `begin_step`, `replay`, and a worker's) was applied or not. If it was and its updates did not reach
-  the caller, the next step raises StepInDoubtError. Then `replay` gives them; a worker does `refresh` and `pull`.
-- What only reads has no effect.
-- What changes something else (`create_optimizer`, `update`, `push_parameters`, checkpoints, `import_state`, deletions)
-  was done as a whole or not at all: its answer is still waited for, SETTLE_S at most. Ask, or do it again;
-  `get_or_create_optimizer` goes on from a `create_optimizer` that may have been made, uploads included.
-- Entering a block that is cancelled leaves nothing behind: no connection, and no worker. Leaving one is carried out,
-  cancelled or not; once it is cancelled it takes LEAVE_S at most.
+- A cancelled step (`step`, `begin_step`, `replay`, and a worker's) was either applied or not. If it was applied and its
+  updates did not reach the caller, the next step raises StepInDoubtError. Then `replay` returns the updates; a worker
+  calls `refresh` and `pull`.
+- A cancelled call that only reads has no effect.
+- A cancelled call that changes something else (`create_optimizer`, `update`, `push_parameters`, checkpoints,
+  `import_state`, deletions) was done as a whole or not at all: the client still waits for its answer, at most SETTLE_S.
+  Look up the result, or repeat the call. `get_or_create_optimizer` continues after a `create_optimizer` that may have
+  been done, uploads included.
+- If the entry into a block is cancelled, no connection and no worker remains. The leave of a block is always carried
+  out; after a cancellation it takes at most LEAVE_S.
 
-**Threads.** A step may wait for those of other workers, so each optimizer or worker object has a thread of its own
-while it makes one; further steps on the same object wait for their turn without a thread. All other calls of a client
+**Threads.** A step may wait for steps of other workers, so each optimizer or worker object has a thread of its own
+while it makes a step. Further steps on the same object wait in a queue, without a thread. All other calls of a client
 share MAX_CONCURRENT_CALLS threads.
 """
 
@@ -74,7 +76,7 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         if self._client is not None and self._threads is not None:
-            # It ends every call, so none of their threads is needed, or waited for, for long.
+            # This ends every call, so the wait for the threads is short.
             self._client.close()
             await self._threads.close()
 
@@ -174,7 +176,7 @@ class AsyncClient:
         transport: sync.TransportName = "auto",
         wire_dtype: sync.WireDtype = "native",
     ) -> AsyncWorker:
-        """See `optserve.Client.worker`; to be used in `async with await client.worker(…)`."""
+        """See `optserve.Client.worker`; use it in `async with await client.worker(…)`."""
         client, threads = self._connected
         make = bound(client.worker, name, worker, transport=transport, wire_dtype=wire_dtype)
         return AsyncWorker(await threads.run(make), threads)

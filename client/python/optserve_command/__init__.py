@@ -1,7 +1,7 @@
-"""The command `optserve`, before anything heavy is loaded: signals first, and health checks without the rest.
+"""The first part of the command `optserve`: it sets up signals and makes health checks before it loads anything large.
 
-Loading the client, gRPC and NumPy takes half a second of a core. A container's health check would pay that every ten
-seconds, and a server that is told to stop meanwhile would not hear it. So nothing here imports them.
+The client, gRPC and NumPy take half a second of a core to load. A container's health check would take so long every ten
+seconds, and a server would ignore a signal to stop meanwhile. So nothing here imports them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     if arguments[:1] == ["serve"]:
         end_at_once()
     else:
-        # As the first process of a container a program hears no signal that it has no handler for.
+        # The first process of a container ignores a signal without a handler.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         question = probe.parse(arguments[1:]) if arguments[:1] == ["health"] else None

@@ -1,7 +1,7 @@
-"""Asks a server for its health with a socket alone: a few frames of HTTP/2 that call grpc.health.v1.Health/Check.
+"""Asks a server for its health with only a socket: a few frames of HTTP/2 that call grpc.health.v1.Health/Check.
 
-A gRPC library would take ten times as long to load as the question takes; even dataclasses and json would double that.
-No proxy is asked, whatever the environment names: this is for a server that one is beside.
+A gRPC library would take ten times as long to load as the call takes; even dataclasses and json would double the time.
+It uses no proxy, whatever the environment names, because it is meant for a server on the same host.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY = 0, 1, 3, 4, 6, 7
 _END_STREAM = _ACK = 1
 _END_HEADERS = 4
 _MAX_FRAME_BYTES = 16_384
-"""The largest frame that a server may send to who has asked for no larger ones."""
+"""Largest frame that a server may send to a client that has not allowed larger ones."""
 
 
 class ProbeError(Exception):
-    """There is no answer, or none that says how the server is."""
+    """The server does not answer, or its answer is not a status."""
 
 
 def parse(arguments: list[str]) -> tuple[str, float, bool] | None:
-    """The arguments of `report` from a plain command line; None where another parser has to explain something."""
+    """The arguments of `report` from a simple command line; None if the full parser has to handle it."""
     target, timeout_s, as_json = "", DEFAULT_TIMEOUT_S, False
     rest = [part for item in arguments for part in (item.split("=", 1) if item.startswith("--") else [item])]
     while rest:
@@ -50,11 +50,11 @@ def parse(arguments: list[str]) -> tuple[str, float, bool] | None:
 
 
 def report(target: str, timeout_s: float, as_json: bool) -> int:
-    """Ask, print the answer, and give the exit code: 0 if the server is serving, else 1.
+    """Ask for the health, print the answer, and return the exit code: 0 if the server is serving, else 1.
 
     Args:
         target: HOST:PORT or unix:PATH; empty for the default.
-        timeout_s: How long to wait for the answer, in seconds.
+        timeout_s: Seconds to wait for the answer.
         as_json: Print it as JSON.
     """
     target = target or default_target()
@@ -137,7 +137,7 @@ class _Connection:
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
             + _frame(_SETTINGS, 0, 0)
             + _frame(_HEADERS, _END_HEADERS, 1, fields)
-            # A request without fields, hence without bytes, behind the five of its gRPC header.
+            # A request without fields has no bytes after the five bytes of its gRPC header.
             + _frame(_DATA, _END_STREAM, 1, bytes(5))
         )
         answer = b""
@@ -204,4 +204,4 @@ def _status(answer: bytes) -> str:
         return STATUSES[0]
     if len(answer) == 7 and answer[:6] == b"\0\0\0\0\2\x08" and answer[6] < len(STATUSES):
         return STATUSES[answer[6]]
-    raise ProbeError("gives no status: it is no optserve server, or refuses the call")
+    raise ProbeError("gives no status: it is not an optserve server, or it refuses the call")

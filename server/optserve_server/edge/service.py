@@ -229,14 +229,14 @@ class Servicer:
         messages.check_life(request.life, "life")
         steps = self._find(request.name).steps
         leaving = request.state == replicas_pb2.WORKER_STATE_LEAVING
-        standing = steps.workers.report(request.worker, leaving=leaving, life=request.life)
+        answer = steps.workers.report(request.worker, leaving=leaving, life=request.life)
         response = replicas_pb2.ReportWorkerResponse(
-            live_workers=standing.live_workers,
+            live_workers=answer.live_workers,
             step=steps.step,
-            last_request_id=standing.last_request_id,
-            life=standing.life,
+            last_request_id=answer.last_request_id,
+            life=answer.life,
         )
-        response.lease.FromNanoseconds(int(standing.lease_s * 1e9))
+        response.lease.FromNanoseconds(int(answer.lease_s * 1e9))
         return response
 
     def get_statistics(self, request: statistics_pb2.GetStatisticsRequest) -> statistics_pb2.GetStatisticsResponse:

@@ -57,10 +57,10 @@ class Capacity:
                 limit=self._config.max_optimizers,
             )
 
-    def beside_bytes(self, layout: Layout, settings: Settings) -> int:
+    def temporary_bytes(self, layout: Layout, settings: Settings) -> int:
         """Bytes that an optimizer takes for a while, beside those that it always takes."""
         journalled = self._config.durability == "journal"
-        return footprint.beside_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
+        return footprint.temporary_bytes(layout, settings, self._config.max_pull_bytes, journalled=journalled)
 
     def check_room(
         self,
@@ -68,7 +68,7 @@ class Capacity:
         required_bytes: int,
         optimizers: Sequence[Optimizer],
         reserved_bytes: int,
-        beside_bytes: int = 0,
+        temporary_bytes: int = 0,
     ) -> None:
         """Raise SERVER_FULL unless there is memory for more state.
 
@@ -77,18 +77,18 @@ class Capacity:
             required_bytes: Bytes that it needs.
             optimizers: All optimizers of the server.
             reserved_bytes: Bytes of optimizers that are being created.
-            beside_bytes: Bytes that it takes for a while, see `beside_bytes`.
+            temporary_bytes: Bytes that it takes for a while, see `temporary_bytes`.
         """
         used = reserved_bytes + sum(optimizer.memory_bytes for optimizer in optimizers)
         used += sum(footprint.description_bytes(item.layout, item.settings) for item in optimizers)
-        beside = max((self.beside_bytes(item.layout, item.settings) for item in optimizers), default=0)
-        beside = max(beside, beside_bytes)
+        most = max((self.temporary_bytes(item.layout, item.settings) for item in optimizers), default=0)
+        most = max(most, temporary_bytes)
         for what, setting, needed, limit in (
             ("", "max_state_bytes", required_bytes, self._config.max_state_bytes),
             (
-                f", {beside} of them while a step is recovered or parameters are pulled",
+                f", {most} of them while a step is recovered or parameters are pulled",
                 "memory_bytes, less what the process itself and messages take",
-                required_bytes + beside,
+                required_bytes + most,
                 self._config.room_bytes,
             ),
         ):

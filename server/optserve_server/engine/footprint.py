@@ -22,12 +22,12 @@ def description_bytes(layout: Layout, settings: Settings) -> int:
     return OPTIMIZER_BYTES + parameters + GROUP_BYTES * len(settings.groups) + ENTRY_BYTES * entries
 
 
-def standing_bytes(layout: Layout, settings: Settings) -> int:
+def permanent_bytes(layout: Layout, settings: Settings) -> int:
     """Bytes that an optimizer takes as long as it exists."""
     return State.required_bytes(layout, settings) + description_bytes(layout, settings)
 
 
-def beside_bytes(layout: Layout, settings: Settings, max_pull_bytes: int, *, journalled: bool) -> int:
+def temporary_bytes(layout: Layout, settings: Settings, max_pull_bytes: int, *, journalled: bool) -> int:
     """Bytes that an optimizer takes for a while: in the recovery of a step from the journal, or for a large pull."""
     recovered = len(operands_of(settings.rule)) * layout.size_bytes if journalled else 0
     pulled = layout.size_bytes - max_pull_bytes if settings.hosted else 0

@@ -291,12 +291,14 @@ class Optimizers:
 
     def _reserve(self, optimizer_id: str, request_id: str, layout: Layout, settings: Settings) -> None:
         """Count the memory of an optimizer that is about to be created; called under the lock."""
-        required = footprint.standing_bytes(layout, settings)
-        self._check_room(optimizer_id, required, self.capacity.beside_bytes(layout, settings))
+        required = footprint.permanent_bytes(layout, settings)
+        self._check_room(optimizer_id, required, self.capacity.temporary_bytes(layout, settings))
         self.capacity.check_number(len(self._by_id) + len(self._reserved))
         self._reserved[optimizer_id] = (request_id, required)
 
-    def _check_room(self, optimizer_id: str, required_bytes: int, beside_bytes: int = 0) -> None:
+    def _check_room(self, optimizer_id: str, required_bytes: int, temporary_bytes: int = 0) -> None:
         """Raise SERVER_FULL unless there is room for `required_bytes` more; see `Capacity.check_room`."""
         reserved_bytes = sum(size for _, size in self._reserved.values())
-        self.capacity.check_room(optimizer_id, required_bytes, list(self._by_id.values()), reserved_bytes, beside_bytes)
+        self.capacity.check_room(
+            optimizer_id, required_bytes, list(self._by_id.values()), reserved_bytes, temporary_bytes
+        )

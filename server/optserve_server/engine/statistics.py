@@ -26,17 +26,17 @@ MAX_ELEMENTS = 100_000
 MAX_QUANTILES = 1000
 """Most quantiles of each tensor that one call can ask for."""
 
-MAX_LOOKS = 2
+MAX_CALLS = 2
 """Most calls at a time; each holds copies of its samples."""
 
-LOOK_WAIT_S = 5.0
+WAIT_S = 5.0
 """Seconds that a call waits for others before it is refused with TOO_MANY_STREAMS."""
 
 _SMALLER = 2.0**-64
 """A unit in which the sum of all squares of a sample is finite. Its root is a power of two as well."""
 
 # One for the whole process, so it belongs to no clock. Calls wait here for the arithmetic of other calls only.
-_looks = threading.BoundedSemaphore(MAX_LOOKS)  # noqa: TID251
+_running = threading.BoundedSemaphore(MAX_CALLS)  # noqa: TID251
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -91,21 +91,21 @@ def statistics(optimizer: Optimizer, query: Query) -> tuple[int, list[TensorStat
     _check_counts(optimizer, query, tensors)
     wanted = {tensor: _indices(optimizer, tensor, query) for tensor in tensors}
     max_sample = _max_sample(optimizer, tensors)
-    if not _looks.acquire(timeout=LOOK_WAIT_S):
+    if not _running.acquire(timeout=WAIT_S):
         raise OptserveError(
             Reason.TOO_MANY_STREAMS,
-            f"{MAX_LOOKS} calls are computing statistics, and this server allows no more at a time; try again.",
-            limit=MAX_LOOKS,
+            f"{MAX_CALLS} calls are computing statistics, and this server allows no more at a time; try again.",
+            limit=MAX_CALLS,
         )
     try:
         with optimizer.steps.locked_state() as state:
             optimizer.steps.check_usable()
             step = optimizer.steps.step
-            looks = [_Look(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]
+            samples = [_Samples(optimizer, state, tensor, wanted[tensor], max_sample) for tensor in tensors]
         # The arithmetic follows here, while steps go on.
-        return step, [look.statistics(query.quantiles) for look in looks]
+        return step, [sample.statistics(query.quantiles) for sample in samples]
     finally:
-        _looks.release()
+        _running.release()
 
 
 def _tensors(optimizer: Optimizer, query: Query) -> list[int]:
@@ -180,7 +180,7 @@ def _indices(optimizer: Optimizer, tensor: int, query: Query) -> np.ndarray:
     return np.array(query.indices, np.int64)
 
 
-class _Look:
+class _Samples:
     """Copies of what the statistics of one tensor need, taken while no step is applied."""
 
     def __init__(self, optimizer: Optimizer, state: State, tensor: int, indices: np.ndarray, max_sample: int) -> None:

@@ -1,7 +1,7 @@
 """Makes calls of the synchronous client for event loops. Each call runs in a thread and has its own cancellation.
 
-Cancelling a task ends its own call only, wherever the call waits. The task goes on when the call's thread has finished:
-then nobody writes to the caller's arrays any more, and it is known what the call has done.
+Cancelling a task ends only its own call, wherever the call waits. The task goes on when the call's thread has finished:
+then no thread writes to the caller's arrays any more, and it is known what the call has done.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from optserve.statistics import QUANTILES, Statistics
 
 
 class AsyncOptimizer:
-    """See `optserve.Optimizer`; every method is awaited, and so is every property that asks the server.
+    """See `optserve.Optimizer`. Every method is a coroutine, and so is every property that calls the server.
 
-    Steps come one after the other, also from several tasks.
+    The object makes one step after the other, also for several tasks.
     """
 
     def __init__(self, optimizer: sync.Optimizer, threads: Threads) -> None:
@@ -38,7 +38,7 @@ class AsyncOptimizer:
 
     @property
     def name(self) -> str:
-        """As given to `create_optimizer`."""
+        """The name that `create_optimizer` got."""
         return self._optimizer.name
 
     @property

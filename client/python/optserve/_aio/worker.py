@@ -1,4 +1,4 @@
-"""A worker for asyncio; `optserve.aio` has it."""
+"""The worker of `optserve.aio`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAVE_S = 5.0
 
 
 class AsyncWorker:
-    """See `optserve.Worker`; every method is awaited."""
+    """See `optserve.Worker`. Every method is a coroutine."""
 
     def __init__(self, worker: Worker, threads: Threads) -> None:
         self._worker = worker
@@ -54,7 +54,7 @@ class AsyncWorker:
 
     @property
     def name(self) -> str:
-        """The worker's name, its own among the optimizer's workers."""
+        """The worker's name. No other worker of the optimizer may use it."""
         return self._worker.name
 
     @property
@@ -112,7 +112,7 @@ class AsyncWorker:
         out: Mapping[str, np.ndarray] | None = None,
     ) -> HostedParameters | None:
         """See `optserve.Worker.pull`."""
-        # Set only once the parameters have arrived: the next gradient is taken at them.
+        # Set only after the parameters have reached this task: the next gradient is computed at them.
         found = await self._threads.run(bound(self._optimizer.pull_parameters, names, newer_than=newer_than, out=out))
         if found is not None:
             self._worker._session.at_step = found.step

@@ -83,9 +83,9 @@ def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) ->
     parse: Callable[[bytes], _Header] = message.FromString  # pyright: ignore[reportFunctionMemberAccess]
 
     def decode(raw: bytes) -> Frame[_Header]:
-        place = _data_place(raw) if len(raw) > copied_bytes else None
-        if place is not None:
-            tag, begin = place
+        position = _data_position(raw) if len(raw) > copied_bytes else None
+        if position is not None:
+            tag, begin = position
             header = parse(raw[:tag])
             if header.HasField("chunk"):
                 return Frame(header, memoryview(raw)[begin:])
@@ -100,7 +100,7 @@ def decoder(message: Callable[[], _Header], copied_bytes: int = COPIED_BYTES) ->
     return decode
 
 
-def _data_place(raw: bytes) -> tuple[int, int] | None:
+def _data_position(raw: bytes) -> tuple[int, int] | None:
     """(position of the tag of `data`, position of its content), if `data` is the last field and appears once.
 
     Otherwise, and in any doubt, None; then the generated code decodes the message.

@@ -1,4 +1,4 @@
-"""The command `optserve`. What a subcommand needs is imported when it runs, so that help is quick."""
+"""The command `optserve`. A subcommand imports its modules when it runs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point of the command. Whatever the client or the system refuses ends it with a sentence."""
+    """Entry point of the command. An error of the client or of the system ends it with a sentence and exit code 1."""
     try:
         from optserve.cli.app import app
         from optserve.cli.console import show_error, words
@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit("The command line needs a few more packages: pip install 'optserve[cli]', or 'optserve[server]'.")
     from optserve.errors import OptserveError
 
-    # What an encoding of the terminal does not have is shown as an escape.
+    # Characters that the encoding of the terminal lacks are printed as escapes.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -1,4 +1,4 @@
-"""The subcommands, put together."""
+"""Puts the subcommands together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="An optimizer as a service: a server keeps the state of ADADELTA and its relatives, takes gradients, gives "
-    "updates.",
+    help="An optimizer as a service: a server keeps the state of ADADELTA and its relatives, takes gradients, and "
+    "returns updates.",
 )
 
 
@@ -32,10 +32,10 @@ def options(
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """The options of the command itself, which has no docstring to show: its help is above."""
+    """The options of the command itself. Its help text is above."""
 
 
-# The options of these are the server's own, --help included.
+# The server defines the options of these commands, --help included.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASSED_ON)(server.serve)
 app.command(context_settings=_PASSED_ON)(server.journal)

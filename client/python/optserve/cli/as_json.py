@@ -1,4 +1,4 @@
-"""The option --json: what a command shows, for programs. Keys are never renamed; new ones may be added."""
+"""The option --json, which prints the output of a command for programs. Keys are never renamed; new keys may come."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, with keys that s
 
 def print_json(value: Any) -> None:
     """Print a value of dicts, lists, strings and numbers; numbers that JSON does not have are strings."""
-    # ASCII alone, so that nothing in it steers a terminal.
+    # Only ASCII, so that no character controls a terminal.
     typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message of the contract under its own field names, with its defaults.
+    """A message of the contract as a dict, by field name, with its defaults.
 
     Times are in ISO 8601, durations in seconds, enumerations by name. Fields of a oneof that are not set are left out.
     """

@@ -62,7 +62,7 @@ def save(
     target: Target = DEFAULT_TARGET,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a copy of that name.")] = False,
 ) -> None:
-    """Take a checkpoint of what an optimizer is now."""
+    """Take a checkpoint of the present state of an optimizer."""
     from optserve import connect
 
     with connect(target) as client, console.status(Text(clean(f"saving {tag} …"))):
@@ -72,7 +72,7 @@ def save(
 
 @app.command()
 def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
-    """Roll an optimizer back to a checkpoint. Clients that are stepping it are told at their next step."""
+    """Replace the state of an optimizer by a checkpoint. Other clients of it get an error at their next step."""
     from optserve import connect
 
     with connect(target) as client:
@@ -80,7 +80,7 @@ def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fa
         found = _find(client, name, tag)
         if not yes:
             question = (
-                f"Give up what {name!r} is at step {optimizer.current_step:,} for {tag!r} of step {found.step:,}?"
+                f"Replace the state of {name!r} at step {optimizer.current_step:,} by {tag!r} of step {found.step:,}?"
             )
             typer.confirm(clean(question), abort=True)
         with console.status(Text(clean(f"restoring {tag} …"))):
@@ -90,7 +90,7 @@ def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fa
 
 @app.command()
 def delete(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
-    """Delete a checkpoint; its optimizer need not exist any more."""
+    """Delete a checkpoint. Its optimizer may be deleted already."""
     from optserve import connect
 
     with connect(target) as client:
@@ -103,7 +103,7 @@ def delete(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fal
 
 
 def _find(client: Client, name: str, tag: str) -> Checkpoint:
-    """The checkpoint of that tag; nothing is asked about one that does not exist."""
+    """The checkpoint of that tag; ends the command if it does not exist, before any question."""
     found = [item for item in client.list_checkpoints(name) if item.tag == tag]
     if not found:
         fail(f"{name!r} has no checkpoint {tag!r} on this server.")

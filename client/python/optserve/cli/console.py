@@ -1,6 +1,6 @@
-"""What the subcommands share: what they print, how errors end them, and the option --target.
+"""Functions that the subcommands share: output, errors, and the option --target.
 
-Names, paths and what a server says are text: they are never taken for markup, and reach the terminal without control
+Names, paths and messages of a server are text: they are never markup, and reach the terminal without control
 characters.
 """
 
@@ -32,11 +32,11 @@ _STEERING = re.compile(
     r"\u2028\u2029\ud800-\udfff]"  # other ends of lines; halves of characters, from file names that are no text
 )
 _MIN_FOLDED_WIDTH = 16
-"""Characters that a folded column keeps at least; below that a table is shown cell by cell."""
+"""Least width of a folded column; if less room is left, the table is shown cell by cell."""
 
 
 def clean(text: str, *, one_line: bool = False) -> str:
-    r"""Text in which whatever would steer a terminal is written as an escape, such as \x1b.
+    r"""Text in which characters that control a terminal are written as escapes, such as \x1b.
 
     Args:
         text: From a server, a file or a user.
@@ -54,7 +54,7 @@ def say(*parts: str | tuple[str, str], style: str = "", to: Console = console) -
 
 
 def show_error(message: str, command: str = "optserve") -> None:
-    """Show an error on standard error; lines after its first are indented, so that they pass for nothing else."""
+    """Show an error on standard error. Later lines are indented, so that they look like a part of the error."""
     indented = message.replace("\n", "\n  ")
     say((f"{command}:", "red"), f" {indented}", to=errors)
 
@@ -66,17 +66,17 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def words(error: Exception) -> str:
-    """An exception in a sentence; an OSError with the file and without its number."""
+    """An exception as a sentence; an OSError with its file and without its number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."
     return str(error)
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work, not after it, that its result cannot be written to this path.
+    """Check before the work that its result can be written to this path.
 
     Raises:
-        OSError: Why it cannot. Nothing was changed.
+        OSError: It cannot be written. Nothing was changed.
     """
     existed = path.exists()
     with path.open("ab"):
@@ -93,26 +93,26 @@ def show_table(
     right: Collection[str] = (),
     folded: str = "",
 ) -> None:
-    """Print a table of which nothing is ever cut.
+    """Print a table without cutting anything.
 
-    In a pipe it is as wide as its cells. On a terminal that is too narrow one column is folded, and where that does
-    not do, every cell has a line of its own.
+    In a pipe the table is as wide as its cells. On a terminal that is too narrow, one column is folded; if that is not
+    enough, every cell has a line of its own.
 
     Args:
-        columns: Headers.
-        rows: Cells.
-        title: Above the table.
-        right: Columns of numbers, to be aligned on the right.
+        columns: Headers of the columns.
+        rows: Cells of each row.
+        title: Text above the table.
+        right: Columns of numbers, which are aligned on the right.
         folded: The column that may be folded; the first by default.
     """
     rows = [[clean(cell, one_line=True) for cell in row] for row in rows]
     if title:
         say((title, "bold"))
     widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
-    turn = columns.index(folded) if folded else 0
+    folded_index = columns.index(folded) if folded else 0
     total = sum(widths) + 3 * len(columns) + 1
     width = console.width if console.is_terminal else total
-    if total - max(widths[turn] - _MIN_FOLDED_WIDTH, 0) > width:
+    if total - max(widths[folded_index] - _MIN_FOLDED_WIDTH, 0) > width:
         _show_cells(columns, rows)
         return
     table = Table()
@@ -120,8 +120,8 @@ def show_table(
         table.add_column(
             Text(column),
             justify="right" if column in right else "left",
-            min_width=None if index == turn else widths[index],
-            no_wrap=index != turn,
+            min_width=None if index == folded_index else widths[index],
+            no_wrap=index != folded_index,
             overflow="fold",
         )
     for row in rows:
@@ -131,8 +131,8 @@ def show_table(
 
 def _show_cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     width = max(map(len, columns))
-    for turn, row in enumerate(rows):
-        if turn:
+    for number, row in enumerate(rows):
+        if number:
             say("")
         for column, cell in zip(columns, row, strict=True):
             say((f"{column:<{width}}", "dim"), f"  {cell}")

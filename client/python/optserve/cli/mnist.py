@@ -83,20 +83,20 @@ def command(  # noqa: PLR0913 - one for each option
 
 
 def _check_they_go_together(algorithm: str, replicas: int, anneal: str) -> None:
-    """End with a usage error where one option is of no use beside another."""
+    """End with a usage error if two options exclude each other."""
     kind = algorithms.ALGORITHMS[algorithm]
     if replicas > 1 and kind.takes_curvature:
         fail(f"{algorithm} takes curvature, which replicas do not send.", 2)
     if replicas > 1 and anneal != "none":
-        fail("--anneal is for a single trainer; replicas have nobody who looks at a plateau for all of them.", 2)
+        fail("--anneal is for a single trainer; replicas have no common test for a plateau.", 2)
     if anneal != "none" and not hasattr(kind, "learning_rate"):
-        fail(f"{algorithm} has no learning rate to be annealed.", 2)
+        fail(f"{algorithm} has no learning rate that could be annealed.", 2)
 
 
 def _together(
     replicas: int, consistency: str, push_every: int, fetch_every: int, *, scale_by_staleness: bool
 ) -> Together | None:
-    """How replicas come together; None for a single trainer."""
+    """The options of replicas; None for a single trainer."""
     from optserve_demo.mnist.replicas import Together, consistency_from
 
     if replicas == 1:
@@ -115,7 +115,7 @@ def _dataset(data_dir: Path | None) -> Dataset:
 
 
 def _write(report: Report, json: Path | None, plot: Path | None) -> None:
-    """The files that were asked for."""
+    """Write the report and the plot, if the user asks for them."""
     if json:
         report.write(json)
         say(f"Report: {json}")
@@ -137,7 +137,7 @@ def _method(name: str, settings: dict[str, float | None]) -> algorithms.Algorith
 
 
 def _check_outputs(json: Path | None, plot: Path | None) -> None:
-    """Find out before the training, not after it, that its results cannot be written."""
+    """Check before the training that its results can be written."""
     for path in filter(None, (json, plot)):
         if not path.parent.is_dir():
             fail(f"There is no folder {path.parent} to write {path.name} to.", 2)
@@ -212,7 +212,7 @@ def _run(
                 )
                 train_replicas(task, client, name, together, on_progress)
     finally:
-        # A server that is gone has nothing to be tidied, and must not hide why the training ended.
+        # If the server is gone, there is nothing to delete; this error must not hide why the training ended.
         with suppress(OptserveError):
             client.delete_optimizer(name, missing_ok=True, timeout_s=5.0)
     say(
@@ -224,7 +224,7 @@ def _run(
 
 @contextmanager
 def _display(epochs: int, report: Report, target: str) -> Iterator[Any]:
-    """A live display on a terminal, and everywhere a line per epoch and what there is to say of an outage."""
+    """A live display on a terminal; in every case a line per epoch, and lines about outages."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from optserve import ClientConfig

@@ -12,7 +12,7 @@ from optserve import algorithms
 if TYPE_CHECKING:
     MethodName = str
 else:
-    # Every one that the package has; a type checker wants them spelled out.
+    # All methods of the package. A type checker would need a literal list.
     MethodName = Literal[tuple(algorithms.ALGORITHMS)]
 AnnealName = Literal["none", "plateau"]
 ActivationName = Literal["tanh", "relu", "logistic"]
@@ -38,12 +38,12 @@ Anneal = Annotated[
 Patience = Annotated[int, typer.Option(min=1, max=10_000, help="Epochs, see --anneal.")]
 Activation = Annotated[ActivationName, typer.Option(help="Hidden units.")]
 Epochs = Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the training images.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the initial weights and the order of the images.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial weights and of the order of the images.")]
 Replicas = Annotated[
     int, typer.Option(min=1, max=4096, help="Replicas that share the weights, which the server then holds.")
 ]
 ConsistencyText = Annotated[
-    str, typer.Option(help="How replicas come together: async, bounded:S, sync, or sync:B with B backup workers.")
+    str, typer.Option(help="Consistency of replicas: async, bounded:S, sync, or sync:B with B backup workers.")
 ]
 ScaleByStaleness = Annotated[
     bool,

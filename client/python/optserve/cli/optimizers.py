@@ -1,4 +1,4 @@
-"""optserve optimizers: look at, delete, export and import what a server keeps."""
+"""optserve optimizers: lists, shows, deletes, exports and imports the optimizers of a server."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def export(
 
     if file.exists() and not overwrite:
         fail(f"{file} exists; --overwrite replaces it.")
-    # The state is written under this name first; better to find out before it has travelled that it cannot be.
+    # The state is written under this name first. Checked before the transfer, which may take long.
     check_writable(file.with_name(f"{file.name}.tmp"))
     with connect(target) as client, _transferring("exporting") as on_progress:
         state = client.optimizer(name).export_state(on_progress=on_progress)
@@ -149,12 +149,12 @@ def import_(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="Leave behind schedule, clipping, groups, weight_decay, consistency or parameters; may be repeated."
+            help="Leave out schedule, clipping, groups, weight_decay, consistency or parameters; may be repeated."
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before an optimizer's state is replaced.")] = False,
 ) -> None:
-    """Bring a state and its settings into an optimizer, which is made if there is none of that name."""
+    """Import a state and its settings into an optimizer. If there is no optimizer of that name, create it."""
     from optserve import NotFoundError, OptimizerState, connect
 
     with connect(target) as client:
@@ -166,7 +166,7 @@ def import_(
                 client.create_optimizer_from_state(name, state, on_progress=on_progress)
         else:
             if not yes:
-                typer.confirm(clean(f"Replace what {name!r} is at step {optimizer.current_step:,}?"), abort=True)
+                typer.confirm(clean(f"Replace the state of {name!r} at step {optimizer.current_step:,}?"), abort=True)
             with _transferring("importing") as on_progress:
                 optimizer.import_state(state, on_progress=on_progress)
     say(f"Imported {name}: step {state.step:,}.")
@@ -174,7 +174,7 @@ def import_(
 
 @contextmanager
 def _transferring(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for the length of a with-block, and what tells it."""
+    """A progress bar for the length of a with-block; gives a function that updates it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=None)

@@ -1,4 +1,4 @@
-"""Says, during a run, that its server does not answer, and when it is back: clients wait for it without a word."""
+"""Prints during a run that the server does not answer, and when it answers again. Clients themselves wait silently."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from optserve.cli.console import console, say
 from optserve_command import probe
 
 QUIET_S = 3.0
-"""A run without a step for so long has its server asked how it is."""
+"""Seconds without a step after which the run asks the server for its health."""
 
 _PROBE_TIMEOUT_S = 2.0
 
 
 @contextmanager
 def reporting_outages(target: str, timeout_s: float) -> Iterator[Callable[[], None]]:
-    """Watch a run for the length of a with-block; what is given is to be called at every step.
+    """Watch a run for the length of a with-block; gives a function that the run has to call at every step.
 
     Args:
         target: The server.
-        timeout_s: How long a step waits for it, in seconds.
+        timeout_s: Seconds that a step waits for the server.
     """
     watch = _Watch(target, timeout_s)
     thread = threading.Thread(target=watch.run, name="outages", daemon=True)
@@ -45,23 +45,23 @@ class _Watch:
         self._last_step_at = time.monotonic()
 
     def run(self) -> None:
-        stood_since: float | None = None
+        stopped_at: float | None = None
         while not self.ended.wait(QUIET_S / 6):
             last_step_at = self._last_step_at
-            if stood_since is not None:
-                if last_step_at > stood_since:
-                    say(f"{self._target} answers again after {last_step_at - stood_since:.0f} s.", to=console)
-                    stood_since = None
+            if stopped_at is not None:
+                if last_step_at > stopped_at:
+                    say(f"{self._target} answers again after {last_step_at - stopped_at:.0f} s.", to=console)
+                    stopped_at = None
             elif time.monotonic() - last_step_at > QUIET_S:
                 reason = self._reason()
-                # While it was asked, a step may have come.
+                # A step may have ended while the server was asked.
                 if reason and self._last_step_at == last_step_at and not self.ended.is_set():
                     say(f"No step for {time.monotonic() - last_step_at:.0f} s: {reason}", style="yellow", to=console)
                     say(f"Waiting for {self._target}, for up to {self._timeout_s:.0f} s.", style="yellow", to=console)
-                    stood_since = last_step_at
+                    stopped_at = last_step_at
 
     def _reason(self) -> str:
-        """Why the server makes no steps; empty where it is serving."""
+        """Why the server makes no steps; empty if it is serving."""
         try:
             status = probe.ask(self._target, _PROBE_TIMEOUT_S)
         except probe.ProbeError as error:

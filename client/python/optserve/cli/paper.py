@@ -1,4 +1,4 @@
-"""optserve paper: run the paper's experiments again."""
+"""optserve paper: runs the paper's experiments."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ExperimentName = Literal[
 def command(  # noqa: PLR0913 - one for each option
     experiment: Annotated[ExperimentName, typer.Argument(help="What to run.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few short runs, to see that all of it works; not comparable.")
+        bool, typer.Option("--quick", help="A few short runs, to check that everything works; not comparable.")
     ] = False,
     seeds: Annotated[
         Optional[int], typer.Option(min=1, max=100, help="Runs of each setting.", show_default="the experiment's")
     ] = None,
     jobs: Annotated[int, typer.Option(min=0, max=256, help="Runs at a time; 0 for one per core that may be used.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for results; runs that are in it are not made again.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for results; runs with a result in it are skipped.")] = Path(
         "out/paper"
     ),
     target: Annotated[
@@ -39,10 +39,10 @@ def command(  # noqa: PLR0913 - one for each option
     ] = None,
     backend: Annotated[str, typer.Option(help="Backend of the local server.")] = "auto",
 ) -> None:
-    """Run experiments of the ADADELTA paper through the service and set its numbers beside ours.
+    """Run experiments of the ADADELTA paper through the service, and compare the results with the paper's numbers.
 
-    All runs share one server; each is an optimizer of its own. What was run before with the same settings is not run
-    again, so an interrupted command goes on where it was.
+    All runs share one server; each run has its own optimizer. Runs that have a result with the same settings are
+    skipped, so an interrupted command continues where it was.
     """
     from optserve import local_server
     from optserve._common.machine import usable_cores
@@ -52,7 +52,7 @@ def command(  # noqa: PLR0913 - one for each option
     if find_spec("matplotlib") is None or find_spec("threadpoolctl") is None:
         fail("The experiments need matplotlib and threadpoolctl: pip install 'optserve[plots]'.", 2)
     try:
-        # Fetched once, before many processes want it.
+        # Fetched once, before many processes need it.
         load(data_dir, lambda line: say(line, style="dim"))
     except DataError as error:
         fail(str(error))
@@ -76,7 +76,7 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
     plans = [plan for seed in range(seeds) for plan in experiment.runs(seed, quick)]
     results = {plan.key: at_work.kept(folder, plan) for plan in plans}
     if any(plan.replicas for plan in plans):
-        # They compute on all cores, and their time is told.
+        # Replicas compute on all cores, and their time is reported.
         jobs = 1
     missing = [plan for plan in plans if results[plan.key] is None]
     if len(missing) < len(plans):
@@ -107,10 +107,10 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
             ended = "diverged" if result.diverged else f"{result.test_errors[-1]:.2f} %"
             say(f"{name} {result.key}: {ended} in {result.seconds:.0f} s", style="dim", to=progress.console)
     there = [result for result in results.values() if result is not None]
-    # Label by label, in the order of the plan, whatever the order in which they ended.
+    # In the order of the plan, whatever the order in which the runs ended.
     table = report.rows(experiment, there)
     files = report.write(experiment, table, out, quick=quick) + figures.draw(experiment, there, out)
     text = report.markdown(experiment, table, quick=quick)
-    # In a pipe as it is, so that nothing is cut to the width of a terminal.
+    # In a pipe without formatting, so that nothing is cut to the width of a terminal.
     console.print(Markdown(text)) if console.is_terminal else say(text)
     say(f"Written: {', '.join(map(str, files))}")

@@ -1,4 +1,4 @@
-"""optserve serve, journal, config, health and info: run a server, look at its folder and settings, ask how it is."""
+"""optserve serve, journal, config, health and info: run a server, inspect its folder, settings, health and limits."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def journal(context: typer.Context) -> None:
 
 
 def config(context: typer.Context) -> None:
-    """List what can be set in a server's TOML file, and what a given file sets. `optserve config --help` has more."""
+    """List the settings for a server's TOML file, and those that a given file sets. See `optserve config --help`."""
     _run("optserve_server.cli.config", "optserve config", context.args)
 
 
 def _run(module: str, name: str, arguments: list[str]) -> None:
-    """Run a program of the server, whose package the client's never imports."""
+    """Run a program of the server as its own main module: the client never imports the server."""
     if find_spec("optserve_server") is None or find_spec("grpc_reflection") is None:
-        fail("The server is not installed; pip install 'optserve[server,numba]' brings it.")
+        fail("The server is not installed; pip install 'optserve[server,numba]' installs it.")
     sys.argv = [name, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -47,7 +47,7 @@ def health(
 
 
 def info(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
-    """Show what a server is, can do and accepts."""
+    """Show the version, the backend, the limits and the features of a server."""
     from optserve import connect
     from optserve.v1 import service_pb2
 

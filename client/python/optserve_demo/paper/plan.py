@@ -185,8 +185,8 @@ def _replicas(
     return runs
 
 
-_PAPER_1 = {f"{method}-{rate}": row[turn] for method, row in _TABLE_1.items() for turn, rate in enumerate(RATES)}
-_PAPER_2 = {f"eps{eps}-rho{rho}": row[turn] for eps, row in _TABLE_2.items() for turn, rho in enumerate(RHOS)}
+_PAPER_1 = {f"{method}-{rate}": row[number] for method, row in _TABLE_1.items() for number, rate in enumerate(RATES)}
+_PAPER_2 = {f"eps{eps}-rho{rho}": row[number] for eps, row in _TABLE_2.items() for number, rho in enumerate(RHOS)}
 
 EXPERIMENTS = {
     experiment.name: experiment

@@ -7,7 +7,7 @@ import logging
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.owner import Owner
-from optserve_server.engine.workers.registry import Standing, Worker, WorkerRegistry
+from optserve_server.engine.workers.registry import ReportAnswer, Worker, WorkerRegistry
 from optserve_server.engine.workers.worker_slot import WorkerSlot
 from optserve_server.engine.workers.worker_steps import WorkerSteps
 from optserve_server.numerics.shared_segment import Segment
@@ -55,7 +55,7 @@ class Workers:
         lock, steps = self._clock.rlock(), self.steps
         return WorkerSlot(self._name, self._state, lock, steps.commit, self._idle_step_s, steps.step_ended, self._clock)
 
-    def report(self, name: str, *, leaving: bool, life: int = 0) -> Standing:
+    def report(self, name: str, *, leaving: bool, life: int = 0) -> ReportAnswer:
         """Handle a report: register a life of a worker, renew its lease, or end the life.
 
         Args:
@@ -79,7 +79,9 @@ class Workers:
             elif worker is None or life or not (worker.life and worker.alive):
                 worker = self._admit(name, life, lease_s)
             last_request_id = worker.step_slot.last_request_id if worker else ""
-            return Standing(lease_s, len(self.registry.alive), last_request_id, life or self.registry.new_life(name))
+            return ReportAnswer(
+                lease_s, len(self.registry.alive), last_request_id, life or self.registry.new_life(name)
+            )
 
     def _admit(self, name: str, life: int, lease_s: float) -> Worker:
         """Make a life of a worker alive, and end the earlier ones."""

@@ -60,7 +60,7 @@ class Worker:
         self.lease_until = max(self.lease_until, self.monotonic() + lease_s)
 
 
-class Standing(NamedTuple):
+class ReportAnswer(NamedTuple):
     """The answer to a worker's report.
 
     Attributes:

@@ -104,10 +104,10 @@ class CupyBackend(Backend):
             with self._device:
                 streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
                 buffers = [[cupy.empty(min(BLOCK, staged.size), dtype) for _ in operand_parts] for _ in streams]
-                for turn, low in enumerate(range(0, staged.size, BLOCK)):
+                for number, low in enumerate(range(0, staged.size, BLOCK)):
                     part = slice(low, min(low + BLOCK, staged.size))
-                    stream = streams[turn % 2]
-                    blocks = [buffer[: part.stop - low] for buffer in buffers[turn % 2]]
+                    stream = streams[number % 2]
+                    blocks = [buffer[: part.stop - low] for buffer in buffers[number % 2]]
                     with stream:
                         for block, host in zip(blocks, operand_parts, strict=True):
                             block.set(host[part], stream=stream)
