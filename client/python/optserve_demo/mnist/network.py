@@ -28,7 +28,7 @@ def _he(fan_in: int, _fan_out: int) -> float:
 
 
 def _logistic(z: np.ndarray) -> np.ndarray:
-    # By way of tanh, which does not overflow.
+    # Computed from tanh, which does not overflow.
     z *= 0.5
     np.tanh(z, out=z)
     z += 1
@@ -49,14 +49,14 @@ HIDDEN = (500, 300)
 class Network:
     """Weights and biases by name (`w1`, `b1`, …), float32.
 
-    The paper does not state its initialisation. Ours: biases at 0, weights uniform around 0 with Glorot's variance
-    2 / (fan_in + fan_out), and with He's, 2 / fan_in, in front of rectified linear units.
+    The paper does not state its initialisation. Here biases are 0, and weights are uniform around 0, with Glorot's
+    variance 2 / (fan_in + fan_out), or with He's variance 2 / fan_in before rectified linear units.
 
     Args:
         sizes: Units of each layer, input and output included.
-        activation: Of the hidden layers, a key of ACTIVATIONS.
+        activation: The activation of the hidden layers, a key of ACTIVATIONS.
         rng: Source of the initial weights.
-        small: Take weights within 1 / √fan_in instead, a variance of 1 / (3 fan_in).
+        small: Draw weights within 1 / √fan_in instead, with variance 1 / (3 fan_in).
     """
 
     def __init__(self, sizes: Sequence[int], activation: str, rng: np.random.Generator, *, small: bool = False) -> None:
@@ -71,7 +71,7 @@ class Network:
         self.grads = {name: np.zeros_like(param) for name, param in self.params.items()}
 
     def loss_and_gradients(self, images: np.ndarray, labels: np.ndarray, *, with_curvature: bool = False) -> float:
-        """The mean cross-entropy of a batch; its gradients go to `grads`, which is overwritten.
+        """Compute the mean cross-entropy of a batch, and write its gradients into `grads`.
 
         With curvature, the diagonal of its Hessian goes to `curvature` as well, by the propagation of Becker and LeCun,
         "Improving the convergence of back-propagation learning with second order methods", 1988: second derivatives
@@ -80,7 +80,7 @@ class Network:
         Args:
             images: float32, of shape (batch, pixels).
             labels: Integers, of shape (batch,).
-            with_curvature: For the methods that take it; costs about as much again.
+            with_curvature: Compute the curvature too, for methods that need it. Takes about twice the time.
         """
         outputs = self._forward(images)
         rows = np.arange(len(labels))
@@ -115,7 +115,7 @@ class Network:
 
     @cached_property
     def curvature(self) -> dict[str, np.ndarray]:
-        """The diagonal of the Hessian, like `grads`; made when it is first asked for."""
+        """The diagonal of the Hessian, in the form of `grads`; made at the first use."""
         return {name: np.zeros_like(param) for name, param in self.params.items()}
 
     def error(self, images: np.ndarray, labels: np.ndarray, batch: int = 1000) -> float:

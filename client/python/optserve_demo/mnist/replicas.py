@@ -1,4 +1,4 @@
-"""Many replicas train one network: each on its own share of the images, with the weights that the server holds."""
+"""Trains one network with many replicas. Each has its own share of the images; the server holds the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optserve_demo.mnist.network import Network
 from optserve_demo.mnist.train import BATCH, Epoch, Progress, Task, new_network
 
 MIN_IMAGES = BATCH
-"""Images that each replica must have at least."""
+"""Least number of images of each replica."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class Together:
     fetch_every: int = 1
 
     def __post_init__(self) -> None:
-        """Raise InvalidArgumentError for what does not go together."""
+        """Raise InvalidArgumentError if the options exclude each other."""
         if isinstance(self.consistency, Sync) and (self.push_every, self.fetch_every) != (1, 1):
-            raise InvalidArgumentError("In sync every batch is a step of all; push and fetch every single one.")
+            raise InvalidArgumentError(
+                "In sync every batch is a step of all replicas, so push and fetch at every batch."
+            )
 
 
 def consistency_from(text: str, replicas: int, *, scale_by_staleness: bool = False) -> Consistency:
@@ -110,9 +112,9 @@ class _Training:
         self._together, self._epochs, self._seed = together, task.epochs, task.seed
         order = np.random.default_rng([task.seed, 2]).permutation(len(task.dataset.train_labels))
         self._shares = np.array_split(order, together.replicas)
-        # As many batches for each as for the smallest, so that in sync nobody is left alone.
+        # Each replica has as many batches as the smallest, so that in sync no replica is left alone.
         self._batches = max(1, round(len(self._shares[-1]) / BATCH))
-        # As many compute at a time as there are cores; more would be slower, and OpenBLAS crashes from 64 threads on.
+        # At most one thread per core computes at a time. More would be slower, and OpenBLAS crashes from 64 threads on.
         self._cores = _FairLimit(usable_cores())
         self._start = time.perf_counter()
         self._stop = threading.Event()
@@ -121,11 +123,11 @@ class _Training:
         self._staleness_sum = self._stalest = self._late = 0
         self._failure: BaseException | None = None
         self._workers: list[Worker] = []
-        # What the caller has set; threads begin with NumPy's own.
+        # The caller's setting; new threads begin with NumPy's default.
         self._on_overflow = np.geterr()
 
     def run(self, number: int) -> None:
-        """One replica, in a thread of its own."""
+        """Run one replica, in its own thread."""
         try:
             with np.errstate(**self._on_overflow):
                 self._train(number)
@@ -154,7 +156,7 @@ class _Training:
                 if together.push_every > 1:
                     for name, grad in own.grads.items():
                         mean[name] += grad / np.float32(together.push_every)
-                # What is left in the end is pushed as well.
+                # The gradients that are left at the end are pushed too.
                 pushing = made % together.push_every == 0 or made == self._epochs * self._batches
                 fetching = made % together.fetch_every == 0
                 if pushing:
@@ -169,12 +171,12 @@ class _Training:
                     self._changed.notify()
 
     def _done(self, worker: Worker, made: int) -> bool:
-        # In sync all stop at the same step, so that nobody waits for who has done its share.
+        # In sync all replicas stop at the same step, so that none waits for a replica that has finished.
         sync = isinstance(self._together.consistency, Sync)
         return self._stop.is_set() or ((worker.at_step or 0) if sync else made) >= self._epochs * self._batches
 
     def _push(self, worker: Worker, grads: dict[str, np.ndarray], params: dict[str, np.ndarray] | None) -> None:
-        """Send gradients, and take the new weights if some are wanted."""
+        """Send gradients, and receive the new weights if the replica needs them."""
         late = False
         try:
             worker.step(grads, out=params, reply="nothing" if params is None else "parameters")
@@ -187,13 +189,13 @@ class _Training:
             self._stalest = max(self._stalest, worker.staleness)
 
     def _choices(self, number: int) -> Iterator[np.ndarray]:
-        """A replica's images in batches, again and again, in another order each time."""
+        """A replica's images in batches, for ever, in a new order for each pass."""
         rng = np.random.default_rng([self._seed, 3, number])
         while True:
             yield from np.array_split(rng.permutation(self._shares[number]), self._batches)
 
     def watch(self, network: Network, threads: list[threading.Thread], on_progress: Callable[[Progress], None]) -> None:
-        """Tell of the progress, and look at the weights whenever all images have been gone through once more."""
+        """Report the progress, and test the weights after every pass over all images."""
         optimizer, report = self._client.optimizer(self._name), self._report
         batches = self._batches * self._together.replicas
         test_error = report.initial_test_error
@@ -222,7 +224,7 @@ class _Training:
             report.settings["mean_staleness"] = round(self._staleness_sum / max(applied, 1), 2)
 
     def end(self, threads: list[threading.Thread]) -> None:
-        """Wait for all replicas, none of which has to wait for the others any more."""
+        """Wait for all replicas. None of them waits for others any more."""
         self._stop.set()
         for thread in threads:
             while thread.is_alive():
@@ -232,7 +234,7 @@ class _Training:
 
 
 class _FairLimit:
-    """Lets `count` threads run at a time, first come, first served.
+    """Lets `count` threads run at a time, in the order in which they come.
 
     A semaphore would let a thread that comes back overtake those that wait, whose weights grow stale meanwhile.
     """
@@ -244,7 +246,7 @@ class _FairLimit:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Be one of these threads for the length of a with-block."""
+        """Wait until this thread may run, for the length of a with-block."""
         with self._lock:
             admitted = threading.Event()
             if self._free:

@@ -1,4 +1,4 @@
-"""The training loop: batches in, gradients to the server, updates onto the parameters, a report at the end."""
+"""The training loop: it sends gradients of batches to the server, adds the updates to the parameters, and reports."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Plateau:
     held_out: int = 5000
 
     def __post_init__(self) -> None:
-        """Raise InvalidArgumentError for what cannot be."""
+        """Raise InvalidArgumentError for impossible values."""
         if not 0 < self.factor < 1:
-            raise InvalidArgumentError(f"factor must lie in (0, 1), not at {self.factor!r}.")
+            raise InvalidArgumentError(f"factor must lie in (0, 1); it is {self.factor!r}.")
         for name in ("patience_epochs", "held_out"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, not {getattr(self, name)!r}.")
@@ -51,13 +51,13 @@ class _Annealing:
         self, plateau: Plateau, optimizer: Optimizer, report: Report, images: np.ndarray, labels: np.ndarray
     ) -> None:
         if not hasattr(optimizer.algorithm, "learning_rate"):
-            raise InvalidArgumentError(f"{optimizer.algorithm.name} has no learning rate to be annealed.")
+            raise InvalidArgumentError(f"{optimizer.algorithm.name} has no learning rate that could be annealed.")
         self._plateau, self._optimizer, self._report = plateau, optimizer, report
         self._images, self._labels = images, labels
         self._lowest, self._since = float("inf"), 0
 
     def look(self, epoch: int, network: Network) -> None:
-        """See what an epoch has done to the held-out error, and lower the learning rate if it is time."""
+        """Compute the held-out error after an epoch, and lower the learning rate if the error has not fallen."""
         error = network.error(self._images, self._labels)
         self._since = 0 if error < self._lowest else self._since + 1
         self._lowest = min(self._lowest, error)
@@ -118,7 +118,7 @@ class Report:
         return self.epochs[-1].test_error if self.epochs else self.initial_test_error
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         content = asdict(self) | {"test_error": self.test_error}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -211,7 +211,7 @@ def train(
 
 
 def _hold_out(count: int, images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images that are trained on, and of those that are held out."""
+    """Indices of the training images, and of the held-out images."""
     if count >= images:
         raise InvalidArgumentError(f"Of {images} training images {count} cannot be held out.")
     held_out, trained = np.split(np.random.default_rng([seed, 4]).permutation(images), [count])
@@ -239,7 +239,7 @@ class _Loop:
         self._updates = {name: np.empty_like(param) for name, param in network.params.items()}
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Train on one batch; gives its loss."""
+        """Train on one batch; returns the loss."""
         network, takes_curvature = self._network, self._optimizer.takes_curvature
         loss = network.loss_and_gradients(images, labels, with_curvature=takes_curvature)
         grads, curvature = with_weight_decay(network.grads, network.params, self._decay), None

@@ -1,4 +1,4 @@
-"""What a run sends as curvature: that of its batches, or something made of it that shows whether it matters."""
+"""The curvature that a run sends: that of its batches, or a control that shows whether curvature matters."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Curvature:
         return {name: part.reshape(self._mean[name].shape) for name, part in zip(self._mean, parts, strict=True)}
 
     def _in_another_order(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The elements of an array in an order that is the same each time."""
+        """The elements of an array in a random order that is the same each time."""
         if name not in self._orders:
             self._orders[name] = np.random.default_rng([self._seed, 3, len(self._orders)]).permutation(array.size)
         return array.reshape(-1)[self._orders[name]].reshape(array.shape)

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn on its axes so that the two can be laid side by side."""
+"""Draws the paper's figures, on the axes of the paper so that they can be compared."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NAMES = {
 
 
 def draw(experiment: Experiment, results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw what there is to be drawn of an experiment as PNG and SVG; gives the files."""
+    """Draw the figures of an experiment as PNG and SVG; returns the files."""
     if any(result.looks for result in results):
         figure = _rates_and_updates(results[0])
     elif any(result.staleness for result in results):

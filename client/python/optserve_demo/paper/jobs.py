@@ -1,4 +1,4 @@
-"""Many training runs at a time, each in a process of its own, on one server; what is done is not done again."""
+"""Makes many training runs at a time on one server, each in its own process. Runs that have a result are skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optserve_demo.paper.plan import Run
 from optserve_demo.paper.training import Result, run, settings_of
 
 REPORT_EVERY = 20
-"""Steps between two reports of a process on its progress."""
+"""Steps between two progress reports of a process."""
 
 
 def kept(folder: Path, plan: Run) -> Result | None:
@@ -39,7 +39,7 @@ def carry_out(
     data_dir: Path | None,
     on_step: Callable[[str, int], None],
 ) -> Iterator[Result]:
-    """Make the runs; each result is in the folder before it is given.
+    """Make the runs, and yield each result once it is in the folder.
 
     Args:
         plans: What to run; `kept` ones are not to be among them.
@@ -95,7 +95,7 @@ def _begin(target: str, jobs: int, data_dir: Path | None, reports: SimpleQueue[t
     from optserve import connect
 
     if jobs > 1:
-        # Each process computes on one core: several threads in each would only be in one another's way.
+        # Each process computes on one core, because several threads in each would slow one another.
         threadpool_limits(1)
     _Worker.client, _Worker.reports = connect(target), reports
     _Worker.dataset = load(data_dir, lambda _line: None)

@@ -1,4 +1,4 @@
-"""What is run for each table and figure, and what the paper found there."""
+"""The runs for each table and figure, and the paper's results."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ BEST: dict[str, Algorithm] = {
 """Each method at its best setting of the paper's tables."""
 
 UNSCALED = "-unscaled"
-"""Ends the labels of runs of replicas whose rates are not scaled by staleness."""
+"""End of the labels of runs with replicas whose rates are not scaled by staleness."""
 
 SENSITIVE = DiagonalHessian(mu=1e-3, learning_rate=1e-3)
 """Equation 6 where curvature matters: |h| is of the size of μ. With the default of 3, some 30 times the largest |h|, it

@@ -1,4 +1,4 @@
-"""The paper's numbers beside ours: Markdown, CSV and JSON."""
+"""Compares results with the paper's numbers, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's, in percentage points."""
+        """The result less the paper's number, in percentage points."""
         return None if self.paper is None else self.ours - self.paper
 
 
@@ -83,7 +83,7 @@ def markdown(experiment: Experiment, table: Sequence[Row], *, quick: bool) -> st
             "A quick run: fewer epochs and settings than the paper's; its numbers are not comparable.",
             "",
         ]
-    # Columns that no row has anything for are left out.
+    # Columns without any value are left out.
     with_paper = not quick and any(row.paper is not None for row in table)
     with_early = any(row.early is not None for row in table)
     columns = [
@@ -119,7 +119,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write(experiment: Experiment, table: Sequence[Row], folder: Path, *, quick: bool) -> list[Path]:
-    """Write the table in all three forms; gives the files."""
+    """Write the table in all three forms; returns the files."""
     as_json, as_csv, as_markdown = (folder / f"{experiment.name}.{kind}" for kind in ("json", "csv", "md"))
     content = {"experiment": experiment.name, "title": experiment.title, "quick": quick, "rows": [*map(asdict, table)]}
     as_json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

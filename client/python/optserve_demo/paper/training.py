@@ -1,4 +1,4 @@
-"""One training run of an experiment, in a process of its own."""
+"""One training run of an experiment, in its own process."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Result:
         return f"{self.label}-seed{self.seed}"
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, as a whole or not at all."""
+        """Write the result as JSON, as a whole or not at all."""
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
         part.replace(path)
@@ -122,14 +122,14 @@ def run(client: Client, name: str, plan: Run, dataset: Dataset, on_step: Callabl
             watch.look(progress.step)
 
     try:
-        # A diverging run overflows on its way, which is what it is about.
+        # A diverging run overflows; that is an expected result.
         task = Task(network, dataset, report, plan.epochs, plan.seed)
         with np.errstate(all="ignore"):
             if together is None:
                 curvature_of = Curvature(plan.curvature, plan.seed)
                 train(task, optimizer, on_progress, curvature_of=curvature_of)
             else:
-                # Each replica computes in a thread of its own.
+                # Each replica computes in its own thread.
                 with threadpool_limits(1):
                     train_replicas(task, client, name, together, on_progress)
     except InvalidArgumentError as error:
