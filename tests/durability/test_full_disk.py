@@ -116,12 +116,12 @@ def test_a_disk_that_was_full_is_gone_on_with(tmp_path, monkeypatch):
 def test_the_first_snapshot_after_failures_is_told_to_every_log(caplog):
     caplog.set_level(logging.INFO)
     upkeep = Upkeep(StoppedClock())
-    upkeep.snapshot_made("calm", 0.1)
+    upkeep.snapshot_written("calm", 0.1)
     assert not caplog.records
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.snapshot_failed(NO_ROOM)
-    upkeep.snapshot_made("first", 0.1)
-    upkeep.snapshot_made("next", 0.1)
+    upkeep.snapshot_written("first", 0.1)
+    upkeep.snapshot_written("next", 0.1)
     told = [(record.levelname, record.getMessage()) for record in caplog.records if "was written" in record.message]
     assert told == [("WARNING", "snapshot first was written; 2 before it had failed")]
 
@@ -137,7 +137,7 @@ def test_a_snapshot_that_failed_is_tried_again_where_nothing_is_refused_and_noth
     clock.seconds += 1.0
     assert upkeep.is_snapshot_due(grown=False)
     assert upkeep.problem
-    upkeep.snapshot_made("later", 0.1)
+    upkeep.snapshot_written("later", 0.1)
     assert not upkeep.problem
     assert not upkeep.is_snapshot_due(grown=False)
 
@@ -157,7 +157,7 @@ def test_a_snapshot_is_tried_at_once_when_the_disk_refuses_and_then_after_longer
     assert max(np.diff(tried)) == MAX_PAUSE_S
     # One that is made ends the refusal, and is not followed by another at once.
     clock.seconds += MAX_PAUSE_S
-    upkeep.snapshot_made("s", 2.0)
+    upkeep.snapshot_written("s", 2.0)
     upkeep.refused(NO_ROOM)
     assert not upkeep.is_snapshot_due(grown=False)
     assert upkeep.is_snapshot_due(grown=True)
@@ -187,7 +187,7 @@ def test_what_is_wrong_is_said_once_a_minute(caplog):
     upkeep.snapshot_failed(NO_ROOM)
     upkeep.accepted()
     assert "snapshots cannot be written" in upkeep.problem
-    upkeep.snapshot_made("s", 1.0)
+    upkeep.snapshot_written("s", 1.0)
     assert not upkeep.problem
 
 

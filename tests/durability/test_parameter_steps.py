@@ -165,7 +165,7 @@ def test_counters_that_begin_at_the_most_that_an_import_may_bring_go_on(tmp_path
         (SignDescent(), [1, 2, MAX_STEP + 1], "not 4611686018427387905"),
         (SignDescent(), [1, 2], "of 2 parameters, not of 3"),
         (SignDescent(), [1, 2, 1 << 63], "not 9223372036854775808"),
-        (Adadelta(), [1, 2, 3], "adadelta does not use the steps of each parameter"),
+        (Adadelta(), [1, 2, 3], "adadelta does not use the step counters of parameters"),
     ],
 )
 def test_an_import_of_other_counters_is_refused_and_changes_nothing(tmp_path, rule, given, message):

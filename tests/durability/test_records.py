@@ -18,6 +18,7 @@ from optserve_server.engine.records import (
     ReplacementRecord,
     StepRecord,
     UpdateRecord,
+    WorkerStep,
 )
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
@@ -72,7 +73,9 @@ WRITTEN = [
         '{"optimizer": "a", "step": 7, "request_id": "request", "tensors": []}',
     ),
     (
-        StepRecord("a", 7, "", Selection((1, 2)), [B, -B], (("alice", "r-1", 3), ("bob", "r-2", 4)), 5),
+        StepRecord(
+            "a", 7, "", Selection((1, 2)), [B, -B], (WorkerStep("alice", "r-1", 3), WorkerStep("bob", "r-2", 4)), 5
+        ),
         4,
         '{"optimizer": "a", "step": 7, "request_id": "", "tensors": [1, 2], '
         '"workers": [["alice", "r-1", 3], ["bob", "r-2", 4]], "staleness": 5}',

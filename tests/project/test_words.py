@@ -30,6 +30,8 @@ RETIRED = {
     "passing": "retryable",
     "given up": "abandoned",
     "standing": "answer, or permanent",
+    "still": "locked",
+    "anew": "a verb: rewrite, renew, create",
 }
 """Words of which no identifier is made, with what to write instead. Of several words, all must be in the identifier."""
 

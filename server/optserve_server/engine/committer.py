@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
-from optserve_server.engine.records import PlacementRecord, StepRecord
+from optserve_server.engine.records import PlacementRecord, StepRecord, WorkerStep
 from optserve_server.engine.transaction import PARAMETERS, Outcome, Step
 from optserve_server.engine.transition import WrittenStep
 from optserve_server.numerics.headroom import ReplyWires
@@ -87,7 +87,7 @@ class Committer:
         payload: Payload,
         largest: Largest,
         reply_wires: ReplyWires,
-        workers: Sequence[tuple[str, str, int]] = (),
+        workers: Sequence[WorkerStep] = (),
         *,
         staleness: int = 0,
         request_id: str = "",

@@ -1,6 +1,4 @@
-"""The records of changes: one class for each kind of change of an optimizer, and its encoding in the journal.
-
-The server writes the record of a change before it makes the change.
+"""The records of changes: a class for each kind, and its encoding. A record is written before its change is made.
 
     kind  record             payload
     1     CreationRecord
@@ -151,6 +149,20 @@ class DeletionRecord:
         return self.kind, {"optimizer": self.optimizer}, ()
 
 
+class WorkerStep(NamedTuple):
+    """The part of one worker in a step.
+
+    Attributes:
+        name: Name of the worker.
+        request_id: Request id of the worker's step.
+        clock: The worker's clock after the step.
+    """
+
+    name: str
+    request_id: str
+    clock: int
+
+
 class StepRecord(NamedTuple):
     """A step.
 
@@ -160,7 +172,7 @@ class StepRecord(NamedTuple):
         request_id: Request id of the step; empty if workers have made the step.
         selection: The parameters that take part.
         operands: The gradients, run by run; then the curvature in the same way, if the method takes it.
-        workers: (name, request id, clock after the step) of each worker whose gradient is in the step.
+        workers: Each worker whose gradient is in the step.
         staleness: Staleness in steps by which the learning rate is scaled; 0 for no scaling.
     """
 
@@ -169,7 +181,7 @@ class StepRecord(NamedTuple):
     request_id: str
     selection: Selection
     operands: Sequence[np.ndarray]
-    workers: Sequence[tuple[str, str, int]] = ()
+    workers: Sequence[WorkerStep] = ()
     staleness: int = 0
 
     kind = STEPPED
@@ -190,7 +202,7 @@ class StepRecord(NamedTuple):
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> StepRecord:
         """The reverse of `encode`; the operands are copies."""
         selection = Selection(tuple(message["tensors"]))
-        workers = tuple((name, request_id, clock) for name, request_id, clock in message.get("workers", ()))
+        workers = tuple(WorkerStep(*worker) for worker in message.get("workers", ()))
         operands = list(_operands(payloads.payload_for(selection, None), data))
         return cls(
             message["optimizer"], message["step"], message["request_id"], selection, operands, workers,

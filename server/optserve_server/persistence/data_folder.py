@@ -298,7 +298,7 @@ class DataFolder:
                 self._remove(leftover)
         self._journal.delete_before(lsn + 1)
         self._snapshot_lsn, self._bytes_at_snapshot = lsn, before
-        self._upkeep.snapshot_made(path.name, self._monotonic() - start)
+        self._upkeep.snapshot_written(path.name, self._monotonic() - start)
         return path
 
     def _remove(self, path: Path) -> None:

@@ -72,7 +72,7 @@ class Upkeep:
                 return False
             return grown or self._failures > 0 or (self._refused > 0 and now >= self._pause_when_refused_until)
 
-    def snapshot_made(self, name: str, seconds: float) -> None:
+    def snapshot_written(self, name: str, seconds: float) -> None:
         """Note that a snapshot was written.
 
         Args:

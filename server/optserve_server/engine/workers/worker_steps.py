@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from optserve._common.clock import Clock
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.records import WorkerStep
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import Outcome, Reply, Step
 from optserve_server.engine.workers.buffer_budget import CHECK_EVERY_S, BufferBudget
@@ -240,7 +241,10 @@ class WorkerSteps:
         given = [Gradient(worker.step_slot.staging, step.largest) for worker, step in zip(workers, steps, strict=True)]
         gradient = consistency.merge(payload, given, owner.main.reuse_staging)
         stale = [owner.step - step.parameters_step for step in steps]
-        made = [(worker.name, step.request_id, worker.clock + 1) for worker, step in zip(workers, steps, strict=True)]
+        made = [
+            WorkerStep(worker.name, step.request_id, worker.clock + 1)
+            for worker, step in zip(workers, steps, strict=True)
+        ]
         scaled_by = consistency.scaled_by(max(stale))
         try:
             written = owner.committer.prepare(
