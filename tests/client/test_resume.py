@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import numpy as np
@@ -170,19 +170,25 @@ def test_no_server_is_an_error_that_says_what_to_do():
         optserve.connect("127.0.0.1:1", config)
 
 
-def test_a_server_that_is_gone_is_an_error_within_the_deadline(name):
-    with optserve.local_server(backend="numpy") as server:
+@pytest.mark.parametrize("host", ["refuses", "is mute"])
+def test_a_server_that_is_gone_is_an_error_within_the_deadline(name, host):
+    with ExitStack() as stack:
+        server = stack.enter_context(optserve.local_server(backend="numpy"))
         client = optserve.connect(server.target, CONFIG)
         opt = client.create_optimizer(name, optserve.Sgd(), {"x": optserve.TensorSpec((3,))})
         g = {"x": np.ones(3, np.float32)}
         opt.step(g)
         server.process.kill()
         server.process.wait()
+        if host == "is mute":
+            address, port = server.target.rsplit(":", 1)
+            stack.enter_context(socket.create_server((address, int(port))))
         # Whether the deadline falls into a try or into the pause between two.
-        with pytest.raises(optserve.DeadlineExceededError, match=r"within 0\.5 s"):
-            opt.step(g, timeout_s=0.5)
-        with pytest.raises(optserve.DeadlineExceededError, match=r"within 0\.5 s"):
-            client.server_info(timeout_s=0.5)
+        for timeout_s in (0.3, 0.5, 1.0):
+            with pytest.raises(optserve.UnreachableError, match=rf"within {timeout_s:g} s"):
+                opt.step(g, timeout_s=timeout_s)
+            with pytest.raises(optserve.UnreachableError, match=rf"within {timeout_s:g} s"):
+                client.server_info(timeout_s=timeout_s)
         client.close()
 
 

@@ -21,6 +21,10 @@ CONNECT_ATTEMPT_S = 5.0
 by itself would try again after longer and longer pauses."""
 
 
+STATE_KNOWN_S = 0.05
+"""Seconds in which a channel says that it is connected."""
+
+
 @dataclass(frozen=True)
 class _Details(grpc.ClientCallDetails):
     """Details of a call, in the form that gRPC passes to interceptors."""
@@ -85,6 +89,18 @@ def open_channel(target: str, config: ClientConfig) -> grpc.Channel:
         channel = grpc.secure_channel(target, config.credentials, options)
     interceptors = [*([_Metadata(config.metadata)] if config.metadata else []), *config.interceptors]
     return grpc.intercept_channel(channel, *interceptors) if interceptors else channel
+
+
+def is_connected(channel: grpc.Channel) -> bool:
+    """Whether a channel has a connection to a server now."""
+    ready = grpc.channel_ready_future(channel)
+    try:
+        ready.result(STATE_KNOWN_S)
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        ready.cancel()
+    return True
 
 
 def begun(call: Any) -> Any:

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from optserve._common import malloc, wire
 from optserve._common.clock import SYSTEM, Clock
-from optserve._rpc.channel import begun, open_channel
+from optserve._rpc.channel import begun, is_connected, open_channel
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
 from optserve._rpc.proxies import proxy_hint
 from optserve._rpc.retry import Backoff, is_retryable
@@ -26,6 +26,7 @@ from optserve.errors import (
     InternalError,
     InvalidArgumentError,
     OptserveError,
+    UnreachableError,
     from_rpc_error,
 )
 from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
@@ -230,10 +231,15 @@ class Connection:
         if self._closing.is_set():
             return ClientUseError("This client was closed in the middle of a call.")
         if isinstance(translated, DeadlineExceededError) and not translated.reason:
-            return DeadlineExceededError(
-                f"{self.target} did not answer within {timeout_s:g} s.{proxy_hint(self.target)}"
-            )
+            return self.late(timeout_s)
         return translated
+
+    def late(self, timeout_s: float) -> DeadlineExceededError:
+        """The exception for a call without an answer: an UnreachableError if there is no connection to a server."""
+        message = f"{self.target} did not answer within {timeout_s:g} s.{proxy_hint(self.target)}"
+        if self._closing.is_set() or is_connected(self._channel):
+            return DeadlineExceededError(message)
+        return UnreachableError(f"{message} There is no connection to a server.")
 
     def check_usable(self) -> None:
         """Raise ClientUseError if the client is closed or was inherited by fork."""

@@ -252,7 +252,7 @@ class Patience:
             UnreachableError: The wait would pass the deadline, and the last try has reached no server.
             OptserveError: The wait would pass the deadline: `error` itself, or a DeadlineExceededError with its words
                 if only this client would have known what to do about it.
-            StepCancelledError, DeadlineExceededError: The patience has ended during the wait.
+            StepCancelledError: The call was cancelled during the wait.
         """
         if seconds >= self.left_s:
             raise self._error_at_deadline(error)
@@ -260,6 +260,8 @@ class Patience:
         # Closing the client ends the wait too; the next try then raises.
         with self.watching(wake.set):
             wake.wait(seconds)
+        if not self._cancelled and self.left_s == 0.0:
+            raise self._error_at_deadline(error)
         self.check()
 
     def _error_at_deadline(self, error: OptserveError) -> OptserveError:

@@ -19,7 +19,7 @@ from optserve._steps.outgoing import Outgoing
 from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.updates import Updates
 from optserve.config import ClientConfig
-from optserve.errors import InternalError, OptserveError, UnavailableError, from_status
+from optserve.errors import DeadlineExceededError, InternalError, OptserveError, UnavailableError, from_status
 from optserve.v1 import steps_pb2
 
 MIN_CHUNK_BYTES = 1024
@@ -65,8 +65,11 @@ class StepStream:
         self._end_call = weakref.finalize(self, _end_call, self._outgoing, self._call)
         connection.close_with_connection(self)
         try:
-            with patience.watching(self._interrupt):
-                first = self._next_message(patience).header
+            try:
+                with patience.watching(self._interrupt):
+                    first = self._next_message(patience).header
+            except DeadlineExceededError as error:
+                raise connection.late(patience.timeout_s) from error
             self.opened: steps_pb2.Opened = first.opened
             if not first.HasField("opened"):
                 raise InternalError("The server's first answer on a stream does not say that it is open.")
