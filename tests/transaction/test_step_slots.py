@@ -62,7 +62,7 @@ def test_a_workers_slot_has_a_buffer_when_it_is_equipped(worker_slot):
     worker_slot.make_buffer()
     assert worker_slot.staging.updates[np.dtype("<f4")].size == 4
     assert worker_slot.drop_buffer()
-    assert not worker_slot.has_buffer
+    assert worker_slot.buffer is None
 
 
 def test_a_buffer_is_not_taken_from_a_step(worker_slot, freed):

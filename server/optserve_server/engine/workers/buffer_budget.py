@@ -54,7 +54,7 @@ class BufferBudget:
             OptserveError: STAGING_FULL.
         """
         with self._lock:
-            if step_slot.has_buffer:
+            if step_slot.buffer is not None:
                 return
             waiting = _Waiting(step_slot, self._clock)
             self._waiting.append(waiting)
@@ -76,7 +76,7 @@ class BufferBudget:
             step_slot = waiting.step_slot
             if step_slot.optimizer in full:
                 continue
-            if not step_slot.has_buffer:
+            if step_slot.buffer is None:
                 if not self._make_room(step_slot, step_slot.optimizer):
                     full.add(step_slot.optimizer)
                     continue
@@ -111,9 +111,10 @@ class BufferBudget:
     def mark_idle(self, step_slot: WorkerSlot) -> None:
         """The step has ended; its buffer may be taken back if another step needs the memory."""
         with self._lock:
-            if step_slot.has_buffer:
+            if step_slot.buffer is not None:
                 self._idle[step_slot] = None
-                self._serve()
+                if self._waiting:
+                    self._serve()
 
     def refusal(self, step_slot: WorkerSlot) -> OptserveError:
         """The error STAGING_FULL for a step that has to give its buffer to others."""
@@ -146,7 +147,7 @@ class BufferBudget:
 
     def _take_back(self, step_slot: WorkerSlot) -> None:
         """Take a buffer back, unless a step holds it or its lock is taken."""
-        if step_slot.has_buffer and step_slot.drop_buffer():
+        if step_slot.buffer is not None and step_slot.drop_buffer():
             self._idle.pop(step_slot, None)
             self._bytes[step_slot.optimizer] -= step_slot.buffer_bytes
             if not self._bytes[step_slot.optimizer]:

@@ -64,11 +64,6 @@ class WorkerSlot(StepSlot):
         """See StepSlot. Nothing to do: no client can write into this buffer."""
 
     @property
-    def has_buffer(self) -> bool:
-        """Whether the step slot has a buffer."""
-        return self.buffer is not None
-
-    @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffer."""
         return len(self._state.operand_kinds) * self._state.layout.size_bytes

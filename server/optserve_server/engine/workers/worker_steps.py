@@ -15,7 +15,7 @@ from optserve._common.clock import Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.records import WorkerStep
 from optserve_server.engine.step_slot import StepSlot
-from optserve_server.engine.transaction import Outcome, Reply, Step
+from optserve_server.engine.transaction import PARAMETERS, UPDATES, Outcome, Step
 from optserve_server.engine.workers.buffer_budget import CHECK_EVERY_S, BufferBudget
 from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import Worker, WorkerRegistry
@@ -101,7 +101,7 @@ class WorkerSteps:
         while True:
             self._buffer_budget.ensure_buffer(worker.step_slot)
             with worker.step_slot.lock, self._owner.lock:
-                if worker.step_slot.has_buffer:
+                if worker.step_slot.buffer is not None:
                     try:
                         self._registry.check_current(worker, stream, life)
                         _evict_abandoned(worker)
@@ -110,7 +110,7 @@ class WorkerSteps:
                         if worker.step_slot.holder is None:
                             self._buffer_budget.mark_idle(worker.step_slot)
                         raise
-                    if not worker.step_slot.has_buffer:
+                    if worker.step_slot.buffer is None:
                         # `make` has discarded an idle step, and the budget has given its buffer to another worker.
                         continue
                     if worker.contribution is not None or worker.step_slot.holder is not None:
@@ -186,8 +186,9 @@ class WorkerSteps:
     def _contribute(self, worker: Worker, step: Step, consistency: Consistency) -> None:
         """Count a worker's gradient as arrived, and apply it, alone or with others, if the consistency allows that."""
         consistency.check_gradient(self._name, step.parameters_step, self._owner.step)
-        others = (other.contribution for other in self._contributors if other is not worker)
-        consistency.check_alike(step.payload.selection, (other.payload.selection for other in others if other))
+        if self._contributors:
+            others = (other.contribution for other in self._contributors if other is not worker)
+            consistency.check_alike(step.payload.selection, (other.payload.selection for other in others if other))
         worker.contribution = step
         self._contributors.add(worker)
         if consistency.may_apply(worker.clock, len(self._contributors), self._registry):
@@ -235,16 +236,21 @@ class WorkerSteps:
 
     def _apply(self, consistency: Consistency, taken: Collection[Worker]) -> None:
         """Make one step of the gradients of some workers, in the order of their names."""
-        workers = sorted(taken, key=lambda worker: worker.name)
-        steps = [step for worker in workers if (step := worker.contribution) is not None]
-        payload, owner = steps[0].payload, self._owner
-        given = [Gradient(worker.step_slot.staging, step.largest) for worker, step in zip(workers, steps, strict=True)]
+        workers = sorted(taken, key=_name_of) if len(taken) > 1 else list(taken)
+        owner, steps = self._owner, []
+        given: list[Gradient] = []
+        stale: list[int] = []
+        made: list[WorkerStep] = []
+        for worker in workers:
+            step = worker.contribution
+            if step is None:
+                continue
+            steps.append(step)
+            given.append(Gradient(worker.step_slot.staging, step.largest))
+            stale.append(owner.step - step.parameters_step)
+            made.append(WorkerStep(worker.name, step.request_id, worker.clock + 1))
+        payload = steps[0].payload
         gradient = consistency.merge(payload, given, owner.main.reuse_staging)
-        stale = [owner.step - step.parameters_step for step in steps]
-        made = [
-            WorkerStep(worker.name, step.request_id, worker.clock + 1)
-            for worker, step in zip(workers, steps, strict=True)
-        ]
         scaled_by = consistency.scaled_by(max(stale))
         try:
             written = owner.committer.prepare(
@@ -256,7 +262,7 @@ class WorkerSteps:
             raise
         norm = owner.committer.apply(written)
         for worker, step, staleness in zip(workers, steps, stale, strict=True):
-            if step.replies is Reply.UPDATES and worker.step_slot.staging is not gradient.staging:
+            if step.replies is UPDATES and worker.step_slot.staging is not gradient.staging:
                 worker.step_slot.staging.copy_updates(gradient.staging.updates, payload)
             self._answer(worker, step, Outcome(step.request_id, owner.step, False, norm, staleness))
             self.withdraw(worker)
@@ -271,13 +277,18 @@ class WorkerSteps:
     def _answer(self, worker: Worker, step: Step, outcome: Outcome) -> None:
         """A worker's step was applied: put the reply into its buffer."""
         step_slot = worker.step_slot
-        if step.replies is Reply.PARAMETERS:
-            step_slot.staging.copy_updates(self._state.parameters, step.payload)
+        staging = step_slot.staging
+        if step.replies is PARAMETERS:
+            staging.copy_updates(self._state.parameters, step.payload)
             worker.at_step = outcome.step
-        step.reply_source = step_slot.staging.updates
+        step.reply_source = staging.updates
         if step_slot.retained is not None:
             step_slot.retained.intact, step_slot.retained.holds = True, step.replies
         step.committed, step.last_progress_at, step.outcome = True, self._monotonic(), outcome
+
+
+def _name_of(worker: Worker) -> str:
+    return worker.name
 
 
 def _evict_abandoned(worker: Worker) -> None:
