@@ -184,7 +184,7 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     server.optimizers.delete("gone")
     settings = Settings(Adadelta(), clipping=Clipping("global_norm", 0.5), hosted=True)
     item = server.optimizers.create("a", LAYOUT, settings)
-    upload = item.steps.place("upload")
+    upload = item.steps.begin_placement("upload")
     for tensor, parameter in enumerate(LAYOUT.parameters):
         upload.stage(tensor, 0, np.ones(parameter.size, parameter.dtype).tobytes(), Operand.PARAMETER)
     upload.commit()

@@ -51,6 +51,6 @@ def test_runs_are_behind_one_another_on_the_wire_and_each_in_its_arena():
 def test_a_payload_joins_neighbours_and_leaves_empty_ones_out():
     payload = Payload(LAYOUT, Selection((2, 3, 4, 1)))
     assert payload.runs == (Run(0, 20, F4, F4, 2, 7), Run(20, 44, F8, F8, 0, 3))
-    assert (payload.begins, payload.size_bytes, payload.narrow) == ([0, 16, 16, 20], 44, None)
+    assert (payload.begins, payload.size_bytes, payload.narrow_wire) == ([0, 16, 16, 20], 44, None)
     assert Payload(LAYOUT, Selection((3,))).runs == ()
-    assert Payload(LAYOUT, Selection((0, 1)), F4).narrow == F4
+    assert Payload(LAYOUT, Selection((0, 1)), F4).narrow_wire == F4

@@ -130,7 +130,7 @@ class Play:
         self.steps = Steps("test", self.state, InMemory())
         self.applied = self.refused = 0
         if case.settings.hosted:
-            with closing(self.steps.place("upload")) as upload:
+            with closing(self.steps.begin_placement("upload")) as upload:
                 for index, parameter in enumerate(case.layout.parameters):
                     x = any_values(self.rng, parameter.dtype, parameter.size)
                     upload.stage(index, 0, x.tobytes(), Operand.PARAMETER)

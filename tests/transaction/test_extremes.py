@@ -28,7 +28,7 @@ def optimizer(settings: Settings, *parameters: Parameter) -> Steps:
     state = State(Layout(parameters or (Parameter("w", (2,), F4),)), settings, backends.load("numpy", 1))
     steps = Steps("test", state, InMemory())
     if settings.hosted:
-        with closing(steps.place("upload")) as upload:
+        with closing(steps.begin_placement("upload")) as upload:
             upload.stage(0, 0, bytes(upload.payload.size_bytes), Operand.PARAMETER)
             upload.commit()
     return steps

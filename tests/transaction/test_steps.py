@@ -135,7 +135,7 @@ def test_a_reply_that_a_later_gradient_has_overwritten_is_gone_and_says_so(steps
 
 
 def test_a_deleted_optimizer_refuses_without_keeping_anything(steps):
-    steps.retire(OptserveError(Reason.OPTIMIZER_NOT_FOUND, "gone"))
+    steps.delete(OptserveError(Reason.OPTIMIZER_NOT_FOUND, "gone"))
     errors = []
     for _ in range(3):
         with refuse(Reason.OPTIMIZER_NOT_FOUND) as caught:

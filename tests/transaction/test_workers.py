@@ -48,7 +48,7 @@ def shared_by(kind: str, *workers: str, clock: Clock = SYSTEM) -> Steps:
     settings = Settings(Sgd(learning_rate=1.0), hosted=True, consistency=consistency)
     state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
     steps = Steps("test", state, InMemory(), clock=clock)
-    with closing(steps.place("upload")) as upload:
+    with closing(steps.begin_placement("upload")) as upload:
         upload.stage(0, 0, ONES, Operand.PARAMETER)
         upload.commit()
     for worker in workers:
@@ -369,7 +369,7 @@ def test_a_gradient_that_the_disk_has_refused_is_in_no_other_workers_step():
     state = State(Layout((Parameter("x", (2,), F4),)), settings, backends.load("numpy", 1))
     durability, clock = Refusing(), HandingOn()
     steps = Steps("test", state, durability, clock=clock)
-    with closing(steps.place("upload")) as upload:
+    with closing(steps.begin_placement("upload")) as upload:
         upload.stage(0, 0, ONES, Operand.PARAMETER)
         upload.commit()
     lives = {worker: steps.workers.report(worker, leaving=False).life for worker in "vwx"}

@@ -28,14 +28,16 @@ def push(optimizers: Optimizers, frames: Iterator[PushFrame]) -> Outcome:
     """Upload the parameters in the frames. Without a commit nothing changes.
 
     Raises:
-        OptserveError: See `Steps.place`, `Step.stage` and `Step.commit`. INVALID_FIELD if the stream ends without a
-            commit.
+        OptserveError: See `Steps.begin_placement`, `Step.stage` and `Step.commit`. INVALID_FIELD if the stream ends
+            without a commit.
     """
     first = next(frames, None)
     if first is None:
         raise OptserveError(Reason.INVALID_FIELD, "The first message of an upload must have `name`.", field="name")
     optimizer = optimizers.get(messages.optimizer_id(first.header.name))
-    step = optimizer.steps.place(first.header.request_id, messages.wire_dtype(first.header.wire_type, "wire_type"))
+    step = optimizer.steps.begin_placement(
+        first.header.request_id, messages.wire_dtype(first.header.wire_type, "wire_type")
+    )
     try:
         for frame in chain((first,), frames):
             header = frame.header

@@ -137,6 +137,6 @@ class Committer:
         try:
             transition.apply_step(self._state, staging.operands, payload.runs, record, prepared)
         except Exception as error:
-            raise self._steps.lose(f"in step {record.step}") from error
+            raise self._steps.mark_lost(f"in step {record.step}") from error
         transition.note_step(self._steps, record, payload.selection, lsn)
         return prepared.clip.norm if prepared.clip else None

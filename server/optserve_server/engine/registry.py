@@ -280,7 +280,7 @@ class Optimizers:
         optimizer = self.get(optimizer_id)
         with optimizer.steps.locked_state():
             optimizer.check_etag(etag)
-            optimizer.steps.retire(refusals.optimizer_not_found(optimizer_id))
+            optimizer.steps.delete(refusals.optimizer_not_found(optimizer_id))
             with self._lock:
                 del self._by_id[optimizer_id]
         logger.info("deleted %s", optimizer_id)

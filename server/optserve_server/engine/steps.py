@@ -192,7 +192,7 @@ class Steps:
             raise refusals.no_such_step(self._name, self.step, given)
         return given
 
-    def place(self, request_id: str, wire: np.dtype | None = None) -> Step:
+    def begin_placement(self, request_id: str, wire: np.dtype | None = None) -> Step:
         """Start the upload of the hosted parameters: a step that steps nothing, and whose operand is x.
 
         Args:
@@ -292,10 +292,10 @@ class Steps:
             try:
                 transition.apply_replacement(self._state, record)
             except Exception as error:
-                raise self.lose("while the state was replaced") from error
+                raise self.mark_lost("while the state was replaced") from error
             transition.note_replacement(self, record, lsn)
 
-    def retire(self, reason: OptserveError) -> None:
+    def delete(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.
 
         Raises:
@@ -334,7 +334,7 @@ class Steps:
         with self._lock:
             yield self._state
 
-    def lose(self, what: str) -> OptserveError:
+    def mark_lost(self, what: str) -> OptserveError:
         """The error for slots that could not be changed, after which nothing is to be trusted any more."""
         # They may be half changed, and there is no second copy of them in memory.
         logger.exception("%s was lost %s", self._name, what)

@@ -171,7 +171,7 @@ class Step:
         self.replay = replay
         self.replies = request.reply
         self.reply_bytes = 0 if request.reply is NOTHING else payload.size_bytes
-        self.reply_wires = NATIVE if payload.narrow is None else _reply_wires(payload.narrow, request.reply)
+        self.reply_wires = NATIVE if payload.narrow_wire is None else _reply_wires(payload.narrow_wire, request.reply)
         self.segment = request.segment
         self.committed = False
         # For a worker's step: its worker, the lineage and the x at which its gradient was taken, and its result.

@@ -230,7 +230,7 @@ class Payload:
         begins: Position of each tensor's first byte, in order.
         byte_ranges: (first byte, byte after the last) of each tensor, by index of its parameter.
         size_bytes: Bytes of all tensors.
-        narrow: The dtype on the wire, if it is narrower than the dtype of some parameter; else None.
+        narrow_wire: The dtype on the wire, if it is narrower than the dtype of some parameter; else None.
         runs: The stretches of the arenas, in order, joined.
     """
 
@@ -241,7 +241,7 @@ class Payload:
         each = list(selection.runs(layout, wire))
         self.begins = [run.begin for run in each]
         self.size_bytes = each[-1].end if each else 0
-        self.narrow = next((run.wire for run in each if run.wire.itemsize < run.dtype.itemsize), None)
+        self.narrow_wire = next((run.wire for run in each if run.wire.itemsize < run.dtype.itemsize), None)
         self.runs = tuple(_joined(each))
         self._run_begins = [run.begin for run in self.runs]
         self.byte_ranges = dict(zip(self.tensors, pairwise((*self.begins, self.size_bytes)), strict=True))

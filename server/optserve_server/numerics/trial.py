@@ -30,7 +30,7 @@ def check_reply(state: State, payload: Payload, source: Arenas) -> None:
         payload: The payload of the reply.
         source: The arenas that the reply is made of.
     """
-    if payload.narrow is None:
+    if payload.narrow_wire is None:
         return
     for run in payload.runs:
         part = source[run.dtype][run.start : run.stop]

@@ -29,9 +29,9 @@ from optserve_server.edge.gate.places import (
     MIN_BYTES_PER_S,
     NEXT_MESSAGE,
     SPARED_S,
-    Patience,
     Place,
     Places,
+    WaitLimits,
 )
 from optserve_server.edge.gate.relief import Relief
 from optserve_server.edge.gate.replies import Replies
@@ -91,16 +91,16 @@ class Gate(grpc.ServerInterceptor):
         self._streams = Kind("stream", Places("streams are open", config.max_streams), config.max_streams + LEAVING)
         first, ends = {FIRST_MESSAGE: SPARED_S}, {FIRST_MESSAGE: config.receive_s}
         taking = {DELIVERY: config.idle_step_s}
-        self._arriving = Patience(first, ends)
+        self._arriving = WaitLimits(first, ends)
         # The message of a unary call may be large, and its connection slow.
         upload_s = max(config.receive_s, config.max_message_bytes / MIN_BYTES_PER_S)
-        self._uploading = Patience(first, {FIRST_MESSAGE: upload_s})
+        self._uploading = WaitLimits(first, {FIRST_MESSAGE: upload_s})
         # A client may be silent between two steps for hours. If its place is needed, it opens another stream later.
         idle = {NEXT_MESSAGE: config.idle_step_s, DELIVERY: STALLED_S}
-        self._between_messages = Patience({**first, **idle}, {**ends, **taking})
+        self._between_messages = WaitLimits({**first, **idle}, {**ends, **taking})
         stalled = {NEXT_MESSAGE: STALLED_S, DELIVERY: STALLED_S}
         transfer_ends = {**ends, **taking, NEXT_MESSAGE: config.idle_step_s}
-        self._transferring = Patience({**first, **stalled}, transfer_ends, by_bytes=True)
+        self._transferring = WaitLimits({**first, **stalled}, transfer_ends, by_bytes=True)
         self._unary_limit = ConcurrencyLimit(config.unary_threads)
         ending = (self._streams.places, self._unary.places)
         self._relief = Relief(config.memory_bytes, ending, machine.own_bytes, malloc.trim)
@@ -109,7 +109,7 @@ class Gate(grpc.ServerInterceptor):
         self.refusals = ThreadPoolExecutor(REFUSAL_THREADS, thread_name_prefix="refusal")
         self._wrapped: dict[str, tuple[Kind, Handler]] = {}
         self._closed = threading.Event()
-        threading.Thread(target=self._end_overdue_calls, name="patience", daemon=True).start()
+        threading.Thread(target=self._end_overdue_calls, name="overdue calls", daemon=True).start()
 
     def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Wrap the method of one call. Called in gRPC's only event thread."""
@@ -133,13 +133,13 @@ class Gate(grpc.ServerInterceptor):
             return kind, self._unary_handler(handler, kind, self._uploading, self._replies, self._unary_limit)
         kind = self._watch if method.startswith(_HEALTH) else self._streams
         one_way = kind is self._streams and handler.request_streaming != handler.response_streaming
-        patience = self._transferring if one_way else self._between_messages
+        limits = self._transferring if one_way else self._between_messages
         if handler.response_streaming:
-            return kind, self._streaming_handler(handler, kind, patience)
-        return kind, self._uploading_handler(handler, kind, patience)
+            return kind, self._streaming_handler(handler, kind, limits)
+        return kind, self._uploading_handler(handler, kind, limits)
 
     def _unary_handler(
-        self, handler: Handler, kind: Kind, patience: Patience, replies: Replies, limit: ConcurrencyLimit | None
+        self, handler: Handler, kind: Kind, limits: WaitLimits, replies: Replies, limit: ConcurrencyLimit | None
     ) -> Handler:
         """The handler of a call with one message each way; a stream to gRPC, so that this code receives the message."""
         method: Any = handler.unary_unary
@@ -148,7 +148,7 @@ class Gate(grpc.ServerInterceptor):
         def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
             try:
                 peer = context.peer()
-                with kind.places.place(peer, _end_with_reason(context), patience):
+                with kind.places.place(peer, _end_with_reason(context), limits):
                     request = self._single_message(requests, handler)
                 with limit.hold() if limit else nullcontext():
                     reply = serialize(method(request, context))
@@ -166,13 +166,13 @@ class Gate(grpc.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(answer)
 
-    def _streaming_handler(self, handler: Handler, kind: Kind, patience: Patience) -> Handler:
+    def _streaming_handler(self, handler: Handler, kind: Kind, limits: WaitLimits) -> Handler:
         """The handler of a call whose reply is a stream."""
         method: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                with kind.places.place(context.peer(), _end_with_reason(context), patience) as place:
+                with kind.places.place(context.peer(), _end_with_reason(context), limits) as place:
                     if handler.request_streaming:
                         given: Any = _received(requests, place)
                     else:
@@ -183,7 +183,7 @@ class Gate(grpc.ServerInterceptor):
                             place.wait(DELIVERY)
                             yield message
                             place.resume()
-                            if patience.by_bytes:
+                            if limits.by_bytes:
                                 place.record_progress(len(message))
             except Exception as error:  # noqa: BLE001
                 _abort(error, context)
@@ -194,13 +194,13 @@ class Gate(grpc.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer, deserializer, handler.response_serializer)
 
     @staticmethod
-    def _uploading_handler(handler: Handler, kind: Kind, patience: Patience) -> Handler:
+    def _uploading_handler(handler: Handler, kind: Kind, limits: WaitLimits) -> Handler:
         """The handler of a call whose request is a stream, and whose reply is one message."""
         method: Any = handler.stream_unary
 
         def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             try:
-                with kind.places.place(context.peer(), _end_with_reason(context), patience) as place:
+                with kind.places.place(context.peer(), _end_with_reason(context), limits) as place:
                     return method(_received(requests, place), context)
             except Exception as error:  # noqa: BLE001
                 return _abort(error, context)

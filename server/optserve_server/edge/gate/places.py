@@ -45,7 +45,7 @@ NOTHING, FIRST_MESSAGE, NEXT_MESSAGE, DELIVERY = Waiting
 
 
 @dataclass(frozen=True)
-class Patience:
+class WaitLimits:
     """How long calls of one kind may wait for their clients, in seconds, by what they wait for.
 
     Attributes:
@@ -65,19 +65,19 @@ class Place:
 
     Attributes:
         peer: The connection of the call.
-        patience: How long it may wait for its client.
+        limits: How long it may wait for its client.
         waiting: What it waits for.
         since: Since when it waits, by the monotonic clock.
-        waited_s: Seconds that it has waited in all, less those that progress has added; 0 unless `patience.by_bytes`.
+        waited_s: Seconds that it has waited in all, less those that progress has added; 0 unless `limits.by_bytes`.
     """
 
-    __slots__ = ("_by_bytes", "_end", "patience", "peer", "since", "waited_s", "waiting")
+    __slots__ = ("_by_bytes", "_end", "limits", "peer", "since", "waited_s", "waiting")
 
-    def __init__(self, peer: str, end: Callable[[str], object], patience: Patience) -> None:
+    def __init__(self, peer: str, end: Callable[[str], object], limits: WaitLimits) -> None:
         self.peer = peer
-        self.patience = patience
+        self.limits = limits
         self._end = end
-        self._by_bytes = patience.by_bytes
+        self._by_bytes = limits.by_bytes
         self.since = time.monotonic()
         self.waited_s = 0.0
         self.waiting = FIRST_MESSAGE
@@ -150,18 +150,18 @@ class Places:
         self._peers: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, peer: str, end: Callable[[str], object], patience: Patience) -> Iterator[Place]:
+    def place(self, peer: str, end: Callable[[str], object], limits: WaitLimits) -> Iterator[Place]:
         """Take a place for the length of a with-block; `current` returns it there.
 
         Args:
             peer: The connection of the call.
             end: Ends the call with a message for its client.
-            patience: How long the call may wait for its client.
+            limits: How long the call may wait for its client.
 
         Raises:
             OptserveError: TOO_MANY_STREAMS.
         """
-        place = Place(peer, end, patience)
+        place = Place(peer, end, limits)
         self._take(place)
         _current.set(place)
         try:
@@ -207,11 +207,11 @@ class Places:
         # The oldest first.
         for place in self._taken:
             key = (self._peers[place.peer], now - place.since)
-            spared_s = place.patience.evict_after_s.get(place.waiting, math.inf)
+            spared_s = place.limits.evict_after_s.get(place.waiting, math.inf)
             if place.waiting is FIRST_MESSAGE:
                 if protected > 0:
                     protected -= 1
-                    spared_s = place.patience.end_after_s.get(place.waiting, math.inf)
+                    spared_s = place.limits.end_after_s.get(place.waiting, math.inf)
                 if key[0] > in_own_pool:
                     # A connection with many places does not keep out one with few.
                     spared_s = 0.0
@@ -237,7 +237,7 @@ class Places:
             late = [
                 place
                 for place in self._taken
-                if place.waited_s + now - place.since > place.patience.end_after_s.get(place.waiting, math.inf)
+                if place.waited_s + now - place.since > place.limits.end_after_s.get(place.waiting, math.inf)
             ]
         for place in late:
             place.end("that is longer than it may take")

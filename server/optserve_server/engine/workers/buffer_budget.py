@@ -121,10 +121,10 @@ class BufferBudget:
         with self._lock:
             return self._full(step_slot)
 
-    def take_back(self, step_slot: WorkerSlot) -> None:
+    def reclaim(self, step_slot: WorkerSlot) -> None:
         """Take a step slot's buffer back at once."""
         with self._lock:
-            self._take_back(step_slot)
+            self._reclaim(step_slot)
             self._serve()
 
     def _make_room(self, step_slot: WorkerSlot, optimizer: str = "") -> bool:
@@ -135,7 +135,7 @@ class BufferBudget:
         for oldest in resting:
             if not self._is_in_the_way(step_slot, optimizer):
                 break
-            self._take_back(oldest)
+            self._reclaim(oldest)
         return not self._is_in_the_way(step_slot, optimizer)
 
     def _is_in_the_way(self, step_slot: WorkerSlot, optimizer: str = "", free: int = 0) -> bool:
@@ -145,7 +145,7 @@ class BufferBudget:
         )
         return used > free and used - free + step_slot.buffer_bytes > limit
 
-    def _take_back(self, step_slot: WorkerSlot) -> None:
+    def _reclaim(self, step_slot: WorkerSlot) -> None:
         """Take a buffer back, unless a step holds it or its lock is taken."""
         if step_slot.buffer is not None and step_slot.drop_buffer():
             self._idle.pop(step_slot, None)

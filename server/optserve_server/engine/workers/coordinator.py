@@ -106,7 +106,7 @@ class Workers:
             # A report that was sent earlier and arrives later must not bring this life back.
             worker.life = life + 1
         self.steps.withdraw(worker)
-        self._buffer_budget.take_back(worker.step_slot)
+        self._buffer_budget.reclaim(worker.step_slot)
 
     def act(self, name: str, life: int = 0) -> Worker:
         """The worker for a call of one of its lives; ends the earlier lives.

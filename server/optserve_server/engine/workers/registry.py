@@ -210,7 +210,7 @@ class WorkerRegistry:
                     limit=MAX_KNOWN,
                 )
             oldest = min(dead, key=lambda worker: worker.seen_at)
-            self._buffer_budget.take_back(oldest.step_slot)
+            self._buffer_budget.reclaim(oldest.step_slot)
             del self._known[oldest.name]
             self._living.pop(oldest.name, None)
         worker = self._known[name] = Worker(name, self._make_step_slot(), self._clock.monotonic)
@@ -219,7 +219,7 @@ class WorkerRegistry:
     def clear(self) -> None:
         """Forget all workers, and take their buffers back."""
         for worker in self:
-            self._buffer_budget.take_back(worker.step_slot)
+            self._buffer_budget.reclaim(worker.step_slot)
         self._known.clear()
         self._living.clear()
 
