@@ -12,7 +12,13 @@ PACKAGE = "optserve.v1"
 CONTRACT = "optserve/v1/algorithms.proto"
 
 FieldProto = descriptor_pb2.FieldDescriptorProto
-TYPES = {FieldProto.TYPE_DOUBLE: float, FieldProto.TYPE_UINT32: int, FieldProto.TYPE_UINT64: int}
+TYPES = {
+    FieldProto.TYPE_DOUBLE: float,
+    FieldProto.TYPE_UINT32: int,
+    FieldProto.TYPE_UINT64: int,
+    FieldProto.TYPE_BOOL: bool,
+}
+FLAG_RANGE = "true or false"
 
 
 class ContractError(ValueError):
@@ -27,7 +33,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One field of a method's message, with what its option says."""
+    """One field of a method's message, with what its option says. One that is true or false is a flag."""
 
     name: str
     type: type
@@ -36,8 +42,20 @@ class Hyperparameter:
     range: str
 
     @property
+    def is_flag(self) -> bool:
+        """Whether it is true or false."""
+        return self.type is bool
+
+    @property
+    def default_text(self) -> str:
+        """The default as people write it."""
+        return str(self.default).lower() if self.is_flag else number(self.default)
+
+    @property
     def default_code(self) -> str:
         """The default as Python writes it, of the field's type."""
+        if self.is_flag:
+            return str(self.default)
         text = number(self.default)
         return text if self.type is int or set(text) & set(".e") else f"{text}.0"
 
@@ -111,18 +129,22 @@ class Contract:
     def _hyperparameter(self, message: str, field: FieldProto, path: tuple[int, ...]) -> Hyperparameter:
         where = f"{message}.{field.name}"
         option = self.option(field.options, "hyperparameter")
-        if option is None or not (option.HasField("default_value") and option.WhichOneof("lower")):
+        is_flag = field.type == FieldProto.TYPE_BOOL
+        if is_flag and (option is None or [item.name for item, _ in option.ListFields()] != ["default_flag"]):
+            raise ContractError(f"{where} needs a (hyperparameter) with default_flag, and nothing else.")
+        if not is_flag and (option is None or not (option.HasField("default_value") and option.WhichOneof("lower"))):
             raise ContractError(f"{where} needs a (hyperparameter) with default_value and gte or gt.")
         if not field.proto3_optional:
             raise ContractError(f"{where} is not optional: one that is absent has to take its default.")
         if field.type not in TYPES:
-            raise ContractError(f"{where} is neither a double nor an unsigned whole number.")
+            raise ContractError(f"{where} is neither a double nor an unsigned whole number nor a bool.")
+        meaning = " ".join(self.paragraphs(*path))
+        if is_flag:
+            return Hyperparameter(field.name, bool, meaning, option.default_flag, FLAG_RANGE)
         interval = range_of(option)
         if not contains(option, option.default_value):
             raise ContractError(f"The default of {where}, {number(option.default_value)}, does not lie in {interval}.")
-        return Hyperparameter(
-            field.name, TYPES[field.type], " ".join(self.paragraphs(*path)), option.default_value, interval
-        )
+        return Hyperparameter(field.name, TYPES[field.type], meaning, option.default_value, interval)
 
 
 def methods_of(descriptors: bytes) -> list[Method]:

@@ -3,13 +3,25 @@
 A method that is added to the service has its function here, and at least one row in the table at the end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from optserve_server.numerics.rules import Adadelta, Adagrad, DiagonalHessian, Momentum, Rule, Sgd, Vsgd, WindowedRms
+from optserve_server.numerics.rules import (
+    Adadelta,
+    Adagrad,
+    Adam,
+    AdamW,
+    DiagonalHessian,
+    Momentum,
+    Rule,
+    Sgd,
+    Vsgd,
+    WindowedRms,
+)
 
 
 def adadelta(gradients, rho, eps, learning_rate):
@@ -57,6 +69,19 @@ def windowed_rms(gradients, learning_rate, rho, eps, outer_eps):
     return x
 
 
+def adam(gradients, learning_rate, beta1, beta2, eps):
+    """The averages written out as their sums, so that their corrections are the sums of the weights."""
+    x = np.zeros_like(gradients[0])
+    for t in range(len(gradients)):
+        ages = np.arange(t, -1, -1.0)
+        mean, square = (
+            np.tensordot(beta**ages, np.power(gradients[: t + 1], power), axes=1) / np.sum(beta**ages)
+            for beta, power in ((beta1, 1), (beta2, 2))
+        )
+        x = x - learning_rate * mean / (np.sqrt(square) + eps)
+    return x
+
+
 def diagonal_hessian(gradients, curvatures, mu, learning_rate):
     return -learning_rate * sum(g / (np.abs(h) + mu) for g, h in zip(gradients, curvatures, strict=True))
 
@@ -85,14 +110,17 @@ def vsgd(gradients, curvatures, eps, initial_overestimate, initial_steps):
 class Row:
     """A rule with hyper-parameters, its oracle, and torch's optimizer where the formulas agree.
 
-    `torch_difference` says where they do not, word for word.
+    `torch_difference` says where they do not, word for word. `torch_names` are torch's names of slots that have others.
     """
 
     rule: Rule
     oracle: Any
     torch_optimizer: Any
     torch_difference: str = ""
+    torch_names: Mapping[str, str] = field(default_factory=dict)
 
+
+MOMENTS = {"grad_avg": "exp_avg", "square_avg": "exp_avg_sq"}
 
 ROWS = {
     "adadelta": Row(Adadelta(), adadelta, lambda p: torch.optim.Adadelta(p, lr=1.0, rho=0.95, eps=1e-6)),
@@ -116,6 +144,20 @@ ROWS = {
     ),
     "windowed-rms-default": Row(
         WindowedRms(), windowed_rms, None, "eps is inside the root, equation 9; torch has it outside."
+    ),
+    "adam": Row(Adam(), adam, torch.optim.Adam, torch_names=MOMENTS),
+    "adam-other": Row(
+        Adam(learning_rate=0.05, beta1=0.5, beta2=0.9, eps=1e-3),
+        adam,
+        lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.9), eps=1e-3),
+        torch_names=MOMENTS,
+    ),
+    "adamw": Row(
+        AdamW(learning_rate=0.01),
+        adam,
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0),
+        "torch decays x as well, by the learning rate times weight_decay.",
+        MOMENTS,
     ),
     "diagonal-hessian": Row(DiagonalHessian(mu=0.5, learning_rate=0.1), diagonal_hessian, None, "torch has none."),
     "vsgd": Row(Vsgd(), vsgd, None, "torch has none."),

@@ -63,6 +63,15 @@ EXPECTED_RATES = {
         optserve.WindowedRms(learning_rate=0.25, outer_eps=1e-3),
         lambda s: 0.25 / (np.sqrt(s["square_avg"] + 1e-6) + 1e-3),
     ),
+    # In the third step.
+    "adam": (
+        optserve.Adam(learning_rate=0.25, eps=1e-3),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.999**3)) + 1e-3),
+    ),
+    "adamw": (
+        optserve.AdamW(learning_rate=0.25, beta2=0.9),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.9**3)) + 1e-8),
+    ),
     "vsgd": (
         optserve.Vsgd(initial_steps=2),
         lambda s: s["grad_avg"] ** 2 / s["square_avg"] / (s["curvature_avg"] + 1e-2),

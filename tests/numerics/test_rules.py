@@ -14,7 +14,7 @@ from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from oracle import ROWS
 
-STEPS = 200
+STEPS = 300
 SIZE = 1003  # neither a multiple of a vector register nor of anything else
 
 TOLERANCE = {np.dtype("f4"): 1e-5, np.dtype("f8"): 1e-12}
@@ -57,7 +57,7 @@ def accumulate(backend: backends.Backend, rule, given: list[np.ndarray]) -> tupl
 
 @pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f8")], ids=str)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_two_hundred_steps_agree_with_the_equations(backend, row, dtype):
+def test_three_hundred_steps_agree_with_the_equations(backend, row, dtype):
     given = gradients(dtype)
     operands = [given, curvatures(dtype)] if row.rule.takes_curvature else [given]
     wide = ([array.astype(np.float64) for array in operand] for operand in operands)
@@ -67,7 +67,7 @@ def test_two_hundred_steps_agree_with_the_equations(backend, row, dtype):
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if row.torch_optimizer], ids=lambda row: str(row.rule))
-def test_two_hundred_steps_agree_with_torch(backend, row):
+def test_three_hundred_steps_agree_with_torch(backend, row):
     given = gradients(np.dtype("f8"))
     parameter = torch.nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
     optimizer = row.torch_optimizer([parameter])
@@ -80,7 +80,8 @@ def test_two_hundred_steps_agree_with_torch(backend, row):
     # The slots have torch's names and, but for momentum, torch's values.
     for name, slot in zip(row.rule.slots, slots, strict=True):
         if name != "momentum":
-            np.testing.assert_allclose(slot, optimizer.state[parameter][name].numpy(), rtol=1e-10)
+            its = optimizer.state[parameter][row.torch_names.get(name, name)]
+            np.testing.assert_allclose(slot, its.numpy(), rtol=1e-10, atol=1e-300)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype("f4"), np.dtype("f8")], ids=str)

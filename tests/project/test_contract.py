@@ -48,6 +48,7 @@ def test_what_is_committed_is_what_the_contract_generates(tmp_path):
         ),
         ("optional double rho = 1", "double rho = 1", "Adadelta.rho is not optional"),
         ("optional double rho = 1", "optional string rho = 1", "Adadelta.rho is neither a double nor"),
+        ("optional double rho = 1", "optional bool rho = 1", "Adadelta.rho needs a (hyperparameter) with default_flag"),
     ],
 )
 def test_a_hyperparameter_that_does_not_say_all_is_refused(tmp_path, said, instead, message):

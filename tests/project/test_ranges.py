@@ -252,7 +252,8 @@ def test_a_hyperparameter_that_is_absent_is_the_default_of_the_contract(stub, na
     message = optimizer_pb2.Optimizer(parameters=parameters, algorithm=algorithm)
     created = stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message))
     assert {field.name: value for field, value in getattr(created.optimizer.algorithm, method.name).ListFields()} == {
-        field.name: _said(field).default_value for field in present(method.message_type).fields
+        field.name: _said(field).default_flag if field.type == field.TYPE_BOOL else _said(field).default_value
+        for field in present(method.message_type).fields
     }
 
 

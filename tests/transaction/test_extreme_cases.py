@@ -21,8 +21,8 @@ from optserve_server.engine.records import UpdateRecord
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics import backends
-from optserve_server.numerics.layout import Layout, Operand, Payload, Selection
-from optserve_server.numerics.settings import PARAMETER, Settings
+from optserve_server.numerics.layout import Operand, Payload, Selection
+from optserve_server.numerics.settings import PARAMETER
 from optserve_server.numerics.state import State
 from optserve_server.persistence.state_import import StateImport
 
@@ -56,16 +56,23 @@ def digest(steps: Steps) -> tuple[Any, ...]:
     return steps.step, steps.main.last_request_id, steps.lsn, found
 
 
+def counters_of(state: State) -> list[int]:
+    """The step counter that each parameter has in the next step."""
+    counted = state.parameter_steps if state.parameter_steps.size else np.zeros(len(state.layout.parameters), np.int64)
+    return (counted + 1).tolist()
+
+
 def plain(
-    settings: Settings,
-    layout: Layout,
+    state: State,
     before: Arrays,
+    counters: list[int],
     operands: Operands,
     tensors: tuple[int, ...],
     step: int,
     staleness: int = 0,
 ) -> tuple[Arrays, dict[np.dtype, np.ndarray]]:
     """(arrays, updates) after a step by the formulas alone, element by element, whatever becomes of them."""
+    settings, layout = state.settings, state.layout
     after = {name: {dtype: arena.copy() for dtype, arena in arenas.items()} for name, arenas in before.items()}
     updates = {dtype: np.zeros(size, dtype) for dtype, size in layout.sizes.items()}
     payload = Payload(layout, Selection(tensors))
@@ -82,7 +89,7 @@ def plain(
         dtype, part = parameter.dtype, slice(start, start + parameter.size)
         group = 1 if settings.groups and index in settings.groups[0].parameters else 0
         rule = settings.at(rules[group], step, staleness)
-        scalars = [dtype.type(scalar) for scalar in rule.scalars(1)]
+        scalars = [dtype.type(scalar) for scalar in rule.scalars(counters[index])]
         slots = [after[name][dtype][part] for name in rule.slots]
         with np.errstate(all="ignore"):
             made = rule.update(np.sqrt, *(operand[dtype][part] for operand in given), *slots, *scalars)
@@ -158,7 +165,7 @@ class Play:
             {dtype: np.zeros(size, dtype) for dtype, size in self.layout.sizes.items()}
             for _ in self.state.operand_kinds
         ]
-        before, was = arrays_of(self.state), digest(self.steps)
+        before, was, counters = arrays_of(self.state), digest(self.steps), counters_of(self.state)
         refusal, got = None, b""
         with closing(
             self.steps.begin(StepRequest(request_id, selection=Selection(tensors), wire=wire, reply=reply))
@@ -176,7 +183,7 @@ class Play:
                 refusal = error
             else:
                 got = self.read(step)
-        after, updates = plain(self.state.settings, self.layout, before, operands, tensors, was[0])
+        after, updates = plain(self.state, before, counters, operands, tensors, was[0])
         replied = {Reply.UPDATES: updates, Reply.PARAMETERS: after.get(PARAMETER, {}), Reply.NOTHING: {}}[reply]
         parts = [
             replied[p.dtype][start : start + p.size]

@@ -74,7 +74,8 @@ def is_finite(reply: bytes, made: Play, wire: np.dtype | None) -> bool:
 
 def is_applied(made: Play, operands: Operands, before, step: int, staleness: int = 0) -> bool:
     everything = tuple(range(len(made.layout.parameters)))
-    after, updates = plain(made.state.settings, made.layout, before, operands, everything, step, staleness)
+    # Every step is of all parameters.
+    after, updates = plain(made.state, before, [step + 1] * len(everything), operands, everything, step, staleness)
     found = arrays_of(made.state)
     return finite(after | {"update": updates}) and all(
         found[name][dtype].tobytes() == after[name][dtype].tobytes() for name in after for dtype in after[name]

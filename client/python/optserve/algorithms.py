@@ -16,6 +16,8 @@ from optserve.v1 import algorithms_pb2
 __all__ = [
     "Adadelta",
     "Adagrad",
+    "Adam",
+    "AdamW",
     "Algorithm",
     "DiagonalHessian",
     "Momentum",
@@ -199,6 +201,70 @@ class Vsgd(Algorithm):
     initial_steps: int = 10
 
 
+@dataclass(frozen=True)
+class Adam(Algorithm):
+    """Adam: Δx = −η m̂ / (√v̂ + ε), with m̂ = m / (1 − β1^t), v̂ = v / (1 − β2^t), t the step of the parameter.
+
+      m ← β1 m + (1 − β1) g
+      v ← β2 v + (1 − β2) g²
+
+    t counts the steps that a parameter has taken part in, so a parameter that some steps skip is corrected rightly. ε
+    stands outside the root of the corrected v̂, as in Algorithm 1 and in torch. optax has this ε as eps, and one inside
+    the root as eps_root, 0 by default. Keras adds its epsilon to the root of the uncorrected v, the ε̂ before section
+    2.1.
+
+    Slots `grad_avg` = m and `square_avg` = v; torch's exp_avg and exp_avg_sq. D. P. Kingma, J. Ba, "Adam: A Method for
+    Stochastic Optimization", arXiv:1412.6980.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.001.
+        beta1: Decay β1 of the average of gradients. Range [0, 1), default 0.9.
+        beta2: Decay β2 of the average of their squares. Range [0, 1), default 0.999.
+        eps: Conditioning constant ε outside the root. Range (0, inf), default 1e-8.
+
+    Example:
+        >>> Adam()
+        Adam(learning_rate=0.001, beta1=0.9, beta2=0.999, eps=1e-08)
+    """
+
+    name = "adam"
+
+    learning_rate: float = 0.001
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class AdamW(Algorithm):
+    """AdamW: the update of Adam, with a weight decay that does not pass through the averages.
+
+    Where the server holds x, the decay is `Optimizer.weight_decay`: x ← x + (Δx − λ x), with λ the whole factor of a
+    step; torch's weight_decay is multiplied by the learning rate, so λ is their product. In delta mode the client
+    decays x.
+
+    Slots `grad_avg` and `square_avg`, as those of Adam. I. Loshchilov, F. Hutter, "Decoupled Weight Decay
+    Regularization", arXiv:1711.05101.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.001.
+        beta1: Decay β1 of the average of gradients. Range [0, 1), default 0.9.
+        beta2: Decay β2 of the average of their squares. Range [0, 1), default 0.999.
+        eps: Conditioning constant ε outside the root. Range (0, inf), default 1e-8.
+
+    Example:
+        >>> AdamW()
+        AdamW(learning_rate=0.001, beta1=0.9, beta2=0.999, eps=1e-08)
+    """
+
+    name = "adamw"
+
+    learning_rate: float = 0.001
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "adadelta": Adadelta,
     "sgd": Sgd,
@@ -207,6 +273,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "windowed_rms": WindowedRms,
     "diagonal_hessian": DiagonalHessian,
     "vsgd": Vsgd,
+    "adam": Adam,
+    "adamw": AdamW,
 }
 """Every method by its name in the contract."""
 

@@ -189,6 +189,7 @@ class _Samples:
         self.tensor, self.indices = tensor, indices
         self.rule = state.last_rule_of(tensor, steps.step)
         self.stepped = steps.step > 0
+        self.counter = state.step_counter_of(tensor)
         stride = max(1, -(-parameter.size // max_sample))
         part = slice(start, start + parameter.size, stride)
         slots = range(len(self.rule.slots))
@@ -220,7 +221,7 @@ class _Samples:
 
     def _rates(self, slots: list[np.ndarray], updates: np.ndarray | None) -> np.ndarray | None:
         with np.errstate(all="ignore"):
-            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)), updates)
+            rates = self.rule.effective_rate(dict(zip(self.rule.slots, slots, strict=True)), updates, self.counter)
         size = slots[0].size if slots else max(self.indices.size, 1)
         return None if rates is None else np.broadcast_to(np.asarray(rates, np.float64), (size,))
 

@@ -13,7 +13,7 @@ import numpy as np
 from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.clipping import Clip
-from optserve_server.numerics.constants import Constants, Part, Rows, constants_of
+from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
 from optserve_server.numerics.rules import Rule
@@ -277,6 +277,10 @@ class State:
         """
         constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
         return constants.rule_of(tensor, *at)
+
+    def step_counter_of(self, tensor: int) -> int:
+        """The step counter of a parameter in the last step that it took part in, or else in its first; see `Rule`."""
+        return max(int(self.parameter_steps[tensor]), FIRST_STEP) if self.parameter_steps.size else FIRST_STEP
 
     def forget_last_step(self) -> None:
         """Forget the last step, because the state was replaced by another one."""

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Algorithm(_message.Message):
-    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd")
+    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd", "adam", "adamw")
     ADADELTA_FIELD_NUMBER: _ClassVar[int]
     SGD_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,8 @@ class Algorithm(_message.Message):
     WINDOWED_RMS_FIELD_NUMBER: _ClassVar[int]
     DIAGONAL_HESSIAN_FIELD_NUMBER: _ClassVar[int]
     VSGD_FIELD_NUMBER: _ClassVar[int]
+    ADAM_FIELD_NUMBER: _ClassVar[int]
+    ADAMW_FIELD_NUMBER: _ClassVar[int]
     adadelta: Adadelta
     sgd: Sgd
     momentum: Momentum
@@ -23,7 +25,9 @@ class Algorithm(_message.Message):
     windowed_rms: WindowedRms
     diagonal_hessian: DiagonalHessian
     vsgd: Vsgd
-    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ...) -> None: ...
+    adam: Adam
+    adamw: AdamW
+    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., adamw: _Optional[_Union[AdamW, _Mapping]] = ...) -> None: ...
 
 class Adadelta(_message.Message):
     __slots__ = ("rho", "eps", "learning_rate")
@@ -86,6 +90,30 @@ class Vsgd(_message.Message):
     initial_overestimate: float
     initial_steps: int
     def __init__(self, eps: _Optional[float] = ..., initial_overestimate: _Optional[float] = ..., initial_steps: _Optional[int] = ...) -> None: ...
+
+class Adam(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2", "eps")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
+
+class AdamW(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2", "eps")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("constant", "inverse_time", "exponential", "step", "cosine", "warmup_steps")

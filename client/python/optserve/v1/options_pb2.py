@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/options.proto\x12\x0boptserve.v1\x1a google/protobuf/descriptor.proto\"!\n\x06Method\x12\x17\n\x0ftakes_curvature\x18\x01 \x01(\x08\"\x8a\x01\n\x0eHyperparameter\x12\x1a\n\rdefault_value\x18\x01 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x03gte\x18\x02 \x01(\x01H\x00\x12\x0c\n\x02gt\x18\x03 \x01(\x01H\x00\x12\r\n\x03lte\x18\x04 \x01(\x01H\x01\x12\x0c\n\x02lt\x18\x05 \x01(\x01H\x01\x42\x07\n\x05lowerB\x07\n\x05upperB\x10\n\x0e_default_value:F\n\x06method\x12\x1f.google.protobuf.MessageOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x13.optserve.v1.Method:T\n\x0ehyperparameter\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x0b\x32\x1b.optserve.v1.Hyperparameterb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/options.proto\x12\x0boptserve.v1\x1a google/protobuf/descriptor.proto\"!\n\x06Method\x12\x17\n\x0ftakes_curvature\x18\x01 \x01(\x08\"\xb6\x01\n\x0eHyperparameter\x12\x1a\n\rdefault_value\x18\x01 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x03gte\x18\x02 \x01(\x01H\x00\x12\x0c\n\x02gt\x18\x03 \x01(\x01H\x00\x12\r\n\x03lte\x18\x04 \x01(\x01H\x01\x12\x0c\n\x02lt\x18\x05 \x01(\x01H\x01\x12\x19\n\x0c\x64\x65\x66\x61ult_flag\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\x07\n\x05lowerB\x07\n\x05upperB\x10\n\x0e_default_valueB\x0f\n\r_default_flag:F\n\x06method\x12\x1f.google.protobuf.MessageOptions\x18\xd1\x86\x03 \x01(\x0b\x32\x13.optserve.v1.Method:T\n\x0ehyperparameter\x12\x1d.google.protobuf.FieldOptions\x18\xd2\x86\x03 \x01(\x0b\x32\x1b.optserve.v1.Hyperparameterb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METHOD']._serialized_start=76
   _globals['_METHOD']._serialized_end=109
   _globals['_HYPERPARAMETER']._serialized_start=112
-  _globals['_HYPERPARAMETER']._serialized_end=250
+  _globals['_HYPERPARAMETER']._serialized_end=294
 # @@protoc_insertion_point(module_scope)

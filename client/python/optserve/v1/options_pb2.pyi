@@ -16,15 +16,17 @@ class Method(_message.Message):
     def __init__(self, takes_curvature: bool = ...) -> None: ...
 
 class Hyperparameter(_message.Message):
-    __slots__ = ("default_value", "gte", "gt", "lte", "lt")
+    __slots__ = ("default_value", "gte", "gt", "lte", "lt", "default_flag")
     DEFAULT_VALUE_FIELD_NUMBER: _ClassVar[int]
     GTE_FIELD_NUMBER: _ClassVar[int]
     GT_FIELD_NUMBER: _ClassVar[int]
     LTE_FIELD_NUMBER: _ClassVar[int]
     LT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_FLAG_FIELD_NUMBER: _ClassVar[int]
     default_value: float
     gte: float
     gt: float
     lte: float
     lt: float
-    def __init__(self, default_value: _Optional[float] = ..., gte: _Optional[float] = ..., gt: _Optional[float] = ..., lte: _Optional[float] = ..., lt: _Optional[float] = ...) -> None: ...
+    default_flag: bool
+    def __init__(self, default_value: _Optional[float] = ..., gte: _Optional[float] = ..., gt: _Optional[float] = ..., lte: _Optional[float] = ..., lt: _Optional[float] = ..., default_flag: bool = ...) -> None: ...

@@ -3,6 +3,8 @@
 
 from optserve_server.numerics.rules.adadelta import Adadelta
 from optserve_server.numerics.rules.adagrad import Adagrad
+from optserve_server.numerics.rules.adam import Adam
+from optserve_server.numerics.rules.adamw import AdamW
 from optserve_server.numerics.rules.base import Rule
 from optserve_server.numerics.rules.diagonal_hessian import DiagonalHessian
 from optserve_server.numerics.rules.momentum import Momentum
@@ -18,6 +20,8 @@ RULES: dict[str, type[Rule]] = {
     "windowed_rms": WindowedRms,
     "diagonal_hessian": DiagonalHessian,
     "vsgd": Vsgd,
+    "adam": Adam,
+    "adamw": AdamW,
 }
 """Every method by its field name in `optserve.v1.Algorithm`."""
 
@@ -25,6 +29,8 @@ __all__ = [
     "RULES",
     "Adadelta",
     "Adagrad",
+    "Adam",
+    "AdamW",
     "DiagonalHessian",
     "Momentum",
     "Rule",

@@ -51,7 +51,7 @@ class Adadelta(contract.Adadelta):
         whole = max(square_avg + eps, acc_delta, root / floor, delta * delta) <= numbers.most
         return learning_rate * delta if whole else math.inf, ((0.0, square_avg), (0.0, acc_delta))
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """RMS[Δx]_{t−1} / RMS[g]_t, times the learning rate (equation 14); without the update RMS[Δx]_t / RMS[g]_t."""
         squares, deltas = slots["square_avg"], slots["acc_delta"]
         rates = self.learning_rate * np.sqrt((deltas + self.eps) / (squares + self.eps))

@@ -43,7 +43,7 @@ class Adagrad(contract.Adagrad):
         update = min(rate * gradient / eps, rate * numbers.steepest(eps))
         return update if whole else math.inf, ((0.0, total),)
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η / (√(Σ g²) + ε)."""
         return self.learning_rate / (np.sqrt(slots["sum"]) + self.eps)
 

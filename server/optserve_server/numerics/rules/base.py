@@ -18,6 +18,10 @@ Scalars = tuple[float, ...]
 """The constants of a rule, rounded to a dtype."""
 
 
+_KEPT = 1.0 - 2e-6
+"""What rounding leaves of a number of float32, at least, in the operations of a rule."""
+
+
 class Numbers(NamedTuple):
     """The numbers of a dtype.
 
@@ -32,6 +36,11 @@ class Numbers(NamedTuple):
     def steepest(self, floor: float) -> float:
         """The largest possible |g| / (√(g²) + floor). It is 1, or more if small squares vanish."""
         return max(1.0, math.sqrt(self.tiny) / floor)
+
+    def remaining(self, least: float, decay: float, steps: int) -> float:
+        """The least that rounding leaves of a number of at least `least` after `steps` multiplications by `decay`."""
+        left = least * (decay * _KEPT) ** steps
+        return left if left >= self.tiny else 0.0
 
 
 NUMBERS = {
@@ -67,6 +76,11 @@ def hyperparameter(default: Any, interval: str) -> Any:
     return field(default=default, metadata={"range": Range(interval)})
 
 
+def flag(*, default: bool) -> Any:
+    """A dataclass field that is true or false, with a default."""
+    return field(default=default, metadata={"flag": True})
+
+
 @dataclass(frozen=True)
 class Rule:
     """One method with its hyper-parameters. `rules.contract` has these from the contract; each formula has a file.
@@ -98,7 +112,7 @@ class Rule:
 
     @classmethod
     def range_of(cls, name: str) -> Range:
-        """The range of a hyper-parameter."""
+        """The range of a hyper-parameter that is a number."""
         return cls.__dataclass_fields__[name].metadata["range"]
 
     def scalars(self, step: int) -> tuple[float, ...]:
@@ -137,12 +151,15 @@ class Rule:
         """
         return None
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """The factor on −g that the last step used, in float64; None if it does not follow from the slots.
+
+        Of a method that averages gradients, it is the factor on minus the average.
 
         Args:
             slots: The slots after that step, in float64.
             update: The update of that step, in float64; None if it is no longer known.
+            step: See `scalars`; that of the last step that the parameter took part in.
         """
         return None
 
@@ -162,23 +179,29 @@ class Rule:
             OptserveError: HYPERPARAMETER_OUT_OF_RANGE, with the field's path.
         """
         for item in fields(self):
-            value, interval = getattr(self, item.name), self.range_of(item.name)
-            path = f"optimizer.algorithm.{self.name}.{item.name}"
+            value = getattr(self, item.name)
+            if item.metadata.get("flag"):
+                if not isinstance(value, bool):
+                    raise self.out_of_range(item.name, f"is {value!r}, but must be true or false")
+                continue
+            interval = self.range_of(item.name)
             if value not in interval or not math.isfinite(value):
-                raise OptserveError(
-                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
-                    f"{self.name}.{item.name} is {value!r}, but must lie in {interval.text}.",
-                    field=path,
-                )
+                raise self.out_of_range(item.name, f"is {value!r}, but must lie in {interval.text}")
             with np.errstate(over="ignore", under="ignore"):
                 rounded = float(dtype.type(value))
             if rounded not in interval or not math.isfinite(rounded):
-                raise OptserveError(
-                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
-                    f"{self.name}.{item.name} is {value!r}, which is {rounded!r} in {dtype.name} and so no longer in "
-                    f"{interval.text}.",
-                    field=path,
+                raise self.out_of_range(
+                    item.name,
+                    f"is {value!r}, which is {rounded!r} in {dtype.name} and so no longer in {interval.text}",
                 )
+
+    def out_of_range(self, name: str, what: str) -> OptserveError:
+        """The error for a hyper-parameter, of which `what` goes on with the sentence."""
+        return OptserveError(
+            Reason.HYPERPARAMETER_OUT_OF_RANGE,
+            f"{self.name}.{name} {what}.",
+            field=f"optimizer.algorithm.{self.name}.{name}",
+        )
 
     def gradient_limit(self, dtype: np.dtype) -> float:
         """The largest magnitude of an element of the gradient, and of the curvature, that keeps the state finite.

@@ -84,3 +84,27 @@ class Vsgd(Rule):
     eps: float = hyperparameter(0.01, "(0, inf)")
     initial_overestimate: float = hyperparameter(100.0, "[1, 1e6]")
     initial_steps: int = hyperparameter(10, "[2, 1e6]")
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam: Δx = −η m̂ / (√v̂ + ε), with m̂ = m / (1 − β1^t), v̂ = v / (1 − β2^t), t the step of the parameter."""
+
+    name = "adam"
+
+    learning_rate: float = hyperparameter(0.001, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.999, "[0, 1)")
+    eps: float = hyperparameter(1e-8, "(0, inf)")
+
+
+@dataclass(frozen=True)
+class AdamW(Rule):
+    """AdamW: the update of Adam, with a weight decay that does not pass through the averages."""
+
+    name = "adamw"
+
+    learning_rate: float = hyperparameter(0.001, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.999, "[0, 1)")
+    eps: float = hyperparameter(1e-8, "(0, inf)")

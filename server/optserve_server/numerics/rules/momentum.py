@@ -40,7 +40,7 @@ class Momentum(contract.Momentum):
         momentum = max(-slots[0][0], slots[0][1]) + steps * (scalars[1] * gradient)
         return momentum, ((-momentum, momentum),)
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η."""
         return self.learning_rate
 

@@ -34,7 +34,7 @@ class Sgd(contract.Sgd):
         """See Rule."""
         return abs(scalars[0]) * gradient, ()
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η."""
         return self.learning_rate
 

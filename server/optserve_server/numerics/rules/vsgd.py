@@ -70,7 +70,7 @@ class Vsgd(contract.Vsgd):
         whole = max(-slots[3][0], slots[3][1]) < 1 << 23 and max(square, mean * mean, 1.0 / eps) <= numbers.most
         return gradient / eps if whole else math.inf, slots
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """E[g]² / (E[g²] E[|h|]); 0 while the first estimates are made."""
         power = slots["grad_avg"] ** 2
         signal = power / (np.maximum(slots["square_avg"], power) + _TINY)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.rules import contract
 from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
@@ -27,11 +26,9 @@ class WindowedRms(contract.WindowedRms):
         """As for every rule; besides, one of the two constants must be positive."""
         super().check(dtype)
         if dtype.type(self.eps) == 0 and dtype.type(self.outer_eps) == 0:
-            raise OptserveError(
-                Reason.HYPERPARAMETER_OUT_OF_RANGE,
-                f"{self.name}.eps is {self.eps!r} and outer_eps {self.outer_eps!r}, both 0 in {dtype.name}; one must "
-                "be positive.",
-                field=f"optimizer.algorithm.{self.name}.eps",
+            raise self.out_of_range(
+                "eps",
+                f"is {self.eps!r} and outer_eps {self.outer_eps!r}, both 0 in {dtype.name}; one must be positive",
             )
 
     def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
@@ -56,7 +53,7 @@ class WindowedRms(contract.WindowedRms):
         whole = max(-rate * gradient, square_avg + eps) <= numbers.most
         return update if whole else math.inf, ((0.0, square_avg),)
 
-    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None) -> Any:  # noqa: ARG002
+    def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η / RMS[g]."""
         return self.learning_rate / (np.sqrt(slots["square_avg"] + self.eps) + self.outer_eps)
 
