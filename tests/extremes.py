@@ -23,6 +23,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "mu": (1e-45, 1e-30, 1e-6, 3.0, 1e10, 3e38),
     "beta1": (0.0, 0.5, 0.9, 1 - 1e-6, 1e-30),
     "beta2": (0.0, 0.5, 0.99, 0.999, 1 - 1e-6, 1e-30),
+    "momentum": (0.0, 0.5, 0.9, 1 - 1e-6),
+    "dampening": (0.0, 0.0, 0.3, 1.0),
+    "nesterov": (False, True),
     "initial_overestimate": (1.0, 2.0, 100.0, 1e6),
     "initial_steps": (2, 3, 10),
 }

@@ -15,10 +15,14 @@ from optserve_server.numerics.rules import (
     Adagrad,
     Adam,
     AdamW,
+    CenteredRmsprop,
     DiagonalHessian,
+    Lion,
     Momentum,
+    Rmsprop,
     Rule,
     Sgd,
+    SgdMomentum,
     Vsgd,
     WindowedRms,
 )
@@ -82,6 +86,43 @@ def adam(gradients, learning_rate, beta1, beta2, eps):
     return x
 
 
+def sgd_momentum(gradients, learning_rate, momentum, dampening, nesterov):
+    """The buffer written out as its sum, in which the first gradient alone is not dampened."""
+    x = np.zeros_like(gradients[0])
+    for t, g in enumerate(gradients):
+        weights = momentum ** np.arange(t, -1, -1.0) * (1 - dampening)
+        weights[0] = momentum**t
+        buffer = np.tensordot(weights, gradients[: t + 1], axes=1) if momentum else g
+        x = x - learning_rate * (g + momentum * buffer if nesterov else buffer)
+    return x
+
+
+def rmsprop(gradients, learning_rate, rho, eps, momentum, centered=False):
+    x = np.zeros_like(gradients[0])
+    buffer = np.zeros_like(x)
+    for t, g in enumerate(gradients):
+        weights = (1 - rho) * rho ** np.arange(t, -1, -1.0)
+        spread = np.tensordot(weights, np.square(gradients[: t + 1]), axes=1)
+        if centered:
+            spread = spread - np.tensordot(weights, gradients[: t + 1], axes=1) ** 2
+        buffer = momentum * buffer + g / (np.sqrt(spread) + eps)
+        x = x - learning_rate * buffer
+    return x
+
+
+def centered_rmsprop(gradients, **settings):
+    return rmsprop(gradients, centered=True, **settings)
+
+
+def lion(gradients, learning_rate, beta1, beta2):
+    x = np.zeros_like(gradients[0])
+    m = np.zeros_like(x)
+    for g in gradients:
+        x = x - learning_rate * np.sign(beta1 * m + (1 - beta1) * g)
+        m = beta2 * m + (1 - beta2) * g
+    return x
+
+
 def diagonal_hessian(gradients, curvatures, mu, learning_rate):
     return -learning_rate * sum(g / (np.abs(h) + mu) for g, h in zip(gradients, curvatures, strict=True))
 
@@ -110,7 +151,8 @@ def vsgd(gradients, curvatures, eps, initial_overestimate, initial_steps):
 class Row:
     """A rule with hyper-parameters, its oracle, and torch's optimizer where the formulas agree.
 
-    `torch_difference` says where they do not, word for word. `torch_names` are torch's names of slots that have others.
+    `torch_difference` says where they do not, word for word. `torch_names` are torch's names of slots that have others;
+    empty where torch has no such slot.
     """
 
     rule: Rule
@@ -159,6 +201,39 @@ ROWS = {
         "torch decays x as well, by the learning rate times weight_decay.",
         MOMENTS,
     ),
+    "sgd-momentum": Row(SgdMomentum(), sgd_momentum, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+    "sgd-dampened": Row(
+        SgdMomentum(learning_rate=0.05, momentum=0.8, dampening=0.3),
+        sgd_momentum,
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, dampening=0.3),
+    ),
+    "sgd-nesterov": Row(
+        SgdMomentum(learning_rate=0.05, nesterov=True),
+        sgd_momentum,
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    ),
+    "sgd-without-momentum": Row(
+        SgdMomentum(momentum=0.0, dampening=0.5),
+        sgd_momentum,
+        lambda p: torch.optim.SGD(p, lr=0.01, dampening=0.5),
+        "torch has no buffer then.",
+        {"momentum_buffer": ""},
+    ),
+    "rmsprop": Row(
+        Rmsprop(), rmsprop, torch.optim.RMSprop, "torch has no buffer without momentum.", {"momentum_buffer": ""}
+    ),
+    "rmsprop-momentum": Row(
+        Rmsprop(learning_rate=0.003, rho=0.9, eps=1e-6, momentum=0.8),
+        rmsprop,
+        lambda p: torch.optim.RMSprop(p, lr=0.003, alpha=0.9, eps=1e-6, momentum=0.8),
+    ),
+    "centered-rmsprop": Row(
+        CenteredRmsprop(momentum=0.5),
+        centered_rmsprop,
+        lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
+    ),
+    "lion": Row(Lion(), lion, None, "torch has none."),
+    "lion-other": Row(Lion(learning_rate=0.1, beta1=0.5, beta2=0.8), lion, None, "torch has none."),
     "diagonal-hessian": Row(DiagonalHessian(mu=0.5, learning_rate=0.1), diagonal_hessian, None, "torch has none."),
     "vsgd": Row(Vsgd(), vsgd, None, "torch has none."),
     "vsgd-slow": Row(Vsgd(eps=1e-6, initial_overestimate=1.0, initial_steps=37), vsgd, None, "torch has none."),

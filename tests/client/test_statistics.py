@@ -72,6 +72,15 @@ EXPECTED_RATES = {
         optserve.AdamW(learning_rate=0.25, beta2=0.9),
         lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.9**3)) + 1e-8),
     ),
+    "sgd_momentum": (optserve.SgdMomentum(learning_rate=0.25, nesterov=True), lambda _s: 0.25),
+    "rmsprop": (
+        optserve.Rmsprop(learning_rate=0.25, momentum=0.5),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"]) + 1e-8),
+    ),
+    "centered_rmsprop": (
+        optserve.CenteredRmsprop(learning_rate=0.25),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] - s["grad_avg"] ** 2) + 1e-8),
+    ),
     "vsgd": (
         optserve.Vsgd(initial_steps=2),
         lambda s: s["grad_avg"] ** 2 / s["square_avg"] / (s["curvature_avg"] + 1e-2),
@@ -96,6 +105,12 @@ def test_the_rate_of_the_diagonal_hessian_depends_on_the_curvature_and_is_absent
     item = stepped(client, name, optserve.DiagonalHessian()).statistics(indices=[1], names=["w"]).parameters["w"]
     assert (item.rates, item.elements.rates, item.rms_gradient) == ({}, None, None)
     assert item.elements.updates is not None
+
+
+def test_lion_moves_by_its_rate_and_has_no_factor_on_the_gradient(client, name):
+    item = stepped(client, name, optserve.Lion(learning_rate=0.5)).statistics(indices=[1], names=["b"]).parameters["b"]
+    assert (item.rates, item.elements.rates) == ({}, None)
+    assert abs(present(item.elements.updates)).tolist() == [0.5]
 
 
 def test_rates_follow_schedules_and_groups(client, name):

@@ -54,7 +54,9 @@ def test_a_look_is_rare(kind, hosted):
 
 @pytest.mark.parametrize("kind", RULES.values(), ids=RULES)
 def test_it_is_rare_where_the_wire_is_narrow(kind):
-    looks, uncovered = steps_of(kind(), ReplyWires(updates=(half_floats.FLOAT16,)))
+    # No bound of a centred update is less than that of g / ε.
+    rule = kind(eps=1e-3) if kind.name == "centered_rmsprop" else kind()
+    looks, uncovered = steps_of(rule, ReplyWires(updates=(half_floats.FLOAT16,)))
     assert uncovered == 0
     assert looks <= 50
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.rules import Adadelta, Adagrad, Momentum, Sgd, WindowedRms
+from optserve_server.numerics.rules import Adadelta, Adagrad, Momentum, Sgd, SgdMomentum, WindowedRms
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
@@ -26,6 +26,10 @@ F4, F8 = np.dtype("f4"), np.dtype("f8")
         (WindowedRms(rho=2.0), "windowed_rms.rho"),
         (WindowedRms(eps=0.0), "windowed_rms.eps"),
         (WindowedRms(outer_eps=-1e-9), "windowed_rms.outer_eps"),
+        (SgdMomentum(nesterov=True, momentum=0.0), "sgd_momentum.nesterov"),
+        (SgdMomentum(nesterov=True, dampening=0.1), "sgd_momentum.nesterov"),
+        (SgdMomentum(dampening=1.1), "sgd_momentum.dampening"),
+        (SgdMomentum(nesterov=1), "sgd_momentum.nesterov"),  # pyright: ignore[reportArgumentType]
     ],
     ids=str,
 )
@@ -42,6 +46,7 @@ def test_out_of_range(rule, field):
         (Adadelta(rho=1 - 1e-9), "1.0 in float32"),
         (Adadelta(eps=1e-60), "0.0 in float32"),
         (WindowedRms(eps=1e-60), "both 0 in float32"),
+        (SgdMomentum(momentum=1e-60, nesterov=True), "needs a positive momentum"),
     ],
     ids=str,
 )

@@ -19,9 +19,13 @@ __all__ = [
     "Adam",
     "AdamW",
     "Algorithm",
+    "CenteredRmsprop",
     "DiagonalHessian",
+    "Lion",
     "Momentum",
+    "Rmsprop",
     "Sgd",
+    "SgdMomentum",
     "Vsgd",
     "WindowedRms",
 ]
@@ -265,6 +269,128 @@ class AdamW(Algorithm):
     eps: float = 1e-8
 
 
+@dataclass(frozen=True)
+class SgdMomentum(Algorithm):
+    """Gradient descent with momentum as torch.optim.SGD has it: Δx = −η b, or with `nesterov` Δx = −η (g + μ b).
+
+      b ← g                in the first step of the parameter
+      b ← μ b + (1 − d) g  in all others
+
+    Equation 4 keeps updates instead, Δx_t = μ Δx_{t−1} − η g_t, as `Momentum` does, and Sutskever et al. (2013), whose
+    Nesterov variant takes the gradient at x + μ Δx_{t−1}. They are the same while the learning rate is constant; when
+    it changes, here the past gradients get the new one. As in torch, `nesterov` needs a positive momentum and a
+    dampening of 0, and without momentum there is no dampening.
+
+    Slot `momentum_buffer` = b.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.01.
+        momentum: Decay μ of the buffer. Range [0, 1), default 0.9.
+        dampening: Dampening d of the gradient. Range [0, 1], default 0.
+        nesterov: Whether the update looks ahead, −η (g + μ b). True or False, default False.
+
+    Example:
+        >>> SgdMomentum()
+        SgdMomentum(learning_rate=0.01, momentum=0.9, dampening=0.0, nesterov=False)
+    """
+
+    name = "sgd_momentum"
+
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    dampening: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class Rmsprop(Algorithm):
+    """RMSprop with momentum as torch.optim.RMSprop has it: Δx = −η b.
+
+      E[g²] ← ρ E[g²] + (1 − ρ) g²
+      b     ← μ b + g / (√E[g²] + ε)
+
+    Without momentum `WindowedRms` does the same with one slot less.
+
+    Slots `square_avg` = E[g²] and `momentum_buffer` = b. T. Tieleman, G. Hinton, "Lecture 6.5: RMSprop", 2012.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.01.
+        rho: Decay ρ of the average of squares; torch's alpha. Range [0, 1), default 0.99.
+        eps: Conditioning constant ε outside the root. Range (0, inf), default 1e-8.
+        momentum: Decay μ of the buffer. Range [0, 1), default 0.
+
+    Example:
+        >>> Rmsprop()
+        Rmsprop(learning_rate=0.01, rho=0.99, eps=1e-08, momentum=0.0)
+    """
+
+    name = "rmsprop"
+
+    learning_rate: float = 0.01
+    rho: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class CenteredRmsprop(Algorithm):
+    """Centred RMSprop with momentum, as torch.optim.RMSprop with centered=True: Δx = −η b.
+
+      E[g²] ← ρ E[g²] + (1 − ρ) g²
+      E[g]  ← ρ E[g] + (1 − ρ) g
+      b     ← μ b + g / (√max(E[g²] − E[g]², 0) + ε)
+
+    Rounding can leave E[g²] − E[g]² below 0; torch's root is then NaN, here it is 0. Where gradients hardly change, the
+    update comes near η g / ε, so a larger ε is of use.
+
+    Slots `square_avg` = E[g²], `momentum_buffer` = b and `grad_avg` = E[g]. A. Graves, "Generating Sequences With
+    Recurrent Neural Networks", arXiv:1308.0850, equations 38 to 45, which have ε inside the root.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.01.
+        rho: Decay ρ of both averages; torch's alpha. Range [0, 1), default 0.99.
+        eps: Conditioning constant ε outside the root. Range (0, inf), default 1e-8.
+        momentum: Decay μ of the buffer. Range [0, 1), default 0.
+
+    Example:
+        >>> CenteredRmsprop()
+        CenteredRmsprop(learning_rate=0.01, rho=0.99, eps=1e-08, momentum=0.0)
+    """
+
+    name = "centered_rmsprop"
+
+    learning_rate: float = 0.01
+    rho: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lion(Algorithm):
+    """Lion: Δx = −η sign(β1 m + (1 − β1) g), and after it m ← β2 m + (1 − β2) g.
+
+    The sign of 0 is 0. The paper's weight decay is decoupled: where the server holds x, it is `Optimizer.weight_decay`,
+    the product of the paper's λ and η.
+
+    Slot `grad_avg` = m. X. Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.0001.
+        beta1: Weight β1 of m in the sign. Range [0, 1), default 0.9.
+        beta2: Decay β2 of m. Range [0, 1), default 0.99.
+
+    Example:
+        >>> Lion()
+        Lion(learning_rate=0.0001, beta1=0.9, beta2=0.99)
+    """
+
+    name = "lion"
+
+    learning_rate: float = 0.0001
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "adadelta": Adadelta,
     "sgd": Sgd,
@@ -275,6 +401,10 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "vsgd": Vsgd,
     "adam": Adam,
     "adamw": AdamW,
+    "sgd_momentum": SgdMomentum,
+    "rmsprop": Rmsprop,
+    "centered_rmsprop": CenteredRmsprop,
+    "lion": Lion,
 }
 """Every method by its name in the contract."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Algorithm(_message.Message):
-    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd", "adam", "adamw")
+    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd", "adam", "adamw", "sgd_momentum", "rmsprop", "centered_rmsprop", "lion")
     ADADELTA_FIELD_NUMBER: _ClassVar[int]
     SGD_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,10 @@ class Algorithm(_message.Message):
     VSGD_FIELD_NUMBER: _ClassVar[int]
     ADAM_FIELD_NUMBER: _ClassVar[int]
     ADAMW_FIELD_NUMBER: _ClassVar[int]
+    SGD_MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    RMSPROP_FIELD_NUMBER: _ClassVar[int]
+    CENTERED_RMSPROP_FIELD_NUMBER: _ClassVar[int]
+    LION_FIELD_NUMBER: _ClassVar[int]
     adadelta: Adadelta
     sgd: Sgd
     momentum: Momentum
@@ -27,7 +31,11 @@ class Algorithm(_message.Message):
     vsgd: Vsgd
     adam: Adam
     adamw: AdamW
-    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., adamw: _Optional[_Union[AdamW, _Mapping]] = ...) -> None: ...
+    sgd_momentum: SgdMomentum
+    rmsprop: Rmsprop
+    centered_rmsprop: CenteredRmsprop
+    lion: Lion
+    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., adamw: _Optional[_Union[AdamW, _Mapping]] = ..., sgd_momentum: _Optional[_Union[SgdMomentum, _Mapping]] = ..., rmsprop: _Optional[_Union[Rmsprop, _Mapping]] = ..., centered_rmsprop: _Optional[_Union[CenteredRmsprop, _Mapping]] = ..., lion: _Optional[_Union[Lion, _Mapping]] = ...) -> None: ...
 
 class Adadelta(_message.Message):
     __slots__ = ("rho", "eps", "learning_rate")
@@ -114,6 +122,52 @@ class AdamW(_message.Message):
     beta2: float
     eps: float
     def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ...) -> None: ...
+
+class SgdMomentum(_message.Message):
+    __slots__ = ("learning_rate", "momentum", "dampening", "nesterov")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    DAMPENING_FIELD_NUMBER: _ClassVar[int]
+    NESTEROV_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    def __init__(self, learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., dampening: _Optional[float] = ..., nesterov: bool = ...) -> None: ...
+
+class Rmsprop(_message.Message):
+    __slots__ = ("learning_rate", "rho", "eps", "momentum")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    rho: float
+    eps: float
+    momentum: float
+    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
+
+class CenteredRmsprop(_message.Message):
+    __slots__ = ("learning_rate", "rho", "eps", "momentum")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    rho: float
+    eps: float
+    momentum: float
+    def __init__(self, learning_rate: _Optional[float] = ..., rho: _Optional[float] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
+
+class Lion(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("constant", "inverse_time", "exponential", "step", "cosine", "warmup_steps")

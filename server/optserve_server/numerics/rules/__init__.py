@@ -6,9 +6,13 @@ from optserve_server.numerics.rules.adagrad import Adagrad
 from optserve_server.numerics.rules.adam import Adam
 from optserve_server.numerics.rules.adamw import AdamW
 from optserve_server.numerics.rules.base import Rule
+from optserve_server.numerics.rules.centered_rmsprop import CenteredRmsprop
 from optserve_server.numerics.rules.diagonal_hessian import DiagonalHessian
+from optserve_server.numerics.rules.lion import Lion
 from optserve_server.numerics.rules.momentum import Momentum
+from optserve_server.numerics.rules.rmsprop import Rmsprop
 from optserve_server.numerics.rules.sgd import Sgd
+from optserve_server.numerics.rules.sgd_momentum import SgdMomentum
 from optserve_server.numerics.rules.vsgd import Vsgd
 from optserve_server.numerics.rules.windowed_rms import WindowedRms
 
@@ -22,6 +26,10 @@ RULES: dict[str, type[Rule]] = {
     "vsgd": Vsgd,
     "adam": Adam,
     "adamw": AdamW,
+    "sgd_momentum": SgdMomentum,
+    "rmsprop": Rmsprop,
+    "centered_rmsprop": CenteredRmsprop,
+    "lion": Lion,
 }
 """Every method by its field name in `optserve.v1.Algorithm`."""
 
@@ -31,10 +39,14 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "CenteredRmsprop",
     "DiagonalHessian",
+    "Lion",
     "Momentum",
+    "Rmsprop",
     "Rule",
     "Sgd",
+    "SgdMomentum",
     "Vsgd",
     "WindowedRms",
 ]

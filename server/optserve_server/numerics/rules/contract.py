@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optserve_server.numerics.rules.base import Rule, hyperparameter
+from optserve_server.numerics.rules.base import Rule, flag, hyperparameter
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,50 @@ class AdamW(Rule):
     beta1: float = hyperparameter(0.9, "[0, 1)")
     beta2: float = hyperparameter(0.999, "[0, 1)")
     eps: float = hyperparameter(1e-8, "(0, inf)")
+
+
+@dataclass(frozen=True)
+class SgdMomentum(Rule):
+    """Gradient descent with momentum as torch.optim.SGD has it: Δx = −η b, or with `nesterov` Δx = −η (g + μ b)."""
+
+    name = "sgd_momentum"
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    momentum: float = hyperparameter(0.9, "[0, 1)")
+    dampening: float = hyperparameter(0.0, "[0, 1]")
+    nesterov: bool = flag(default=False)
+
+
+@dataclass(frozen=True)
+class Rmsprop(Rule):
+    """RMSprop with momentum as torch.optim.RMSprop has it: Δx = −η b."""
+
+    name = "rmsprop"
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    rho: float = hyperparameter(0.99, "[0, 1)")
+    eps: float = hyperparameter(1e-8, "(0, inf)")
+    momentum: float = hyperparameter(0.0, "[0, 1)")
+
+
+@dataclass(frozen=True)
+class CenteredRmsprop(Rule):
+    """Centred RMSprop with momentum, as torch.optim.RMSprop with centered=True: Δx = −η b."""
+
+    name = "centered_rmsprop"
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    rho: float = hyperparameter(0.99, "[0, 1)")
+    eps: float = hyperparameter(1e-8, "(0, inf)")
+    momentum: float = hyperparameter(0.0, "[0, 1)")
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    """Lion: Δx = −η sign(β1 m + (1 − β1) g), and after it m ← β2 m + (1 − β2) g."""
+
+    name = "lion"
+
+    learning_rate: float = hyperparameter(0.0001, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.99, "[0, 1)")
