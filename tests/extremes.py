@@ -26,6 +26,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "momentum": (0.0, 0.5, 0.9, 1 - 1e-6),
     "dampening": (0.0, 0.0, 0.3, 1.0),
     "nesterov": (False, True),
+    "bias_correction": (False, True),
+    "momentum_decay": (0.0, 1e-9, 0.004, 3.0, 1e30),
     "initial_overestimate": (1.0, 2.0, 100.0, 1e6),
     "initial_steps": (2, 3, 10),
 }

@@ -17,14 +17,17 @@ from optserve_server.numerics.rules import (
     AdamW,
     CenteredRmsprop,
     DiagonalHessian,
+    FedAdam,
     Lion,
     Momentum,
+    Nadam,
     Rmsprop,
     Rule,
     Sgd,
     SgdMomentum,
     Vsgd,
     WindowedRms,
+    Yogi,
 )
 
 
@@ -83,6 +86,41 @@ def adam(gradients, learning_rate, beta1, beta2, eps):
             for beta, power in ((beta1, 1), (beta2, 2))
         )
         x = x - learning_rate * mean / (np.sqrt(square) + eps)
+    return x
+
+
+def fed_adam(gradients, learning_rate, beta1, beta2, eps, bias_correction):
+    if bias_correction:
+        return adam(gradients, learning_rate, beta1, beta2, eps)
+    x = np.zeros_like(gradients[0])
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for g in gradients:
+        m += (1 - beta1) * (g - m)
+        v += (1 - beta2) * (g * g - v)
+        x = x - learning_rate * m / (np.sqrt(v) + eps)
+    return x
+
+
+def yogi(gradients, learning_rate, beta1, beta2, eps, bias_correction):
+    x = np.zeros_like(gradients[0])
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for t, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = np.where(v > g**2, v - (1 - beta2) * g**2, np.where(v < g**2, v + (1 - beta2) * g**2, v))
+        unbias1, unbias2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1, 1)
+        x = x - learning_rate * (m / unbias1) / (np.sqrt(v / unbias2) + eps)
+    return x
+
+
+def nadam(gradients, learning_rate, beta1, beta2, eps, momentum_decay):
+    x = np.zeros_like(gradients[0])
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    mu = [beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in range(1, len(gradients) + 2)]
+    for t, g in enumerate(gradients, 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        ahead = mu[t] * m / (1 - np.prod(mu[: t + 1])) + (1 - mu[t - 1]) * g / (1 - np.prod(mu[:t]))
+        x = x - learning_rate * ahead / (np.sqrt(v / (1 - beta2**t)) + eps)
     return x
 
 
@@ -234,6 +272,24 @@ ROWS = {
     ),
     "lion": Row(Lion(), lion, None, "torch has none."),
     "lion-other": Row(Lion(learning_rate=0.1, beta1=0.5, beta2=0.8), lion, None, "torch has none."),
+    "yogi": Row(Yogi(), yogi, None, "torch has none."),
+    "yogi-corrected": Row(
+        Yogi(learning_rate=0.1, beta1=0.5, beta2=0.9, eps=1e-6, bias_correction=True), yogi, None, "torch has none."
+    ),
+    "fed-adam": Row(FedAdam(), fed_adam, None, "torch always corrects."),
+    "fed-adam-corrected": Row(
+        FedAdam(bias_correction=True),
+        fed_adam,
+        lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), eps=1e-3),
+        torch_names=MOMENTS,
+    ),
+    "nadam": Row(Nadam(), nadam, torch.optim.NAdam, torch_names=MOMENTS),
+    "nadam-other": Row(
+        Nadam(learning_rate=0.05, beta1=0.99, beta2=0.9, eps=1e-4, momentum_decay=3.0),
+        nadam,
+        lambda p: torch.optim.NAdam(p, lr=0.05, betas=(0.99, 0.9), eps=1e-4, momentum_decay=3.0),
+        torch_names=MOMENTS,
+    ),
     "diagonal-hessian": Row(DiagonalHessian(mu=0.5, learning_rate=0.1), diagonal_hessian, None, "torch has none."),
     "vsgd": Row(Vsgd(), vsgd, None, "torch has none."),
     "vsgd-slow": Row(Vsgd(eps=1e-6, initial_overestimate=1.0, initial_steps=37), vsgd, None, "torch has none."),

@@ -72,6 +72,15 @@ EXPECTED_RATES = {
         optserve.AdamW(learning_rate=0.25, beta2=0.9),
         lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.9**3)) + 1e-8),
     ),
+    "yogi": (optserve.Yogi(learning_rate=0.25), lambda s: 0.25 / (np.sqrt(s["square_avg"]) + 1e-3)),
+    "fed_adam": (
+        optserve.FedAdam(learning_rate=0.25, bias_correction=True),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.99**3)) + 1e-3),
+    ),
+    "nadam": (
+        optserve.Nadam(learning_rate=0.25),
+        lambda s: 0.25 / (np.sqrt(s["square_avg"] / (1 - 0.999**3)) + 1e-8),
+    ),
     "sgd_momentum": (optserve.SgdMomentum(learning_rate=0.25, nesterov=True), lambda _s: 0.25),
     "rmsprop": (
         optserve.Rmsprop(learning_rate=0.25, momentum=0.5),

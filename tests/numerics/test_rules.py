@@ -66,6 +66,15 @@ def test_three_hundred_steps_agree_with_the_equations(backend, row, dtype):
     assert np.abs(actual - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
 
 
+@pytest.fixture
+def doubles():
+    """torch's own counters and products in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if row.torch_optimizer], ids=lambda row: str(row.rule))
 def test_three_hundred_steps_agree_with_torch(backend, row):
     given = gradients(np.dtype("f8"))

@@ -21,13 +21,16 @@ __all__ = [
     "Algorithm",
     "CenteredRmsprop",
     "DiagonalHessian",
+    "FedAdam",
     "Lion",
     "Momentum",
+    "Nadam",
     "Rmsprop",
     "Sgd",
     "SgdMomentum",
     "Vsgd",
     "WindowedRms",
+    "Yogi",
 ]
 
 
@@ -391,6 +394,113 @@ class Lion(Algorithm):
     beta2: float = 0.99
 
 
+@dataclass(frozen=True)
+class Yogi(Algorithm):
+    """Yogi: Δx = −η m / (√v + ε), where v comes near g² by steps of (1 − β2) g², not by a part of the difference.
+
+      m ← β1 m + (1 − β1) g
+      v ← v − (1 − β2) sign(v − g²) g²
+
+    With `bias_correction` m and v are corrected as in Adam. The paper has no correction; optax has it, and begins both
+    averages at 1e-6. flwr's FedYogi is this method without correction, with β2 = 0.99.
+
+    Slots `grad_avg` = m and `square_avg` = v. M. Zaheer, S. Reddi, D. Sachan, S. Kale, S. Kumar, "Adaptive Methods for
+    Nonconvex Optimization", NeurIPS 2018, Algorithm 2.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.01.
+        beta1: Decay β1 of the average of gradients. Range [0, 1), default 0.9.
+        beta2: Decay β2 of the average of their squares. Range [0, 1), default 0.999.
+        eps: Conditioning constant ε outside the root; τ of FedYogi. Range (0, inf), default 0.001.
+        bias_correction: Whether m is divided by 1 − β1^t, and v by 1 − β2^t, as in Adam. True or False, default False.
+
+    Example:
+        >>> Yogi()
+        Yogi(learning_rate=0.01, beta1=0.9, beta2=0.999, eps=0.001, bias_correction=False)
+    """
+
+    name = "yogi"
+
+    learning_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 0.001
+    bias_correction: bool = False
+
+
+@dataclass(frozen=True)
+class FedAdam(Algorithm):
+    """FedAdam: Δx = −η m / (√v + ε). g is minus the mean change of x that the workers propose.
+
+      m ← β1 m + (1 − β1) g
+      v ← β2 v + (1 − β2) g²
+
+    ε is the paper's τ. The paper has no bias correction, and begins v at τ² at least; here v begins at 0, as in flwr.
+    With `bias_correction` m and v are corrected as in Adam. flwr always corrects, by another formula: it multiplies η
+    by √(1 − β2^(r + 1)) / (1 − β1^(r + 1)), where r is the number of the round, 1 in the first, and so one step too far
+    on; and its τ is added to the root of the uncorrected v.
+
+    Slots `grad_avg` = m and `square_avg` = v. S. Reddi et al., "Adaptive Federated Optimization", arXiv:2003.00295,
+    Algorithm 2.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.1.
+        beta1: Decay β1 of the average of gradients. Range [0, 1), default 0.9.
+        beta2: Decay β2 of the average of their squares. Range [0, 1), default 0.99.
+        eps: Conditioning constant ε outside the root, the paper's τ. Range (0, inf), default 0.001.
+        bias_correction: Whether m is divided by 1 − β1^t, and v by 1 − β2^t, as in Adam. True or False, default False.
+
+    Example:
+        >>> FedAdam()
+        FedAdam(learning_rate=0.1, beta1=0.9, beta2=0.99, eps=0.001, bias_correction=False)
+    """
+
+    name = "fed_adam"
+
+    learning_rate: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 0.001
+    bias_correction: bool = False
+
+
+@dataclass(frozen=True)
+class Nadam(Algorithm):
+    """NAdam, Adam with Nesterov's momentum: Δx = −η (a g + b m) / (√v̂ + ε), with v̂ = v / (1 − β2^t).
+
+      m ← β1 m + (1 − β1) g
+      v ← β2 v + (1 − β2) g²
+      μ_t = β1 (1 − 0.96^(t ψ) / 2)
+      a = (1 − μ_t) / (1 − μ_1 ⋯ μ_t)
+      b = μ_{t+1} / (1 − μ_1 ⋯ μ_{t+1})
+
+    As in torch; t is the step of the parameter. The products follow from t, β1 and ψ, so there is no state of them;
+    torch keeps its mu_product as a number of float32. optax has Nesterov's momentum with a constant μ.
+
+    Slots `grad_avg` = m and `square_avg` = v; torch's exp_avg and exp_avg_sq. T. Dozat, "Incorporating Nesterov
+    Momentum into Adam", ICLR 2016 workshop.
+
+    Args:
+        learning_rate: Learning rate η. Range [0, inf), default 0.002.
+        beta1: Decay β1 of the average of gradients. Range [0, 1), default 0.9.
+        beta2: Decay β2 of the average of their squares. Range [0, 1), default 0.999.
+        eps: Conditioning constant ε outside the root. Range (0, inf), default 1e-8.
+        momentum_decay: Decay ψ of the momentum's warm-up. Range [0, inf), default 0.004.
+
+    Example:
+        >>> Nadam()
+        Nadam(learning_rate=0.002, beta1=0.9, beta2=0.999, eps=1e-08, momentum_decay=0.004)
+    """
+
+    name = "nadam"
+
+    learning_rate: float = 0.002
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum_decay: float = 0.004
+
+
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "adadelta": Adadelta,
     "sgd": Sgd,
@@ -405,6 +515,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "rmsprop": Rmsprop,
     "centered_rmsprop": CenteredRmsprop,
     "lion": Lion,
+    "yogi": Yogi,
+    "fed_adam": FedAdam,
+    "nadam": Nadam,
 }
 """Every method by its name in the contract."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Algorithm(_message.Message):
-    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd", "adam", "adamw", "sgd_momentum", "rmsprop", "centered_rmsprop", "lion")
+    __slots__ = ("adadelta", "sgd", "momentum", "adagrad", "windowed_rms", "diagonal_hessian", "vsgd", "adam", "adamw", "sgd_momentum", "rmsprop", "centered_rmsprop", "lion", "yogi", "fed_adam", "nadam")
     ADADELTA_FIELD_NUMBER: _ClassVar[int]
     SGD_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,9 @@ class Algorithm(_message.Message):
     RMSPROP_FIELD_NUMBER: _ClassVar[int]
     CENTERED_RMSPROP_FIELD_NUMBER: _ClassVar[int]
     LION_FIELD_NUMBER: _ClassVar[int]
+    YOGI_FIELD_NUMBER: _ClassVar[int]
+    FED_ADAM_FIELD_NUMBER: _ClassVar[int]
+    NADAM_FIELD_NUMBER: _ClassVar[int]
     adadelta: Adadelta
     sgd: Sgd
     momentum: Momentum
@@ -35,7 +38,10 @@ class Algorithm(_message.Message):
     rmsprop: Rmsprop
     centered_rmsprop: CenteredRmsprop
     lion: Lion
-    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., adamw: _Optional[_Union[AdamW, _Mapping]] = ..., sgd_momentum: _Optional[_Union[SgdMomentum, _Mapping]] = ..., rmsprop: _Optional[_Union[Rmsprop, _Mapping]] = ..., centered_rmsprop: _Optional[_Union[CenteredRmsprop, _Mapping]] = ..., lion: _Optional[_Union[Lion, _Mapping]] = ...) -> None: ...
+    yogi: Yogi
+    fed_adam: FedAdam
+    nadam: Nadam
+    def __init__(self, adadelta: _Optional[_Union[Adadelta, _Mapping]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., momentum: _Optional[_Union[Momentum, _Mapping]] = ..., adagrad: _Optional[_Union[Adagrad, _Mapping]] = ..., windowed_rms: _Optional[_Union[WindowedRms, _Mapping]] = ..., diagonal_hessian: _Optional[_Union[DiagonalHessian, _Mapping]] = ..., vsgd: _Optional[_Union[Vsgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., adamw: _Optional[_Union[AdamW, _Mapping]] = ..., sgd_momentum: _Optional[_Union[SgdMomentum, _Mapping]] = ..., rmsprop: _Optional[_Union[Rmsprop, _Mapping]] = ..., centered_rmsprop: _Optional[_Union[CenteredRmsprop, _Mapping]] = ..., lion: _Optional[_Union[Lion, _Mapping]] = ..., yogi: _Optional[_Union[Yogi, _Mapping]] = ..., fed_adam: _Optional[_Union[FedAdam, _Mapping]] = ..., nadam: _Optional[_Union[Nadam, _Mapping]] = ...) -> None: ...
 
 class Adadelta(_message.Message):
     __slots__ = ("rho", "eps", "learning_rate")
@@ -168,6 +174,48 @@ class Lion(_message.Message):
     beta1: float
     beta2: float
     def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ...) -> None: ...
+
+class Yogi(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2", "eps", "bias_correction")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_CORRECTION_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    bias_correction: bool
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., bias_correction: bool = ...) -> None: ...
+
+class FedAdam(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2", "eps", "bias_correction")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_CORRECTION_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    bias_correction: bool
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., bias_correction: bool = ...) -> None: ...
+
+class Nadam(_message.Message):
+    __slots__ = ("learning_rate", "beta1", "beta2", "eps", "momentum_decay")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_DECAY_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    momentum_decay: float
+    def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., momentum_decay: _Optional[float] = ...) -> None: ...
 
 class Schedule(_message.Message):
     __slots__ = ("constant", "inverse_time", "exponential", "step", "cosine", "warmup_steps")

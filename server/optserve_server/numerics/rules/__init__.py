@@ -8,13 +8,16 @@ from optserve_server.numerics.rules.adamw import AdamW
 from optserve_server.numerics.rules.base import Rule
 from optserve_server.numerics.rules.centered_rmsprop import CenteredRmsprop
 from optserve_server.numerics.rules.diagonal_hessian import DiagonalHessian
+from optserve_server.numerics.rules.fed_adam import FedAdam
 from optserve_server.numerics.rules.lion import Lion
 from optserve_server.numerics.rules.momentum import Momentum
+from optserve_server.numerics.rules.nadam import Nadam
 from optserve_server.numerics.rules.rmsprop import Rmsprop
 from optserve_server.numerics.rules.sgd import Sgd
 from optserve_server.numerics.rules.sgd_momentum import SgdMomentum
 from optserve_server.numerics.rules.vsgd import Vsgd
 from optserve_server.numerics.rules.windowed_rms import WindowedRms
+from optserve_server.numerics.rules.yogi import Yogi
 
 RULES: dict[str, type[Rule]] = {
     "adadelta": Adadelta,
@@ -30,6 +33,9 @@ RULES: dict[str, type[Rule]] = {
     "rmsprop": Rmsprop,
     "centered_rmsprop": CenteredRmsprop,
     "lion": Lion,
+    "yogi": Yogi,
+    "fed_adam": FedAdam,
+    "nadam": Nadam,
 }
 """Every method by its field name in `optserve.v1.Algorithm`."""
 
@@ -41,12 +47,15 @@ __all__ = [
     "AdamW",
     "CenteredRmsprop",
     "DiagonalHessian",
+    "FedAdam",
     "Lion",
     "Momentum",
+    "Nadam",
     "Rmsprop",
     "Rule",
     "Sgd",
     "SgdMomentum",
     "Vsgd",
     "WindowedRms",
+    "Yogi",
 ]

@@ -155,3 +155,42 @@ class Lion(Rule):
     learning_rate: float = hyperparameter(0.0001, "[0, inf)")
     beta1: float = hyperparameter(0.9, "[0, 1)")
     beta2: float = hyperparameter(0.99, "[0, 1)")
+
+
+@dataclass(frozen=True)
+class Yogi(Rule):
+    """Yogi: Δx = −η m / (√v + ε), where v comes near g² by steps of (1 − β2) g², not by a part of the difference."""
+
+    name = "yogi"
+
+    learning_rate: float = hyperparameter(0.01, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.999, "[0, 1)")
+    eps: float = hyperparameter(0.001, "(0, inf)")
+    bias_correction: bool = flag(default=False)
+
+
+@dataclass(frozen=True)
+class FedAdam(Rule):
+    """FedAdam: Δx = −η m / (√v + ε). g is minus the mean change of x that the workers propose."""
+
+    name = "fed_adam"
+
+    learning_rate: float = hyperparameter(0.1, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.99, "[0, 1)")
+    eps: float = hyperparameter(0.001, "(0, inf)")
+    bias_correction: bool = flag(default=False)
+
+
+@dataclass(frozen=True)
+class Nadam(Rule):
+    """NAdam, Adam with Nesterov's momentum: Δx = −η (a g + b m) / (√v̂ + ε), with v̂ = v / (1 − β2^t)."""
+
+    name = "nadam"
+
+    learning_rate: float = hyperparameter(0.002, "[0, inf)")
+    beta1: float = hyperparameter(0.9, "[0, 1)")
+    beta2: float = hyperparameter(0.999, "[0, 1)")
+    eps: float = hyperparameter(1e-8, "(0, inf)")
+    momentum_decay: float = hyperparameter(0.004, "[0, inf)")

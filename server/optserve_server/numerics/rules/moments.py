@@ -58,6 +58,27 @@ def largest_quotient(
     return min(any_quotient, before / (root + eps) + brought + vanished / eps)
 
 
+def _update(  # noqa: PLR0913 - the formula's operands, slots and constants
+    sqrt: Any,
+    g: Any,
+    grad_avg: Any,
+    square_avg: Any,
+    beta1: Any,
+    one_minus_beta1: Any,
+    beta2: Any,
+    one_minus_beta2: Any,
+    correction: Any,
+    root_correction: Any,
+    eps: Any,
+    minus_learning_rate: Any,
+) -> Any:
+    """The root before its correction, because v divided by 1−β2^t may be infinite."""
+    grad_avg = beta1 * grad_avg + one_minus_beta1 * g
+    square_avg = beta2 * square_avg + one_minus_beta2 * (g * g)
+    quotient = grad_avg * correction / (sqrt(square_avg) * root_correction + eps)
+    return minus_learning_rate * quotient, grad_avg, square_avg
+
+
 class Moments(Rule):
     """m ← β1 m + (1−β1) g;  v ← β2 v + (1−β2) g²;  Δx = −η m̂ / (√v̂ + ε), with m̂ = m / (1−β1^t), v̂ = v / (1−β2^t)."""
 
@@ -120,23 +141,15 @@ class Moments(Rule):
         """η / (√v̂ + ε), the factor on −m̂."""
         return self.learning_rate / (np.sqrt(slots["square_avg"]) * self.corrections(step)[1] + self.eps)
 
-    @staticmethod
-    def update(  # noqa: PLR0913 - the formula's operands, slots and constants
-        sqrt: Any,
-        g: Any,
-        grad_avg: Any,
-        square_avg: Any,
-        beta1: Any,
-        one_minus_beta1: Any,
-        beta2: Any,
-        one_minus_beta2: Any,
-        correction: Any,
-        root_correction: Any,
-        eps: Any,
-        minus_learning_rate: Any,
-    ) -> Any:
-        """The root before its correction, because v divided by 1−β2^t may be infinite."""
-        grad_avg = beta1 * grad_avg + one_minus_beta1 * g
-        square_avg = beta2 * square_avg + one_minus_beta2 * (g * g)
-        quotient = grad_avg * correction / (sqrt(square_avg) * root_correction + eps)
-        return minus_learning_rate * quotient, grad_avg, square_avg
+    # As a variable, because a relative's own has other operands.
+    update = staticmethod(_update)
+
+
+class CorrectableMoments(Moments):
+    """Moments that are corrected only if one asks for it: without, m̂ is m and v̂ is v."""
+
+    bias_correction: bool
+
+    def corrections(self, step: int) -> tuple[float, float]:
+        """See Moments."""
+        return super().corrections(step) if self.bias_correction else (1.0, 1.0)
