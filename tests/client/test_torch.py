@@ -1,5 +1,6 @@
 """States between the service and torch.optim, whose optimizers go on with them."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -17,7 +18,22 @@ METHODS = [
     optserve.Momentum(learning_rate=0.03, rho=0.8),
     optserve.WindowedRms(learning_rate=0.002, rho=0.95, eps=0.0, outer_eps=1e-7),
     optserve.Sgd(learning_rate=0.2),
+    optserve.SgdMomentum(learning_rate=0.03, momentum=0.8, nesterov=True),
+    optserve.SgdMomentum(learning_rate=0.03, momentum=0.7, dampening=0.4),
+    optserve.Rmsprop(learning_rate=0.002, rho=0.95, eps=1e-7, momentum=0.6),
+    optserve.CenteredRmsprop(learning_rate=0.002, rho=0.95, eps=1e-7, momentum=0.6),
+    optserve.Adam(learning_rate=0.01, beta1=0.8, beta2=0.95, eps=1e-7),
+    optserve.AdamW(learning_rate=0.01),
+    optserve.Nadam(learning_rate=0.01, beta1=0.95, momentum_decay=0.1),
 ]
+
+
+@pytest.fixture
+def doubles():
+    """Counters and products of torch's own in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def gradients(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -25,19 +41,32 @@ def gradients(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in PARAMETERS.items()}
 
 
+RATE = {"lr": "learning_rate"}
+RMSPROP = RATE | {"alpha": "rho", "eps": "eps", "momentum": "momentum"}
+TORCH: dict[type[optserve.Algorithm], tuple[Any, dict[str, str]]] = {
+    optserve.Adadelta: (torch.optim.Adadelta, RATE | {"rho": "rho", "eps": "eps"}),
+    optserve.Adagrad: (torch.optim.Adagrad, RATE | {"eps": "eps"}),
+    optserve.Momentum: (torch.optim.SGD, RATE | {"momentum": "rho"}),
+    optserve.WindowedRms: (torch.optim.RMSprop, RATE | {"alpha": "rho", "eps": "outer_eps"}),
+    optserve.Sgd: (torch.optim.SGD, RATE),
+    optserve.SgdMomentum: (torch.optim.SGD, RATE | {name: name for name in ("momentum", "dampening", "nesterov")}),
+    optserve.Rmsprop: (torch.optim.RMSprop, RMSPROP),
+    optserve.CenteredRmsprop: (torch.optim.RMSprop, RMSPROP),
+    optserve.Adam: (torch.optim.Adam, RATE | {"eps": "eps"}),
+    optserve.AdamW: (torch.optim.AdamW, RATE | {"eps": "eps"}),
+    optserve.Nadam: (torch.optim.NAdam, RATE | {"eps": "eps", "momentum_decay": "momentum_decay"}),
+}
+"""torch's optimizer of a method, and its settings with our names for them, but for `betas`."""
+
+
 def torch_optimizer(method: optserve.Algorithm, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    match method:
-        case optserve.Adadelta():
-            return torch.optim.Adadelta(parameters, lr=method.learning_rate, rho=method.rho, eps=method.eps)
-        case optserve.Adagrad():
-            return torch.optim.Adagrad(parameters, lr=method.learning_rate, eps=method.eps)
-        case optserve.Momentum():
-            return torch.optim.SGD(parameters, lr=method.learning_rate, momentum=method.rho)
-        case optserve.WindowedRms():
-            return torch.optim.RMSprop(parameters, lr=method.learning_rate, alpha=method.rho, eps=method.outer_eps)
-        case optserve.Sgd():
-            return torch.optim.SGD(parameters, lr=method.learning_rate)
-    raise NotImplementedError(method)
+    kind, settings = TORCH[type(method)]
+    given = {theirs: getattr(method, ours) for theirs, ours in settings.items()}
+    if hasattr(method, "beta1"):
+        given["betas"] = getattr(method, "beta1"), getattr(method, "beta2")  # noqa: B009 - not every method has them
+    if isinstance(method, optserve.AdamW):
+        given["weight_decay"] = 0.0
+    return kind(parameters, centered=True, **given) if method.name == "centered_rmsprop" else kind(parameters, **given)
 
 
 class TorchRun:
@@ -61,6 +90,7 @@ def close(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(value, other[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_torch_run_enters_the_service_and_leaves_it_again(client, name, method):
     start = gradients(99, "float64")
@@ -80,7 +110,9 @@ def test_a_torch_run_enters_the_service_and_leaves_it_again(client, name, method
             x[key] = x[key] + update
     last = TorchRun(method, x)
     exported = opt.export_state()
-    assert exported.step == (8 if method.name not in ("sgd", "momentum") else 4)  # torch's SGD counts no steps
+    assert exported.step == (
+        8 if "sgd" not in method.name and method.name != "momentum" else 4
+    )  # torch's SGD counts no steps
     last.optimizer.load_state_dict(optserve.torch.to_state_dict(exported))
     for seed in range(8, 12):
         last.step(gradients(seed, "float64"))
@@ -114,13 +146,18 @@ def test_a_state_dict_has_torchs_keys_and_settings(client, name, method):
     [
         (lambda p: torch.optim.Adadelta(p, weight_decay=0.1), "no weight_decay; it is 0.1"),
         (lambda p: torch.optim.Adadelta(p, maximize=True), "no maximize"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), "no nesterov"),
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "no dampening"),
-        (lambda p: torch.optim.RMSprop(p, centered=True), "no centered"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.5), "no momentum"),
         (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "no lr_decay"),
-        (torch.optim.Adam, "does not belong to Adadelta, Adagrad, RMSprop or SGD"),
-        (lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "nesterov": True}], momentum=0.9), "nesterov"),
+        (torch.optim.Adamax, "does not belong to Adadelta, Adagrad, RMSprop, SGD, Adam, AdamW or NAdam"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "no amsgrad"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), r"no weight_decay; it is 0.1 in the state_dict\.$"),
+        (
+            torch.optim.AdamW,
+            "it is 0.01 in the state_dict. An optimizer that holds x has a weight_decay of its own, lr",
+        ),
+        (
+            lambda p: torch.optim.RMSprop([{"params": p[:1]}, {"params": p[1:], "centered": True}]),
+            "of different methods",
+        ),
         (lambda p: torch.optim.Adadelta(p[:2]), "has 2 parameters, not 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -181,6 +218,12 @@ GROUPS = [
     (METHODS[2], {"rho": 0.0}),
     (METHODS[3], {"rho": 0.5, "outer_eps": 1e-3}),
     (METHODS[4], {"learning_rate": 0.01}),
+    (METHODS[5], {"nesterov": False, "dampening": 0.5}),
+    (METHODS[7], {"momentum": 0.2}),
+    (METHODS[8], {"eps": 1e-3}),
+    (METHODS[9], {"beta1": 0.5}),
+    (METHODS[10], {"learning_rate": 0.5, "beta2": 0.5}),
+    (METHODS[11], {"momentum_decay": 1.0}),
 ]
 
 
@@ -188,6 +231,7 @@ def torch_class(method: optserve.Algorithm) -> Any:
     return type(torch_optimizer(method, [torch.nn.Parameter(torch.ones(1))]))
 
 
+@pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("method", "overrides"), GROUPS, ids=lambda item: getattr(item, "name", ""))
 def test_groups_go_to_torch_and_come_back(client, name, method, overrides, dtype):
@@ -258,6 +302,120 @@ def test_param_names_say_whose_a_state_is():
     saved["param_groups"][0]["param_names"] = ["a"]
     with pytest.raises(optserve.InvalidArgumentError, match="names in the state_dict"):
         optserve.torch.from_state_dict(saved, {"a": a, "b": b})
+
+
+# --- Steps of each parameter
+
+
+COUNTED = [
+    optserve.Adam(learning_rate=0.01),
+    optserve.AdamW(learning_rate=0.01),
+    optserve.Nadam(learning_rate=0.01),
+    optserve.SgdMomentum(learning_rate=0.01, dampening=0.5),
+]
+TURNS = [{"w", "b"}, {"w"}, {"w", "scale"}, {"b"}, {"w", "b"}]
+"""What takes part in each step; `nothing` in none."""
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("method", COUNTED, ids=lambda method: method.name)
+def test_each_parameter_has_its_own_steps_in_torch_too(client, name, method):
+    start = gradients(99, "float64")
+    run, opt = TorchRun(method, start), client.create_optimizer(name, method, start)
+
+    def step_both(torch_run: TorchRun, served: optserve.Optimizer, seed: int, part: set[str]) -> None:
+        given = {key: value for key, value in gradients(seed, "float64").items() if key in part}
+        before = torch_run.values()
+        for key, parameter in torch_run.parameters.items():
+            parameter.grad = torch.from_numpy(given[key]) if key in given else None
+        torch_run.optimizer.step()
+        for key, update in served.step(given, partial=True).items():
+            np.testing.assert_allclose(before[key] + update, torch_run.values()[key], rtol=1e-12, atol=1e-14)
+
+    for seed, part in enumerate(TURNS):
+        step_both(run, opt, seed, part)
+    state = opt.export_state()
+    assert state.parameter_steps == {"w": 4, "b": 3, "scale": 1, "nothing": 0}
+    saved = optserve.torch.to_state_dict(state)
+    if method.name == "sgd_momentum":
+        assert 3 not in saved["state"]
+        # A buffer says that there was a step, not how many.
+        counted = {"w": 1, "b": 1, "scale": 1, "nothing": 0}
+    else:
+        counted = state.parameter_steps
+        assert [saved["state"][index]["step"].item() for index in range(4)] == [4, 3, 1, 0]
+    other = TorchRun(method, run.values())
+    other.optimizer.load_state_dict(saved)
+    for source in (run, other):
+        back = optserve.torch.from_state_dict(source.optimizer.state_dict(), source.parameters, method=type(method))
+        assert back.parameter_steps == counted
+    again = client.create_optimizer_from_state(f"{name}-2", back)
+    step_both(other, again, 50, {"w", "b", "scale", "nothing"})
+    step_both(run, opt, 50, {"w", "b", "scale", "nothing"})
+    close(other.values(), run.values())
+
+
+def test_a_product_of_nadam_that_other_settings_have_made_is_refused():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.NAdam([param])
+    for turn in range(3):
+        if turn == 2:
+            assert optserve.torch.from_state_dict(optimizer.state_dict(), {"w": param}).parameter_steps == {"w": 2}
+            optimizer.param_groups[0]["betas"] = (0.5, 0.999)
+        param.grad = torch.ones(3)
+        optimizer.step()
+    with pytest.raises(optserve.InvalidArgumentError, match=r"mu_product of 'w' is .*, and would be .* at step 3 with"):
+        optserve.torch.from_state_dict(optimizer.state_dict(), {"w": param})
+
+
+def test_steps_that_differ_come_back_exactly():
+    specs = {key: optserve.TensorSpec((2,)) for key in ("a", "b")}
+    slots = {key: {slot: np.zeros(2, np.float32) for slot in ("grad_avg", "square_avg")} for key in specs}
+    steps = {"a": 2**24 + 1, "b": 3}
+    state = optserve.OptimizerState(2**24 + 5, optserve.Adam(), specs, slots, parameter_steps=steps)
+    params = {key: torch.nn.Parameter(torch.zeros(2)) for key in specs}
+    back = optserve.torch.from_state_dict(optserve.torch.to_state_dict(state), params)
+    assert back.parameter_steps == steps
+    # An earlier version has not written them: then all have taken part in all steps.
+    saved = optserve.torch.to_state_dict(dataclasses.replace(state, parameter_steps=None))
+    assert optserve.torch.from_state_dict(saved, params).parameter_steps == {"a": 2**24 + 5, "b": 2**24 + 5}
+
+
+@pytest.mark.parametrize(
+    ("make", "simplest", "method"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), optserve.Momentum, optserve.SgdMomentum),
+        (lambda p: torch.optim.SGD(p, lr=0.1), optserve.Sgd, optserve.SgdMomentum),
+        (torch.optim.RMSprop, optserve.WindowedRms, optserve.Rmsprop),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), optserve.AdamW, optserve.Adam),
+        (
+            lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "nesterov": True}], momentum=0.9),
+            optserve.SgdMomentum,
+            optserve.SgdMomentum,
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_settings_of_several_methods_are_of_the_simplest_or_of_the_one_asked_for(client, name, make, simplest, method):
+    parameters = {key: torch.nn.Parameter(torch.ones(shape)) for key, shape in PARAMETERS.items()}
+    optimizer = make(list(parameters.values()))
+
+    def step(seed: int) -> None:
+        for key, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(gradients(seed)[key])
+        optimizer.step()
+
+    step(0)
+    assert type(optserve.torch.from_state_dict(optimizer.state_dict(), parameters).algorithm) is simplest
+    state = optserve.torch.from_state_dict(optimizer.state_dict(), parameters, method=method)
+    assert type(state.algorithm) is method
+    updates = client.create_optimizer_from_state(name, state).step(gradients(1))
+    before = {key: parameter.detach().numpy().copy() for key, parameter in parameters.items()}
+    step(1)
+    for key, update in updates.items():
+        np.testing.assert_allclose(before[key] + update, parameters[key].detach().numpy(), rtol=1e-6, atol=1e-7)
+    with pytest.raises(optserve.InvalidArgumentError, match=rf"{simplest.__name__}, not of Nadam"):
+        optserve.torch.from_state_dict(optimizer.state_dict(), parameters, method=optserve.Nadam)
 
 
 # --- What torch keeps beside the method

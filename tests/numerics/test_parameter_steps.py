@@ -7,7 +7,7 @@ from optserve_server.numerics import backends, parameter_steps
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.headroom import NATIVE
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload, Selection
-from optserve_server.numerics.rules import Adadelta
+from optserve_server.numerics.rules import RULES, Adadelta
 from optserve_server.numerics.schedule import Exponential
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.staging import Staging
@@ -90,6 +90,31 @@ def test_a_parameter_among_others_steps_as_it_does_alone(backend):
             total += staging.updates[F4]
     assert total.tobytes() == sums[1].tobytes()
     assert state.slot(0, 0).tobytes() == together.slot(1, 0).tobytes()
+
+
+COUNTED = {name: kind for name, kind in RULES.items() if kind.counts_steps}
+
+
+@pytest.mark.parametrize("kind", COUNTED.values(), ids=COUNTED)
+def test_every_method_that_counts_steps_does_so_for_each_parameter_and_group(backend, kind):
+    """Each parameter as if it had been alone, with its group's settings and the schedule's rate at each step."""
+    groups = (Group((1, 4), {"learning_rate": 0.7}), Group((3,), {"learning_rate": 0.2}))
+    settings = Settings(kind(), Exponential(rate=0.5, period_steps=2), groups=groups)
+    together, sums, given = play(backend, settings)
+    for tensor in (0, 1, 3, 4, 5):
+        position = next((turn for turn, group in enumerate(groups, 1) if tensor in group.parameters), 0)
+        own = Layout((LAYOUT.parameters[tensor],))
+        state = State(own, Settings(settings.rules()[position], settings.schedule), backend)
+        staging, payload, total = Staging(state), Payload(own, ALL), np.zeros(LAYOUT.parameters[tensor].size)
+        for step, gradient in enumerate(given[tensor]):
+            if gradient is not None:
+                staging.stage(payload, Operand.GRADIENT, 0, gradient.tobytes(), {})
+                state.apply(staging.operands, payload.runs, step)
+                state.count(ALL)
+                total += staging.updates[LAYOUT.parameters[tensor].dtype]
+        assert total.tobytes() == sums[tensor].tobytes()
+        for slot in range(len(kind.slots)):
+            assert state.slot(0, slot).tobytes() == together.slot(tensor, slot).tobytes()
 
 
 def test_a_run_is_split_where_counters_or_groups_differ_and_only_there():

@@ -11,11 +11,20 @@
 | Adadelta | Adadelta | slots as they are |
 | Adagrad | Adagrad | slots as they are |
 | RMSprop | WindowedRms with eps=0 and outer_eps | torch adds eps outside the root, equation 9 inside |
+| RMSprop with momentum | Rmsprop | slots as they are |
+| RMSprop, centered | CenteredRmsprop | slots as they are |
 | SGD with momentum | Momentum | torch's buffer is Δx / −η |
+| SGD with dampening or nesterov | SgdMomentum | slot as it is |
 | SGD | Sgd | no slots |
+| Adam, AdamW | Adam, AdamW | exp_avg is grad_avg, exp_avg_sq is square_avg |
+| NAdam | Nadam | likewise; mu_product follows from the step |
 
-Groups of parameters travel both ways. An error names settings of torch that the service does not have, such as nesterov
-or amsgrad. An error also names what a state_dict cannot hold: schedule, clipping, decoupled weight decay, consistency
+If torch's settings fit several methods, `from_state_dict(…, method=SgdMomentum)` chooses one: every SGD is an
+SgdMomentum too, and every RMSprop that is not centered is an Rmsprop. Each parameter has its own step counter, in torch
+and here.
+
+Groups of parameters travel both ways. An error names settings of torch that the service does not have, such as amsgrad
+or maximize. An error also names what a state_dict cannot hold: schedule, clipping, decoupled weight decay, consistency
 and the parameters x themselves. `OptimizerState.without` leaves them out; nothing is left out silently.
 
 torch keeps schedules apart from its optimizers, so a state_dict has the present learning rate only. torch's SGD counts
@@ -31,8 +40,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from optserve._values.torch_methods import NEUTRAL, STEP, kind_of, recognise
-from optserve.algorithms import Adagrad, Algorithm, Momentum
+from optserve._values.torch_methods import COUNTED, NEUTRAL, STEP, kind_of, momentum_product, recognise, torch_slots
+from optserve.algorithms import Adagrad, Algorithm, Momentum, Nadam, SgdMomentum
 from optserve.errors import InvalidArgumentError
 from optserve.settings import Constant, Group
 from optserve.state import OptimizerState, TensorSpec
@@ -72,34 +81,32 @@ def to_state_dict(state: OptimizerState) -> dict[str, Any]:
     """
     _check_no_setting_is_lost(state)
     groups = _groups_of(state)
-    # The form of torch.optim.
-    counter = torch.tensor(float(state.step), dtype=_step_dtype())
     entries: dict[int, dict[str, Any]] = {}
     made: list[dict[str, Any]] = []
     for algorithm, names in groups:
         kind = kind_of(algorithm)
         first = sum(len(group["params"]) for group in made)
-        for index, name in enumerate(names, first):
-            arrays = {
-                theirs: torch.from_numpy(np.array(_to_torch(algorithm, state.slots[name][own])))
-                for own, theirs in kind.slots.items()
-            }
-            if kind.counts_steps:
-                arrays["step"] = counter.clone()
-            if arrays:
-                entries[index] = arrays
+        steps = [_step_in(state, algorithm, name) for name in names]
+        for index, (name, step) in enumerate(zip(names, steps, strict=True), first):
+            entry = _entry(state, algorithm, name, step)
+            if entry:
+                entries[index] = entry
         group = {**NEUTRAL, **kind.neutral, **kind.group(algorithm), "params": list(range(first, first + len(names)))}
         if len(groups) > 1:
             # The order of the parameters is no longer that of the state.
             group["param_names"] = list(names)
-        if kind.counts_steps and int(counter) != state.step:
-            group[STEP] = state.step
+        if kind.counts_steps and any(int(_counter(step)) != step for step in steps):
+            group[STEP] = steps if len(set(steps)) > 1 else steps[0]
         made.append(group)
     return {"state": entries, "param_groups": made}
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], params: Mapping[str, torch.Tensor], *, step: int | None = None
+    state_dict: Mapping[str, Any],
+    params: Mapping[str, torch.Tensor],
+    *,
+    step: int | None = None,
+    method: type[Algorithm] | None = None,
 ) -> OptimizerState:
     """The state that a torch optimizer's state_dict holds.
 
@@ -107,11 +114,13 @@ def from_state_dict(
     schedule, clipping, weight decay and consistency.
 
     Args:
-        state_dict: A state_dict of Adadelta, Adagrad, RMSprop or SGD.
+        state_dict: A state_dict of Adadelta, Adagrad, RMSprop, SGD, Adam, AdamW or NAdam.
         params: The parameters by name, such as dict(model.named_parameters()). If the torch optimizer has their names,
             they are matched by name. Otherwise they must be in the order in which the torch optimizer got them, group
             by group.
         step: Number of steps, for SGD, which does not count them; 0 by default.
+        method: The service's method, if torch's settings fit several, such as SgdMomentum for SGD with momentum. The
+            simplest by default.
 
     Raises:
         InvalidArgumentError: The service lacks a setting of the state_dict, or the state_dict does not fit `params`.
@@ -124,19 +133,25 @@ def from_state_dict(
     for name, parameter in params.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
-    algorithms = recognise(groups)
+    algorithms = recognise(groups, method)
     names_of = _names_of(groups, list(params))
     steps = {0} if step is None else {step}
     slots: dict[str, dict[str, np.ndarray]] = {}
+    counters: dict[str, int] = {}
     for group, algorithm, names in zip(groups, algorithms, names_of, strict=True):
-        for index, name in zip(group["params"], names, strict=True):
+        theirs = torch_slots(algorithm)
+        for position, (index, name) in enumerate(zip(group["params"], names, strict=True)):
             entry = state_dict["state"].get(index, {})
-            counted = _step_of(entry, group)
+            counted = _step_of(entry, group, position)
             if counted is not None and step is None:
                 steps.add(counted)
+            counters[name] = _counted_by_buffer(entry, step) if isinstance(algorithm, SgdMomentum) else counted or 0
+            _check_product(algorithm, entry, counters[name], name)
             slots[name] = {
-                own: _array(group, algorithm, entry.get(theirs), params[name], f"{theirs} of {name!r}")
-                for own, theirs in kind_of(algorithm).slots.items()
+                own: _array(
+                    group, algorithm, entry.get(theirs.get(own)), params[name], f"{theirs.get(own)} of {name!r}"
+                )
+                for own in kind_of(algorithm).slots
             }
     specs = {name: TensorSpec(tuple(item.shape), str(item.dtype).rpartition(".")[2]) for name, item in params.items()}
     base = algorithms[0]
@@ -145,7 +160,10 @@ def from_state_dict(
         for algorithm, names in zip(algorithms, names_of, strict=True)
         if algorithm != base
     )
-    return OptimizerState(max(steps), base, specs, {name: slots[name] for name in params}, groups=differing)
+    return OptimizerState(
+        max(steps), base, specs, {name: slots[name] for name in params}, groups=differing,
+        parameter_steps={name: counters[name] for name in params} if isinstance(base, COUNTED) else None,
+    )  # fmt: skip
 
 
 def _step_dtype() -> torch.dtype:
@@ -153,12 +171,57 @@ def _step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
 
-def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
-    """The step that torch has counted for a parameter; None if torch counts none."""
+def _counter(step: int) -> torch.Tensor:
+    """A step as torch.optim has it."""
+    return torch.tensor(float(step), dtype=_step_dtype())
+
+
+def _step_in(state: OptimizerState, algorithm: Algorithm, name: str) -> int:
+    """The steps of a parameter: its own where the method uses them, else those of the optimizer."""
+    counted = state.parameter_steps if isinstance(algorithm, COUNTED) else None
+    return state.step if counted is None else counted[name]
+
+
+def _entry(state: OptimizerState, algorithm: Algorithm, name: str, step: int) -> dict[str, Any]:
+    """What torch has of a parameter."""
+    if isinstance(algorithm, SgdMomentum) and step == 0:
+        # Its first gradient is to become the buffer.
+        return {}
+    entry = {
+        theirs: torch.from_numpy(np.array(_to_torch(algorithm, state.slots[name][own])))
+        for own, theirs in torch_slots(algorithm).items()
+    }
+    if isinstance(algorithm, Nadam):
+        entry["mu_product"] = torch.tensor(momentum_product(algorithm, step), dtype=_step_dtype())
+    if kind_of(algorithm).counts_steps:
+        entry["step"] = _counter(step)
+    return entry
+
+
+def _check_product(algorithm: Algorithm, entry: Mapping[str, Any], step: int, name: str) -> None:
+    """Raise InvalidArgumentError where NAdam's product is not the one that follows from its step and settings."""
+    if isinstance(algorithm, Nadam) and "mu_product" in entry:
+        product, expected = float(entry["mu_product"]), momentum_product(algorithm, step)
+        # torch has rounded it in each step, to halves at worst; when it is small, it no longer matters.
+        if abs(product - expected) > 0.01 * expected + 1e-4:
+            raise InvalidArgumentError(
+                f"mu_product of {name!r} is {product:g}, and would be {expected:g} at step {step} with these betas and "
+                "this momentum_decay: they have changed, which the service does not know."
+            )
+
+
+def _counted_by_buffer(entry: Mapping[str, Any], step: int | None) -> int:
+    """The steps of a parameter of torch's SGD, which has a buffer after the first."""
+    return 0 if entry.get("momentum_buffer") is None else max(step or 0, 1)
+
+
+def _step_of(entry: Mapping[str, Any], group: Mapping[str, Any], position: int) -> int | None:
+    """The step that torch has counted for a parameter at a position in its group; None if torch counts none."""
     if "step" not in entry:
         return None
-    counted = torch.as_tensor(entry["step"])
-    exact = group.get(STEP)
+    counted, exact = torch.as_tensor(entry["step"]), group.get(STEP)
+    if isinstance(exact, Sequence):
+        exact = exact[position]
     if exact is not None and torch.equal(torch.tensor(float(exact), dtype=counted.dtype), counted.cpu()):
         return int(exact)
     return int(counted)
