@@ -361,6 +361,27 @@ def test_one_hyperparameter_is_changed_and_the_others_stay(client, name, method)
     assert opt.clipping == optserve.Clipping(value=1.0)
 
 
+def test_what_is_true_or_false_is_that_everywhere(client, name):
+    method = optserve.SgdMomentum(momentum=0.5, nesterov=True)
+    opt = client.create_optimizer(name, method, grads(), groups=[optserve.Group(["w"], {"nesterov": False})])
+    assert (opt.algorithm, opt.groups[0].overrides) == (method, {"nesterov": False})
+    opt.update(nesterov=False)
+    assert opt.algorithm == optserve.SgdMomentum(momentum=0.5)
+    for bad, message in (
+        ({"nesterov": 1}, "nesterov of sgd_momentum cannot be 1: it is True or False"),
+        ({"groups": [optserve.Group(["w"], {"nesterov": 2})]}, "nesterov of sgd_momentum cannot be 2"),
+        ({"algorithm": optserve.SgdMomentum(momentum=0.0, nesterov=True)}, "needs a positive momentum"),
+        (
+            {"algorithm": optserve.SgdMomentum(nesterov=True), "groups": [optserve.Group(["w"], {"dampening": 0.5})]},
+            "and a dampening of 0.5; it needs",
+        ),
+    ):
+        with refused(message):
+            opt.update(**bad)
+    with pytest.raises(TypeError, match="nesterov of SgdMomentum is True or False, not 2"):
+        optserve.SgdMomentum(nesterov=2).to_message()  # pyright: ignore[reportArgumentType]
+
+
 def test_single_hyperparameters_are_checked(client, name):
     opt = client.create_optimizer(name, optserve.Adadelta(), grads())
     opt.update(learning_rate=0.5, rho=0.9, schedule=optserve.InverseTime(decay=1.0))

@@ -17,11 +17,18 @@ class Algorithm:
     takes_curvature: ClassVar[bool] = False
 
     def to_message(self) -> algorithms_pb2.Algorithm:
-        """The message of the contract."""
+        """The message of the contract.
+
+        Raises:
+            TypeError: A value does not have the type of its field.
+        """
         message = algorithms_pb2.Algorithm()
         settings = getattr(message, self.name)
         settings.SetInParent()
         for field, value in asdict(self).items():
+            # protobuf takes a 2 for True.
+            if isinstance(getattr(type(self), field), bool) and not isinstance(value, bool):
+                raise TypeError(f"{field} of {type(self).__name__} is True or False, not {value!r}.")
             setattr(settings, field, value)
         return message
 

@@ -254,6 +254,8 @@ def set_hyperparameter(message: algorithms_pb2.Algorithm, method: str, name: str
     if name not in known:
         raise InvalidArgumentError(f"{method} has no {name!r}; it has {', '.join(known)}.")
     try:
+        if known[name].type == known[name].TYPE_BOOL and not isinstance(value, bool):
+            raise TypeError("it is True or False")
         setattr(settings, name, value)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"{name} of {method} cannot be {value!r}: {error}") from error
