@@ -355,6 +355,17 @@ def test_each_parameter_has_its_own_steps_in_torch_too(client, name, method):
     close(other.values(), run.values())
 
 
+def test_adamw_decays_the_parameters_that_the_server_holds_as_torch_does(client, name):
+    start = gradients(99, "float64")
+    run = TorchRun(optserve.AdamW(learning_rate=0.02), start)
+    run.optimizer.param_groups[0]["weight_decay"] = 0.1
+    opt = client.create_optimizer(name, optserve.AdamW(learning_rate=0.02), start, hosted=True, weight_decay=0.002)
+    for seed in range(50):
+        run.step(gradients(seed, "float64"))
+        opt.step(gradients(seed, "float64"))
+    close(dict(opt.pull_parameters().arrays), run.values())
+
+
 def test_a_product_of_nadam_that_other_settings_have_made_is_refused():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.NAdam([param])

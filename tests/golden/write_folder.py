@@ -43,6 +43,16 @@ METHODS = {
     "sgd": optserve.Sgd(learning_rate=0.03),
     "vsgd": optserve.Vsgd(eps=1e-3, initial_overestimate=2.0, initial_steps=2),
     "windowed-rms": optserve.WindowedRms(learning_rate=0.01, rho=0.95, eps=0.0, outer_eps=1e-3),
+    # From the second folder on.
+    "adam": optserve.Adam(learning_rate=0.02, beta1=0.8),
+    "adamw": optserve.AdamW(beta2=0.99),
+    "centered-rmsprop": optserve.CenteredRmsprop(eps=1e-4, momentum=0.5),
+    "fed-adam": optserve.FedAdam(bias_correction=True),
+    "lion": optserve.Lion(learning_rate=0.03),
+    "nadam": optserve.Nadam(momentum_decay=0.1),
+    "rmsprop": optserve.Rmsprop(rho=0.9, momentum=0.7),
+    "sgd-momentum": optserve.SgdMomentum(momentum=0.8, nesterov=True),
+    "yogi": optserve.Yogi(beta2=0.9),
 }
 GROUPS = [optserve.Group(("b", "scalar"), {"learning_rate": 0.25})]
 

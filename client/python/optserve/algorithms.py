@@ -247,8 +247,8 @@ class AdamW(Algorithm):
     """AdamW: the update of Adam, with a weight decay that does not pass through the averages.
 
     Where the server holds x, the decay is `Optimizer.weight_decay`: x ← x + (Δx − λ x), with λ the whole factor of a
-    step; torch's weight_decay is multiplied by the learning rate, so λ is their product. In delta mode the client
-    decays x.
+    step; torch's weight_decay is multiplied by the learning rate, so λ is their product, but no schedule changes λ. In
+    delta mode the client decays x.
 
     Slots `grad_avg` and `square_avg`, as those of Adam. I. Loshchilov, F. Hutter, "Decoupled Weight Decay
     Regularization", arXiv:1711.05101.

@@ -125,21 +125,15 @@ def from_state_dict(
     Raises:
         InvalidArgumentError: The service lacks a setting of the state_dict, or the state_dict does not fit `params`.
     """
-    if not isinstance(params, Mapping):
-        raise InvalidArgumentError(
-            f"params must be a mapping by name, such as dict(model.named_parameters()), not {type(params)}."
-        )
+    _check_mapping(params)
     groups = _all_groups(state_dict)
-    for name, parameter in params.items():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
+    _check_dtypes(params)
     algorithms = recognise(groups, method)
     names_of = _names_of(groups, list(params))
     steps = {0} if step is None else {step}
     slots: dict[str, dict[str, np.ndarray]] = {}
     counters: dict[str, int] = {}
     for group, algorithm, names in zip(groups, algorithms, names_of, strict=True):
-        theirs = torch_slots(algorithm)
         for position, (index, name) in enumerate(zip(group["params"], names, strict=True)):
             entry = state_dict["state"].get(index, {})
             counted = _step_of(entry, group, position)
@@ -147,12 +141,7 @@ def from_state_dict(
                 steps.add(counted)
             counters[name] = _counted_by_buffer(entry, step) if isinstance(algorithm, SgdMomentum) else counted or 0
             _check_product(algorithm, entry, counters[name], name)
-            slots[name] = {
-                own: _array(
-                    group, algorithm, entry.get(theirs.get(own)), params[name], f"{theirs.get(own)} of {name!r}"
-                )
-                for own in kind_of(algorithm).slots
-            }
+            slots[name] = _slots_in(entry, group, algorithm, name, params[name])
     specs = {name: TensorSpec(tuple(item.shape), str(item.dtype).rpartition(".")[2]) for name, item in params.items()}
     base = algorithms[0]
     differing = tuple(
@@ -164,6 +153,30 @@ def from_state_dict(
         max(steps), base, specs, {name: slots[name] for name in params}, groups=differing,
         parameter_steps={name: counters[name] for name in params} if isinstance(base, COUNTED) else None,
     )  # fmt: skip
+
+
+def _check_mapping(params: object) -> None:
+    if not isinstance(params, Mapping):
+        raise InvalidArgumentError(
+            f"params must be a mapping by name, such as dict(model.named_parameters()), not {type(params)}."
+        )
+
+
+def _check_dtypes(params: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in params.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise InvalidArgumentError(f"{name!r} is {parameter.dtype}; optimizers' state is float32 or float64.")
+
+
+def _slots_in(
+    entry: Mapping[str, Any], group: Mapping[str, Any], algorithm: Algorithm, name: str, parameter: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """The slots of a parameter, from torch's entry for it."""
+    names = dict.fromkeys(kind_of(algorithm).slots, "") | torch_slots(algorithm)
+    return {
+        own: _array(group, algorithm, entry.get(theirs), parameter, f"{theirs} of {name!r}")
+        for own, theirs in names.items()
+    }
 
 
 def _step_dtype() -> torch.dtype:

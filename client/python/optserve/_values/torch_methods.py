@@ -191,13 +191,13 @@ def torch_slots(algorithm: Algorithm) -> dict[str, str]:
 
 def momentum_product(algorithm: Nadam, step: int) -> float:
     """The mu_product that torch's NAdam has after so many steps."""
-    product, turn = algorithm.beta1**step, 1
-    while turn <= step and product > 0:
-        less = 0.5 * 0.96 ** (turn * algorithm.momentum_decay)
-        if 1.0 - less == 1.0:
+    product, i = algorithm.beta1**step, 1
+    while i <= step and product > 0:
+        factor = 1.0 - 0.5 * 0.96 ** (i * algorithm.momentum_decay)
+        if factor == 1.0:
             break
-        product *= 1.0 - less
-        turn += 1
+        product *= factor
+        i += 1
     return product
 
 
