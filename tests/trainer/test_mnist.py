@@ -311,7 +311,7 @@ def test_the_trainer_says_that_it_waits_for_its_server_and_goes_on(small, tmp_pa
     [
         (["--target", "127.0.0.1:1"], "No optserve server answers at 127.0.0.1:1"),
         (["--algorithm", "sgd", "--rho", "0.5"], "sgd has no rho; it has learning_rate"),
-        (["--algorithm", "adam"], "adam"),
+        (["--algorithm", "adamax"], "adamax"),
         (["--rho", "2"], "adadelta.rho is 2.0, but must lie in [0, 1)"),
         (["--data-dir", "/nonexistent"], "is not a folder"),
         (["--json", "/nonexistent/report.json"], "There is no folder /nonexistent"),
