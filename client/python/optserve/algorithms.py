@@ -474,7 +474,7 @@ class Nadam(Algorithm):
       a = (1 − μ_t) / (1 − μ_1 ⋯ μ_t)
       b = μ_{t+1} / (1 − μ_1 ⋯ μ_{t+1})
 
-    As in torch; t is the step of the parameter. The products follow from t, β1 and ψ, so there is no state of them;
+    As in torch; t is the step of the parameter. The products follow from t, β1 and ψ, so they are no part of the state;
     torch keeps its mu_product as a number of float32. optax has Nesterov's momentum with a constant μ.
 
     Slots `grad_avg` = m and `square_avg` = v; torch's exp_avg and exp_avg_sq. T. Dozat, "Incorporating Nesterov
