@@ -63,6 +63,32 @@ def test_a_step_ends_at_its_time_out_also_where_its_worker_has_to_register(tmp_p
         assert max(took) < STEP_S + 1.0, f"seed {seed}"
 
 
+def test_a_step_ends_at_its_time_out_also_where_its_reply_is_lost_and_no_parameters_come(tmp_path):
+    """It read the parameters in place of the reply for as long as other calls may take."""
+    took: list[float] = []
+    for seed in range(200):
+        with scene(seed, tmp_path) as there:
+            there.play(there.let("maker", hosted))
+            there.play(there.let("worker", partial(_step_whose_reply_is_lost, there, took)))
+    assert max(took) < STEP_S + 1.0, f"seed {took.index(max(took))}"
+
+
+def _step_whose_reply_is_lost(there: Scene, took: list[float], client: optserve.Client) -> None:
+    with ExitStack() as stack:
+        worker = persistently(there, lambda: stack.enter_context(client.worker("a", "w")))
+        persistently(there, worker.pull)
+        there.network.weather.slowest_s = 0.2
+        lost = there.world.now + there.world.random.uniform(0.2, 0.6)
+        there.world.at(lost, there.channels["worker"].lose)
+        there.world.at(lost, lambda: there.restart(power=False))
+        there.world.at(lost + there.world.random.uniform(0.2, 1.0), there.silence)
+        began = there.world.now
+        with suppress(optserve.OptserveError):
+            worker.step({"w": np.zeros(4)}, timeout_s=STEP_S)
+        took.append(there.world.now - began)
+        there.network.weather.slowest_s = 0.0
+
+
 def test_a_step_whose_time_is_up_raises_what_its_documentation_says(tmp_path):
     """It raised what the client was about to act on: that a stream that was given up had been opened after its own, and
     that its worker had to register."""

@@ -317,16 +317,19 @@ class Optimizer(Resource):
 
     def refresh(self) -> None:
         """Read the current step and lineage from the server, and forget the unsettled steps."""
+        self._refresh(self._connection.patience(self._connection.config.timeout_s))
 
+    def _refresh(self, patience: Patience) -> None:
         def read() -> tuple[int, str]:
-            found = self._get()
+            found = self._get(max(patience.left_s, 0.001))
             self._session.known.create_time = found.create_time
             return found.step, found.lineage
 
-        self._session.refresh(read)
+        self._session.refresh(read, patience)
 
     def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
-        self._session.refresh(lambda: (optimizer.step, optimizer.lineage))
+        patience = self._connection.patience(self._connection.config.timeout_s)
+        self._session.refresh(lambda: (optimizer.step, optimizer.lineage), patience)
 
     def cancel(self) -> None:
         """Interrupt the step that another thread is making, if there is one; it raises StepCancelledError there."""

@@ -14,7 +14,13 @@ from optserve import _reasons
 from optserve._resources import replies
 from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
-from optserve.errors import ClientUseError, OptserveError, StepInDoubtError, WorkerReplacedError
+from optserve.errors import (
+    ClientUseError,
+    DeadlineExceededError,
+    OptserveError,
+    StepInDoubtError,
+    WorkerReplacedError,
+)
 from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
 from optserve.state import HostedParameters
 from optserve.v1 import optimizer_pb2, replicas_pb2
@@ -194,9 +200,9 @@ class Worker:
             # The step was applied, but the server was restarted and has lost the reply. Newer parameters replace it.
             try:
                 return self._pull_newer(patience, list(grads), out)
-            except WorkerReplacedError as replaced:
-                # WORKER_REPLACED alone would say that the step was not applied.
-                raise error from replaced
+            except (WorkerReplacedError, DeadlineExceededError) as failed:
+                # By themselves these would say that the step was not applied, or may not have been.
+                raise error from failed
         if reply == "parameters":
             self._session.at_step = self.current_step
         return arrays
@@ -205,9 +211,13 @@ class Worker:
         self, patience: Patience, names: Sequence[str], out: Mapping[str, np.ndarray] | None
     ) -> dict[str, np.ndarray]:
         patience.check()
-        self.refresh()
-        found = self.pull(names, out=out)
-        return found.arrays if found else {}
+        self._optimizer._refresh(patience)
+        self._continue_after(self._register(max(patience.left_s, 0.001)).last_request_id)
+        found = self._optimizer._pull_parameters(names, None, out, max(patience.left_s, 0.001))
+        if found is None:
+            return {}
+        self._session.at_step = found.step
+        return found.arrays
 
     def _continue_after(self, last_request_id: str) -> None:
         """Continue after the last step under this worker's name, in the present life."""

@@ -208,12 +208,21 @@ class Resource(abc.ABC):
             FailedPreconditionError: The parameters are not uploaded yet (PARAMETERS_MISSING), or the optimizer is in
                 delta mode (NOT_HOSTED).
         """
+        return self._pull_parameters(names, newer_than, out)
+
+    def _pull_parameters(
+        self,
+        names: Sequence[str],
+        newer_than: int | None,
+        out: Mapping[str, np.ndarray] | None,
+        timeout_s: float | None = None,
+    ) -> HostedParameters | None:
         indices = self._model.indices_of(names or self._model.names)
         arrays = self._model.outputs(indices, out)
         request = replicas_pb2.PullParametersRequest(
             name=self._resource, newer_than_step=newer_than, tensors=indices if names else (), wire_type=self._wire_type
         )
-        step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._layouts))
+        step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._layouts), timeout_s)
         if not newer:
             return None
         return HostedParameters(step, {self._model.names[i]: a for i, a in zip(indices, arrays, strict=True)})
@@ -324,9 +333,9 @@ class Resource(abc.ABC):
         """Make a call with the time-out of a step, because it takes longer for a larger state."""
         return self._connection.call(method, request, timeout_s=self._connection.config.step_timeout_s)
 
-    def _get(self) -> optimizer_pb2.Optimizer:
+    def _get(self, timeout_s: float | None = None) -> optimizer_pb2.Optimizer:
         request = service_pb2.GetOptimizerRequest(name=self._resource)
-        found = self._connection.call(self._connection.stub.GetOptimizer, request).optimizer
+        found = self._connection.call(self._connection.stub.GetOptimizer, request, timeout_s=timeout_s).optimizer
         return replies.optimizer(found, self._resource)
 
     @abc.abstractmethod

@@ -123,9 +123,11 @@ def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarr
 
 
 def pull_parameters(
-    connection: Connection, request: replicas_pb2.PullParametersRequest, arrays: Updates
+    connection: Connection, request: replicas_pb2.PullParametersRequest, arrays: Updates, timeout_s: float | None
 ) -> tuple[int, bool]:
     """Read parameters into arrays: (their step, whether the parameters were newer).
+
+    Without `timeout_s` it may take as long as a step.
 
     Raises:
         OptserveError: The server has refused the call, or has not answered in time.
@@ -152,7 +154,7 @@ def pull_parameters(
             arrays.finish()
         return first.step, True
 
-    return _with_retries(connection, received)
+    return _with_retries(connection, received, timeout_s)
 
 
 def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
@@ -163,15 +165,17 @@ def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
     return first.header
 
 
-def _with_retries(connection: Connection, attempt: Callable[[float], _Result]) -> _Result:
+def _with_retries(
+    connection: Connection, attempt: Callable[[float], _Result], timeout_s: float | None = None
+) -> _Result:
     """Call `attempt` with the seconds that are left, until it succeeds, the server refuses, or the time is up."""
     backoff = Backoff(connection.config, connection.clock)
-    patience = connection.patience(None)
+    patience = connection.patience(timeout_s)
     while True:
         try:
             return attempt(max(patience.left_s, 0.001))
         except grpc.RpcError as error:
-            failure = connection.translate(error, connection.config.step_timeout_s)
+            failure = connection.translate(error, patience.timeout_s)
         # The server discards an upload without progress; a retry under the same id begins it anew.
         if not (is_retryable(failure) or failure.reason == _reasons.STEP_TAKEN_OVER):
             raise failure

@@ -140,9 +140,8 @@ class StepSession:
             self.outcomes.applied(opened.last_request_id)
             self.outcomes.received(opened.last_request_id)
 
-    def refresh(self, read: Callable[[], tuple[int, str]]) -> None:
+    def refresh(self, read: Callable[[], tuple[int, str]], patience: Patience) -> None:
         """Adopt the server's step and lineage, which `read` returns, and forget the unsettled steps."""
-        patience = self._connection.patience(self._connection.config.timeout_s)
         with self._locked(patience):
             step, lineage = read()
             state_is_another = lineage != self.known.lineage or step < self.known.step
