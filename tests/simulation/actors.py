@@ -178,6 +178,12 @@ class Client(Actor):
                 # What a life before has sent has arrived.
                 self.settle(attempt, Fate.REFUSED, error)
                 self.persist("refresh", opt.refresh)
+            except (optserve.StateReplacedError, optserve.StepsLostError) as error:
+                if self.lives == 1 or not self.run.history.is_lost:
+                    raise
+                # A restore that a life before has sent has arrived.
+                self.settle(attempt, Fate.IN_DOUBT, error)
+                self.persist("refresh", opt.refresh)
             # Of another client, or of what a broken connection still brings, until its time was up.
             except (*PASSING, optserve.StepInProgressError) as error:
                 self.settle(attempt, Fate.IN_DOUBT, error)

@@ -29,11 +29,13 @@ class File:
         durable: Its content at the last sync.
         doubtful: Sectors that a failed sync has given up; they come to the disk only if they are written anew.
         last: Its content when its last name went.
+        inode: Its number in the real file system, when it was opened last.
     """
 
     durable: bytes = b""
     doubtful: set[int] = field(default_factory=set)
     last: bytes = b""
+    inode: int = 0
 
 
 Names = dict[Path, File | None]
@@ -123,6 +125,17 @@ class SimulatedDisk(Disk):
         change.apply(self._names)
         self._changes.append(change)
 
+    def _register(self, descriptor: int, file: File) -> None:
+        self._open[descriptor], file.inode = file, os.fstat(descriptor).st_ino
+
+    def _file(self, descriptor: int) -> File | None:
+        """The file with that descriptor; None for a folder."""
+        file = self._open.get(descriptor)
+        # Python's file objects close themselves, and the next file gets their number.
+        if file is not None and file.inode != os.fstat(descriptor).st_ino:
+            raise RuntimeError("A file is written or synced that was not opened through its Disk.")
+        return file
+
     # Disk.
 
     def open(self, path: Path, flags: int) -> int:
@@ -136,7 +149,7 @@ class SimulatedDisk(Disk):
             self._change({path.parent}, [], {path: File()})
         file = self._names.get(path)
         if file is not None:
-            self._open[descriptor] = file
+            self._register(descriptor, file)
             if flags & os.O_TRUNC:
                 file.doubtful.clear()
         self._bare.add(descriptor)
@@ -154,20 +167,26 @@ class SimulatedDisk(Disk):
         self._bare.discard(made.fileno())
         return made
 
+    def reopen(self, path: Path) -> BinaryIO:
+        made = super().reopen(path)
+        self._bare.discard(made.fileno())
+        return made
+
     def temporary(self, folder: Path, prefix: str) -> BinaryIO:
         self._enter("a temporary file", fails=True)
         if self.faults.full:
             raise OSError(errno.ENOSPC, "No space left on device")
         made = super().temporary(folder, prefix)
         # It goes by itself; a crash may leave it, and its next server removes it.
-        file = self._open[made.fileno()] = File()
+        file = File()
+        self._register(made.fileno(), file)
         self._change({folder}, [], {Path(made.name): file})
         return made
 
     def write(self, descriptor: int, parts: Sequence[Buffer], position: int) -> int:
         self._enter("write", fails=True)
         whole = b"".join(bytes(part) for part in parts)
-        file = self._open.get(descriptor)
+        file = self._file(descriptor)
         if file is not None and file.doubtful:
             file.doubtful -= set(range(position // SECTOR_BYTES, (position + len(whole)) // SECTOR_BYTES + 1))
         taken = whole
@@ -200,7 +219,7 @@ class SimulatedDisk(Disk):
         self._sync(descriptor)
 
     def _sync(self, descriptor: int) -> None:
-        file = self._open.get(descriptor)
+        file = self._file(descriptor)
         # What is written while a sync is under way is not part of it.
         content = _content(descriptor) if file is not None else b""
         self._enter("sync")

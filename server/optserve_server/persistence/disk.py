@@ -35,6 +35,10 @@ class Disk:
         """Create a file, or empty an existing one, and open it for reading and writing."""
         return os.fdopen(self.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), "w+b")
 
+    def reopen(self, path: Path) -> BinaryIO:
+        """Open a file that exists, to change a part of it."""
+        return os.fdopen(self.open(path, os.O_RDWR), "r+b")
+
     def temporary(self, folder: Path, prefix: str) -> BinaryIO:
         """Create a file in a folder, which is deleted when it is closed."""
         return tempfile.NamedTemporaryFile(dir=folder, prefix=prefix)  # pyright: ignore[reportReturnType]

@@ -136,7 +136,7 @@ def _write_optimizer(
     path: Path, optimizer: Optimizer, file_layout: FileLayout, *, keep_locked: bool, disk: Disk
 ) -> dict[str, Any] | None:
     """Write one optimizer's file and return its description; None if the optimizer was deleted meanwhile."""
-    with path.open("r+b") as target:
+    with disk.reopen(path) as target:
         with optimizer.steps.locked_state() if keep_locked else nullcontext():
             description, pieces = _describe(optimizer, path.name), None
             if description is not None:
