@@ -4,7 +4,7 @@ import pytest
 
 import optserve
 from optserve_server.edge.gate.places import Places
-from optserve_server.edge.gate.relief import FIRST_PAUSE_S, Relief
+from optserve_server.edge.gate.relief import FIRST_PAUSE_S, WAITED_S, Relief
 from service.attacks import SERVICE, raw, wait_until
 from service.worker_harness import config_of
 
@@ -18,8 +18,10 @@ class Waiting(Places):
     def __init__(self, count: int) -> None:
         super().__init__("calls wait", count)
         self.count = count
+        self.asked_s: list[float] = []
 
     def end_longest_waiting(self, waited_s: float) -> int:
+        self.asked_s.append(waited_s)
         some = -(-self.count // 2)
         self.count -= some
         return some
@@ -35,6 +37,13 @@ def test_calls_are_ended_for_memory_as_long_as_that_helps(each, ended):
     used_bytes = (lambda: (900 + calls.count * each) * MIB) if each else (lambda: 990 * MIB)
     relief = Relief(1000 * MIB, [calls], used_bytes, no_trim, lambda: now)
     assert [relief.check() for _ in range(4)] == ended
+
+
+@pytest.mark.parametrize(("used_mib", "waited_s"), [(990, WAITED_S), (1000, WAITED_S), (1001, 0.0)])
+def test_beyond_the_whole_limit_calls_are_ended_however_short_they_have_waited(used_mib, waited_s):
+    calls = Waiting(16)
+    Relief(1000 * MIB, [calls], lambda: used_mib * MIB, no_trim).check()
+    assert calls.asked_s == [waited_s]
 
 
 def test_nobody_is_ended_where_freed_memory_can_be_given_back():

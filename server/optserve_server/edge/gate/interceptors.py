@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 Handler = grpc.RpcMethodHandler
 Continuation = Callable[[grpc.HandlerCallDetails], Handler | None]
 
-CHECK_EVERY_S = 0.25
+CHECK_EVERY_S = 0.1
 """Seconds between searches for calls that have waited too long for their clients."""
 
 PROTECTED = 64

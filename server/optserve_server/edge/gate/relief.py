@@ -18,7 +18,8 @@ FULL = 0.95
 """Part of `memory_bytes` beyond which calls that wait for their clients are ended."""
 
 WAITED_S = 1.0
-"""Calls that have waited for less are not ended."""
+"""Calls that have waited for less are not ended, unless more than `memory_bytes` is used: then what arrives in a second
+would come on top."""
 
 NOTICED, NOTICED_BYTES = 0.005, 1 << 20
 """A smaller change than this part of `memory_bytes`, or than these bytes, counts as none."""
@@ -46,6 +47,7 @@ class Relief:
         trim: Callable[[], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._memory_bytes = memory_bytes
         self._full_bytes = FULL * memory_bytes
         self._noticed_bytes = max(NOTICED * memory_bytes, NOTICED_BYTES)
         self._places = places
@@ -86,7 +88,8 @@ class Relief:
             self._trim()
             if self._own_bytes() <= self._full_bytes:
                 return 0
-        ended = sum(places.end_longest_waiting(WAITED_S) for places in self._places)
+        waited_s = WAITED_S if used <= self._memory_bytes else 0.0
+        ended = sum(places.end_longest_waiting(waited_s) for places in self._places)
         if not ended:
             return 0
         first = not self._most_bytes
