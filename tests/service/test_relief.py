@@ -57,6 +57,17 @@ def test_nobody_is_ended_where_freed_memory_can_be_given_back():
     assert (relief.check(), used_mib, calls.count) == (0, 500, 16)
 
 
+def test_what_is_used_after_freed_memory_was_given_back_decides_who_is_ended():
+    calls, used_mib = Waiting(16), 1100
+
+    def trim() -> None:
+        nonlocal used_mib
+        used_mib = 990
+
+    Relief(1000 * MIB, [calls], lambda: used_mib * MIB, trim).check()
+    assert calls.asked_s == [WAITED_S]
+
+
 def test_freed_memory_is_not_looked_through_again_and_again_where_that_does_not_help():
     trims, now = [], 100.0
     relief = Relief(1000 * MIB, [Waiting(0)], lambda: 990 * MIB, lambda: trims.append(now), lambda: now)

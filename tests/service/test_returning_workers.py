@@ -117,3 +117,29 @@ def test_exactly_once_per_worker_over_a_restart(tmp_path):
                     steps.send(begin("step-1"))
                     assert details(steps.error())[0] == "REPLY_GONE"
             assert report(stub, made, "one").step == 2
+
+
+@pytest.mark.parametrize("failure", [
+    optserve.UnavailableError("about to stop", reason="DRAINING"),
+    optserve.StepCancelledError("cancelled"),
+    optserve.ResourceExhaustedError("full", retry_after_s=1.0),
+], ids=lambda failure: type(failure).__name__)  # fmt: skip
+def test_an_applied_step_is_never_said_to_have_failed_where_newer_parameters_cannot_be_read(failure, monkeypatch):
+    """The caller would send the gradient once more. That the reply is gone is known only after a restart."""
+    gone = optserve.StepInDoubtError("applied")
+    gone.__cause__ = optserve.FailedPreconditionError("gone", reason="REPLY_GONE")
+
+    def fail(error):
+        def call(*_args, **_kwargs):
+            raise error
+
+        return call
+
+    with optserve.local_server(backend="numpy") as server, optserve.connect(server.target) as client:
+        shared(client, "a", optserve.Async())
+        with client.worker("a", "w") as worker:
+            monkeypatch.setattr(worker._optimizer, "_step", fail(gone))
+            monkeypatch.setattr(worker._optimizer, "_refresh", fail(failure))
+            with pytest.raises(optserve.StepInDoubtError) as raised:
+                worker.step(full(-1))
+    assert raised.value is gone

@@ -16,7 +16,6 @@ from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
 from optserve.errors import (
     ClientUseError,
-    DeadlineExceededError,
     OptserveError,
     StepInDoubtError,
     WorkerReplacedError,
@@ -200,8 +199,8 @@ class Worker:
             # The step was applied, but the server was restarted and has lost the reply. Newer parameters replace it.
             try:
                 return self._pull_newer(patience, list(grads), out)
-            except (WorkerReplacedError, DeadlineExceededError) as failed:
-                # By themselves these would say that the step was not applied, or may not have been.
+            except OptserveError as failed:
+                # By itself this would say that the step was not applied, or may not have been.
                 raise error from failed
         if reply == "parameters":
             self._session.at_step = self.current_step

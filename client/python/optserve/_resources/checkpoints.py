@@ -5,7 +5,7 @@ from __future__ import annotations
 from optserve._resources import replies
 from optserve._rpc.connection import Connection
 from optserve._rpc.retry import is_retryable
-from optserve.errors import OptserveError
+from optserve.errors import DeadlineExceededError, OptserveError
 from optserve.state import Checkpoint
 from optserve.v1 import checkpoints_pb2
 
@@ -31,7 +31,8 @@ def delete_checkpoint(connection: Connection, optimizer: str, tag: str) -> None:
     try:
         connection.call_once(connection.stub.DeleteCheckpoint, request)
     except OptserveError as error:
-        if not is_retryable(error):
+        # Nor after a deadline, which has used up the time of this call.
+        if not is_retryable(error) or isinstance(error, DeadlineExceededError):
             raise
         request.allow_missing = True
         connection.call(connection.stub.DeleteCheckpoint, request)

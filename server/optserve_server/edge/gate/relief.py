@@ -86,7 +86,8 @@ class Relief:
         if now >= self._trim_at:
             self._trim_at = now + FIRST_PAUSE_S
             self._trim()
-            if self._own_bytes() <= self._full_bytes:
+            used = self._own_bytes()
+            if used <= self._full_bytes:
                 return 0
         waited_s = WAITED_S if used <= self._memory_bytes else 0.0
         ended = sum(places.end_longest_waiting(waited_s) for places in self._places)
