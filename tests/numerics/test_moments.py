@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from optserve_server.numerics import backends
-from optserve_server.numerics.rules import Adam, CenteredRmsprop, FedAdam, Lion, Nadam, Rule, SgdMomentum, Yogi
+from optserve_server.numerics.rules import (
+    Adam,
+    AdamW,
+    CenteredRmsprop,
+    FedAdam,
+    Lion,
+    Nadam,
+    Rule,
+    SgdMomentum,
+    Yogi,
+)
+from optserve_server.numerics.rules.base import NUMBERS
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 FAR = 1 << 62
@@ -83,3 +94,20 @@ def test_very_late_steps_have_no_correction(rule):
 def test_without_correction_all_steps_are_alike(kind):
     assert kind().scalars(1) == kind().scalars(1000)
     assert kind(bias_correction=True).scalars(1) != kind(bias_correction=True).scalars(1000)
+
+
+def test_the_bounds_of_yogi_hold_where_its_sign_is_not_exact(backend):
+    """They said 3e291 for float64 where the kernel made an infinite update."""
+    rule, gradient = Yogi(learning_rate=1e290, eps=1e-110), np.array([1e-60, 8e-60])
+    scalars = tuple(map(float, rule.scalars(1)))
+    bound, _ = Yogi.bounds(NUMBERS[F8], 8e-60, 0.0, ((0.0, 0.0), (0.0, 0.0)), scalars, 1)
+    with np.errstate(all="ignore"):
+        update, _ = step(backend, rule, gradient, np.zeros(2), np.zeros(2))
+    assert np.abs(update).max() <= bound
+
+
+@pytest.mark.parametrize("rule", [Adam, AdamW, FedAdam, Nadam, Yogi, CenteredRmsprop])
+def test_an_average_whose_square_is_infinite_is_one_that_no_step_leaves(rule):
+    values = np.array([0, 1.8e19, 3e38, -3e38], F4)
+    assert rule().unreachable_values("grad_avg", values).tolist() == [False, False, True, True]
+    assert rule().unreachable_values("square_avg", values) is None

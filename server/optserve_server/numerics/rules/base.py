@@ -81,6 +81,12 @@ def flag(*, default: bool) -> Any:
     return field(default=default, metadata={"flag": True})
 
 
+def squares_overflow(values: np.ndarray) -> np.ndarray:
+    """A mask of the values whose squares are infinite."""
+    with np.errstate(over="ignore"):
+        return np.isinf(values * values)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One method with its hyper-parameters. `rules.contract` has these from the contract; each formula has a file.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars, squares_overflow
 from optserve_server.numerics.rules.rmsprop import sum_of_quotients
 
 
@@ -56,10 +56,7 @@ class CenteredRmsprop(contract.CenteredRmsprop):
 
     def unreachable_values(self, slot: str, values: np.ndarray) -> np.ndarray | None:
         """E[g] is a mean of gradients whose squares are finite. Were its own not, every step would be refused."""
-        if slot != "grad_avg":
-            return None
-        with np.errstate(over="ignore"):
-            return np.isinf(values * values)
+        return squares_overflow(values) if slot == "grad_avg" else None
 
     @staticmethod
     def update(  # noqa: PLR0913 - the formula's operands, slots and constants

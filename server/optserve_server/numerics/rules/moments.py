@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars
+from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, squares_overflow
 
 
 class Weights(NamedTuple):
@@ -107,7 +107,7 @@ class Moments(Rule):
         )
 
     @classmethod
-    def weights(cls, scalars: Scalars) -> Weights:
+    def weights(cls, scalars: Scalars, numbers: Numbers) -> Weights:  # noqa: ARG003
         """With what a step averages."""
         beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:4]
         return Weights(beta1, one_minus_beta1, beta2, one_minus_beta2)
@@ -129,7 +129,7 @@ class Moments(Rule):
     ) -> tuple[float, Sequence[Interval]]:
         """See Rule. The correction of m is largest in the first step, that of √v is at least 1."""
         correction, eps, rate = scalars[4], scalars[6], -scalars[7]
-        weights = cls.weights(scalars)
+        weights = cls.weights(scalars, numbers)
         mean = max(-slots[0][0], slots[0][1], gradient)
         square_avg = cls.largest_square(gradient, slots[1], scalars)
         quotient = correction * largest_quotient(numbers, gradient, slots, weights, eps, steps)
@@ -140,6 +140,10 @@ class Moments(Rule):
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η / (√v̂ + ε), the factor on −m̂."""
         return self.learning_rate / (np.sqrt(slots["square_avg"]) * self.corrections(step)[1] + self.eps)
+
+    def unreachable_values(self, slot: str, values: np.ndarray) -> np.ndarray | None:
+        """M is a mean of gradients whose squares are finite. Were its own not, every step could be refused."""
+        return squares_overflow(values) if slot == "grad_avg" else None
 
     # As a variable, because a relative's own has other operands.
     update = staticmethod(_update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Scalars
+from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 from optserve_server.numerics.rules.moments import CorrectableMoments, Weights
 
 _TINY = 2.0**-126
@@ -25,10 +25,13 @@ class Yogi(CorrectableMoments, contract.Yogi):
         return *super().scalars(step), _TINY
 
     @classmethod
-    def weights(cls, scalars: Scalars) -> Weights:
-        """See Moments. v keeps at least β2 of itself, if rounding leaves some of it, and so of a smaller g²."""
+    def weights(cls, scalars: Scalars, numbers: Numbers) -> Weights:
+        """See Moments. v keeps at least β2 of itself, if rounding leaves some of it, and so of a smaller g².
+
+        In float64 the sign of a difference below 1e-70 is less than 1, so v may take up less of g².
+        """
         beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:4]
-        kept, share = (beta2, one_minus_beta2) if beta2 >= 0.5 else (0.0, 0.0)
+        kept, share = (beta2, one_minus_beta2) if beta2 >= 0.5 and numbers.tiny >= _TINY else (0.0, 0.0)
         return Weights(beta1, one_minus_beta1, kept, share)
 
     @classmethod
