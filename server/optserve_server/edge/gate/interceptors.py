@@ -42,8 +42,11 @@ logger = logging.getLogger(__name__)
 Handler = grpc.RpcMethodHandler
 Continuation = Callable[[grpc.HandlerCallDetails], Handler | None]
 
-CHECK_EVERY_S = 0.1
+CHECK_EVERY_S = 0.25
 """Seconds between searches for calls that have waited too long for their clients."""
+
+RELIEF_EVERY_S = 0.1
+"""Seconds between checks of memory, which fills faster than calls become overdue."""
 
 PROTECTED = 64
 """Unary calls that may wait for their message as long as the largest message may take, see Places."""
@@ -237,12 +240,16 @@ class Gate(grpc.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _end_overdue_calls(self) -> None:
-        while not self._closed.wait(CHECK_EVERY_S):
+        check_at = 0.0
+        while not self._closed.wait(RELIEF_EVERY_S):
+            self._relief.check()
+            if time.monotonic() < check_at:
+                continue
+            check_at = time.monotonic() + CHECK_EVERY_S
             for kind in (self._unary, self._health, self._watch, self._streams):
                 kind.places.end_overdue()
             for replies in (self._replies, self._health_replies):
                 replies.end_overdue()
-            self._relief.check()
 
     def close(self, timeout_s: float) -> bool:
         """End the threads, after gRPC has ended the calls. Returns False if some are alive after `timeout_s`."""
