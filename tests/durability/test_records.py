@@ -16,10 +16,9 @@ from optserve_server.engine.records import (
     DeletionRecord,
     PlacementRecord,
     ReplacementRecord,
-    StepRecord,
     UpdateRecord,
-    WorkerStep,
 )
+from optserve_server.engine.step_record import StepRecord, WorkerStep
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import AsyncConsistency, SyncConsistency

@@ -22,7 +22,7 @@ import optserve
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from golden.look import CONFIG, look, state, step
-from optserve_server.engine.records import STEPPED
+from optserve_server.engine.record_encoding import STEPPED
 from optserve_server.persistence import journal, snapshot
 from optserve_server.persistence.journal import format as on_disk
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optserve
-from optserve_server.engine.records import STEPPED
+from optserve_server.engine.record_encoding import STEPPED
 from optserve_server.persistence.journal import Journal, Reader
 from simulation.disk import SimulatedDisk
 from simulation.scene import Scene, hosted, persistently, scene

@@ -10,7 +10,7 @@ import pytest
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.optimizer import Optimizer
-from optserve_server.engine.records import StepRecord
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.engine.transition import Replacement

@@ -17,7 +17,8 @@ from clocks import TellingClock
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
-from optserve_server.engine.records import Change, StepRecord, UpdateRecord
+from optserve_server.engine.records import Change, UpdateRecord
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, Step, StepRequest

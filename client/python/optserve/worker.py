@@ -112,7 +112,8 @@ class Worker:
     @property
     def staleness(self) -> int:
         """Steps that were applied between the parameters of this worker's last gradient and that gradient."""
-        return self._session.staleness
+        result = self._session.last_result
+        return result.staleness if result is not None else 0
 
     @property
     def gradient_norm(self) -> float | None:

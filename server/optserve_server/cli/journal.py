@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from optserve.cli.as_json import Json, print_json
 from optserve.cli.console import errors, say, show_error, show_table, words
-from optserve_server.engine import records
+from optserve_server.engine import record_encoding as records
 from optserve_server.persistence import folder_lock, snapshot
 from optserve_server.persistence.journal import CorruptionError, JournalError, Reader, truncate_journal
 

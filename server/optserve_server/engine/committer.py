@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
-from optserve_server.engine.records import PlacementRecord, StepRecord, WorkerStep
+from optserve_server.engine.records import PlacementRecord
+from optserve_server.engine.step_record import StepRecord, WorkerStep
 from optserve_server.engine.transaction import PARAMETERS, Outcome, Step
 from optserve_server.engine.transition import WrittenStep
 from optserve_server.numerics.headroom import ReplyWires

@@ -14,41 +14,31 @@ read the folders of this one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
-from optserve_server.numerics.layout import ALL, Layout, Payload, Payloads, Selection
+from optserve_server.engine.record_encoding import (
+    CREATED,
+    DELETED,
+    PLACED,
+    REPLACED,
+    UPDATED,
+    ArenaValues,
+    Encoded,
+    Message,
+    arenas_in,
+    operands_in,
+)
+from optserve_server.engine.step_record import StepRecord
+from optserve_server.numerics.layout import ALL, Layout, Payloads
 from optserve_server.numerics.parameter_steps import Written
 from optserve_server.numerics.settings import Settings
 
-CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
-"""Kinds of records in the journal."""
-
-Message = dict[str, Any]
-"""All of a record except its arrays, as JSON."""
-
-Encoded = tuple[int, Message, Sequence[np.ndarray]]
-"""(kind, message, arrays): the encoding of a record. The bytes of the arrays are the record's payload."""
-
 _NO_PARAMETERS = Payloads(Layout(()))
-
-
-class ArenaValues(NamedTuple):
-    """The values of one arena of one array.
-
-    Attributes:
-        dtype: The arena's dtype.
-        array: The array's position among `Settings.arrays`.
-        values: One-dimensional, with the values of all parameters of that dtype.
-    """
-
-    dtype: np.dtype
-    array: int
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -149,67 +139,6 @@ class DeletionRecord:
         return self.kind, {"optimizer": self.optimizer}, ()
 
 
-class WorkerStep(NamedTuple):
-    """The part of one worker in a step.
-
-    Attributes:
-        name: Name of the worker.
-        request_id: Request id of the worker's step.
-        clock: The worker's clock after the step.
-    """
-
-    name: str
-    request_id: str
-    clock: int
-
-
-class StepRecord(NamedTuple):
-    """A step.
-
-    Attributes:
-        optimizer: Name of the optimizer.
-        step: Number of steps applied before this one.
-        request_id: Request id of the step; empty if workers have made the step.
-        selection: The parameters that take part.
-        operands: The gradients, run by run; then the curvature in the same way, if the method takes it.
-        workers: Each worker whose gradient is in the step.
-        staleness: Staleness in steps by which the learning rate is scaled; 0 for no scaling.
-    """
-
-    optimizer: str
-    step: int
-    request_id: str
-    selection: Selection
-    operands: Sequence[np.ndarray]
-    workers: Sequence[WorkerStep] = ()
-    staleness: int = 0
-
-    kind = STEPPED
-
-    def encode(self) -> Encoded:
-        """The encoding in the journal."""
-        message = {
-            "optimizer": self.optimizer,
-            "step": self.step,
-            "request_id": self.request_id,
-            "tensors": self.selection.listed,
-            **({"workers": self.workers} if self.workers else {}),
-            **({"staleness": self.staleness} if self.staleness else {}),
-        }
-        return STEPPED, message, self.operands
-
-    @classmethod
-    def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> StepRecord:
-        """The reverse of `encode`; the operands are copies."""
-        selection = Selection(tuple(message["tensors"]))
-        workers = tuple(WorkerStep(*worker) for worker in message.get("workers", ()))
-        operands = list(_operands(payloads.payload_for(selection, None), data))
-        return cls(
-            message["optimizer"], message["step"], message["request_id"], selection, operands, workers,
-            message.get("staleness", 0),
-        )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class ReplacementRecord:
     """The replacement of an optimizer's state, by a restore or an import.
@@ -266,7 +195,7 @@ class ReplacementRecord:
         return cls(
             message["optimizer"], message["step"], settings, message["etag"], message["lineage"],
             message["request_id"], datetime.fromisoformat(message["time"]),
-            list(_arenas(payloads.layout, len(settings.arrays), data)),
+            list(arenas_in(payloads.layout, len(settings.arrays), data)),
             message.get("placed_by"), message.get("target", ""), message.get("parameter_steps"),
         )  # fmt: skip
 
@@ -294,7 +223,8 @@ class PlacementRecord:
     @classmethod
     def decode(cls, message: Message, data: memoryview, payloads: Payloads) -> PlacementRecord:
         """The reverse of `encode`; the parameters are copies."""
-        return cls(message["optimizer"], message["request_id"], list(_operands(payloads.payload_for(ALL, None), data)))
+        parameters = operands_in(payloads.payload_for(ALL, None), data)
+        return cls(message["optimizer"], message["request_id"], list(parameters))
 
 
 Change = CreationRecord | UpdateRecord | DeletionRecord | StepRecord | ReplacementRecord | PlacementRecord
@@ -331,19 +261,3 @@ def decode(kind: int, message: Message, data: memoryview, payloads: Payloads = _
         case PlacementRecord.kind:
             record = PlacementRecord.decode(message, data, payloads)
     return record
-
-
-def _operands(payload: Payload, data: memoryview) -> Iterator[np.ndarray]:
-    """Copies of the operands in a record, one operand after the other, each run by run."""
-    for begin in range(0, len(data), max(payload.size_bytes, 1)):
-        for run in payload.runs:
-            yield np.frombuffer(data[begin + run.begin : begin + run.end], run.dtype).copy()
-
-
-def _arenas(layout: Layout, arrays: int, data: memoryview) -> Iterator[ArenaValues]:
-    """The arenas of the first `arrays` arrays in a record, as views of its data."""
-    begin = 0
-    for dtype, array, size in layout.each_arena(arrays):
-        end = begin + size * dtype.itemsize
-        yield ArenaValues(dtype, array, np.frombuffer(data[begin:end], dtype))
-        begin = end

@@ -16,9 +16,9 @@ from optserve_server.engine.records import (
     CreationRecord,
     PlacementRecord,
     ReplacementRecord,
-    StepRecord,
     UpdateRecord,
 )
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
 from optserve_server.numerics.layout import Operands, Payload, Run, Selection
 from optserve_server.numerics.staging import Staging

@@ -15,15 +15,16 @@ import numpy as np
 
 from optserve_server.engine import records, transition
 from optserve_server.engine.optimizer import Optimizer
+from optserve_server.engine.record_encoding import CREATED
 from optserve_server.engine.records import (
     CreationRecord,
     DeletionRecord,
     PlacementRecord,
     ReplacementRecord,
-    StepRecord,
     UpdateRecord,
 )
 from optserve_server.engine.registry import Optimizers
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
 from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.layout import ALL, Run, Selection
@@ -137,7 +138,7 @@ class Replay:
         message, lsn = json.loads(entry.meta), entry.lsn
         optimizer = self._optimizers.find(message["optimizer"])
         if optimizer is None:
-            if entry.kind == records.CREATED:
+            if entry.kind == CREATED:
                 self._optimizers.adopt(CreationRecord.decode(message), lsn)
             return
         if lsn <= optimizer.created_lsn:

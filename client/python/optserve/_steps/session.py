@@ -55,8 +55,7 @@ class StepSession:
         known: The state of the optimizer, as far as this client knows it.
         at_step: The step of the parameters at which a worker takes its gradients; None for other clients.
         life: Makes the request ids, and counts the steps.
-        staleness: Steps that were applied between those parameters and the last step.
-        gradient_norm: Norm of the last step's gradient before clipping; None if the server has not computed it.
+        last_result: The server's result of the last step; None before the first one.
         outcomes: The unsettled steps.
     """
 
@@ -71,8 +70,7 @@ class StepSession:
         self.known = streams.known
         self.life = streams.life
         self.at_step: int | None = None
-        self.staleness = 0
-        self.gradient_norm: float | None = None
+        self.last_result: steps_pb2.Result | None = None
         self.outcomes = Outcomes(feedback)
         self._connection = connection
         self.streams = streams
@@ -317,8 +315,7 @@ class StepSession:
 
     def _record_result(self, result: steps_pb2.Result, *, known: bool) -> None:
         """Record a step's result; `known` if the step was sent before, so that a replay is a right answer."""
-        self.known.step, self.staleness = result.step, result.staleness
-        self.gradient_norm = result.gradient_norm if result.HasField("gradient_norm") else None
+        self.known.step, self.last_result = result.step, result
         if result.replayed and not known:
             raise InternalError(
                 f"The server answers a new step of {self._name} with a replay, although it was sent once only."

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from optserve._common.clock import Clock
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine.records import WorkerStep
+from optserve_server.engine.step_record import WorkerStep
 from optserve_server.engine.step_slot import StepSlot
 from optserve_server.engine.transaction import PARAMETERS, UPDATES, Outcome, Step
 from optserve_server.engine.workers.buffer_budget import CHECK_EVERY_S, BufferBudget
