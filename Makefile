@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast torture simulate fuzz test-debian test-newest check format generate pins bench wheels clean
+.PHONY: help demo test test-fast test-integrations torture simulate fuzz test-debian test-newest check format generate pins bench wheels clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,6 +21,9 @@ test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNI
 
 test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes nor a quiet machine
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet"
+
+test-integrations: .venv/.integrations ## Run the tests with JAX, optax, Keras, transformers and Accelerate
+	$(BIN)/pytest -n 2 --dist loadgroup -m integrations tests/integrations
 
 torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
 	OPTSERVE_KILLS=1000 $(BIN)/pytest -n 2 tests/durability/test_kill.py
@@ -42,7 +45,7 @@ test-newest: ## Run the fast tests on the newest release of everything
 	.venv-newest/bin/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet" --deselect \
 		tests/project/test_contract.py::test_what_is_committed_is_what_the_contract_generates
 
-check: .venv/.dev ## Check format, lint, types, import layers and the contract
+check: .venv/.integrations ## Check format, lint, types, import layers and the contract
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/ruff check --quiet
 	$(BIN)/pyright
@@ -86,6 +89,10 @@ dist/wheels/.stamp: requirements/run.txt scripts/wheels.sh | .venv/.dev
 .venv/.dev: requirements/dev.txt pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@ .venv/.run
+
+.venv/.integrations: requirements/integrations.txt | .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/integrations.txt
+	@touch $@
 
 .venv/.bench: requirements/bench.txt | .venv/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/bench.txt

@@ -16,3 +16,4 @@ grep -v '^-e' requirements/dev.txt | sed 's/ *#.*//' >requirements/.constraints
 trap 'rm -f requirements/.constraints' EXIT
 compile run -c requirements/.constraints
 compile bench -c requirements/.constraints
+compile integrations -c requirements/.constraints
