@@ -110,3 +110,10 @@ def test_an_unknown_error_shows_an_incident_and_not_itself(caplog):
     status = to_status(ZeroDivisionError("a secret"))
     assert "secret" not in str(status)
     assert "a secret" in caplog.text
+
+
+def test_the_contract_is_at_most_120_columns_wide():
+    """`buf format` leaves comments as they are."""
+    for path in (ROOT / "proto/optserve").rglob("*.proto"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{path.name}:{number}"

@@ -372,8 +372,8 @@ class CenteredRmsprop(Algorithm):
 class Lion(Algorithm):
     """Lion: Δx = −η sign(β1 m + (1 − β1) g), and after it m ← β2 m + (1 − β2) g.
 
-    The sign of 0 is 0; in float64 that of what is below 1e-70 lies between 0 and 1. The paper's weight decay is
-    decoupled: where the server holds x, it is `Optimizer.weight_decay`, the product of the paper's λ and η.
+    The sign of 0 is 0. The paper's weight decay is decoupled: where the server holds x, it is `Optimizer.weight_decay`,
+    the product of the paper's λ and η.
 
     Slot `grad_avg` = m. X. Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
 
@@ -400,8 +400,6 @@ class Yogi(Algorithm):
 
       m ← β1 m + (1 − β1) g
       v ← v − (1 − β2) sign(v − g²) g²
-
-    In float64 the sign of what is below 1e-70 lies between 0 and 1.
 
     With `bias_correction` m and v are corrected as in Adam. The paper has no correction; optax has it, and begins both
     averages at 1e-6. flwr's FedYogi is this method without correction, with β2 = 0.99.
