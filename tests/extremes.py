@@ -16,11 +16,11 @@ from optserve_server.numerics.settings import Group, Settings
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
 VALUES: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (0.0, 1e-45, 1e-10, 0.01, 0.5, 1.0, 4.0, 1e3, 1e19, 3e38),
+    "learning_rate": (0.0, 1e-45, 1e-10, 0.01, 0.5, 1.0, 4.0, 1e3, 1e19, 3e38, 5e-324, 1e-200, 1e150, 1e290, 1.79e308),
     "rho": (0.0, 0.5, 0.9, 0.95, 1 - 1e-6, 1e-30),
-    "eps": (1e-45, 1e-38, 1e-19, 1e-10, 1e-6, 0.01, 1.0, 1e20, 3e38),
-    "outer_eps": (0.0, 1e-45, 1e-8, 1.0, 3e38),
-    "mu": (1e-45, 1e-30, 1e-6, 3.0, 1e10, 3e38),
+    "eps": (1e-45, 1e-38, 1e-19, 1e-10, 1e-6, 0.01, 1.0, 1e20, 3e38, 5e-324, 1e-300, 1e-154, 1e-110, 1e200),
+    "outer_eps": (0.0, 1e-45, 1e-8, 1.0, 3e38, 5e-324, 1e-154, 1e200),
+    "mu": (1e-45, 1e-30, 1e-6, 3.0, 1e10, 3e38, 5e-324, 1e-154, 1e200),
     "beta1": (0.0, 0.5, 0.9, 1 - 1e-6, 1e-30),
     "beta2": (0.0, 0.5, 0.99, 0.999, 1 - 1e-6, 1e-30),
     "momentum": (0.0, 0.5, 0.9, 1 - 1e-6),
@@ -31,7 +31,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "initial_overestimate": (1.0, 2.0, 100.0, 1e6),
     "initial_steps": (2, 3, 10),
 }
-"""Of hyper-parameters that many methods have, by name."""
+"""Of hyper-parameters that many methods have, by name. Some are in range for float64 alone."""
 
 SCALES = (0.0, 1e-45, 1e-38, 1e-19, 1e-6, 0.5, 1.0, 2.0, 10.0, 1e3, 1e19, 3e38)
 """Of others, as far as they are in range."""
@@ -56,7 +56,25 @@ SIZES = {
         2e38,
         3.4e38,
     ),
-    F8: (0.0, 5e-324, 1e-308, 1e-154, 1e-30, 1.0, 300.0, 6e4, 7e4, 1e10, 1e38, 1e39, 1e153, 1.3e154, 1e200, 1.79e308),
+    F8: (
+        0.0,
+        5e-324,
+        1e-308,
+        1e-154,
+        8e-60,
+        1e-30,
+        1.0,
+        300.0,
+        6e4,
+        7e4,
+        1e10,
+        1e38,
+        1e39,
+        1e153,
+        1.3e154,
+        1e200,
+        1.79e308,
+    ),
 }
 """Of the elements of a gradient."""
 

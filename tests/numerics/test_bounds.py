@@ -34,7 +34,7 @@ def test_no_step_leaves_the_bounds(kind, dtype):
     numbers, useful = NUMBERS[dtype], 0
     for _ in range(400):
         rule = any_rule(rng, kind, {dtype})
-        scalars = tuple(dtype.type(scalar) for scalar in rule.scalars(1))
+        scalars = tuple(rule.constants(dtype, 1))
         slots = slots_of(rng, kind, rule, dtype)
         limit = rule.gradient_limit(dtype)
         operands = [np.clip(any_values(rng, dtype, SIZE), -limit, limit) for _ in range(1 + kind.takes_curvature)]
@@ -53,9 +53,7 @@ def test_no_step_leaves_the_bounds(kind, dtype):
         with np.errstate(all="ignore"):
             for step in range(steps):
                 if kind.counts_steps:
-                    scalars = tuple(
-                        dtype.type(scalar) for scalar in rule.scalars(1 + step * int(rng.integers(1, 1000)))
-                    )
+                    scalars = tuple(rule.constants(dtype, 1 + step * int(rng.integers(1, 1000))))
                 made = kind.update(np.sqrt, *operands, *slots, *scalars)
                 first, *slots = made if kind.slots else (made,)
                 assert np.abs(first).max() <= update * slack + numbers.tiny, rule
@@ -91,7 +89,7 @@ def test_the_unit_of_the_diagonal_hessian_changes_no_bit(dtype, rate):
     rng = np.random.default_rng(5)
     g, h = rng.standard_normal((2, 10_000)).astype(dtype)
     rule = DiagonalHessian(learning_rate=rate, mu=1e-3)
-    made = DiagonalHessian.update(np.sqrt, g, h, *(dtype.type(scalar) for scalar in rule.scalars(1)))
+    made = DiagonalHessian.update(np.sqrt, g, h, *rule.constants(dtype, 1))
     plain = dtype.type(-rate) * g / (np.abs(h) + dtype.type(1e-3))
     assert made.tobytes() == plain.tobytes()
 
@@ -104,7 +102,7 @@ def test_the_quotient_of_the_diagonal_hessian_is_that_of_exact_arithmetic(dtype)
         np.sqrt,
         np.array([most, most / 2], dtype),
         np.array([most, -most], dtype),
-        *(dtype.type(scalar) for scalar in rule.scalars(1)),
+        *rule.constants(dtype, 1),
     )
     np.testing.assert_allclose(made, [-1e3, -5e2], rtol=1e-6)
 

@@ -46,7 +46,7 @@ def compile_as_c(rule, code: str, folder):
 def test_the_generated_source_computes_the_rule_bit_for_bit(rule, code, tmp_path):
     loop = compile_as_c(rule, code, tmp_path)
     dtype = np.dtype(code)
-    scalars = [dtype.type(scalar) for scalar in rule().scalars(1)]
+    scalars = rule().constants(dtype, 1)
     reference = backends.load("numpy").kernel(rule, dtype)
     rng = np.random.default_rng(3)
     slots, reference_slots = ([np.zeros(1001, dtype) for _ in rule.slots] for _ in range(2))

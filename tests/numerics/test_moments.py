@@ -28,14 +28,18 @@ def step(backend: backends.Backend, rule: Rule, gradient: np.ndarray, *slots: np
     """One step of the kernel: (update, slots)."""
     staged, dtype = gradient.copy(), gradient.dtype
     made = [slot.copy() for slot in slots]
-    backend.kernel(type(rule), dtype)(staged, made, [dtype.type(scalar) for scalar in rule.scalars(counter)])
+    backend.kernel(type(rule), dtype)(staged, made, rule.constants(dtype, counter))
     return staged, made
 
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
 def test_the_sign_of_lion_is_exact_for_the_smallest_and_the_largest(backend, dtype):
     numbers = np.finfo(dtype)
-    sizes = np.array([0, 1e-45, 1e-38, 1e-30, 1e-8, 1, 1e30, numbers.max], dtype)
+    least, tiny = float(numbers.smallest_subnormal), float(numbers.tiny)
+    edges = [least, 2 * least, 3 * least, tiny - least, tiny, tiny + least, 2 * tiny, tiny / numbers.eps]
+    sizes = np.array([0, *edges, 1e-45, 1e-38, 1e-30, 1e-8, 1, 1e30, numbers.max], dtype)
+    every_power = np.ldexp(dtype.type(1), np.arange(numbers.minexp - numbers.nmant, numbers.maxexp))
+    sizes = np.concatenate([sizes, every_power.astype(dtype)])
     gradient = np.concatenate([sizes, -sizes])
     update, _ = step(backend, Lion(learning_rate=0.5, beta1=0.0), gradient, np.zeros_like(gradient))
     assert update.tolist() == (-0.5 * np.sign(gradient)).tolist()
@@ -43,7 +47,8 @@ def test_the_sign_of_lion_is_exact_for_the_smallest_and_the_largest(backend, dty
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
 def test_the_sign_of_yogi_is_exact_where_squares_differ_by_one_digit(backend, dtype):
-    g = np.array([1e-18, 1e-9, 1.0, 3.0, 1e9, 1e18], dtype)
+    least_root = math.sqrt(np.finfo(dtype).smallest_subnormal)
+    g = np.array([0, least_root, 3 * least_root, 1e3 * least_root, 1e-18, 1e-9, 1.0, 3.0, 1e9, 1e18], dtype)
     for v in (np.nextafter(g * g, dtype.type(0)), g * g, np.nextafter(g * g, dtype.type(np.inf))):
         _, (_, made) = step(backend, Yogi(beta2=0.75), g, np.zeros_like(g), v)
         np.testing.assert_array_equal(made, v - dtype.type(0.25) * (np.sign(v - g * g) * (g * g)))
@@ -96,14 +101,14 @@ def test_without_correction_all_steps_are_alike(kind):
     assert kind(bias_correction=True).scalars(1) != kind(bias_correction=True).scalars(1000)
 
 
-def test_the_bounds_of_yogi_hold_where_its_sign_is_not_exact(backend):
-    """They said 3e291 for float64 where the kernel made an infinite update."""
+def test_the_bounds_of_yogi_hold_for_the_smallest_squares(backend):
+    """They said 3e291 for float64 where the kernel made an infinite update, with signs between 0 and 1."""
     rule, gradient = Yogi(learning_rate=1e290, eps=1e-110), np.array([1e-60, 8e-60])
-    scalars = tuple(map(float, rule.scalars(1)))
+    scalars = tuple(map(float, rule.constants(F8, 1)))
     bound, _ = Yogi.bounds(NUMBERS[F8], 8e-60, 0.0, ((0.0, 0.0), (0.0, 0.0)), scalars, 1)
     with np.errstate(all="ignore"):
         update, _ = step(backend, rule, gradient, np.zeros(2), np.zeros(2))
-    assert np.abs(update).max() <= bound
+    assert np.abs(update).max() <= bound < np.inf
 
 
 @pytest.mark.parametrize("rule", [Adam, AdamW, FedAdam, Nadam, Yogi, CenteredRmsprop])

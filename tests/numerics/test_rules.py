@@ -147,6 +147,6 @@ def test_the_split_over_threads_changes_no_bit(backend, size):
         fresh = backends.load(backend.name, threads)
         staged, slots = g.copy(), [fresh.zeros(size, dtype) for _ in rule.slots]
         for _ in range(2):
-            fresh.kernel(type(rule), dtype)(staged, slots, [dtype.type(scalar) for scalar in rule.scalars(1)])
+            fresh.kernel(type(rule), dtype)(staged, slots, rule.constants(dtype, 1))
         results.append((staged.tobytes(), *(fresh.to_host(slot).tobytes() for slot in slots)))
     assert results[0] == results[1] == results[2]

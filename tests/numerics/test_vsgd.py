@@ -31,7 +31,7 @@ def _by_the_server(dtype: np.dtype, noise: np.ndarray) -> np.ndarray:
     """|x| after each step of x² h / 2 from x = 1, with gradients h (x - noise), one column a setting."""
     eps, overestimate, initial_steps, h = (column.astype(dtype) for column in _settings())
     slots = [np.zeros_like(h) for _ in Vsgd.slots]
-    constants = [dtype.type(scalar) for scalar in Vsgd().scalars(1)[3:]]
+    constants = Vsgd().constants(dtype, 1)[3:]
     x, path = np.ones_like(h), []
     rule: Any = Vsgd.update
     for row in noise.astype(dtype):

@@ -89,7 +89,7 @@ def plain(
         dtype, part = parameter.dtype, slice(start, start + parameter.size)
         group = 1 if settings.groups and index in settings.groups[0].parameters else 0
         rule = settings.at(rules[group], step, staleness)
-        scalars = [dtype.type(scalar) for scalar in rule.scalars(counters[index])]
+        scalars = rule.constants(dtype, counters[index])
         slots = [after[name][dtype][part] for name in rule.slots]
         with np.errstate(all="ignore"):
             made = rule.update(np.sqrt, *(operand[dtype][part] for operand in given), *slots, *scalars)

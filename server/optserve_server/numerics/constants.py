@@ -182,4 +182,4 @@ def constants_of(layout: Layout, settings: Settings, rules: Sequence[Rule]) -> C
 
 
 def _rounded(rule: Rule, dtype: np.dtype, counter: int) -> Row:
-    return [dtype.type(scalar) for scalar in rule.scalars(counter)]
+    return rule.constants(dtype, counter)

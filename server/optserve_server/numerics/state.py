@@ -92,7 +92,8 @@ class State:
         """
         settings.check()
         rules = settings.rules()
-        for dtype in self._dtypes or list(self.layout.sizes):
+        # Where all tensors are empty, those that the tensors would have.
+        for dtype in self._dtypes or {parameter.dtype for parameter in self.layout.parameters}:
             for rule in rules:
                 rule.check(dtype)
         return rules

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from optserve_server.numerics.rules import Rule
+
+_FLOAT32 = np.dtype("<f4")
 
 
 class _Trace:
@@ -56,7 +60,7 @@ def operands(rule: type[Rule]) -> tuple[list[str], list[str]]:
     """Names of the arrays (staged, the curvature if it takes one, the slots) and of the scalars in the source."""
     inputs = ["curvature"] if rule.takes_curvature else []
     arrays = ["staged", *inputs, *(f"slot{i}" for i in range(len(rule.slots)))]
-    return arrays, [f"scalar{i}" for i in range(len(rule().scalars(1)))]
+    return arrays, [f"scalar{i}" for i in range(len(rule().constants(_FLOAT32, 1)))]
 
 
 def source(rule: type[Rule]) -> str:

@@ -48,7 +48,7 @@ class NumbaBackend(NumpyBackend):
         """Compile the fused loop, in about half a second."""
         slot_names = [f"slot{i}" for i in range(len(rule.slots))]
         names = ["staged", *(["curvature"] if rule.takes_curvature else []), *slot_names]
-        constants = [f"scalar{i}" for i in range(len(rule().scalars(1)))]
+        constants = [f"scalar{i}" for i in range(len(rule().constants(dtype, 1)))]
         source = _LOOP.format(
             operands=", ".join(names),
             scalars="".join(f", {constant}" for constant in constants),

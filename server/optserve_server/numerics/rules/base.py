@@ -28,10 +28,12 @@ class Numbers(NamedTuple):
     Attributes:
         most: A little less than the largest number, because rounding may exceed a bound a little.
         tiny: The smallest number with all its digits.
+        least: The smallest number; rounding may add half of it to a product.
     """
 
     most: float
     tiny: float
+    least: float
 
     def steepest(self, floor: float) -> float:
         """The largest possible |g| / (√(g²) + floor). It is 1, or more if small squares vanish."""
@@ -44,7 +46,10 @@ class Numbers(NamedTuple):
 
 
 NUMBERS = {
-    np.dtype(code): Numbers(0.999 * float(np.finfo(code).max), float(np.finfo(code).tiny)) for code in ("<f4", "<f8")
+    np.dtype(code): Numbers(
+        0.999 * float(np.finfo(code).max), float(np.finfo(code).tiny), float(np.finfo(code).smallest_subnormal)
+    )
+    for code in ("<f4", "<f8")
 }
 
 
@@ -96,6 +101,7 @@ class Rule:
         slots: Names of the state tensors, all starting at 0.
         signed_slots: The slots that may be negative; the others are averages or sums of squares.
         counts_steps: Whether `scalars` uses the step counter.
+        needs_tiny: Whether the last constant of `update` is `Numbers.tiny` of the dtype, which is not one of `scalars`.
         takes_curvature: Whether each step brings the diagonal of the Hessian as well.
         squares_gradient: Whether g² enters the state, so that a gradient whose square overflows would poison it.
         gradient_square_slot, update_square_slot: The slots that hold E[g²] and E[Δx²]; None if there are none.
@@ -109,6 +115,7 @@ class Rule:
     slots: ClassVar[tuple[str, ...]]
     signed_slots: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = False
+    needs_tiny: ClassVar[bool] = False
     takes_curvature: ClassVar[bool] = False
     squares_gradient: ClassVar[bool]
     gradient_square_slot: ClassVar[str | None] = None
@@ -122,13 +129,23 @@ class Rule:
         return cls.__dataclass_fields__[name].metadata["range"]
 
     def scalars(self, step: int) -> tuple[float, ...]:
-        """The constants of `update`, computed in float64; a backend rounds each once to the tensor's dtype.
+        """The constants of `update`, computed in float64; see `constants`.
 
         Args:
             step: Number of steps that the parameter has taken part in, this one included; 1 in the first step. Only
                 for a rule with `counts_steps`.
         """
         raise NotImplementedError
+
+    def constants(self, dtype: np.dtype, step: int) -> list[np.generic]:
+        """The constants of `update` for one dtype: `scalars`, each rounded once, then the dtype's own if it is needed.
+
+        Args:
+            dtype: The tensor's dtype.
+            step: See `scalars`.
+        """
+        own = (NUMBERS[dtype].tiny,) if self.needs_tiny else ()
+        return [dtype.type(scalar) for scalar in (*self.scalars(step), *own)]
 
     @classmethod
     def bounds(
@@ -147,7 +164,7 @@ class Rule:
             gradient: The largest magnitude of g.
             curvature: The largest magnitude of h; 0 without curvature.
             slots: The interval of each slot.
-            scalars: See `scalars`. For a rule with `counts_steps` those of the first step; the bounds hold for all.
+            scalars: See `constants`. For a rule with `counts_steps` those of the first step; the bounds hold for all.
             steps: The largest number of steps.
 
         Returns:

@@ -39,10 +39,11 @@ class DiagonalHessian(contract.DiagonalHessian):
         scalars: Scalars,
         steps: int,  # noqa: ARG003
     ) -> tuple[float, Sequence[Interval]]:
-        """See Rule."""
+        """See Rule. μ may be as small as what rounding adds to η g."""
         rate, mu, unit = scalars
-        whole = max(-rate * gradient, curvature * unit + mu) <= numbers.most
-        return -rate * gradient / mu if whole else math.inf, ()
+        numerator = -rate * gradient + numbers.least
+        whole = max(numerator, curvature * unit + mu) <= numbers.most
+        return numerator / mu if whole else math.inf, ()
 
     @staticmethod
     def update(sqrt: Any, g: Any, h: Any, minus_learning_rate: Any, mu: Any, unit: Any) -> Any:  # noqa: ARG004

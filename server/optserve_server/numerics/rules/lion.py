@@ -8,9 +8,6 @@ from typing import Any
 from optserve_server.numerics.rules import contract
 from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
 
-_TINY = 2.0**-126
-"""The smallest number of float32 with all its digits."""
-
 
 class Lion(contract.Lion):
     """Δx = −η sign(β1 m + (1−β1) g), and after it m ← β2 m + (1−β2) g.
@@ -21,10 +18,11 @@ class Lion(contract.Lion):
     slots = ("grad_avg",)
     signed_slots = ("grad_avg",)
     squares_gradient = False
+    needs_tiny = True
 
     def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002
-        """β1, 1−β1, β2, 1−β2, −η and a tiny number."""
-        return self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, -self.learning_rate, _TINY
+        """β1, 1−β1, β2, 1−β2, −η."""
+        return self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, -self.learning_rate
 
     @classmethod
     def bounds(
@@ -52,7 +50,10 @@ class Lion(contract.Lion):
         minus_learning_rate: Any,
         tiny: Any,
     ) -> Any:
-        """The sign is c / (|c| + tiny), twice: the first brings what is not 0 near 1, so that the second is 1 or −1."""
+        """The sign is c / (|c| + tiny), twice. The first makes at least the rounding error of 1 of what is not 0.
+
+        That is so much more than tiny that the second makes exactly 1 or −1 of it. 0 stays 0.
+        """
         blend = beta1 * grad_avg + one_minus_beta1 * g
         near = blend / (abs(blend) + tiny)
         sign = near / (abs(near) + tiny)

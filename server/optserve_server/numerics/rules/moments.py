@@ -107,7 +107,7 @@ class Moments(Rule):
         )
 
     @classmethod
-    def weights(cls, scalars: Scalars, numbers: Numbers) -> Weights:  # noqa: ARG003
+    def weights(cls, scalars: Scalars) -> Weights:
         """With what a step averages."""
         beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:4]
         return Weights(beta1, one_minus_beta1, beta2, one_minus_beta2)
@@ -129,7 +129,7 @@ class Moments(Rule):
     ) -> tuple[float, Sequence[Interval]]:
         """See Rule. The correction of m is largest in the first step, that of √v is at least 1."""
         correction, eps, rate = scalars[4], scalars[6], -scalars[7]
-        weights = cls.weights(scalars, numbers)
+        weights = cls.weights(scalars)
         mean = max(-slots[0][0], slots[0][1], gradient)
         square_avg = cls.largest_square(gradient, slots[1], scalars)
         quotient = correction * largest_quotient(numbers, gradient, slots, weights, eps, steps)

@@ -77,7 +77,7 @@ class Nadam(Moments, contract.Nadam):
         For μ_t lies between β1 / 2 and β1, and the product falls.
         """
         share, average_share, eps, rate = scalars[4], 2.0 * scalars[5], scalars[7], -scalars[8]
-        weights = cls.weights(scalars, numbers)
+        weights = cls.weights(scalars)
         mean = max(-slots[0][0], slots[0][1], gradient)
         square_avg = cls.largest_square(gradient, slots[1], scalars)
         of_gradient = min(gradient / eps, numbers.steepest(eps) / math.sqrt(weights.share))

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Interval, Scalars
 from optserve_server.numerics.rules.moments import CorrectableMoments, Weights
-
-_TINY = 2.0**-126
-"""The smallest number of float32 with all its digits."""
 
 
 class Yogi(CorrectableMoments, contract.Yogi):
@@ -19,19 +16,13 @@ class Yogi(CorrectableMoments, contract.Yogi):
     """
 
     gradient_square_slot = None
-
-    def scalars(self, step: int) -> tuple[float, ...]:
-        """Those of the moments, and a tiny number."""
-        return *super().scalars(step), _TINY
+    needs_tiny = True
 
     @classmethod
-    def weights(cls, scalars: Scalars, numbers: Numbers) -> Weights:
-        """See Moments. v keeps at least β2 of itself, if rounding leaves some of it, and so of a smaller g².
-
-        In float64 the sign of a difference below 1e-70 is less than 1, so v may take up less of g².
-        """
+    def weights(cls, scalars: Scalars) -> Weights:
+        """See Moments. v keeps at least β2 of itself, if rounding leaves some of it, and so of a smaller g²."""
         beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars[:4]
-        kept, share = (beta2, one_minus_beta2) if beta2 >= 0.5 and numbers.tiny >= _TINY else (0.0, 0.0)
+        kept, share = (beta2, one_minus_beta2) if beta2 >= 0.5 else (0.0, 0.0)
         return Weights(beta1, one_minus_beta1, kept, share)
 
     @classmethod
@@ -55,7 +46,7 @@ class Yogi(CorrectableMoments, contract.Yogi):
         minus_learning_rate: Any,
         tiny: Any,
     ) -> Any:
-        """The sign is d / (|d| + tiny), twice: the first brings what is not 0 near 1, so that the second is 1 or −1."""
+        """The sign is made as in `lion.py`."""
         grad_avg = beta1 * grad_avg + one_minus_beta1 * g
         square = g * g
         difference = square_avg - square
