@@ -22,7 +22,7 @@ test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNI
 test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes nor a quiet machine
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet"
 
-test-integrations: .venv/.integrations ## Run the tests with JAX, optax, Keras, transformers and Accelerate
+test-integrations: .venv/.integrations .venv/federated/.installed ## Run the tests with JAX, optax, Keras, transformers, Accelerate and Flower
 	$(BIN)/pytest -n 2 --dist loadgroup -m integrations tests/integrations
 
 torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
@@ -92,6 +92,12 @@ dist/wheels/.stamp: requirements/run.txt scripts/wheels.sh | .venv/.dev
 
 .venv/.integrations: requirements/integrations.txt | .venv/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/integrations.txt
+	@touch $@
+
+# Flower asks for older releases of libraries that optserve uses.
+.venv/federated/.installed: requirements/federated.txt | .venv/bin/python
+	$(PYTHON) -m venv .venv/federated
+	.venv/federated/bin/pip install --quiet --disable-pip-version-check -r requirements/federated.txt
 	@touch $@
 
 .venv/.bench: requirements/bench.txt | .venv/.dev

@@ -17,3 +17,6 @@ trap 'rm -f requirements/.constraints' EXIT
 compile run -c requirements/.constraints
 compile bench -c requirements/.constraints
 compile integrations -c requirements/.constraints
+# Flower asks for older releases of some of the rest, so it has an environment of its own.
+grep -E '^(grpcio|numpy|platformdirs|protobuf|threadpoolctl)==' requirements/dev.txt | sed 's/ *#.*//' >requirements/.constraints
+compile federated -c requirements/.constraints
