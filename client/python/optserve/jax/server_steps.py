@@ -1,0 +1,131 @@
+"""The optimizer behind a transformation: makes each step exactly once, also when a jitted program runs once more."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from optserve._values.arrays import check_kind
+from optserve.client import Client, connect
+from optserve.errors import FeatureUnavailableError, OptserveError, StepInDoubtError, WrongStepError
+from optserve.optimizer import Optimizer
+
+_AMBIGUOUS = b"ambiguous"
+
+
+class ServerSteps:
+    """The optimizer behind a transformation. Its methods run on the host, also in the middle of a jitted program.
+
+    Args:
+        name: The optimizer's name.
+
+    Attributes:
+        name: As above.
+        optimizer: The optimizer; None before it is found.
+        error: The error of the last call; None if it succeeded.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.optimizer: Optimizer | None = None
+        self.error: OptserveError | None = None
+        # The digest of the step whose call was interrupted.
+        self._interrupted = b""
+
+    def begin(self, find: Callable[[], Optimizer]) -> np.int32:
+        """Create or find the optimizer. Returns the steps that it has made."""
+        with self._noting_error():
+            self.optimizer = find()
+        self._interrupted = b""
+        return np.int32(self.optimizer.current_step)
+
+    def step(
+        self, find: Callable[[], Optimizer], names: Sequence[str], count: Any, rates: Mapping[str, Any], leaves: Any
+    ) -> tuple[np.int32, list[np.ndarray]]:
+        """Make one step, exactly once for the state with this count. Returns the new count and the updates."""
+        at_step = int(count)
+        grads = {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
+        values = {name: float(value) for name, value in rates.items()}
+        with self._noting_error():
+            if self.optimizer is None:
+                # The state comes from another process, for example from a file.
+                self.optimizer = find()
+            updates = self._step(self.optimizer, at_step, grads, values)
+        return np.int32(at_step + 1), [updates[name] for name in names]
+
+    @contextmanager
+    def _noting_error(self) -> Iterator[None]:
+        self.error = None
+        try:
+            yield
+        except OptserveError as error:
+            self.error = error
+            raise
+
+    def _step(
+        self, opt: Optimizer, at_step: int, grads: dict[str, np.ndarray], values: dict[str, float]
+    ) -> dict[str, np.ndarray]:
+        unsettled = bool(self._interrupted and opt._outcomes.unsettled)
+        digest = _digest(at_step, grads, values) if unsettled else b""
+        is_retry = unsettled and digest == self._interrupted
+        if opt.current_step != at_step and not is_retry:
+            raise WrongStepError(
+                f"This optax state is of step {at_step}, and {self.name!r} has made {opt.current_step} steps. The "
+                "slots are on the server, so each state serves one step, and only the newest state is of use. It was "
+                "used before, or a step was thrown away, as optax.MultiSteps does. To go back, restore a checkpoint of "
+                "the server, and call init with resume=True.",
+                metadata={"current_step": str(opt.current_step)},
+            )
+        try:
+            if values:
+                raise FeatureUnavailableError(f"Steps cannot have hyper-parameters of their own yet: {sorted(values)}.")
+            updates = opt.step(grads)
+        except StepInDoubtError:
+            if not is_retry:
+                raise
+            # The interrupted step was applied, and it had these very gradients.
+            updates = opt.replay()
+        except BaseException:
+            digest = digest or _digest(at_step, grads, values)
+            # With two unsettled steps it is not known whose reply a replay would bring.
+            self._interrupted = digest if is_retry or not unsettled else _AMBIGUOUS
+            raise
+        self._interrupted = b""
+        return updates
+
+
+def _digest(at_step: int, grads: Mapping[str, np.ndarray], values: Mapping[str, float]) -> bytes:
+    """A digest by which a step is recognised."""
+    digest = hashlib.blake2b(repr((at_step, sorted(values.items()))).encode())
+    for name in grads:
+        digest.update(grads[name].tobytes())
+    return digest.digest()
+
+
+_clients: dict[str, Client] = {}
+_steps: WeakKeyDictionary[Client, dict[str, ServerSteps]] = WeakKeyDictionary()
+
+
+def client_of(target: Client | str) -> Client:
+    """The client for a target; each address has one, which stays open until the process ends.
+
+    Raises:
+        InvalidArgumentError: The target is neither an address nor a client.
+        UnreachableError, DeadlineExceededError: As for `connect`.
+    """
+    if isinstance(target, str):
+        if target not in _clients:
+            _clients[target] = connect(target)
+        return _clients[target]
+    check_kind(target, Client, "target", 'optserve.connect("127.0.0.1:50051")')
+    return target
+
+
+def steps_of(client: Client, name: str) -> ServerSteps:
+    """The steps of an optimizer: one object for each client and name, because optax may make a transformation often."""
+    return _steps.setdefault(client, {}).setdefault(name, ServerSteps(name))

@@ -1,0 +1,185 @@
+"""The optax transformation: what is traced. What runs on the host is in `server_steps`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optserve._values.arrays import check_kind
+from optserve.algorithms import Algorithm
+from optserve.client import Client
+from optserve.errors import FailedPreconditionError, InvalidArgumentError, OptserveError
+from optserve.jax.pytrees import Leaves, check_same, leaves_of
+from optserve.jax.server_steps import ServerSteps, client_of, steps_of
+from optserve.jax.tracing import on_host
+from optserve.optimizer import Optimizer, TransportName, WireDtype
+from optserve.settings import Clipping
+from optserve.state import TensorSpec
+
+Rate = float | jax.Array | Callable[[jax.Array], Any]
+"""A hyper-parameter: a number, an array of no dimension, or an optax schedule, which is a function of the count."""
+
+_COUNT = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+class RemoteState(NamedTuple):
+    """The optax state of a remote optimizer.
+
+    Attributes:
+        count: int32 of no dimension: the steps that the server has applied.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - optax's own name
+
+
+class RemoteTransformation(optax.GradientTransformationExtraArgs):
+    """What `remote` returns: an optax transformation, a pair of `init` and `update`, that knows its optimizer."""
+
+    _steps: ServerSteps
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer on the server, for checkpoints, statistics and settings.
+
+        Raises:
+            FailedPreconditionError: `init` was not called yet.
+        """
+        if self._steps.optimizer is None:
+            raise FailedPreconditionError(f"{self._steps.name!r} is not created yet: call init first.")
+        return self._steps.optimizer
+
+    @property
+    def last_error(self) -> OptserveError | None:
+        """The error of the last call; None if it succeeded. Inside jit JAX raises an error of its own in its place."""
+        return self._steps.error
+
+
+def remote(  # noqa: PLR0913 - settings, by their names
+    target: Client | str,
+    algorithm: Algorithm,
+    *,
+    name: str,
+    learning_rate: Rate | None = None,
+    hyperparameters: Mapping[str, Rate] = MappingProxyType({}),
+    weight_decay: Rate = 0.0,
+    mask: Any = None,
+    clipping: Clipping | None = None,
+    resume: bool = False,
+    transport: TransportName = "auto",
+    wire_dtype: WireDtype = "native",
+) -> RemoteTransformation:
+    """An optax transformation whose slots are on a server, which computes the updates Δx; works inside `jax.jit`.
+
+    Args:
+        target: A client, or the address of a server.
+        algorithm: The method.
+        name: The optimizer's name on the server. `init` creates it, with a parameter for each leaf.
+        learning_rate: Learning rate of each step, in place of the algorithm's: a number, an optax schedule, or an
+            array, such as one that `optax.inject_hyperparams(optserve.jax.remote)` injects.
+        hyperparameters: Other hyper-parameters of each step, by name, in the same form.
+        weight_decay: λ of a decoupled decay as in optax.adamw: the updates are Δx − η λ x, with η the learning rate of
+            the step. `update` needs the parameters then.
+        mask: The leaves that decay: a pytree of bools, or a function of the parameters that makes one; all by default.
+        clipping: Clipping of the gradient by the server.
+        resume: Let `init` continue an optimizer of that name if there is one. Otherwise that is an AlreadyExistsError.
+        transport: As for `Client.optimizer`.
+        wire_dtype: As for `Client.optimizer`.
+
+    Raises:
+        InvalidArgumentError: A setting is wrong; or, at the call of `init` or `update`, also inside jit: a leaf is
+            no dense array of float32, float64, bfloat16 or float16, vmap or grad transforms the step, or the program
+            is one for several devices.
+
+    Example:
+        >>> tx = optserve.jax.remote(                                            # doctest: +SKIP
+        ...     client, optserve.AdamW(), name="mlp", weight_decay=1e-2,
+        ...     learning_rate=optax.cosine_decay_schedule(1e-3, 10_000),
+        ... )
+    """
+    check_kind(algorithm, Algorithm, "algorithm", "optserve.Adam()")
+    if algorithm.takes_curvature:
+        raise InvalidArgumentError(
+            f"{type(algorithm).__name__} takes the diagonal of the Hessian, which optax does not pass on; use "
+            "client.create_optimizer and Optimizer.step."
+        )
+    rates = dict(hyperparameters) | ({} if learning_rate is None else {"learning_rate": learning_rate})
+    algorithm, rates = _with_constants(algorithm, rates)
+    client = client_of(target)
+
+    make = client.get_or_create_optimizer if resume else client.create_optimizer
+    create = partial(make, name, algorithm, clipping=clipping)
+    find = partial(client.optimizer, name, transport=transport, wire_dtype=wire_dtype)
+    traced = _Traced(steps_of(client, name), create, find, algorithm, rates, weight_decay, mask)
+    made = RemoteTransformation(traced.init, traced.update)
+    made._steps = traced.steps
+    return made
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The two functions of the transformation. The fields are as for `remote`."""
+
+    steps: ServerSteps
+    create: Callable[[Mapping[str, TensorSpec]], Optimizer]
+    find: Callable[[], Optimizer]
+    algorithm: Algorithm
+    rates: Mapping[str, Rate]
+    weight_decay: Rate
+    mask: Any
+
+    def init(self, params: Any) -> RemoteState:
+        leaves = leaves_of(params, "parameter")
+        return RemoteState(on_host(partial(self.steps.begin, partial(self._created, leaves.specs())), _COUNT))
+
+    def _created(self, specs: Mapping[str, TensorSpec]) -> Optimizer:
+        self.create(specs)
+        return self.find()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RemoteState]:
+        del extra
+        leaves = leaves_of(updates, "gradient")
+        values = {key: _value(rate, state.count) for key, rate in self.rates.items()}
+        step = partial(self.steps.step, self.find, leaves.names)
+        wide = leaves.widened()
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in wide]
+        count, deltas = on_host(step, (_COUNT, shapes), state.count, values, wide)
+        # Whether an array is 0 is not known inside jit.
+        if not (isinstance(self.weight_decay, int | float) and self.weight_decay == 0):
+            rate = values.get("learning_rate", getattr(self.algorithm, "learning_rate", 1.0))
+            deltas = self._decayed(deltas, leaves, params, rate * _value(self.weight_decay, state.count))
+        return leaves.rebuilt(deltas), RemoteState(count)
+
+    def _decayed(self, deltas: Sequence[Any], leaves: Leaves, params: Any, factor: Any) -> list[Any]:
+        """The updates with the decoupled decay of the parameters."""
+        if params is None:
+            raise InvalidArgumentError("weight_decay needs the parameters: call update(grads, state, params).")
+        held = leaves_of(params, "parameter")
+        check_same(held, leaves)
+        mask = self.mask(params) if callable(self.mask) else self.mask
+        flags = [True] * len(deltas) if mask is None else leaves.structure.flatten_up_to(mask)
+        return [
+            delta - (factor * value).astype(delta.dtype) if flag else delta
+            for delta, value, flag in zip(deltas, held.widened(), flags, strict=True)
+        ]
+
+
+def _with_constants(algorithm: Algorithm, rates: Mapping[str, Rate]) -> tuple[Algorithm, dict[str, Rate]]:
+    """The algorithm with the hyper-parameters that are numbers, and the others, which each step sends."""
+    known = sorted(field.name for field in fields(algorithm))
+    for key in rates:
+        if key not in known:
+            raise InvalidArgumentError(f"{type(algorithm).__name__} has no hyper-parameter {key!r}; it has {known}.")
+    constant = {key: value for key, value in rates.items() if isinstance(value, bool | int | float)}
+    return replace(algorithm, **constant), {key: value for key, value in rates.items() if key not in constant}
+
+
+def _value(rate: Rate, count: jax.Array) -> jax.Array:
+    """A hyper-parameter in the step after `count` steps, in the widest float that JAX has."""
+    return jnp.asarray(rate(count) if callable(rate) else rate, jnp.result_type(float))
