@@ -170,6 +170,14 @@ STEP = "optserve_step"
 A list if the parameters of the group have different counters.
 """
 
+KNOWN = frozenset({"params", "param_names", STEP, "initial_accumulator_value", "decoupled_weight_decay"}).union(
+    _IMPLEMENTATION,
+    NEUTRAL,
+    *(kind.neutral for kind in _KINDS.values()),
+    *(kind.group(method()) for method, kind in _KINDS.items()),
+)
+"""Every key of a param group that belongs to one of torch's optimizers, and not to a scheduler or a user."""
+
 
 def kind_of(algorithm: Algorithm) -> _Kind:
     if type(algorithm) not in _KINDS:

@@ -31,6 +31,7 @@ torch keeps schedules apart from its optimizers, so a state_dict has the present
 no steps; if a schedule continues in the service, pass the number of steps to `from_state_dict`.
 """
 
+from optserve.torch.remote_optimizer import RemoteOptimizer
 from optserve.torch.state_dicts import from_state_dict, param_groups, to_state_dict
 
-__all__ = ["from_state_dict", "param_groups", "to_state_dict"]
+__all__ = ["RemoteOptimizer", "from_state_dict", "param_groups", "to_state_dict"]

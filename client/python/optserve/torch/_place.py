@@ -1,0 +1,173 @@
+"""The optimizer at the server that makes the steps of a RemoteOptimizer: found, created, deleted."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from optserve._resources.choices import TransportName, WireDtype
+from optserve.algorithms import Algorithm
+from optserve.client import Client, connect
+from optserve.errors import AlreadyExistsError, ClientUseError, InvalidArgumentError, NotFoundError
+from optserve.optimizer import Optimizer
+from optserve.settings import Clipping, Group
+from optserve.state import OptimizerState, TensorSpec
+
+IfExists = Literal["error", "resume", "replace"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chooses beside the method; see `RemoteOptimizer`."""
+
+    name: str | None
+    if_exists: IfExists
+    clipping: Clipping | None
+    transport: TransportName
+    wire_dtype: WireDtype
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The optimizer that a RemoteOptimizer needs.
+
+    Attributes:
+        algorithm: The method.
+        groups: All param groups but the first.
+        specs: The parameters by name, in the order of the groups.
+        initial_state: Makes the state with which it begins; None if that is 0 everywhere.
+    """
+
+    algorithm: Algorithm
+    groups: list[Group]
+    specs: Mapping[str, TensorSpec]
+    initial_state: Callable[[], OptimizerState] | None
+
+
+class Place:
+    """The optimizer at the server, and who closes what.
+
+    Args:
+        server: An address, a client or an optimizer.
+        choices: See Choices; only `clipping` counts for an optimizer that exists.
+        wanted: What it has to be.
+
+    Raises:
+        OptserveError: See `RemoteOptimizer`.
+    """
+
+    def __init__(self, server: str | Client | Optimizer, choices: Choices, wanted: Wanted) -> None:
+        self._closed = False
+        self._own_client: Client | None = None
+        self._deletes: Client | None = None
+        if isinstance(server, Optimizer):
+            _adopt(server, choices.clipping, wanted)
+            self._remote = server
+            return
+        if isinstance(server, str):
+            server = self._own_client = connect(server)
+        try:
+            self._remote = _created(server, choices, wanted)
+        except BaseException:
+            if self._own_client is not None:
+                self._own_client.close()
+            raise
+        self._deletes = server if choices.name is None else None
+
+    @property
+    def remote(self) -> Optimizer:
+        """The optimizer, or raise ClientUseError after `close`."""
+        if self._closed:
+            raise ClientUseError("This RemoteOptimizer is closed.")
+        return self._remote
+
+    def __repr__(self) -> str:
+        return "closed" if self._closed else repr(self._remote)
+
+    def close(self) -> None:
+        """Close the stream, and the connection that `server` has opened; delete an optimizer that got no name."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._remote.close()
+            if self._deletes is not None:
+                self._deletes.delete_optimizer(self._remote.name, missing_ok=True)
+        finally:
+            if self._own_client is not None:
+                self._own_client.close()
+
+
+def existing_method(server: object, algorithm: object, name: str | None) -> Algorithm:
+    """The method: the one that was given, or that of an optimizer that exists; raises InvalidArgumentError."""
+    if isinstance(server, Optimizer):
+        if name is not None:
+            raise InvalidArgumentError("An optimizer that exists has a name; leave out `name`.")
+        if algorithm is None and server.groups:
+            raise InvalidArgumentError(f"{server.name!r} has groups; pass its algorithm, and param groups.")
+        algorithm = algorithm or server.algorithm
+    elif not isinstance(server, (str, Client)):
+        raise InvalidArgumentError(
+            f"server must be an address such as '127.0.0.1:50051', a client or an optimizer, not {server!r}."
+        )
+    if not isinstance(algorithm, Algorithm):
+        raise InvalidArgumentError(f"algorithm must be something like optserve.AdamW(1e-3), not {algorithm!r}.")
+    return algorithm
+
+
+def _created(client: Client, choices: Choices, wanted: Wanted) -> Optimizer:
+    """The optimizer of the chosen name: created, or the one that exists."""
+    if choices.if_exists not in ("error", "resume", "replace"):
+        raise InvalidArgumentError(f"if_exists is error, resume or replace, not {choices.if_exists!r}.")
+    name = choices.name or f"torch-{uuid.uuid4().hex[:12]}"
+    if choices.if_exists == "replace":
+        client.delete_optimizer(name, missing_ok=True)
+    try:
+        if choices.if_exists == "resume":
+            _adopt(client.optimizer(name), choices.clipping, wanted)
+        else:
+            _create(client, name, choices.clipping, wanted)
+    except NotFoundError:
+        _create(client, name, choices.clipping, wanted)
+    return client.optimizer(name, transport=choices.transport, wire_dtype=choices.wire_dtype)
+
+
+def _create(client: Client, name: str, clipping: Clipping | None, wanted: Wanted) -> None:
+    try:
+        if wanted.initial_state is None:
+            client.create_optimizer(name, wanted.algorithm, wanted.specs, groups=wanted.groups, clipping=clipping)
+            return
+        created = client.create_optimizer_from_state(name, wanted.initial_state())
+        if clipping is not None:
+            created.update(clipping=clipping)
+    except AlreadyExistsError as error:
+        raise AlreadyExistsError(
+            f"The server has an optimizer {name!r}: if_exists='resume' goes on with its state, if_exists='replace' "
+            "deletes it and begins anew.",
+            reason=error.reason,
+            metadata=error.metadata,
+        ) from error
+
+
+def _adopt(existing: Optimizer, clipping: Clipping | None, wanted: Wanted) -> None:
+    """Check that an optimizer is what is needed, and give it the settings."""
+    if existing.hosted:
+        raise InvalidArgumentError(
+            f"The server holds the parameters of {existing.name!r}; this needs an optimizer in delta mode."
+        )
+    present = [(item.name, tuple(item.shape), item.dtype.name) for item in existing._model.parameters]
+    needed = [(name, spec.shape, spec.dtype) for name, spec in wanted.specs.items()]
+    if present != needed:
+        differing = [name for name, *_ in set(present) ^ set(needed)]
+        what = (
+            f"parameters of other names, shapes or dtypes, such as {min(differing)!r}" if differing else "another order"
+        )
+        raise InvalidArgumentError(f"The optimizer {existing.name!r} has {what}.")
+    if existing.schedule is not None:
+        raise InvalidArgumentError(
+            f"{existing.name!r} has a schedule, which would multiply `lr`: update(schedule=None) takes it away, and "
+            "torch.optim.lr_scheduler has others."
+        )
+    existing.update(wanted.algorithm, groups=wanted.groups, clipping=... if clipping is None else clipping)
