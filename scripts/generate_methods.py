@@ -194,7 +194,9 @@ PAGE = f"""\
 
 g is the gradient, x the parameter, Δx the update that the server returns, E[y] a decaying average that starts at 0.
 Everything is per dimension. Equation numbers are those of Zeiler, arXiv:1212.5701. The server refuses a value that is
-outside its range before or after the rounding to the parameter's data type.
+outside its range before or after the rounding to the parameter's data type. An update of the optimizer changes values
+from the next step on; `opt.step(grads, hyperparameters={{"learning_rate": 0.1}})` changes them for one step, see
+[protocol.md](protocol.md#settings).
 """
 
 

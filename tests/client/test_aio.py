@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from typing import get_type_hints
 
 import numpy as np
@@ -249,7 +250,11 @@ def test_twins_say_the_same(server, client, name):
             await twin.step(G)
             assert twin.steps_made == opt.steps_made == 1
             opt.refresh()
-            for attribute in sorted(public(optserve.aio.AsyncOptimizer)):
+            # That of the step that each has made itself.
+            rate = 1 / 1.5
+            assert opt.last_result is not None
+            assert twin.last_result == replace(opt.last_result, step=2, learning_rates=(rate, rate))
+            for attribute in sorted(public(optserve.aio.AsyncOptimizer).keys() - {"last_result"}):
                 said = getattr(twin, attribute)
                 if attribute in ASK_THE_SERVER:
                     assert await said() == getattr(opt, attribute), attribute

@@ -27,10 +27,10 @@ PUBLIC = [
     "FailedPreconditionError", "FeatureUnavailableError", "GradientLateError", "Group", "HostedParameters",
     "InternalError", "InvalidArgumentError", "InverseTime", "LocalServer", "NotFoundError", "Optimizer",
     "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "StateLostError",
-    "StateReplacedError", "Statistics", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepUnderWay",
-    "StepsLostError", "Sync", "TensorSpec", "TensorStatistics", "TooFewWorkersError", "UnavailableError",
-    "UnreachableError", "Worker", "WorkerReplacedError", "WrongStepError", "connect", "local_server",
-    "with_weight_decay",
+    "StateReplacedError", "Statistics", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepResult",
+    "StepUnderWay", "StepsLostError", "Sync", "TensorSpec", "TensorStatistics", "TooFewWorkersError",
+    "UnavailableError", "UnreachableError", "Worker", "WorkerReplacedError", "WrongStepError", "connect",
+    "local_server", "with_weight_decay",
     *(present(field.message_type).name for field in algorithms_pb2.Algorithm.DESCRIPTOR.fields),
 ]  # fmt: skip
 
@@ -47,13 +47,14 @@ MEMBERS = {
     ],
     optserve.Optimizer: [
         "algorithm", "begin_step", "buffers", "cancel", "clipping", "close", "consistency", "current_step",
-        "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state", "list_checkpoints",
-        "pull_parameters", "push_parameters", "refresh", "replay", "restore_checkpoint", "save_checkpoint", "schedule",
-        "statistics", "step", "steps_made", "takes_curvature", "transport", "update", "weight_decay",
+        "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state", "last_result",
+        "list_checkpoints", "pull_parameters", "push_parameters", "refresh", "replay", "restore_checkpoint",
+        "save_checkpoint", "schedule", "statistics", "step", "steps_made", "takes_curvature", "transport", "update",
+        "weight_decay",
     ],
     optserve.Worker: [
-        "at_step", "cancel", "current_step", "gradient_norm", "pull", "refresh", "staleness", "step", "steps_made",
-        "transport",
+        "at_step", "cancel", "current_step", "gradient_norm", "last_result", "pull", "refresh", "staleness", "step",
+        "steps_made", "transport",
     ],
     optserve.StepUnderWay: ["send"],
     optserve.OptimizerState: [

@@ -8,6 +8,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,16 @@ def gradient(step: int) -> dict[str, np.ndarray]:
         "w": rng.standard_normal((SIZE // 100, 100)).astype(np.float32),
         "b": rng.standard_normal(7).astype(np.float64),
     }
+
+
+def step_options(turn: int, *, hosted: bool) -> dict[str, Any]:
+    """Some steps have hyper-parameters of their own, as those of a client that has a schedule."""
+    if turn % 3 == 0:
+        return {}
+    rate = {"learning_rate": 1.0 / turn}
+    if turn % 3 == 1:
+        return {"hyperparameters": rate | ({"weight_decay": 0.02} if hosted else {}), "with_gradient_norm": True}
+    return {"hyperparameters": [{"rho": 0.5, "eps": 1e-3} | rate]}
 
 
 class Supervisor:
@@ -99,8 +110,8 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
             break
     turn, expected = 0, {}
     while not supervisor.done.is_set() or turn % 5:
-        given = gradient(turn)
-        expected, update = undisturbed.step(given), opt.step(given)
+        given, options = gradient(turn), step_options(turn, hosted=hosted)
+        expected, update = undisturbed.step(given, **options), opt.step(given, **options)
         assert all(update[key].tobytes() == expected[key].tobytes() for key in given), f"turn {turn}"
         turn += 1
         # Checkpoints and restores have to survive as well, and must not be made twice either. One takes about ten

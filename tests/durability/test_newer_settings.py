@@ -4,6 +4,7 @@ import pytest
 
 from durability.folder import PARAMETERS, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import SyncConsistency
 from optserve_server.numerics.layout import Layout
@@ -51,6 +52,36 @@ def test_settings_have_the_keys_that_their_readers_look_for():
     """Others beside them would be left out by older servers without a word: they take new format numbers."""
     known = {"rule", "schedule", "clipping", "groups", "hosted", "weight_decay", "consistency"}
     assert SETTINGS.to_json().keys() == known
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"settings": [[0, {"rho": 0.5}, None]], "masks": [1]}, "know 'masks' of a step"),
+        ({"settings": [[0, {"rho": 0.5}, None, "later"]]}, "too many values to unpack"),
+        ({"settings": [[0, {"nesterov": True}, None]]}, "nesterov"),
+        ({"settings": [[1, {"rho": 0.5}, None]]}, "There is no group 1"),
+        ({"settings": [[0, {"rho": 2.0}, None]]}, r"rho is 2\.0, but must lie in"),
+    ],
+)
+def test_a_step_of_a_newer_server_is_refused(tmp_path, monkeypatch, content, message):
+    """As one whose steps may have more in their settings than this server knows."""
+    real = StepRecord.encode
+
+    def encode(record):
+        kind, told, operands = real(record)
+        told["with"] = {"tensors": told.pop("tensors"), **content}
+        return kind, told, operands
+
+    server = Server(tmp_path)
+    item = server.optimizers.create("a", Layout(PARAMETERS), Settings(Momentum()), "creation")
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRecord, "encode", encode)
+        step(item, 0)
+    server.die()
+    with pytest.raises(JournalError, match=message) as seen:
+        Server(tmp_path)
+    assert "Use the server that wrote it, or a newer one" in str(seen.value)
 
 
 @pytest.fixture

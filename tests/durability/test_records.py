@@ -25,6 +25,7 @@ from optserve_server.numerics.consistency import AsyncConsistency, SyncConsisten
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payloads, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.step_settings import Change, StepOptions, StepSettings
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Reader
 from present import present
@@ -43,6 +44,8 @@ W, B = np.arange(6, dtype=F4), np.arange(2, dtype=F8)
 ARENAS = [
     ArenaValues(dtype, array, np.full(size, array, dtype)) for array in range(3) for dtype, size in ((F8, 2), (F4, 6))
 ]
+FOR_ALL = StepSettings((Change(None, {"rho": 0.5, "learning_rate": 0.25}),))
+BY_GROUP = StepSettings((Change(0, {}, 0.5), Change(1, {"eps": 1.0}, 0.0)))
 SETTINGS_TEXT = (
     '"rule": {"name": "adadelta", "rho": 0.9, "eps": 1e-05, "learning_rate": 1.0}, '
     '"clipping": {"kind": "norm", "bound": 0.5}, '
@@ -78,6 +81,19 @@ WRITTEN = [
         4,
         '{"optimizer": "a", "step": 7, "request_id": "", "tensors": [1, 2], '
         '"workers": [["alice", "r-1", 3], ["bob", "r-2", 4]], "staleness": 5}',
+    ),
+    (
+        StepRecord("a", 7, "request", Selection((1,)), [B], settings=FOR_ALL),
+        4,
+        '{"optimizer": "a", "step": 7, "request_id": "request", '
+        '"with": {"tensors": [1], "settings": [[null, {"rho": 0.5, "learning_rate": 0.25}, null]]}}',
+    ),
+    (
+        StepRecord("a", 7, "", ALL, [W, B], (WorkerStep("alice", "r-1", 3),), 5, BY_GROUP),
+        4,
+        '{"optimizer": "a", "step": 7, "request_id": "", '
+        '"with": {"tensors": [], "settings": [[0, {}, 0.5], [1, {"eps": 1.0}, 0.0]]}, '
+        '"workers": [["alice", "r-1", 3]], "staleness": 5}',
     ),
     (
         StepRecord("a", 0, "r", Selection((2,)), []),
@@ -116,6 +132,13 @@ def test_a_record_is_read_as_it_was_written_and_its_form_stays(record, kind, tex
     found = records.decode(kind, json.loads(text), memoryview(data), Payloads(LAYOUT))
     assert found is not None
     assert fields(found) == fields(record)
+
+
+def test_a_server_that_knows_no_settings_of_steps_refuses_a_record_that_has_some():
+    """It looks for `tensors`. With it, it would make the step with the optimizer's own settings."""
+    for record, _, text in WRITTEN:
+        if isinstance(record, StepRecord):
+            assert ("tensors" in json.loads(text)) == (record.settings is None)
 
 
 def test_a_record_of_an_unknown_kind_is_none():
@@ -168,7 +191,8 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
 
     def step_of_workers():
         item.steps.workers.report("alice", leaving=False)
-        under_way = item.steps.begin(StepRequest("first", worker="alice"))
+        options = StepOptions(StepSettings((Change(None, {"learning_rate": 0.5}, 0.25),)))
+        under_way = item.steps.begin(StepRequest("first", worker="alice", options=options))
         for tensor, parameter in enumerate(LAYOUT.parameters):
             under_way.stage(tensor, 0, np.full(parameter.size, 3, parameter.dtype).tobytes())
         under_way.commit()

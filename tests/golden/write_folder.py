@@ -21,7 +21,7 @@ import optserve
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from golden.look import CONFIG, look, state, step
+from golden.look import CONFIG, gradients, look, state, step
 from optserve_server.engine.record_encoding import STEPPED
 from optserve_server.persistence import journal, snapshot
 from optserve_server.persistence.journal import format as on_disk
@@ -157,6 +157,23 @@ class Story:
         self.steps(self.client.create_optimizer("made-late", METHODS["adadelta"], PARAMS), 460, 1)
         step(self.client.optimizer("large"), LARGE, 470)
         self.work(2)
+        self.own_settings()
+
+    def own_settings(self) -> None:
+        """Steps with settings of their own. From the third folder on."""
+        create = self.client.create_optimizer
+        schedule = optserve.Exponential(rate=0.9)
+        opt = create("own-settings", METHODS["adam"], PARAMS, schedule=schedule, groups=GROUPS)
+        for turn in range(4):
+            rate = {"learning_rate": 0.5 / (turn + 1)}
+            opt.step(gradients(PARAMS, 480 + turn), hyperparameters=[rate, {"beta1": 0.5}] if turn % 2 else rate)
+        step(opt, PARAMS, 484, ("b",))
+        x = starting_values(7)
+        opt = create("own-settings-hosted", METHODS["sgd"], x, hosted=True, weight_decay=0.01)
+        opt.step(gradients(PARAMS, 490), hyperparameters={"weight_decay": 0.5}, reply="parameters")
+        with self.client.worker("async", "bob", transport="grpc") as bob:
+            bob.pull()
+            bob.step(gradients(PARAMS, 491), hyperparameters={"learning_rate": 0.25, "weight_decay": 0.125})
 
     def work(self, turns: int) -> None:
         """Two workers on each shared optimizer: one after the other, or together where a step waits for both."""

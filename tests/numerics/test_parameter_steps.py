@@ -12,6 +12,7 @@ from optserve_server.numerics.schedule import Exponential
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import StepPoint
 from optserve_server.numerics.trial import run_trial
 from toy import SignDescent, sign_descent
 
@@ -47,7 +48,7 @@ def play(
         data = b"".join(gradients[tensor].tobytes() for tensor in payload.tensors)
         staging.stage(payload, Operand.GRADIENT, 0, data, largest)
         prepared = state.prepare(payload, staging.updates, largest, NATIVE)
-        run_trial(state, staging.operands, payload, prepared, NATIVE, step, 0)
+        run_trial(state, staging.operands, payload, prepared, NATIVE, StepPoint(step))
         state.apply(staging.operands, payload.runs, step, 0, prepared)
         state.count(selection)
         for tensor, parameter in enumerate(layout.parameters):

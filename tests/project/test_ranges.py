@@ -17,8 +17,10 @@ from optserve.v1 import (
     checkpoints_pb2,
     optimizer_pb2,
     options_pb2,
+    replicas_pb2,
     service_pb2,
     statistics_pb2,
+    steps_pb2,
 )
 from present import present
 
@@ -188,6 +190,30 @@ def _statistics(stub: Any, name: str, **query: Any) -> None:
         stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=f"optimizers/{name}"))
 
 
+def _step(stub: Any, name: str, settings: steps_pb2.StepSettings) -> None:
+    message = optimizer_pb2.Optimizer(
+        algorithm=algorithms_pb2.Algorithm(sgd=algorithms_pb2.Sgd()),
+        parameters=[optimizer_pb2.Parameter(name="w", shape=[1])],
+        mode=optimizer_pb2.MODE_HOSTED,
+    )
+    stub.CreateOptimizer(service_pb2.CreateOptimizerRequest(optimizer_id=name, optimizer=message))
+    name = f"optimizers/{name}"
+    data = bytes(4)
+    upload = [
+        replicas_pb2.PushParametersRequest(name=name, request_id="push"),
+        replicas_pb2.PushParametersRequest(chunk=steps_pb2.Chunk(), data=data, commit=steps_pb2.Commit()),
+    ]
+    try:
+        stub.PushParameters(iter(upload))
+        stub.ApplyGradients(
+            steps_pb2.ApplyGradientsRequest(
+                name=name, request_id="step", gradients=[steps_pb2.Tensor(name="w", data=data)], settings=[settings]
+            )
+        )
+    finally:
+        stub.DeleteOptimizer(service_pb2.DeleteOptimizerRequest(name=name))
+
+
 def _lease(stub: Any, name: str, value: float) -> None:
     consistency = optimizer_pb2.Consistency()
     consistency.bounded.SetInParent()
@@ -204,6 +230,9 @@ CALLS: dict[tuple[str, str], Callable[[Any, str, Any], None]] = {
     ("Optimizer", "weight_decay"): lambda stub, name, value: _hosted(stub, name, weight_decay=value),
     ("ParameterGroup", "weight_decay"): lambda stub, name, value: _hosted(
         stub, name, groups=[optimizer_pb2.ParameterGroup(parameters=["w"], weight_decay=value)]
+    ),
+    ("StepSettings", "weight_decay"): lambda stub, name, value: _step(
+        stub, name, steps_pb2.StepSettings(weight_decay=value)
     ),
     ("Schedule", "warmup_steps"): lambda stub, name, value: _create(
         stub, name, schedule=algorithms_pb2.Schedule(constant=algorithms_pb2.ConstantSchedule(), warmup_steps=value)

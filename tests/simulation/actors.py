@@ -165,9 +165,9 @@ class Client(Actor):
         while self.may_try():
             attempt = self.run.model.begin(self.name)
             timeout_s = self.step_timeout_s()
-            gradient = self.run.model.gradient(attempt)
+            gradient, own = self.run.model.gradient(attempt), self.run.model.hyperparameters(attempt)
             try:
-                step = partial(opt.step, gradient, reply=self.reply, timeout_s=timeout_s)
+                step = partial(opt.step, gradient, reply=self.reply, hyperparameters=own, timeout_s=timeout_s)
                 x = self.timed("a step", timeout_s, step)
             except optserve.StepInDoubtError as error:
                 self.settle(attempt, Fate.IN_DOUBT, error)
@@ -255,9 +255,9 @@ class Worker(Actor):
         while self.may_try():
             attempt = self.run.model.begin(self.name)
             timeout_s = self.step_timeout_s()
-            gradient = self.run.model.gradient(attempt)
+            gradient, own = self.run.model.gradient(attempt), self.run.model.hyperparameters(attempt)
             try:
-                step = partial(worker.step, gradient, reply="parameters", timeout_s=timeout_s)
+                step = partial(worker.step, gradient, reply="parameters", hyperparameters=own, timeout_s=timeout_s)
                 x = self.timed("a step", timeout_s, step)
             except (optserve.GradientLateError, optserve.TooFewWorkersError) as error:
                 self.settle(attempt, Fate.REFUSED, error)

@@ -19,6 +19,7 @@ from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import PLAIN, Change, StepOptions, StepSettings
 
 from .model import MAX_ATTEMPTS, Attempt, Broken, Fate
 
@@ -63,6 +64,12 @@ class History:
         """That of a try."""
         rng = np.random.default_rng(attempt.number)
         return {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in SHAPES.items()}
+
+    def hyperparameters(self, attempt: Attempt) -> dict[str, float] | None:
+        """The hyper-parameters of a try; None for the optimizer's own."""
+        if attempt.number % 3 == 0:
+            return None
+        return {"learning_rate": 1.0 / attempt.number} | ({"rho": 0.5} if attempt.number % 3 == 1 else {})
 
     def returned(self, attempt: Attempt, step: int, reply: Reply) -> None:
         """A try has returned, as the step of that number, with these updates."""
@@ -127,7 +134,8 @@ class History:
     def _fits(self, applied: list[int], arrays: list[bytes]) -> bool:
         steps = Steps("again", State(_layout(), _settings(), backends.load("numpy", 1)), InMemory())
         for number in (*self._before, *applied):
-            reply = _step(steps, number, self.gradient(self.attempts[number]))
+            attempt = self.attempts[number]
+            reply = _step(steps, number, self.gradient(attempt), self.hyperparameters(attempt))
             told = self._told.get(number)
             if told is not None and told[1]["w"].tobytes() + told[1]["b"].tobytes() != reply:
                 return False
@@ -143,8 +151,9 @@ def _settings() -> Settings:
     return Settings(Adadelta(rho=0.9, eps=1e-6))
 
 
-def _step(steps: Steps, number: int, gradient: Reply) -> bytes:
-    step = steps.begin(StepRequest(f"step-{number}"))
+def _step(steps: Steps, number: int, gradient: Reply, hyperparameters: dict[str, float] | None) -> bytes:
+    options = StepOptions(StepSettings((Change(None, hyperparameters),))) if hyperparameters else PLAIN
+    step = steps.begin(StepRequest(f"step-{number}", options=options))
     try:
         for tensor, array in enumerate(gradient.values()):
             step.stage(tensor, 0, array.tobytes())

@@ -52,9 +52,12 @@ class Model:
 
     Args:
         workers: Of whose gradients each step is the mean.
+        has_own_rates: Whether every second step has a learning rate of its own, half of the optimizer's. Its gradient
+            is twice as large, so x is the same.
     """
 
     workers: int = 1
+    has_own_rates: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     _seen: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -71,9 +74,14 @@ class Model:
 
     def gradient(self, attempt: Attempt) -> dict[str, np.ndarray]:
         """That of a try."""
+        unit = 2.0 if self.hyperparameters(attempt) else 1.0
         w = np.zeros(MAX_ATTEMPTS)
-        w[attempt.number] = 1.0
-        return {"w": w, "b": np.array([1.0, attempt.number], np.float32)}
+        w[attempt.number] = unit
+        return {"w": w, "b": np.array([unit, unit * attempt.number], np.float32)}
+
+    def hyperparameters(self, attempt: Attempt) -> dict[str, float] | None:
+        """The hyper-parameters of a try; None for the optimizer's own."""
+        return {"learning_rate": 0.5} if self.has_own_rates and attempt.number % 2 else None
 
     def returned(self, attempt: Attempt, step: int, x: dict[str, np.ndarray]) -> None:
         """A try has returned, as the step of that number, with these parameters."""

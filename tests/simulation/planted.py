@@ -13,6 +13,7 @@ from unittest import mock
 
 from optserve_server.domain.errors import OptserveError
 from optserve_server.edge.step_stream import StepStream
+from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Step
 from optserve_server.engine.workers.registry import Worker, WorkerRegistry
 from optserve_server.persistence.journal.open_segment import OpenSegment
@@ -78,10 +79,23 @@ def lease_never_ends() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recovered_without_settings() -> Iterator[None]:
+    """Recovery makes the steps that have settings of their own with those of the optimizer."""
+    decode = StepRecord.decode
+
+    def decode_without(*arguments: Any) -> StepRecord:
+        return decode(*arguments)._replace(settings=None)
+
+    with mock.patch.object(StepRecord, "decode", decode_without):
+        yield
+
+
 PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "an ack before the sync": ack_before_sync,
     "a half-close that commits": half_close_commits,
     "a worker's stream that is not fenced": stream_not_fenced,
     "a replay that is applied again": replay_applied_again,
     "a lease that never ends": lease_never_ends,
+    "a recovery without settings of steps": recovered_without_settings,
 }

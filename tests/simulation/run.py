@@ -55,7 +55,7 @@ class Run:
         self.scenario = scenario = Scenario.drawn(world.random)
         world.log(lambda: f"{scenario}")
         self.history = History()
-        self.model = self.history if scenario.kind == "delta" else Model(scenario.needed)
+        self.model = self.history if scenario.kind == "delta" else Model(scenario.needed, scenario.kind != "sync")
         self.network = Network(world)
         self.disk = SimulatedDisk(world, root)
         self.server = Server(world, self.network, self.disk, snapshot_bytes=4096, segment_bytes=8192)

@@ -5,7 +5,7 @@ whole, and then only if the plain formula would not have been finite.
 """
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Operand, Payload, Selection
 from optserve_server.numerics.settings import PARAMETER
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import Change, StepOptions, StepSettings
 from optserve_server.persistence.state_import import StateImport
 
 CASES = 20_000
@@ -62,7 +63,7 @@ def counters_of(state: State) -> list[int]:
     return (counted + 1).tolist()
 
 
-def plain(
+def plain(  # noqa: PLR0913 - all that the formulas depend on
     state: State,
     before: Arrays,
     counters: list[int],
@@ -70,6 +71,7 @@ def plain(
     tensors: tuple[int, ...],
     step: int,
     staleness: int = 0,
+    own: StepSettings | None = None,
 ) -> tuple[Arrays, dict[np.dtype, np.ndarray]]:
     """(arrays, updates) after a step by the formulas alone, element by element, whatever becomes of them."""
     settings, layout = state.settings, state.layout
@@ -82,6 +84,8 @@ def plain(
         for turn, part in enumerate(payload.parts(given[0])):
             clip.apply(turn, 0, part)
     rules, decays = settings.rules(), settings.decays()
+    if own is not None:
+        rules, decays = own.rules(rules), own.decays(decays)
     for index in tensors:
         parameter, start = layout.parameters[index], layout.starts[index]
         if not parameter.size:
@@ -129,9 +133,10 @@ def sent(values: np.ndarray, wire: np.dtype | None) -> tuple[bytes, np.ndarray]:
 
 
 class Play:
-    """One case, step by step."""
+    """One case, step by step; `own_settings` is how often a step has settings of its own."""
 
-    def __init__(self, case: Case, backend: backends.Backend) -> None:
+    def __init__(self, case: Case, backend: backends.Backend, own_settings: float = 0.0) -> None:
+        self.own_settings = own_settings
         self.case, self.rng, self.layout = case, case.rng, case.layout
         self.state = State(case.layout, case.settings, backend)
         self.steps = Steps("test", self.state, InMemory())
@@ -156,6 +161,28 @@ class Play:
         other = any_rule(self.rng, type(settings.rule), {p.dtype for p in self.layout.parameters})
         self.steps.update(UpdateRecord("test", replace(settings, rule=other), "", datetime.now(UTC)))
 
+    def settings_of_step(self) -> StepSettings | None:
+        """Other hyper-parameters, or a learning rate alone, of all parameters or by group."""
+        if not self.own_settings or self.rng.random() > self.own_settings:
+            return None
+        settings = self.state.settings
+        groups = (None,) if self.rng.random() < 0.5 else range(len(settings.groups) + 1)
+        changes = []
+        for group in groups:
+            other = any_rule(self.rng, type(settings.rule), {p.dtype for p in self.layout.parameters})
+            names = [item.name for item in fields(other)]
+            if "learning_rate" in names and self.rng.random() < 0.6:
+                names = ["learning_rate"]
+            decay = pick(self.rng, (None, 0.0, 0.3)) if settings.hosted else None
+            changes.append(Change(group, {name: getattr(other, name) for name in names}, decay))
+        own = StepSettings(tuple(changes))
+        try:
+            self.state.constants_for(own)
+        except OptserveError:
+            # Not together with the rest of a group's.
+            return None
+        return own
+
     def step(self, request_id: str) -> None:
         count = len(self.layout.parameters)
         tensors = tuple(range(count)) if self.rng.random() < 0.7 else (int(self.rng.integers(count)),)
@@ -166,10 +193,11 @@ class Play:
             for _ in self.state.operand_kinds
         ]
         before, was, counters = arrays_of(self.state), digest(self.steps), counters_of(self.state)
-        refusal, got = None, b""
-        with closing(
-            self.steps.begin(StepRequest(request_id, selection=Selection(tensors), wire=wire, reply=reply))
-        ) as step:
+        refusal, got, own = None, b"", self.settings_of_step()
+        request = StepRequest(
+            request_id, selection=Selection(tensors), wire=wire, reply=reply, options=StepOptions(own)
+        )  # fmt: skip
+        with closing(self.steps.begin(request)) as step:
             try:
                 for operand, arenas in zip(self.state.operand_kinds, operands, strict=True):
                     for index in tensors:
@@ -183,7 +211,7 @@ class Play:
                 refusal = error
             else:
                 got = self.read(step)
-        after, updates = plain(self.state, before, counters, operands, tensors, was[0])
+        after, updates = plain(self.state, before, counters, operands, tensors, was[0], own=own)
         replied = {Reply.UPDATES: updates, Reply.PARAMETERS: after.get(PARAMETER, {}), Reply.NOTHING: {}}[reply]
         parts = [
             replied[p.dtype][start : start + p.size]
@@ -251,11 +279,11 @@ class Play:
                 entry.stage(index, array, 0, values.tobytes())
 
 
-def play_all(backend: backends.Backend, seeds: range, steps: int = 0) -> None:
+def play_all(backend: backends.Backend, seeds: range, steps: int = 0, own_settings: float = 0.0) -> None:
     """Play cases of so many steps, or of a few."""
     applied = refused = 0
     for seed in seeds:
-        play = Play(any_case(seed), backend)
+        play = Play(any_case(seed), backend, own_settings)
         try:
             play.run(steps or int(play.rng.integers(2, 6)))
         except AssertionError as error:
@@ -272,6 +300,15 @@ def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(chunk):
 
 def test_so_with_compiled_kernels():
     play_all(backends.load("numba", 1), range(4_000_000, 4_000_600))
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_so_with_settings_of_single_steps(chunk):
+    play_all(REFERENCE, range(6_000_000 + 1500 * chunk, 6_000_000 + 1500 * (chunk + 1)), own_settings=0.6)
+
+
+def test_so_with_settings_of_single_steps_over_many_steps():
+    play_all(REFERENCE, range(7_000_000, 7_000_040), steps=150, own_settings=0.6)
 
 
 def test_so_over_many_steps():

@@ -59,6 +59,7 @@ from optserve.settings import (
 )
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, TensorSpec
 from optserve.statistics import ElementStatistics, Statistics, TensorStatistics
+from optserve.step_result import StepResult
 from optserve.weight_decay import with_weight_decay
 from optserve.worker import Worker
 
@@ -103,6 +104,7 @@ __all__ = [
     "StepCancelledError",
     "StepInDoubtError",
     "StepInProgressError",
+    "StepResult",
     "StepUnderWay",
     "StepsLostError",
     "Sync",

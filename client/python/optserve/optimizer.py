@@ -15,10 +15,11 @@ from optserve._steps.gradients import Gradients
 from optserve._steps.incremental import IncrementalGradients, StepUnderWay
 from optserve._steps.shared_memory import GRADIENT, SharedBuffers
 from optserve._steps.updates import Updates
+from optserve._values.step_settings import StepHyperparameters, StepOptions, step_options
 from optserve.errors import InvalidArgumentError
 from optserve.v1 import steps_pb2
 
-__all__ = ["Optimizer", "ReplyName", "TransportName", "WireDtype"]
+__all__ = ["Optimizer", "ReplyName", "StepHyperparameters", "TransportName", "WireDtype"]
 
 
 class Optimizer(Stepper):
@@ -55,7 +56,7 @@ class Optimizer(Stepper):
                 self._shared_buffers = SharedBuffers(buffers)
         return arrays
 
-    def step(
+    def step(  # noqa: PLR0913 - each is a choice of its own, by name
         self,
         grads: Mapping[str, np.ndarray],
         *,
@@ -63,6 +64,8 @@ class Optimizer(Stepper):
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
         partial: bool = False,
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """Send the gradients of one step, and receive its updates.
@@ -79,13 +82,20 @@ class Optimizer(Stepper):
                 returns.
             reply: `updates` for Δx; in hosted mode also `parameters` for the new x, or `nothing`.
             partial: Allow parameters to be absent; they and their state stay as they are.
+            hyperparameters: Hyper-parameters for this step only, by name, also `weight_decay` in hosted mode: one
+                mapping for all parameters; or a sequence with a mapping, or None for no change, for the parameters in
+                no group, then for each group in their order. They replace the optimizer's or the group's. A schedule,
+                and scaling by staleness, still change the learning rate.
+            with_gradient_norm: Compute `gradient_norm`, also if clipping does not need it.
             timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
 
         Returns:
             The reply by name: the updates Δx, to be added to the parameters, unless `reply` says otherwise.
 
         Raises:
-            InvalidArgumentError: A name, shape, dtype or value is wrong; nothing was changed.
+            InvalidArgumentError: A name, shape, dtype or value is wrong, or a hyper-parameter is out of its range;
+                nothing was changed.
+            FeatureUnavailableError: The server is too old for `hyperparameters` and `with_gradient_norm`.
             WrongStepError: Another client has made a step of this optimizer; nothing was changed. See `refresh`.
             StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `replay` and `refresh`.
             UnavailableError: The server accepts no step now; the message says why.
@@ -94,8 +104,14 @@ class Optimizer(Stepper):
                 the step was applied. It is an UnreachableError if no server was reached.
         """
         return self._step(
-            self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial
-        )
+            self._connection.patience(timeout_s), grads, curvature=curvature, out=out, reply=reply, partial=partial,
+            options=self._options(hyperparameters, with_gradient_norm=with_gradient_norm),
+        )  # fmt: skip
+
+    def _options(self, hyperparameters: StepHyperparameters | None, *, with_gradient_norm: bool) -> StepOptions | None:
+        if hyperparameters is None and not with_gradient_norm:
+            return None
+        return step_options(hyperparameters, self._method, self._groups, with_gradient_norm=with_gradient_norm)
 
     def _step(
         self,
@@ -106,6 +122,7 @@ class Optimizer(Stepper):
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
         partial: bool = False,
+        options: StepOptions | None = None,
     ) -> dict[str, np.ndarray]:
         """Make a step within the given patience, see `step`."""
         indices = self._model.selected_indices(grads, partial=partial)
@@ -124,6 +141,7 @@ class Optimizer(Stepper):
         gradients = Gradients(
             indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
         )
+        gradients.options = options
         self._session.step(gradients, updates, patience)
         return self._by_name(updates)
 
@@ -157,6 +175,8 @@ class Optimizer(Stepper):
         *,
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> Iterator[StepUnderWay]:
         """Make a step whose gradients are sent while others are still being computed, for the length of a with-block.
@@ -167,6 +187,8 @@ class Optimizer(Stepper):
             names: Parameters that take part; all by default.
             out: As for `step`.
             reply: As for `step`.
+            hyperparameters: As for `step`.
+            with_gradient_norm: As for `step`.
             timeout_s: As for `step`; it includes the time in which the gradients are computed.
 
         Raises:
@@ -178,7 +200,8 @@ class Optimizer(Stepper):
             ...         step.send(name, gradient)
             ... updates = step.updates
         """
-        step = self._start_step(self._connection.patience(timeout_s), names, out=out, reply=reply)
+        options = self._options(hyperparameters, with_gradient_norm=with_gradient_norm)
+        step = self._start_step(self._connection.patience(timeout_s), names, out=out, reply=reply, options=options)
         try:
             yield step
             step._finish()
@@ -195,6 +218,7 @@ class Optimizer(Stepper):
         *,
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
+        options: StepOptions | None = None,
     ) -> StepUnderWay:
         """Begin a step whose gradients are sent one by one; `begin_step` and `optserve.aio` use it."""
         indices = self._model.indices_of(self._model.names if names is None else names)
@@ -205,6 +229,7 @@ class Optimizer(Stepper):
             patience=patience,
             with_curvature=self._model.takes_curvature,
         )
+        gradients.options = options
         updates = self._updates_for(indices, out, reply)
 
         def check(

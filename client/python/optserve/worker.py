@@ -20,8 +20,9 @@ from optserve.errors import (
     StepInDoubtError,
     WorkerReplacedError,
 )
-from optserve.optimizer import Optimizer, ReplyName, TransportName, WireDtype
+from optserve.optimizer import Optimizer, ReplyName, StepHyperparameters, TransportName, WireDtype
 from optserve.state import HostedParameters
+from optserve.step_result import StepResult
 from optserve.v1 import optimizer_pb2, replicas_pb2
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,11 @@ class Worker:
         return self._optimizer.gradient_norm
 
     @property
+    def last_result(self) -> StepResult | None:
+        """See `Optimizer.last_result`."""
+        return self._optimizer.last_result
+
+    @property
     def transport(self) -> tuple[str, str]:
         """See `Optimizer.transport`."""
         return self._optimizer.transport
@@ -169,7 +175,7 @@ class Worker:
         """Interrupt the step that another thread is making, if there is one; it raises StepCancelledError there."""
         self._optimizer.cancel()
 
-    def step(
+    def step(  # noqa: PLR0913 - each is a choice of its own, by name
         self,
         grads: Mapping[str, np.ndarray],
         *,
@@ -177,12 +183,15 @@ class Worker:
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "parameters",
         partial: bool = False,
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """Send the gradients that this worker has computed; see `Optimizer.step`.
 
         It returns when the server has applied them. The optimizer's consistency decides whether that is at once, later,
-        or together with the gradients of other workers.
+        or together with the gradients of other workers. With Sync consistency a step cannot have hyper-parameters of
+        its own, because several workers make it together.
 
         Raises:
             GradientLateError: The step was applied without this gradient; pull, and compute another gradient.
@@ -193,7 +202,10 @@ class Worker:
         """
         patience = self._connection.patience(timeout_s)
         try:
-            arrays = self._optimizer._step(patience, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+            options = self._optimizer._options(hyperparameters, with_gradient_norm=with_gradient_norm)
+            arrays = self._optimizer._step(
+                patience, grads, curvature=curvature, out=out, reply=reply, partial=partial, options=options
+            )
         except StepInDoubtError as error:
             if reply != "parameters" or getattr(error.__cause__, "reason", "") != _reasons.REPLY_GONE:
                 raise

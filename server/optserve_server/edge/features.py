@@ -28,6 +28,7 @@ _ANYWHERE = frozenset(
         pb.FEATURE_STATISTICS,
         pb.FEATURE_HOSTED_MODE,
         pb.FEATURE_WORKERS,
+        pb.FEATURE_STEP_SETTINGS,
     }
 )
 """Features that work on every host."""

@@ -6,6 +6,9 @@ from optserve._common.wire import encode
 from optserve.v1 import steps_pb2
 from optserve_server.engine.transaction import Outcome, ReplyChunk
 
+MAX_LEARNING_RATES = 257
+"""Most learning rates of a result, which may share a message with a chunk; see `wire.HEADER_BYTES`."""
+
 
 def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:
     """Show a step's outcome as the contract does."""
@@ -14,8 +17,13 @@ def set_result(result: steps_pb2.Result, outcome: Outcome) -> None:
         result.replayed = True
     if outcome.staleness:
         result.staleness = outcome.staleness
-    if outcome.gradient_norm is not None:
-        result.gradient_norm = outcome.gradient_norm
+    norm, learning_rates, clipped = outcome.effect
+    if norm is not None:
+        result.gradient_norm = norm
+    if learning_rates and len(learning_rates) <= MAX_LEARNING_RATES:
+        result.learning_rates.extend(learning_rates)
+    if clipped is not None:
+        result.clipped = clipped
 
 
 def reply_message(piece: ReplyChunk, last: steps_pb2.StreamStepsResponse) -> bytes:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
-from optserve.v1 import algorithms_pb2, optimizer_pb2
+from optserve.v1 import algorithms_pb2, optimizer_pb2, steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import CONSISTENCIES, LEASE_S, Consistency
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.rules import RULES, Rule
 from optserve_server.numerics.schedule import SCHEDULES, Schedule
 from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.step_settings import PLAIN, Change, StepOptions, StepSettings
 
 
 def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
@@ -108,6 +111,45 @@ def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> t
         decay = group.weight_decay if group.HasField("weight_decay") else None
         groups.append(Group(tuple(indices), overrides, decay))
     return tuple(groups)
+
+
+def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -> StepSettings:
+    """The settings of a step. What depends on the present groups is checked by `StepSettings.check`.
+
+    Raises:
+        OptserveError: INVALID_FIELD, for another method, or for more settings than the optimizer can have groups.
+    """
+    most = len(item.layout.parameters) + 1
+    if len(messages) > most:
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"The step has {len(messages)} settings; each is for another group, and there are at most {most}.",
+            field="settings",
+        )
+    method, changes = item.rule, []
+    for number, message in enumerate(messages):
+        if message.algorithm.WhichOneof("method") not in (None, method.name):
+            raise OptserveError(
+                Reason.INVALID_FIELD, f"The method of a step is that of the optimizer, {method.name}.",
+                field=f"settings[{number}].algorithm",
+            )  # fmt: skip
+        given = getattr(message.algorithm, method.name)
+        changes.append(
+            Change(
+                message.group if message.HasField("group") else None,
+                {item.name: getattr(given, item.name) for item in fields(method) if given.HasField(item.name)},
+                message.weight_decay if message.HasField("weight_decay") else None,
+            )
+        )
+    return StepSettings(tuple(changes))
+
+
+def step_options(request: steps_pb2.Begin | steps_pb2.ApplyGradientsRequest, item: Optimizer) -> StepOptions:
+    """What a step asks for beside its reply; raises INVALID_FIELD, see `step_settings`."""
+    settings = request.settings
+    if not settings and not request.with_gradient_norm:
+        return PLAIN
+    return StepOptions(step_settings(settings, item) if settings else None, request.with_gradient_norm)
 
 
 def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:

@@ -25,6 +25,7 @@ from optserve_server.edge.gate.places import NEXT_MESSAGE, current
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.results import reply_message, set_result
 from optserve_server.edge.segment_offer import SegmentOffer
+from optserve_server.edge.settings_messages import step_options
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import Step, StepRequest
@@ -222,6 +223,7 @@ class StepStream:
             etag=optimizer.etag,
             lineage=self._lineage,
             create_time=messages.timestamp(optimizer.create_time.timestamp()),
+            step_settings=True,
         )
 
     def _begin(self, request: steps_pb2.Begin, *, announced: bool) -> None:
@@ -262,6 +264,7 @@ class StepStream:
                     request.parameters_step if request.HasField("parameters_step") else None,
                     self._number,
                     self._life,
+                    options=step_options(request, self._optimizer),
                 )
             )
         finally:
@@ -321,6 +324,8 @@ class StepStream:
         # First, as the disk may take its time.
         self._end(_FAILED)
         if isinstance(error, OptserveError):
+            if error.field.startswith("settings"):
+                error.field = f"begin.{error.field}"
             error = self._optimizers.certain(error)
         failure = steps_pb2.StepError(request_id=request_id, status=self._to_status(error))
         return encode(steps_pb2.StreamStepsResponse(error=failure))

@@ -8,12 +8,14 @@ from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.results import set_result
+from optserve_server.edge.settings_messages import step_options
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.transaction import Reply, Step, StepRequest
 from optserve_server.numerics.layout import Operand, Selection
 
 RESULT_BYTES = 256
-"""Most bytes that a unary reply takes beside its tensors."""
+"""Most bytes that a unary reply takes beside its tensors and the learning rates of groups."""
+_RATE_BYTES = 8
 
 
 def apply(
@@ -76,11 +78,12 @@ def _asked(item: Optimizer, request: steps_pb2.ApplyGradientsRequest) -> StepReq
         parameters_step=request.parameters_step if request.HasField("parameters_step") else None,
         life=request.life,
         last_request_id=request.last_request_id if request.HasField("last_request_id") else None,
+        options=step_options(request, item),
     )
 
 
 def _check_reply_bytes(item: Optimizer, tensors: tuple[int, ...], limit: int) -> None:
-    size = RESULT_BYTES + sum(_reply_bytes(item, index) for index in tensors)
+    size = RESULT_BYTES + _RATE_BYTES * len(item.settings.groups) + sum(_reply_bytes(item, index) for index in tensors)
     if size > limit:
         raise OptserveError(
             Reason.MESSAGE_TOO_LARGE,

@@ -9,13 +9,14 @@ from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import PlacementRecord
 from optserve_server.engine.step_record import StepRecord, WorkerStep
-from optserve_server.engine.transaction import PARAMETERS, Outcome, Step
+from optserve_server.engine.transaction import PARAMETERS, Effect, Outcome, Step
 from optserve_server.engine.transition import WrittenStep
+from optserve_server.numerics.gradient_mean import Gradient
 from optserve_server.numerics.headroom import ReplyWires
-from optserve_server.numerics.layout import Largest, Operand, Payload
+from optserve_server.numerics.layout import Operand, Payload
 from optserve_server.numerics.shared_segment import Segment
-from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import PLAIN, StepOptions, StepPoint
 from optserve_server.numerics.trial import run_trial
 
 if TYPE_CHECKING:
@@ -58,17 +59,22 @@ class Committer:
             if step.replay and step_slot.retained:
                 step_slot.check_replay(step)
                 step_slot.write_shared_reply(step, steps.step)
-                return Outcome(step.request_id, step_slot.retained.step, replayed=True)
+                return step_slot.retained.replayed()
             if step.segment is not None:
                 step_slot.take_shared_gradients(step, step.segment)
             step.check_complete()
-            written = self.prepare(staging, step.payload, step.largest, step.reply_wires, request_id=step.request_id)
-            norm = self.apply(written, step.segment)
+            written = self.prepare(
+                Gradient(staging, step.largest), step.payload, step.reply_wires, options=step.options,
+                request_id=step.request_id,
+            )  # fmt: skip
+            effect = self.apply(written, step.segment)
             step.committed = True
+            if step_slot.retained is not None:
+                step_slot.retained.effect = effect
             if step.segment:
                 step_slot.write_shared_reply(step, steps.step)
             step.last_progress_at = step_slot.monotonic()
-            return Outcome(step.request_id, steps.step, replayed=False, gradient_norm=norm)
+            return Outcome(step.request_id, steps.step, False, effect)
 
     def _commit_placement(self, step: Step) -> Outcome:
         steps = self._steps
@@ -84,50 +90,51 @@ class Committer:
 
     def prepare(
         self,
-        staging: Staging,
+        gradient: Gradient,
         payload: Payload,
-        largest: Largest,
         reply_wires: ReplyWires,
         workers: Sequence[WorkerStep] = (),
         *,
+        options: StepOptions = PLAIN,
         staleness: int = 0,
         request_id: str = "",
     ) -> WrittenStep:
         """Check the complete step that a buffer holds, and write it down, under the lock; nothing changes.
 
         Args:
-            staging: The buffer.
+            gradient: The buffer, and the largest magnitudes of what it holds.
             payload: What takes part.
-            largest: Magnitudes of what it holds.
             reply_wires: The wire dtypes of the reply.
             workers: See StepRecord, where several share the optimizer.
+            options: What the step asks for.
             staleness: By which the learning rate is scaled; 0 where it is not.
             request_id: Of the step, where they do not.
 
         Raises:
-            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE.
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see `StepSettings.check`.
         """
-        prepared = self._state.prepare(payload, staging.updates, largest, reply_wires)
+        staging, step, settings = gradient.staging, self._steps.step, options.settings
+        prepared = self._state.prepare(payload, staging.updates, gradient.largest, reply_wires, options)
         if not prepared.covered:
-            run_trial(self._state, staging.operands, payload, prepared, reply_wires, self._steps.step, staleness)
+            point = StepPoint(step, staleness, settings)
+            run_trial(self._state, staging.operands, payload, prepared, reply_wires, point)
         lsn, operands = self._steps.lsn, []
         is_read = self._durability.reads_staging
         if is_read:
             operands = [part for arenas in staging.operands.values() for part in payload.parts(arenas)]
-        record = StepRecord(self._name, self._steps.step, request_id, payload.selection, operands, workers, staleness)
+        record = StepRecord(
+            self._name, step, request_id, payload.selection, operands, workers, staleness, settings
+        )  # fmt: skip
         if is_read:
             lsn = self._durability.write(record)
         return WrittenStep(record, lsn, payload, staging, prepared)
 
-    def apply(self, written: WrittenStep, segment: Segment | None = None) -> float | None:
+    def apply(self, written: WrittenStep, segment: Segment | None = None) -> Effect:
         """Apply a step that was prepared, with no other change in between, under the lock.
 
         Args:
             written: The step.
             segment: In which the gradients are, if a client shares them.
-
-        Returns:
-            The norm, where clipping needed it.
 
         Raises:
             OptserveError: STATE_LOST.
@@ -140,4 +147,4 @@ class Committer:
         except Exception as error:
             raise self._steps.mark_lost(f"in step {record.step}") from error
         transition.note_step(self._steps, record, payload.selection, lsn)
-        return prepared.clip.norm if prepared.clip else None
+        return Effect(prepared.norm, self._state.last_learning_rates, prepared.clipped)

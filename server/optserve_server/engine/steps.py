@@ -171,6 +171,9 @@ class Steps:
                 raise refusals.wrong_step(self._name, self.step, request.expected_step)
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
+            if request.options.settings is not None:
+                # Checked now, before gradients arrive, and once more at the commit: an update may come between.
+                self._state.constants_for(request.options.settings)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
         payload = self.payloads.payload_for(replayed.selection if replayed else request.selection, request.wire)
         if request.segment is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from optserve_server.engine.byte_coverage import MAX_FRAGMENTS, Coverage, Overla
 from optserve_server.numerics.headroom import NATIVE, ReplyWires
 from optserve_server.numerics.layout import ALL, Arenas, Largest, Operand, Payload, Run, Selection
 from optserve_server.numerics.shared_segment import Segment
+from optserve_server.numerics.step_settings import PLAIN, StepOptions
 
 _Used = TypeVar("_Used")
 
@@ -46,6 +47,7 @@ class StepRequest(NamedTuple):
         stream: Number of the stream; later streams have higher numbers. None for a unary call.
         life: Number of the worker's life; 0 where its client sends none.
         last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
+        options: What the step asks for beside its reply.
     """
 
     request_id: str
@@ -60,20 +62,39 @@ class StepRequest(NamedTuple):
     stream: int | None = None
     life: int = 0
     last_request_id: str | None = None
+    options: StepOptions = PLAIN
+
+
+class Effect(NamedTuple):
+    """What is told of a step that was applied.
+
+    Attributes:
+        gradient_norm: Norm over all tensors before clipping; None unless clipping or the step needs it.
+        learning_rates: Of the parameters in no group, then of each group; empty if the method has none.
+        clipped: Whether clipping has changed the gradient; None without clipping.
+    """
+
+    gradient_norm: float | None = None
+    learning_rates: tuple[float, ...] = ()
+    clipped: bool | None = None
+
+
+NOT_KNOWN = Effect()
+"""For the replay of a step that was applied before this server started."""
 
 
 class Outcome(NamedTuple):
     """The result of a commit.
 
     Attributes:
-        gradient_norm: Norm over all tensors before clipping; None unless clipping needs it.
+        effect: What is told of the step.
         staleness: Steps that were applied between the x of the gradient and this step.
     """
 
     request_id: str
     step: int
     replayed: bool
-    gradient_norm: float | None = None
+    effect: Effect = NOT_KNOWN
     staleness: int = 0
 
 
@@ -85,6 +106,8 @@ class Retained:
         selection: The parameters that took part in it.
         intact: Whether the staging buffer still holds the reply; False once a new gradient has arrived.
         holds: The kind of that reply.
+        effect: See Outcome. It is not on disk, and so not part of what recovery has to restore.
+        staleness: As `effect`.
     """
 
     request_id: str
@@ -92,6 +115,12 @@ class Retained:
     selection: Selection
     intact: bool = True
     holds: Reply = UPDATES
+    effect: Effect = field(default=NOT_KNOWN, compare=False)
+    staleness: int = field(default=0, compare=False)
+
+    def replayed(self) -> Outcome:
+        """The outcome of a replay."""
+        return Outcome(self.request_id, self.step, True, self.effect, self.staleness)
 
 
 class LastStep(NamedTuple):
@@ -173,6 +202,7 @@ class Step:
         self.reply_bytes = 0 if request.reply is NOTHING else payload.size_bytes
         self.reply_wires = NATIVE if payload.narrow_wire is None else _reply_wires(payload.narrow_wire, request.reply)
         self.segment = request.segment
+        self.options = request.options
         self.committed = False
         # For a worker's step: its worker, the lineage and the x at which its gradient was taken, and its result.
         self.worker = request.worker

@@ -21,8 +21,9 @@ from optserve_server.engine.records import (
 from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
 from optserve_server.numerics.layout import Operands, Payload, Run, Selection
+from optserve_server.numerics.preparation import Prepared
 from optserve_server.numerics.staging import Staging
-from optserve_server.numerics.state import Prepared, State
+from optserve_server.numerics.state import State
 
 if TYPE_CHECKING:
     from optserve_server.engine.steps import Steps
@@ -91,7 +92,7 @@ def apply_step(state: State, operands: Operands, runs: Iterable[Run], record: St
         record: The step.
         prepared: How the gradients of these stretches are clipped.
     """
-    state.apply(operands, runs, record.step, record.staleness, prepared)
+    state.apply(operands, runs, record.step, record.staleness, prepared, record.settings)
 
 
 def note_step(steps: Steps, record: StepRecord, selection: Selection, lsn: int) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.layout import Payload
+from optserve_server.numerics.layout import Largest, Operand, Payload
 
 BLOCK = 1 << 16
 """Elements whose squares are summed at once, in float64. The order is fixed, so that the sum is always the same."""
@@ -56,10 +56,28 @@ class Clip:
     by_value: bool
     scaled: Sequence[Sequence[_Scaled]] = ()
 
+    def changes(self, gradients: Sequence[np.ndarray], largest: Largest, *, is_exact: bool) -> bool:
+        """Whether it changes the gradient.
+
+        Args:
+            gradients: See `Clipping.measure`.
+            largest: The largest magnitudes of the operands.
+            is_exact: Whether they are exact; otherwise they may be too large.
+        """
+        if not self.by_value:
+            return any(self.scaled)
+        beyond = {
+            dtype for (operand, dtype), value in largest.items()
+            if operand is Operand.GRADIENT and value > _bound_in(dtype, self.bound)
+        }  # fmt: skip
+        if is_exact or not beyond:
+            return bool(beyond)
+        return any(bool((np.abs(part) > _bound_in(part.dtype, self.bound)).any()) for part in gradients)
+
     def apply(self, run_number: int, start: int, gradient: np.ndarray) -> None:
         """Clip, in place, a part of one run of the payload, from the run's element `start` on."""
         if self.by_value:
-            bound = gradient.dtype.type(min(self.bound, float(np.finfo(gradient.dtype).max)))
+            bound = _bound_in(gradient.dtype, self.bound)
             np.clip(gradient, -bound, bound, out=gradient)
             return
         for scaled in self.scaled[run_number]:
@@ -138,6 +156,17 @@ class Clipping:
                     _Scaled(start, stop, *_factors(self.bound, norm, gradients[run_number].dtype))
                 )
         return Clip(min(total.value, _MOST), self.bound, False, scaled)
+
+
+def gradient_norm(payload: Payload, gradients: Sequence[np.ndarray]) -> float:
+    """The Euclidean norm over all tensors of a step, at most the largest float64; see `Clipping.measure`."""
+    norms = [_norm(gradients[run_number][start:stop]) for run_number, start, stop in _tensors(payload, gradients)]
+    return min(_norm_of_norms(norms).value, _MOST)
+
+
+def _bound_in(dtype: np.dtype, bound: float) -> np.floating:
+    """The bound of clipping by value, rounded to a dtype."""
+    return dtype.type(min(bound, float(np.finfo(dtype).max)))
 
 
 def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:

@@ -46,6 +46,7 @@ class Consistency(abc.ABC):
     Attributes:
         kind: Its name in the contract.
         waits: Whether a worker's commit may wait for other workers.
+        merges: Whether a step may be made of several workers' gradients.
         lease_s: Seconds for which a worker counts as alive after its last report.
         scale_by_staleness: Divide the learning rate by 1 + the staleness of the gradient (Zhang et al.,
             arXiv:1511.05950). The gradient itself is not divided: most rules would cancel that.
@@ -53,6 +54,7 @@ class Consistency(abc.ABC):
 
     kind: ClassVar[str]
     waits: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     lease_s: float = LEASE_S
     scale_by_staleness: bool = False
@@ -216,6 +218,7 @@ class SyncConsistency(Consistency):
     """
 
     kind = "sync"
+    merges = True
 
     workers: int = 0
     backup_workers: int = 0

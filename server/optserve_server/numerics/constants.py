@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Self
 
 import numpy as np
 
 from optserve_server.numerics.layout import Layout, Run
 from optserve_server.numerics.rules import Rule
+from optserve_server.numerics.rules.base import NUMBERS, Scalars
 from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.step_settings import StepSettings
 
 FIRST_STEP = 1
 """A parameter's step counter in the first step that it takes part in."""
+
+ROOM = 2.0
+"""How many times larger learning rates may become before bounds are computed anew."""
+
+_MOST = min(numbers.most for numbers in NUMBERS.values())
 
 Row = Sequence[np.generic]
 """The constants of one rule, rounded to a dtype."""
@@ -60,7 +70,7 @@ class CountedRows(Rows):
 
 
 class Constants:
-    """The constants of an optimizer's present settings.
+    """The constants of an optimizer's present settings, or of one step's.
 
     Args:
         layout: The model.
@@ -69,22 +79,54 @@ class Constants:
 
     Attributes:
         settings: The present settings.
+        rules: The rules, without a schedule.
         first: The constants at a parameter's first step, without a schedule, for each dtype and rule.
     """
 
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
-        self._rules = rules
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._position_of = {
             index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
         }
         self._stretches = {dtype: self._stretches_of(layout, dtype) for dtype in self._dtypes}
         self._stops = {dtype: [stop for _, stop, _ in found] for dtype, found in self._stretches.items()}
-        self._decays = settings.decays()
+        self._set(rules, settings.decays())
+
+    def _set(self, rules: Sequence[Rule], decays: Sequence[float]) -> None:
+        self.rules, self._decays = rules, decays
         self.first = self._rows(rules)
         # Without a schedule the constants never change.
-        self._always = None if settings.schedule else Rows(self.first)
+        self._always = None if self.settings.schedule else Rows(self.first)
+        self._rates = None if self.settings.schedule else self.settings.learning_rates(rules, 0, 0)
+
+    @property
+    def first_scalars(self) -> dict[np.dtype, list[Scalars]]:
+        """`first` as plain numbers, for bounds."""
+        return {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in self.first.items()}
+
+    def of_step(self, settings: StepSettings) -> Self:
+        """The constants of a step with settings of its own, which are valid."""
+        changed = copy(self)
+        changed._set(settings.rules(self.rules), settings.decays(self._decays))
+        return changed
+
+    def with_room(self) -> Self:
+        """The same, with larger learning rates: bounds for these still hold when the rates have grown."""
+        changed = copy(self)
+        with np.errstate(over="ignore"):
+            changed._set([_with_room(rule) for rule in self.rules], self._decays)
+        return changed
+
+    def are_bounded_by(self, others: Self) -> bool:
+        """Whether bounds for `others`, of the same optimizer, hold for these constants too."""
+        return all(map(Rule.is_bounded_by, self.rules, others.rules))
+
+    def learning_rates(self, step: int, staleness: int) -> tuple[float, ...]:
+        """The learning rate of each rule at a step, in float64; empty if the method has none."""
+        if self._rates is not None and not staleness:
+            return self._rates
+        return self.settings.learning_rates(self.rules, step, staleness)
 
     def _stretches_of(self, layout: Layout, dtype: np.dtype) -> list[tuple[int, int, int]]:
         """(start, stop, position among the rules) of each stretch of an arena that has one rule."""
@@ -105,7 +147,7 @@ class Constants:
         """The constants at a step, for gradients that are `staleness` steps old."""
         if self._always is not None and not staleness:
             return self._always
-        return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self._rules]))
+        return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self.rules]))
 
     def decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
         """The weight decay of a step. Staleness divides it as it divides the learning rate.
@@ -116,7 +158,7 @@ class Constants:
 
     def rule_of(self, tensor: int, step: int, staleness: int) -> Rule:
         """The rule of a parameter at a step, with the learning rate of that step."""
-        return self.settings.at(self._rules[self._position_of.get(tensor, 0)], step, staleness)
+        return self.settings.at(self.rules[self._position_of.get(tensor, 0)], step, staleness)
 
     def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:  # noqa: ARG002
         """The parts of a run that have one row of constants each.
@@ -155,7 +197,7 @@ class CountedConstants(Constants):
 
     def at(self, step: int, staleness: int) -> Rows:
         """See Constants. Each step has new constants, so none are kept."""
-        return CountedRows([self.settings.at(rule, step, staleness) for rule in self._rules])
+        return CountedRows([self.settings.at(rule, step, staleness) for rule in self.rules])
 
     def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:
         """See Constants."""
@@ -179,6 +221,13 @@ def constants_of(layout: Layout, settings: Settings, rules: Sequence[Rule]) -> C
     """The constants of settings, for a rule of either kind."""
     kind = CountedConstants if settings.rule.counts_steps else Constants
     return kind(layout, settings, rules)
+
+
+def _with_room(rule: Rule) -> Rule:
+    rate = getattr(rule, "learning_rate", None)
+    if rate is None:
+        return rule
+    return replace(rule, **{"learning_rate": max(rate, min(ROOM * rate, _MOST))})
 
 
 def _rounded(rule: Rule, dtype: np.dtype, counter: int) -> Row:

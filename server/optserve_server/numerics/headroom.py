@@ -89,8 +89,23 @@ class Headroom:
             scalars: The constants of each group's rule, rounded to the dtype, without a schedule. (A schedule only
                 makes a learning rate smaller.)
         """
-        self._rule, self._scalars = rule, {dtype: list(dict.fromkeys(rows)) for dtype, rows in scalars.items()}
+        self._rule, self._scalars = rule, _distinct(scalars)
         self.reset()
+
+    def change(self, scalars: Mapping[np.dtype, Sequence[Scalars]]) -> None:
+        """Go on with other constants from the next step on; see `set`.
+
+        The steps that were made with the present constants have left the state within bounds that are known, and these
+        hold whatever the next constants are.
+        """
+        self._begin, self._steps_made, self._steps_covered = self._known(), 0, 0
+        self._scalars = _distinct(scalars)
+
+    def _known(self) -> dict[np.dtype, Bounds] | None:
+        """The bounds at present; None if there are none."""
+        if self._begin is None or not self._steps_made:
+            return self._begin
+        return self._after(self._begin, self._admitted, self._limits, self._steps_made)
 
     def reset(self) -> None:
         """Forget the bounds: the state was changed by something else than a covered step."""
@@ -126,7 +141,7 @@ class Headroom:
     def _look_ahead(self, largest: Largest, reply_wires: ReplyWires) -> bool:
         """Cover more steps: from the known bounds, or else from measured ones."""
         limits = {dtype: _limits(dtype, reply_wires) for dtype in self._scalars}
-        known = self._after(self._begin, self._admitted, self._limits, self._steps_made) if self._begin else None
+        known = self._known()
         generous = self._enlarged(largest)
         if known and any(self._covers_steps(known, generous, limits, steps) for steps in LOOK_AHEAD):
             return True
@@ -181,6 +196,11 @@ class Headroom:
                 return None
             after[dtype] = Bounds(slots, parameters)
         return after
+
+
+def _distinct(scalars: Mapping[np.dtype, Sequence[Scalars]]) -> dict[np.dtype, list[Scalars]]:
+    """Each row once."""
+    return {dtype: list(dict.fromkeys(rows)) for dtype, rows in scalars.items()}
 
 
 def _widened(known: Interval, found: Interval, slack: float, tiny: float) -> Interval:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -119,9 +119,21 @@ class Settings:
         """One of `rules` with the learning rate of a step, for a gradient that is `staleness` steps old."""
         if self.schedule is None and not staleness:
             return rule
-        factor = 1.0 if self.schedule is None else self.schedule.factor(step)
-        rate = getattr(rule, "learning_rate") * factor / (1 + staleness)  # noqa: B009 - not every rule has one
-        return replace(rule, **{"learning_rate": rate})
+        return replace(rule, **{"learning_rate": self._rate(rule, self._factor(step), staleness)})
+
+    def learning_rates(self, rules: Sequence[Rule], step: int, staleness: int) -> tuple[float, ...]:
+        """The learning rates of `rules` at a step, as `at` has them; empty if the method has none."""
+        if not hasattr(self.rule, "learning_rate"):
+            return ()
+        factor = self._factor(step)
+        return tuple(self._rate(rule, factor, staleness) for rule in rules)
+
+    def _factor(self, step: int) -> float:
+        return 1.0 if self.schedule is None else self.schedule.factor(step)
+
+    @staticmethod
+    def _rate(rule: Rule, factor: float, staleness: int) -> float:
+        return getattr(rule, "learning_rate") * factor / (1 + staleness)  # noqa: B009 - not every rule has one
 
     @property
     def summary(self) -> str:

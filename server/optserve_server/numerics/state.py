@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from optserve_server.numerics.clipping import Clip
 from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
+from optserve_server.numerics.preparation import COVERED, UNCOVERED, Prepared, measure
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import PARAMETER, Settings
+from optserve_server.numerics.step_bounds import StepBounds
+from optserve_server.numerics.step_settings import PLAIN, StepOptions, StepSettings
 
 UPDATE = "update"
 """Name of the update among the results of a trial step; no rule has a slot of that name."""
@@ -26,23 +29,6 @@ UPDATE = "update"
 def operands_of(rule: Rule) -> tuple[Operand, ...]:
     """The operands of a step of that rule."""
     return (Operand.GRADIENT, Operand.CURVATURE) if rule.takes_curvature else (Operand.GRADIENT,)
-
-
-class Prepared(NamedTuple):
-    """What `State.prepare` has found about a step.
-
-    Attributes:
-        clip: How clipping changes the gradient; None without clipping.
-        covered: Whether bounds alone show that the step leaves everything finite.
-    """
-
-    clip: Clip | None
-    covered: bool
-
-
-_COVERED = Prepared(None, True)
-
-_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 class State:
@@ -65,10 +51,12 @@ class State:
     def __init__(self, layout: Layout, settings: Settings, backend: Backend) -> None:
         self.layout = layout
         self.backend = backend
+        # The settings of the last step that had some of its own, and its constants.
+        self._of_step: tuple[StepSettings, Constants] | None = None
         # (constants, step, staleness) of the last step that was applied.
         self._last: tuple[Constants, int, int] | None = None
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
-        self._headroom = Headroom(self._bounds, hosted=settings.hosted)
+        self._bounds = StepBounds(Headroom(self._extremes, hosted=settings.hosted))
         self.set(settings)
         rule = settings.rule
         self.operand_kinds = operands_of(rule)
@@ -108,10 +96,22 @@ class State:
             for dtype in self._dtypes
         } | {(Operand.PARAMETER, dtype): float(np.finfo(dtype).max) for dtype in self._dtypes}
         self._constants = constants_of(self.layout, settings, rules)
-        self._headroom.set(
-            type(settings.rule),
-            {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in self._constants.first.items()},
-        )
+        self._of_step = None
+        self._bounds.set(self._constants)
+
+    def constants_for(self, settings: StepSettings | None) -> Constants:
+        """The constants of a step with those settings.
+
+        Raises:
+            OptserveError: See `StepSettings.check`.
+        """
+        if settings is None:
+            return self._constants
+        known = self._of_step
+        if known is None or known[0] != settings:
+            settings.check(self.settings, self._dtypes or list(self.layout.sizes))
+            known = self._of_step = settings, self._constants.of_step(settings)
+        return known[1]
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
         if operand is Operand.GRADIENT and self.settings.clipping is not None:
@@ -119,7 +119,7 @@ class State:
             return float(np.finfo(dtype).max)
         return float(dtype.type(min(rule.gradient_limit(dtype) for rule in rules)))
 
-    def _bounds(self) -> dict[np.dtype, Bounds]:
+    def _extremes(self) -> dict[np.dtype, Bounds]:
         """The bounds of all elements, measured by one pass over them."""
         return {
             dtype: Bounds(
@@ -153,7 +153,14 @@ class State:
         """How clipping changes a step's gradients, run by run; None without clipping."""
         return self.settings.clipping.measure(payload, gradients) if self.settings.clipping else None
 
-    def prepare(self, payload: Payload, gradients: Arenas, largest: Largest, reply_wires: ReplyWires) -> Prepared:
+    def prepare(
+        self,
+        payload: Payload,
+        gradients: Arenas,
+        largest: Largest,
+        reply_wires: ReplyWires,
+        options: StepOptions = PLAIN,
+    ) -> Prepared:
         """Prepare a step: measure its clipping, and find out whether bounds cover it. Changes nothing.
 
         Args:
@@ -161,20 +168,26 @@ class State:
             gradients: The arenas of the gradient.
             largest: The largest magnitudes of the operands.
             reply_wires: The wire dtypes of the step's reply.
+            options: What the step asks for.
+
+        Raises:
+            OptserveError: See `StepSettings.check`.
         """
-        if self.settings.clipping is None:
-            return _COVERED if self._headroom.covers(largest, reply_wires) else Prepared(None, False)
-        clip = self.settings.clipping.measure(payload, payload.parts(gradients))
-        # Rounding may make a value a little larger than the bound; among the smallest numbers, up to twice as large.
-        bound = 1.001 * clip.bound + _SMALLEST
-        clipped = {
-            (operand, dtype): min(value, bound) if operand is Operand.GRADIENT else value
-            for (operand, dtype), value in largest.items()
-        }
-        return Prepared(clip, self._headroom.covers(clipped, reply_wires))
+        constants = self.constants_for(options.settings)
+        if self.settings.clipping is None and not options.with_norm:
+            return COVERED if self._bounds.cover(constants, largest, reply_wires) else UNCOVERED
+        measured = measure(self.settings, payload, payload.parts(gradients), largest, with_norm=options.with_norm)
+        covered = self._bounds.cover(constants, measured.largest, reply_wires)
+        return Prepared(measured.clip, covered, measured.norm, measured.clipped)
 
     def apply(
-        self, operands: Operands, runs: Iterable[Run], step: int, staleness: int = 0, prepared: Prepared | None = None
+        self,
+        operands: Operands,
+        runs: Iterable[Run],
+        step: int,
+        staleness: int = 0,
+        prepared: Prepared | None = None,
+        settings: StepSettings | None = None,
     ) -> None:
         """Turn the gradients of the runs into updates, in place. Advance the slots, and x in hosted mode.
 
@@ -184,12 +197,13 @@ class State:
             step: Number of steps applied before; the schedule of the learning rate depends on it.
             staleness: The learning rate is divided by 1 + staleness; 0 to leave it as it is.
             prepared: The result of `prepare`; None if nothing is clipped.
+            settings: Settings for this step only.
         """
-        constants = self._constants
+        constants = self.constants_for(settings)
         self._last = constants, step, staleness
         rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
-            self._headroom.reset()
+            self._bounds.reset()
         for run_number, run in enumerate(runs):
             if clip is not None:
                 clip.apply(run_number, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
@@ -228,7 +242,7 @@ class State:
         return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
 
     def trial_step(
-        self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, staleness: int
+        self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, decay: np.floating
     ) -> dict[str, Any]:
         """Make a step on copies of a part of an arena that has one row of constants.
 
@@ -236,8 +250,8 @@ class State:
             operand_parts: The operands in that part, clipped; the first becomes the update.
             dtype: The arena.
             part: The part of the arena.
-            rows: The result of `constants_at`.
-            staleness: See `apply`.
+            rows: The constants of the step.
+            decay: The weight decay of the step.
 
         Returns:
             The new arrays of the state, and the update, by name.
@@ -249,12 +263,8 @@ class State:
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
         if self.parameters:
             made[PARAMETER] = self.parameters[dtype][where].copy()
-            self.backend.advance(made[PARAMETER], update, self._constants.decay(dtype, position, staleness))
+            self.backend.advance(made[PARAMETER], update, decay)
         return made
-
-    def constants_at(self, step: int, staleness: int) -> Rows:
-        """The constants of a step, see `apply`."""
-        return self._constants.at(step, staleness)
 
     def parts_of(self, run: Run) -> Sequence[Part]:
         """The parts of a run that have one row of constants each."""
@@ -279,6 +289,12 @@ class State:
         constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
         return constants.rule_of(tensor, *at)
 
+    @property
+    def last_learning_rates(self) -> tuple[float, ...]:
+        """The learning rates of the last step that was applied; see `Constants.learning_rates`."""
+        constants, step, staleness = self._last or (self._constants, 0, 0)
+        return constants.learning_rates(step, staleness)
+
     def step_counter_of(self, tensor: int) -> int:
         """The step counter of a parameter in the last step that it took part in, or else in its first; see `Rule`."""
         return max(int(self.parameter_steps[tensor]), FIRST_STEP) if self.parameter_steps.size else FIRST_STEP
@@ -301,7 +317,7 @@ class State:
 
     def write(self, dtype: np.dtype, array: int, start: int, values: np.ndarray) -> None:
         """The reverse of `read`."""
-        self._headroom.reset()
+        self._bounds.reset()
         if array == len(self.rule.slots):
             self.backend.copy(values, self.parameters[dtype][start : start + values.size])
         else:

@@ -15,8 +15,10 @@ from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.layout import Arenas, Operands, Payload, Run
+from optserve_server.numerics.preparation import Prepared
 from optserve_server.numerics.settings import PARAMETER
-from optserve_server.numerics.state import UPDATE, Prepared, State
+from optserve_server.numerics.state import UPDATE, State
+from optserve_server.numerics.step_settings import StepPoint
 
 BLOCK = 1 << 17
 """Elements of one block."""
@@ -45,8 +47,7 @@ def run_trial(
     payload: Payload,
     prepared: Prepared,
     reply_wires: ReplyWires,
-    step: int,
-    staleness: int,
+    at: StepPoint,
 ) -> None:
     """Make a step on copies, block by block; changes nothing.
 
@@ -56,22 +57,23 @@ def run_trial(
         payload: The parameters.
         prepared: Says how the gradient is clipped.
         reply_wires: The wire dtypes of the step's reply.
-        step: See `State.apply`.
-        staleness: See `State.apply`.
+        at: Which step it is.
 
     Raises:
         OptserveError: GRADIENT_OVERFLOW or REPLY_OVERFLOW.
     """
-    rows = state.constants_at(step, staleness)
+    constants = state.constants_for(at.settings)
+    rows = constants.at(at.step, at.staleness)
     for run_number, run in enumerate(payload.runs):
         for part, position, counter in state.parts_of(run):
+            decay = constants.decay(run.dtype, position, at.staleness)
             for start in range(part.start, part.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, part.stop))
                 operand_parts = [arenas[run.dtype][block].copy() for arenas in operands.values()]
                 if prepared.clip is not None:
                     prepared.clip.apply(run_number, start - run.start, operand_parts[0])
                 gradient = operand_parts[0].copy()
-                made = state.trial_step(operand_parts, run.dtype, (block, position, counter), rows, staleness)
+                made = state.trial_step(operand_parts, run.dtype, (block, position, counter), rows, decay)
                 _check_finite(state, payload, run, block, made, gradient)
                 for array, wires in ((UPDATE, reply_wires.updates), (PARAMETER, reply_wires.parameters)):
                     for wire in wires:

@@ -191,7 +191,7 @@ class DataFolder:
             result.records += 1
             try:
                 replay.redo(record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (OptserveError, ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{record.path}: the record at byte {record.offset} is undamaged, but this server cannot read it "
                     f"({error!r}). Use the server that wrote it, or a newer one."

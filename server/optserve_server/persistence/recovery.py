@@ -28,7 +28,7 @@ from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
 from optserve_server.engine.transition import Replacement
 from optserve_server.numerics.layout import ALL, Run, Selection
-from optserve_server.numerics.state import Prepared
+from optserve_server.numerics.preparation import Prepared
 from optserve_server.persistence import snapshot
 from optserve_server.persistence.journal import Record, TornTail
 

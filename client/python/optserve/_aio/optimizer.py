@@ -16,9 +16,10 @@ from optserve._aio.awaiting import CallQueue, Threads, completion, wait_until_do
 from optserve._aio.worker import LEAVE_S, SETTLE_S
 from optserve._steps.incremental import StepUnderWay
 from optserve.config import ClientConfig
-from optserve.optimizer import ReplyName
+from optserve.optimizer import ReplyName, StepHyperparameters
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
 from optserve.statistics import QUANTILES, Statistics
+from optserve.step_result import StepResult
 
 
 class AsyncOptimizer:
@@ -62,6 +63,11 @@ class AsyncOptimizer:
         return self._optimizer.gradient_norm
 
     @property
+    def last_result(self) -> StepResult | None:
+        """See `optserve.Optimizer.last_result`."""
+        return self._optimizer.last_result
+
+    @property
     def takes_curvature(self) -> bool:
         """See `optserve.Optimizer.takes_curvature`."""
         return self._optimizer.takes_curvature
@@ -77,7 +83,7 @@ class AsyncOptimizer:
         """See `optserve.Optimizer.buffers`."""
         return await self._queue.run(lambda _: self._optimizer.buffers(), self._config.timeout_s)
 
-    async def step(
+    async def step(  # noqa: PLR0913 - each is a choice of its own, by name
         self,
         grads: Mapping[str, np.ndarray],
         *,
@@ -85,10 +91,15 @@ class AsyncOptimizer:
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
         partial: bool = False,
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """See `optserve.Optimizer.step`."""
-        step = bound(self._optimizer.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+        step = bound(
+            self._optimizer.step, grads, curvature=curvature, out=out, reply=reply, partial=partial,
+            hyperparameters=hyperparameters, with_gradient_norm=with_gradient_norm,
+        )  # fmt: skip
         return await self._queue.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)
 
     @asynccontextmanager
@@ -98,12 +109,15 @@ class AsyncOptimizer:
         *,
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "updates",
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> AsyncIterator[StepUnderWay]:
         """See `optserve.Optimizer.begin_step`; its `send` does not wait and need not be awaited."""
+        options = self._optimizer._options(hyperparameters, with_gradient_norm=with_gradient_norm)
         patience = self._optimizer._connection.patience(timeout_s)
         async with self._queue.exclusive(patience):
-            step = self._optimizer._start_step(patience, names, out=out, reply=reply)
+            step = self._optimizer._start_step(patience, names, out=out, reply=reply, options=options)
             try:
                 yield step
                 step._complete()

@@ -11,8 +11,9 @@ from typing import Self, overload
 import numpy as np
 
 from optserve._aio.awaiting import CallQueue, Threads
-from optserve.optimizer import ReplyName
+from optserve.optimizer import ReplyName, StepHyperparameters
 from optserve.state import HostedParameters
+from optserve.step_result import StepResult
 from optserve.worker import Worker
 
 SETTLE_S = 1.0
@@ -87,6 +88,11 @@ class AsyncWorker:
         """See `optserve.Worker.gradient_norm`."""
         return self._worker.gradient_norm
 
+    @property
+    def last_result(self) -> StepResult | None:
+        """See `optserve.Worker.last_result`."""
+        return self._worker.last_result
+
     def __repr__(self) -> str:
         return f"Async{self._worker!r}"
 
@@ -122,7 +128,7 @@ class AsyncWorker:
         """See `optserve.Worker.refresh`."""
         await self._queue.run(lambda _: self._worker.refresh())
 
-    async def step(
+    async def step(  # noqa: PLR0913 - each is a choice of its own, by name
         self,
         grads: Mapping[str, np.ndarray],
         *,
@@ -130,8 +136,13 @@ class AsyncWorker:
         out: Mapping[str, np.ndarray] | None = None,
         reply: ReplyName = "parameters",
         partial: bool = False,
+        hyperparameters: StepHyperparameters | None = None,
+        with_gradient_norm: bool = False,
         timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """See `optserve.Worker.step`."""
-        step = bound(self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial)
+        step = bound(
+            self._worker.step, grads, curvature=curvature, out=out, reply=reply, partial=partial,
+            hyperparameters=hyperparameters, with_gradient_norm=with_gradient_norm,
+        )  # fmt: skip
         return await self._queue.run(lambda left_s: step(timeout_s=left_s), timeout_s, is_step=True)

@@ -60,6 +60,7 @@ class Resource(abc.ABC):
         self._resource = message.name
         self._slots = list(message.slots)
         self._method = message.algorithm.WhichOneof("method") or ""
+        self._groups = len(message.groups)
         method = algorithms.ALGORITHMS.get(self._method)
         self._model = ParameterTable(
             self.name, message.parameters, takes_curvature=method is not None and method.takes_curvature
@@ -97,7 +98,8 @@ class Resource(abc.ABC):
         """
         changes = Changes(schedule, clipping, groups, weight_decay, consistency)
         request = update_request(self._resource, self._method, algorithm, changes, hyperparameters)
-        self._connection.call(self._connection.stub.UpdateOptimizer, request)
+        updated = self._connection.call(self._connection.stub.UpdateOptimizer, request).optimizer
+        self._groups = len(replies.optimizer(updated, self._resource).groups)
 
     @property
     def algorithm(self) -> algorithms.Algorithm:

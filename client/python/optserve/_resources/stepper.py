@@ -12,6 +12,7 @@ from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.streams import KnownState, Streams
+from optserve.step_result import StepResult
 from optserve.v1 import optimizer_pb2, steps_pb2
 
 
@@ -69,11 +70,26 @@ class Stepper(Resource):
     def gradient_norm(self) -> float | None:
         """The Euclidean norm of the last step's gradient over all tensors, before clipping.
 
-        None unless the optimizer clips by `norm` or `global_norm`. Also None if the client had to resume the step after
-        a lost connection.
+        None unless the optimizer clips by `norm` or `global_norm`, or the step has asked for it. Also None if the
+        client had to resume the step after the server was restarted.
         """
         result = self._session.last_result
         return result.gradient_norm if result is not None and result.HasField("gradient_norm") else None
+
+    @property
+    def last_result(self) -> StepResult | None:
+        """The result of the last step that has returned; None before the first one."""
+        result = self._session.last_result
+        if result is None:
+            return None
+        return StepResult(
+            result.step,
+            tuple(result.learning_rates),
+            result.gradient_norm if result.HasField("gradient_norm") else None,
+            result.clipped if result.HasField("clipped") else None,
+            result.staleness,
+            result.replayed,
+        )
 
     @property
     def takes_curvature(self) -> bool:
@@ -99,11 +115,13 @@ class Stepper(Resource):
         def read() -> tuple[int, str]:
             found = self._get(max(patience.left_s, 0.001))
             self._session.known.create_time = found.create_time
+            self._groups = len(found.groups)
             return found.step, found.lineage
 
         self._session.refresh(read, patience)
 
     def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
+        self._groups = len(optimizer.groups)
         patience = self._connection.patience(self._connection.config.timeout_s)
         self._session.refresh(lambda: (optimizer.step, optimizer.lineage), patience)
 

@@ -11,6 +11,7 @@ import numpy as np
 from optserve._common import half_floats, wire
 from optserve._steps.error_feedback import Attempt, Rounding
 from optserve._steps.shared_memory import CURVATURE, GRADIENT, Arrival, Operand
+from optserve._values.step_settings import StepOptions
 from optserve.v1 import steps_pb2
 
 ANNOUNCED_BYTES = 1 << 16
@@ -45,6 +46,7 @@ class Gradients:
 
     Attributes:
         rounding: Adds the rounding errors of earlier gradients; None without error feedback.
+        options: What the step asks for beside its reply; None for nothing.
     """
 
     incremental = False
@@ -64,6 +66,7 @@ class Gradients:
         self.arrays = arrays
         self.whole = whole
         self.rounding: Rounding | None = None
+        self.options: StepOptions | None = None
         self._wire = wire
 
     def messages(

@@ -19,7 +19,14 @@ from optserve._steps.outgoing import Outgoing
 from optserve._steps.shared_memory import SharedStaging
 from optserve._steps.updates import Updates
 from optserve.config import ClientConfig
-from optserve.errors import DeadlineExceededError, InternalError, OptserveError, UnavailableError, from_status
+from optserve.errors import (
+    DeadlineExceededError,
+    FeatureUnavailableError,
+    InternalError,
+    OptserveError,
+    UnavailableError,
+    from_status,
+)
 from optserve.v1 import steps_pb2
 
 MIN_CHUNK_BYTES = 1024
@@ -111,8 +118,12 @@ class StepStream:
             DeadlineExceededError, StepCancelledError: The patience has ended; the step may have been applied.
         """
         begin = request.begin
-        if gradients is not None and not gradients.whole:
-            begin.tensors.extend(gradients.indices)
+        if gradients is not None:
+            if not gradients.whole:
+                begin.tensors.extend(gradients.indices)
+            if gradients.options is not None:
+                begin.settings.extend(gradients.options.settings)
+                begin.with_gradient_norm = gradients.options.with_gradient_norm
         begin.with_curvature, begin.reply = self._takes_curvature, updates.reply
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
@@ -188,6 +199,15 @@ class StepStream:
             return self._next_packet
         self._outgoing.put(iter([message]))
         return self._next_message
+
+    def check_options(self, gradients: Gradients) -> None:
+        """Raise FeatureUnavailableError if the step asks for what this server would ignore."""
+        if gradients.options is not None and not self.opened.step_settings:
+            raise FeatureUnavailableError(
+                f"{self._connection.target} is an older server: it has no hyper-parameters of single steps and no "
+                "gradient norm on demand (FEATURE_STEP_SETTINGS). Nothing was sent. Change the optimizer's own with "
+                "update()."
+            )
 
     def close(self) -> None:
         """End the stream at once. Safe from any thread, and more than once."""

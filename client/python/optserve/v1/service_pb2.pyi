@@ -34,6 +34,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_SHARED_MEMORY: _ClassVar[Feature]
     FEATURE_HALF_PRECISION_WIRE: _ClassVar[Feature]
     FEATURE_IMPORTED_SETTINGS: _ClassVar[Feature]
+    FEATURE_STEP_SETTINGS: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_UNARY_STEPS: Feature
 FEATURE_STREAMED_STEPS: Feature
@@ -50,6 +51,7 @@ FEATURE_STATISTICS: Feature
 FEATURE_SHARED_MEMORY: Feature
 FEATURE_HALF_PRECISION_WIRE: Feature
 FEATURE_IMPORTED_SETTINGS: Feature
+FEATURE_STEP_SETTINGS: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

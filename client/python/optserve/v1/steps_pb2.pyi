@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
+from optserve.v1 import algorithms_pb2 as _algorithms_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -42,7 +43,7 @@ OPERAND_GRADIENT: Operand
 OPERAND_CURVATURE: Operand
 
 class ApplyGradientsRequest(_message.Message):
-    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage", "life", "last_request_id")
+    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage", "life", "last_request_id", "settings", "with_gradient_norm")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +54,8 @@ class ApplyGradientsRequest(_message.Message):
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    WITH_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     expected_step: int
@@ -63,7 +66,9 @@ class ApplyGradientsRequest(_message.Message):
     lineage: str
     life: int
     last_request_id: str
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ..., life: _Optional[int] = ..., last_request_id: _Optional[str] = ...) -> None: ...
+    settings: _containers.RepeatedCompositeFieldContainer[StepSettings]
+    with_gradient_norm: bool
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ..., life: _Optional[int] = ..., last_request_id: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ...) -> None: ...
 
 class ApplyGradientsResponse(_message.Message):
     __slots__ = ("result", "updates")
@@ -136,7 +141,7 @@ class Open(_message.Message):
     def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "create_time", "shared_memory")
+    __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "create_time", "step_settings", "shared_memory")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +149,7 @@ class Opened(_message.Message):
     LAST_TENSORS_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    STEP_SETTINGS_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     step: int
     last_request_id: str
@@ -152,8 +158,9 @@ class Opened(_message.Message):
     last_tensors: _containers.RepeatedScalarFieldContainer[int]
     lineage: str
     create_time: _timestamp_pb2.Timestamp
+    step_settings: bool
     shared_memory: SharedMemory
-    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., last_request_id: _Optional[str] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., etag: _Optional[str] = ..., last_tensors: _Optional[_Iterable[int]] = ..., lineage: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., step_settings: bool = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("segment", "size_bytes", "nonce_offset", "offsets", "curvature_offsets", "dirty_offset", "replied_offset", "control_socket")
@@ -196,7 +203,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_chunk_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., preferred_chunk_bytes: _Optional[int] = ..., max_parameter_bytes: _Optional[int] = ..., max_parameters: _Optional[int] = ..., max_streams: _Optional[int] = ..., max_optimizers: _Optional[int] = ..., max_state_bytes: _Optional[int] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("request_id", "expected_step", "tensors", "with_curvature", "reply", "shared_memory_nonce", "parameters_step")
+    __slots__ = ("request_id", "expected_step", "tensors", "with_curvature", "reply", "shared_memory_nonce", "parameters_step", "settings", "with_gradient_norm")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +211,8 @@ class Begin(_message.Message):
     REPLY_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_NONCE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_STEP_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    WITH_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     expected_step: int
     tensors: _containers.RepeatedScalarFieldContainer[int]
@@ -211,7 +220,19 @@ class Begin(_message.Message):
     reply: Reply
     shared_memory_nonce: bytes
     parameters_step: int
-    def __init__(self, request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., with_curvature: bool = ..., reply: _Optional[_Union[Reply, str]] = ..., shared_memory_nonce: _Optional[bytes] = ..., parameters_step: _Optional[int] = ...) -> None: ...
+    settings: _containers.RepeatedCompositeFieldContainer[StepSettings]
+    with_gradient_norm: bool
+    def __init__(self, request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., with_curvature: bool = ..., reply: _Optional[_Union[Reply, str]] = ..., shared_memory_nonce: _Optional[bytes] = ..., parameters_step: _Optional[int] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ...) -> None: ...
+
+class StepSettings(_message.Message):
+    __slots__ = ("group", "algorithm", "weight_decay")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    algorithm: _algorithms_pb2.Algorithm
+    weight_decay: float
+    def __init__(self, group: _Optional[int] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("tensor", "offset", "operand")
@@ -232,18 +253,22 @@ class Abort(_message.Message):
     def __init__(self) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("request_id", "step", "replayed", "gradient_norm", "staleness")
+    __slots__ = ("request_id", "step", "replayed", "gradient_norm", "staleness", "learning_rates", "clipped")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     step: int
     replayed: bool
     gradient_norm: float
     staleness: int
-    def __init__(self, request_id: _Optional[str] = ..., step: _Optional[int] = ..., replayed: bool = ..., gradient_norm: _Optional[float] = ..., staleness: _Optional[int] = ...) -> None: ...
+    learning_rates: _containers.RepeatedScalarFieldContainer[float]
+    clipped: bool
+    def __init__(self, request_id: _Optional[str] = ..., step: _Optional[int] = ..., replayed: bool = ..., gradient_norm: _Optional[float] = ..., staleness: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clipped: bool = ...) -> None: ...
 
 class StepError(_message.Message):
     __slots__ = ("request_id", "status")

@@ -24,6 +24,7 @@ from optserve_server.numerics.consistency import Consistency
 from optserve_server.numerics.gradient_mean import Gradient
 from optserve_server.numerics.headroom import ReplyWires
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import StepOptions
 
 
 class WorkerSteps:
@@ -177,7 +178,7 @@ class WorkerSteps:
         if step.replay and worker.step_slot.retained:
             step.reply_source = worker.step_slot.staging.updates
             worker.step_slot.check_replay(step)
-            return Outcome(step.request_id, worker.step_slot.retained.step, replayed=True)
+            return worker.step_slot.retained.replayed()
         # Also catches a replay whose reply is lost: it has no gradients, and must not be applied.
         step.check_complete()
         self._contribute(worker, step, self.consistency)
@@ -254,17 +255,17 @@ class WorkerSteps:
         scaled_by = consistency.scaled_by(max(stale))
         try:
             written = owner.committer.prepare(
-                gradient.staging, payload, gradient.largest, _reply_wires_of(steps), made, staleness=scaled_by
+                gradient, payload, _reply_wires_of(steps), made, options=_options_of(steps), staleness=scaled_by
             )
         except OptserveError as error:
             if error.reason in (Reason.GRADIENT_OVERFLOW, Reason.REPLY_OVERFLOW):
                 self._refuse_all(workers, steps, error)
             raise
-        norm = owner.committer.apply(written)
+        effect = owner.committer.apply(written)
         for worker, step, staleness in zip(workers, steps, stale, strict=True):
             if step.replies is UPDATES and worker.step_slot.staging is not gradient.staging:
                 worker.step_slot.staging.copy_updates(gradient.staging.updates, payload)
-            self._answer(worker, step, Outcome(step.request_id, owner.step, False, norm, staleness))
+            self._answer(worker, step, Outcome(step.request_id, owner.step, False, effect, staleness))
             self.withdraw(worker)
 
     def _refuse_all(self, workers: Sequence[Worker], steps: Sequence[Step], error: OptserveError) -> None:
@@ -284,6 +285,7 @@ class WorkerSteps:
         step.reply_source = staging.updates
         if step_slot.retained is not None:
             step_slot.retained.intact, step_slot.retained.holds = True, step.replies
+            step_slot.retained.effect, step_slot.retained.staleness = outcome.effect, outcome.staleness
         step.committed, step.last_progress_at, step.outcome = True, self._monotonic(), outcome
 
 
@@ -298,6 +300,13 @@ def _evict_abandoned(worker: Worker) -> None:
         return
     if holder.life != worker.life or (holder.stream is not None and holder.stream < worker.stream):
         worker.step_slot.holder = None
+
+
+def _options_of(steps: Sequence[Step]) -> StepOptions:
+    """What the steps ask for that are applied together; several have no settings of their own."""
+    if len(steps) == 1:
+        return steps[0].options
+    return StepOptions(with_norm=any(step.options.with_norm for step in steps))
 
 
 def _reply_wires_of(steps: Sequence[Step]) -> ReplyWires:

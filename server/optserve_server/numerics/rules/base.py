@@ -226,6 +226,14 @@ class Rule:
             field=f"optimizer.algorithm.{self.name}.{name}",
         )
 
+    def is_bounded_by(self, other: Rule) -> bool:
+        """Whether bounds for `other` hold for this rule too: it is the same, or has a smaller learning rate."""
+        others = vars(other)
+        return all(
+            value == others[name] or (name == "learning_rate" and value <= others[name])
+            for name, value in vars(self).items()
+        )
+
     def gradient_limit(self, dtype: np.dtype) -> float:
         """The largest magnitude of an element of the gradient, and of the curvature, that keeps the state finite.
 

@@ -1,0 +1,75 @@
+"""Turns the hyper-parameters that a user gives for one step into messages of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from optserve.errors import InvalidArgumentError
+from optserve.settings import set_hyperparameter
+from optserve.v1 import steps_pb2
+
+StepHyperparameters = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
+"""One mapping for all parameters; or a mapping for the parameters in no group, then one for each group."""
+
+
+class StepOptions(NamedTuple):
+    """What a step asks for beside its reply.
+
+    Attributes:
+        settings: Settings for this step only.
+        with_gradient_norm: Whether the server is to compute the norm of the gradient in any case.
+    """
+
+    settings: Sequence[steps_pb2.StepSettings]
+    with_gradient_norm: bool
+
+
+def step_options(
+    hyperparameters: StepHyperparameters | None, method: str, groups: int, *, with_gradient_norm: bool
+) -> StepOptions | None:
+    """What a step asks for; None if it asks for nothing.
+
+    Args:
+        hyperparameters: See `optserve.Optimizer.step`.
+        method: Name of the optimizer's method in the contract.
+        groups: Number of the optimizer's groups.
+        with_gradient_norm: See StepOptions.
+
+    Raises:
+        InvalidArgumentError: The method has no such hyper-parameter, a value has the wrong type, or there is another
+            number of groups.
+    """
+    settings = [] if hyperparameters is None else _messages(hyperparameters, method, groups)
+    return StepOptions(settings, with_gradient_norm) if settings or with_gradient_norm else None
+
+
+def _messages(hyperparameters: StepHyperparameters, method: str, groups: int) -> list[steps_pb2.StepSettings]:
+    if isinstance(hyperparameters, Mapping):
+        return [_message(None, hyperparameters, method)] if hyperparameters else []
+    if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Sequence):
+        raise InvalidArgumentError(
+            "hyperparameters must be a mapping, such as {'learning_rate': 0.1}, or a sequence of mappings."
+        )
+    if len(hyperparameters) != groups + 1:
+        raise InvalidArgumentError(
+            f"hyperparameters has {len(hyperparameters)} entries; it needs {groups + 1}: one for the parameters in no "
+            f"group, then one for each of {groups} groups. If another client has changed the groups, call refresh()."
+        )
+    for entry in hyperparameters:
+        if entry is not None and not isinstance(entry, Mapping):
+            raise InvalidArgumentError(f"An entry of hyperparameters is a mapping or None, not {entry!r}.")
+    return [_message(group, entry, method) for group, entry in enumerate(hyperparameters) if entry]
+
+
+def _message(group: int | None, values: Mapping[str, Any], method: str) -> steps_pb2.StepSettings:
+    message = steps_pb2.StepSettings(group=group)
+    for name, value in values.items():
+        if name != "weight_decay":
+            set_hyperparameter(message.algorithm, method, name, value)
+            continue
+        try:
+            message.weight_decay = value
+        except TypeError as error:
+            raise InvalidArgumentError(f"weight_decay cannot be {value!r}: {error}") from error
+    return message
