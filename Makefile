@@ -22,7 +22,7 @@ test: .venv/.dev wheels ## Run the whole test suite, containers and the real MNI
 test-fast: .venv/.dev ## Run the tests that need neither containers nor minutes nor a quiet machine
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not mnist and not containers and not quiet"
 
-test-integrations: .venv/.integrations .venv/federated/.installed ## Run the tests with JAX, optax, Keras, transformers, Accelerate and Flower
+test-integrations: .venv/.integrations .venv/federated/.installed ## Run the tests with JAX, optax, Keras, transformers, Accelerate, Flower and Jupyter
 	$(BIN)/pytest -n 2 --dist loadgroup -m integrations tests/integrations
 
 torture: .venv/.dev ## Kill a server 1,000 times within its calls to the disk
