@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -553,3 +554,92 @@ def test_all_ways_of_transport_give_the_same_bits(client, name, transport, dtype
             for key, p in reference.named_parameters():
                 torch.add(torch.from_numpy(updates[key]), p, alpha=1 - 0.01 * 0.01, out=p)
     same(model, reference, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.usefixtures("doubles")
+def test_a_schedule_of_the_server_multiplies_the_rate_of_decoupled_decay_too(client, name):
+    ours, theirs = network(), network()
+    client.create_optimizer(
+        name,
+        optserve.AdamW(0.01),
+        {key: param.detach() for key, param in ours.named_parameters()},
+        schedule=optserve.Exponential(rate=0.8),
+    )
+    remote = RemoteOptimizer(ours.named_parameters(), client.optimizer(name), weight_decay=0.5)
+    local = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(local, 0.8)
+    for step in range(10):
+        loop(ours, remote, range(step, step + 1))
+        loop(theirs, local, range(step, step + 1))
+        schedule.step()
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("wire", ["native", "half"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_server_holds_master_weights_in_float32(client, name, dtype, wire):
+    model = network(dtype=dtype)
+    exact = network(dtype=torch.float32)
+    exact.load_state_dict({key: value.float() for key, value in model.state_dict().items()})
+    half: Any = str(dtype).rpartition(".")[2]
+    optimizer = RemoteOptimizer(
+        model.named_parameters(), client, optserve.AdamW(1e-4), name=name, master_weights=True, weight_decay=0.1,
+        wire_dtype="native" if wire == "native" else half,
+    )  # fmt: skip
+    assert optimizer.remote.transport[0] == ("shm" if wire == "native" else "grpc")
+    reference = torch.optim.AdamW(exact.parameters(), lr=1e-4, weight_decay=0.1)
+    schedules = [torch.optim.lr_scheduler.StepLR(opt, 3) for opt in (optimizer, reference)]
+
+    def train(steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            backward(model, step)
+            for mine, other in zip(model.parameters(), exact.parameters(), strict=True):
+                other.grad = present(mine.grad).float()
+            optimizer.step()
+            reference.step()
+            for schedule in schedules:
+                schedule.step()
+
+    train(range(10))
+    held = client.optimizer(name).pull_parameters().arrays
+    for key, parameter in exact.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(held[key]), parameter.detach(), rtol=1e-6, atol=1e-8)
+        assert torch.equal(model.get_parameter(key), torch.from_numpy(held[key]).to(dtype))
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    train(range(10, 15))
+    whole = client.optimizer(name).pull_parameters().arrays
+
+    # Once more from the checkpoint: the same bits, for it has the master weights.
+    model.load_state_dict(weights)
+    backward(model, 0)
+    with pytest.raises(optserve.InvalidArgumentError, match="upload_parameters"):
+        optimizer.step()
+    optimizer.load_state_dict(saved)
+    schedules[0].last_epoch = 10
+    for step in range(10, 15):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        schedules[0].step()
+    for key, array in client.optimizer(name).pull_parameters().arrays.items():
+        np.testing.assert_array_equal(array, whole[key])
+    # A checkpoint goes to torch's own class, which has no master weights.
+    torch.optim.AdamW(model.named_parameters()).load_state_dict(optimizer.state_dict())
+
+    with torch.no_grad():
+        present(next(model.parameters())).mul_(0.5)
+    optimizer.upload_parameters()
+    optimizer.zero_grad()
+    backward(model, 15)
+    optimizer.step()
+    optimizer.close()
+    other = network(seed=9, dtype=dtype)
+    again = RemoteOptimizer(
+        other.named_parameters(), client, optserve.AdamW(1e-4), name=name, master_weights=True, if_exists="resume"
+    )
+    same(other, model, rtol=0.0, atol=0.0)
+    with pytest.raises(optserve.InvalidArgumentError, match="master_weights=True"):
+        RemoteOptimizer(other.named_parameters(), client, optserve.AdamW(1e-4), name=name, if_exists="resume")
+    again.close()

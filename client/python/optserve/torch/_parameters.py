@@ -53,6 +53,8 @@ class Parameter:
             )
         self.dtype = _STATE_DTYPES[tensor.dtype]
         self.spec = TensorSpec(tuple(real(tensor).shape), str(self.dtype).rpartition(".")[2])
+        # Counts changes of x, see `has_changed`.
+        self._version = tensor._version
         # Where the gradient goes that cannot be sent as it is.
         self._staging: torch.Tensor | None = None
 
@@ -102,6 +104,20 @@ class Parameter:
             torch.add(update, x, alpha=keep, out=x)
         else:
             x.copy_(torch.add(update, x, alpha=keep))
+
+    def value(self) -> np.ndarray:
+        """A copy of x, in the dtype of the state."""
+        return real(self.tensor.detach()).cpu().to(self.dtype, copy=True).contiguous().numpy()
+
+    def put(self, x: torch.Tensor) -> None:
+        """Change x to what the server has, rounded to the dtype of the parameter."""
+        real(self.tensor.detach()).copy_(x)
+        self._version = self.tensor._version
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether x was changed in place since it was made, or since the last `put`, other than by `.data`."""
+        return self.tensor._version != self._version
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:

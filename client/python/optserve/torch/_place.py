@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from optserve._resources.choices import TransportName, WireDtype
 from optserve.algorithms import Algorithm
@@ -38,12 +41,14 @@ class Wanted:
         groups: All param groups but the first.
         specs: The parameters by name, in the order of the groups.
         initial_state: Makes the state with which it begins; None if that is 0 everywhere.
+        values: Makes the values of the parameters, if the server is to hold them.
     """
 
     algorithm: Algorithm
     groups: list[Group]
     specs: Mapping[str, TensorSpec]
     initial_state: Callable[[], OptimizerState] | None
+    values: Callable[[], Mapping[str, np.ndarray]] | None
 
 
 class Place:
@@ -54,12 +59,16 @@ class Place:
         choices: See Choices; only `clipping` counts for an optimizer that exists.
         wanted: What it has to be.
 
+    Attributes:
+        existed: Whether the server had it before.
+
     Raises:
         OptserveError: See `RemoteOptimizer`.
     """
 
     def __init__(self, server: str | Client | Optimizer, choices: Choices, wanted: Wanted) -> None:
         self._closed = False
+        self.existed = isinstance(server, Optimizer)
         self._own_client: Client | None = None
         self._deletes: Client | None = None
         if isinstance(server, Optimizer):
@@ -69,7 +78,7 @@ class Place:
         if isinstance(server, str):
             server = self._own_client = connect(server)
         try:
-            self._remote = _created(server, choices, wanted)
+            self._remote, self.existed = _created(server, choices, wanted)
         except BaseException:
             if self._own_client is not None:
                 self._own_client.close()
@@ -117,27 +126,31 @@ def existing_method(server: object, algorithm: object, name: str | None) -> Algo
     return algorithm
 
 
-def _created(client: Client, choices: Choices, wanted: Wanted) -> Optimizer:
-    """The optimizer of the chosen name: created, or the one that exists."""
+def _created(client: Client, choices: Choices, wanted: Wanted) -> tuple[Optimizer, bool]:
+    """(the optimizer of the chosen name, whether it existed before)."""
     if choices.if_exists not in ("error", "resume", "replace"):
         raise InvalidArgumentError(f"if_exists is error, resume or replace, not {choices.if_exists!r}.")
     name = choices.name or f"torch-{uuid.uuid4().hex[:12]}"
     if choices.if_exists == "replace":
         client.delete_optimizer(name, missing_ok=True)
-    try:
-        if choices.if_exists == "resume":
+    existed = False
+    if choices.if_exists == "resume":
+        with suppress(NotFoundError):
             _adopt(client.optimizer(name), choices.clipping, wanted)
-        else:
-            _create(client, name, choices.clipping, wanted)
-    except NotFoundError:
+            existed = True
+    if not existed:
         _create(client, name, choices.clipping, wanted)
-    return client.optimizer(name, transport=choices.transport, wire_dtype=choices.wire_dtype)
+    return client.optimizer(name, transport=choices.transport, wire_dtype=choices.wire_dtype), existed
 
 
 def _create(client: Client, name: str, clipping: Clipping | None, wanted: Wanted) -> None:
     try:
         if wanted.initial_state is None:
-            client.create_optimizer(name, wanted.algorithm, wanted.specs, groups=wanted.groups, clipping=clipping)
+            params = wanted.specs if wanted.values is None else wanted.values()
+            hosted = wanted.values is not None
+            client.create_optimizer(
+                name, wanted.algorithm, params, groups=wanted.groups, clipping=clipping, hosted=hosted
+            )
             return
         created = client.create_optimizer_from_state(name, wanted.initial_state())
         if clipping is not None:
@@ -153,9 +166,10 @@ def _create(client: Client, name: str, clipping: Clipping | None, wanted: Wanted
 
 def _adopt(existing: Optimizer, clipping: Clipping | None, wanted: Wanted) -> None:
     """Check that an optimizer is what is needed, and give it the settings."""
-    if existing.hosted:
+    if existing.hosted != (wanted.values is not None):
         raise InvalidArgumentError(
-            f"The server holds the parameters of {existing.name!r}; this needs an optimizer in delta mode."
+            f"The server {'holds' if existing.hosted else 'does not hold'} the parameters of {existing.name!r}; "
+            f"that needs master_weights={existing.hosted}."
         )
     present = [(item.name, tuple(item.shape), item.dtype.name) for item in existing._model.parameters]
     needed = [(name, spec.shape, spec.dtype) for name, spec in wanted.specs.items()]
@@ -165,9 +179,4 @@ def _adopt(existing: Optimizer, clipping: Clipping | None, wanted: Wanted) -> No
             f"parameters of other names, shapes or dtypes, such as {min(differing)!r}" if differing else "another order"
         )
         raise InvalidArgumentError(f"The optimizer {existing.name!r} has {what}.")
-    if existing.schedule is not None:
-        raise InvalidArgumentError(
-            f"{existing.name!r} has a schedule, which would multiply `lr`: update(schedule=None) takes it away, and "
-            "torch.optim.lr_scheduler has others."
-        )
     existing.update(wanted.algorithm, groups=wanted.groups, clipping=... if clipping is None else clipping)

@@ -13,13 +13,15 @@ from optserve._values.torch_methods import KNOWN, STEP, recognise
 from optserve.algorithms import Algorithm, FedAdam, Yogi
 from optserve.errors import InvalidArgumentError
 from optserve.settings import Group
-from optserve.state import OptimizerState
+from optserve.state import PARAMETER, OptimizerState
 from optserve.torch._layout import METHOD, Layout, plain
 from optserve.torch._parameters import Parameter, real
 from optserve.torch.state_dicts import from_state_dict, to_state_dict
 
 Members = Sequence[Sequence[Parameter]]
 """The parameters of each param group."""
+MASTER = "master_weight"
+"""What the state of a parameter has besides, if the server holds the weights: x in float32."""
 _SCALARS = frozenset({"step", "mu_product"})
 """What torch has once per parameter, on the host."""
 
@@ -29,12 +31,13 @@ def server_groups(members: Members, algorithms: Sequence[Algorithm]) -> tuple[Al
     filled = [(own, algorithm) for own, algorithm in zip(members, algorithms, strict=True) if own]
     base = filled[0][1]
     return base, [
-        Group(
-            [parameter.name for parameter in own],
-            {key: value for key, value in asdict(algorithm).items() if value != getattr(base, key)},
-        )
-        for own, algorithm in filled[1:]
+        Group([parameter.name for parameter in own], differences(algorithm, base)) for own, algorithm in filled[1:]
     ]
+
+
+def differences(algorithm: Algorithm, base: Algorithm) -> dict[str, Any]:
+    """The hyper-parameters that differ from those of another value of the same method."""
+    return {key: value for key, value in asdict(algorithm).items() if value != getattr(base, key)}
 
 
 def torch_entries(
@@ -49,7 +52,9 @@ def torch_entries(
         algorithms: The method of each group, with its present hyper-parameters.
     """
     base, groups = server_groups(members, algorithms)
-    state = replace(state.without("schedule", "clipping", "weight_decay", "consistency"), algorithm=base, groups=groups)
+    masters = state.hosted_parameters
+    state = state.without("schedule", "clipping", "weight_decay", "consistency", "parameters")
+    state = replace(state, algorithm=base, groups=groups)
     saved = _own_dict(state) if METHOD in layout.defaults else to_state_dict(state)
     flat = [parameter for own in members for parameter in own]
     entries = {
@@ -57,14 +62,25 @@ def torch_entries(
         for index, parameter in enumerate(flat)
         if index in saved["state"]
     }
+    for parameter in flat:
+        if parameter.name in masters:
+            own = _for_torch(MASTER, torch.from_numpy(np.array(masters[parameter.name])), parameter)
+            entries.setdefault(parameter.tensor, {})[MASTER] = own
     exact = iter(saved["param_groups"])
     return entries, [next(exact).get(STEP) if own else None for own in members]
 
 
 def state_from(
-    saved: Mapping[str, Any], layout: Layout, members: Members, algorithms: Sequence[Algorithm]
+    saved: Mapping[str, Any], layout: Layout, members: Members, algorithms: Sequence[Algorithm], *, hosted: bool
 ) -> OptimizerState:
     """The state that the server imports for a state_dict whose param groups fit those of the optimizer.
+
+    Args:
+        saved: The state_dict.
+        layout: Of the groups.
+        members: The parameters of each group.
+        algorithms: The method of each group.
+        hosted: Whether the server holds the parameters: those of the state_dict, or else those of the model.
 
     Raises:
         InvalidArgumentError: The state_dict is of another method, has other names, or its tensors do not fit.
@@ -75,6 +91,7 @@ def state_from(
         index: {key: _for_server(key, value, parameter) for key, value in saved["state"].get(index, {}).items()}
         for index, parameter in zip(indices, flat, strict=True)
     }
+    masters = {parameter.name: entry.pop(MASTER, None) for parameter, entry in zip(flat, entries.values(), strict=True)}
     base, groups = server_groups(members, algorithms)
     if METHOD in layout.defaults:
         state = _own_state(dict(zip((parameter.name for parameter in flat), entries.values(), strict=True)), base, flat)
@@ -82,7 +99,20 @@ def state_from(
         kept = [_without_ours(group, layout) for group in saved["param_groups"]]
         params = {p.name: torch.empty(p.spec.shape, dtype=p.dtype, device="meta") for p in flat}
         state = from_state_dict({"state": entries, "param_groups": kept}, params, method=layout.kind)
+    if hosted:
+        slots = {p.name: {**state.slots[p.name], PARAMETER: _master(p, masters[p.name])} for p in flat}
+        state = replace(state, slots=slots)
     return replace(state, algorithm=base, groups=groups)
+
+
+def _master(parameter: Parameter, saved: torch.Tensor | None) -> np.ndarray:
+    if saved is None:
+        return parameter.value()
+    if tuple(saved.shape) != parameter.spec.shape:
+        raise InvalidArgumentError(
+            f"{MASTER} of {parameter.name!r} is {list(saved.shape)}, not {list(parameter.spec.shape)}."
+        )
+    return np.array(saved.numpy())
 
 
 def _without_ours(group: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
 
-from optserve._resources.choices import TransportName, WireDtype
+from optserve._resources.choices import ReplyName, TransportName, WireDtype
 from optserve._values.torch_methods import STEP
 from optserve.algorithms import Algorithm
 from optserve.client import Client
 from optserve.errors import ClientUseError, FailedPreconditionError, InvalidArgumentError, StepInDoubtError
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping
-from optserve.torch._layout import Layout, begins_at_zero, decays, plain
-from optserve.torch._parameters import Parameter
+from optserve.state import PARAMETER, OptimizerState
+from optserve.torch._groups import Groups
+from optserve.torch._layout import Layout
 from optserve.torch._place import Choices, IfExists, Place, Wanted, existing_method
 from optserve.torch._states import check_origin, server_groups, state_from, torch_entries
 
@@ -27,10 +30,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     `step` sends the gradients, and adds the updates Δx to the parameters in place; a parameter without a gradient stays
     as it is. The param groups have the settings, under the names, of the class of torch.optim with the same method:
-    schedulers and live edits work as there, and each value counts from the next step on. A method that torch does not
-    have gets `lr`, `betas`, and its own names for the others. `weight_decay` is added to the gradient, or decoupled
-    (x ← x − lr λ x) with AdamW, with Lion, and where a group has `decoupled_weight_decay=True`; as in torch, it is 0.01
-    for AdamW and 0 for the others by default.
+    schedulers and live edits work as there, and travel with each step, at no call of their own. A method that torch
+    does not have gets `lr`, `betas`, and its own names for the others. `weight_decay` is added to the gradient, or
+    decoupled (x ← x − lr λ x) with AdamW, with Lion, and where a group has `decoupled_weight_decay=True`; as in torch,
+    it is 0.01 for AdamW and 0 for the others by default.
 
     `state_dict` and `load_state_dict` have torch's own layout of the method, so a checkpoint moves between this class
     and that of torch, both ways. States of half floats are float32, those of complex numbers two real ones. `state` is
@@ -48,7 +51,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             the state of one moment, load both from a checkpoint of torch.
         clipping: Clipping by the server, after weight decay was added to the gradient.
         transport: See `Client.optimizer`.
-        wire_dtype: See `Client.optimizer`.
+        wire_dtype: See `Client.optimizer`. For a model in half floats, that dtype loses nothing of gradients and x.
+        master_weights: Let the server hold the parameters x, in float32, and round them to the dtype of the model after
+            each step. If the optimizer exists, the model gets the server's x.
         defaults: Further settings of all groups under torch's names, such as weight_decay, maximize, lr or betas.
 
     Attributes:
@@ -81,31 +86,35 @@ class RemoteOptimizer(torch.optim.Optimizer):
         clipping: Clipping | None = None,
         transport: TransportName = "auto",
         wire_dtype: WireDtype = "native",
+        master_weights: bool = False,
         **defaults: Any,
     ) -> None:
-        self._layout = Layout.of(existing_method(server, algorithm, name))
-        self._members: list[list[Parameter]] = []
-        self._names: dict[str, Parameter] = {}
+        layout = Layout.of(existing_method(server, algorithm, name))
+        layout.check_defaults(defaults)
+        self._groups = Groups(layout, holds_x=master_weights)
         self._loading: dict[str, Any] = {}
-        self._layout.check_defaults(defaults)
-        super().__init__(params, {**self._layout.defaults, **defaults})
-        if not self._names:
-            raise InvalidArgumentError("The param groups have no parameter.")
-        self._known: list[tuple[Any, ...]] = []
-        self._algorithms: list[Algorithm] = []
-        self._read_settings()
         self._outputs: dict[str, np.ndarray] = {}
-        self._updates: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+        super().__init__(params, {**layout.defaults, **defaults})
+        if not self._groups.names:
+            raise InvalidArgumentError("The param groups have no parameter.")
+        self._groups.read(self.param_groups)
         self._place = Place(server, Choices(name, if_exists, clipping, transport, wire_dtype), self._wanted())
+        if master_weights and self._place.existed:
+            self._pull()
 
     def _wanted(self) -> Wanted:
         """The optimizer that is needed at the server."""
-        specs = {parameter.name: parameter.spec for parameter in self._names.values()}
-        base, groups = server_groups(self._members, self._algorithms)
-        if all(begins_at_zero(self._layout, group) for group in self.param_groups):
-            return Wanted(base, groups, specs, None)
-        begun = super().state_dict()
-        return Wanted(base, groups, specs, lambda: state_from(begun, self._layout, self._members, self._algorithms))
+        groups = self._groups
+        specs = {parameter.name: parameter.spec for parameter in groups.names.values()}
+        base, others = server_groups(groups.members, groups.algorithms)
+        begin = None
+        if not groups.all_begin_at_zero(self.param_groups):
+            begin = partial(self._state_from, super().state_dict(), groups.algorithms)
+        return Wanted(base, others, specs, begin, groups.values if groups.holds_x else None)
+
+    def _state_from(self, saved: dict[str, Any], algorithms: list[Algorithm]) -> OptimizerState:
+        groups = self._groups
+        return state_from(saved, groups.layout, groups.members, algorithms, hosted=groups.holds_x)
 
     @property
     def remote(self) -> Optimizer:
@@ -113,6 +122,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._place is None:
             raise ClientUseError("This RemoteOptimizer has no optimizer at the server.")
         return self._place.remote
+
+    @property
+    def _reply(self) -> ReplyName:
+        return "parameters" if self._groups.holds_x else "updates"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,31 +147,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = self._gradients()
+        gradients = self._groups.gradients(self.param_groups)
         if gradients:
-            self._send_settings()
-            whole = len(gradients) == len(self._names)
+            changes = self._groups.changes(self.param_groups)
+            whole = len(gradients) == len(self._groups.names)
             try:
-                updates = remote.step(gradients, out=self._arrays(), partial=not whole)
+                replies = remote.step(
+                    gradients, out=self._arrays(), reply=self._reply, partial=not whole, hyperparameters=changes
+                )
             except StepInDoubtError as error:
                 error.add_note("RemoteOptimizer.recover() adds the updates of the interrupted step, if it was applied.")
                 raise
-            self._apply(updates)
+            self._apply(replies)
         return loss
-
-    def _gradients(self) -> dict[str, np.ndarray]:
-        """The gradients to be sent, with weight decay."""
-        gradients: dict[str, np.ndarray] = {}
-        for group, parameters in zip(self.param_groups, self._members, strict=True):
-            tensors, maximize, (decay, _) = group["params"], bool(group.get("maximize")), decays(group)
-            if len(tensors) != len(parameters):
-                raise InvalidArgumentError("The parameters of a group have changed; add_param_group adds others.")
-            for tensor, parameter in zip(tensors, parameters, strict=True):
-                if tensor is not parameter.tensor:
-                    raise InvalidArgumentError(f"Parameter {parameter.name!r} is another tensor than before.")
-                if tensor.grad is not None:
-                    gradients[parameter.name] = parameter.gradient(maximize=maximize, decay=decay)
-        return gradients
 
     def _arrays(self) -> dict[str, np.ndarray] | None:
         """Arrays for the updates: the memory that is shared with the server, or arrays that serve for all steps."""
@@ -169,47 +170,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if stream.shared is not None:
             return self.remote.buffers()
         if not self._outputs:
-            self._outputs = {name: np.empty(p.spec.shape, p.spec.dtype) for name, p in self._names.items()}
+            self._outputs = {
+                name: np.empty(parameter.spec.shape, parameter.spec.dtype)
+                for name, parameter in self._groups.names.items()
+            }
         return self._outputs
 
-    def _apply(self, updates: Mapping[str, np.ndarray]) -> None:
-        """Change the parameters by the updates of a step, and by decoupled weight decay."""
-        for group, parameters in zip(self.param_groups, self._members, strict=True):
-            _, decay = decays(group)
-            keep = 1.0 - plain(group["lr"]) * decay if decay else 1.0
-            for parameter in parameters:
-                array = updates.get(parameter.name)
-                if array is not None:
-                    parameter.apply(self._as_tensor(parameter.name, array), keep)
+    def _apply(self, replies: dict[str, np.ndarray]) -> None:
+        # Without rates if the server was restarted while the step was made.
+        result = self.remote.last_result
+        self._groups.apply(self.param_groups, replies, result.learning_rates if result is not None else ())
 
-    def _as_tensor(self, name: str, array: np.ndarray) -> torch.Tensor:
-        """An array as a tensor of the same memory; most arrays serve for many steps."""
-        known = self._updates.get(name)
-        if known is None or known[0] is not array:
-            known = self._updates[name] = array, torch.from_numpy(array)
-        return known[1]
-
-    def _read_settings(self) -> bool:
-        """Read the param groups. Returns whether a hyper-parameter has changed since the last time."""
-        values = [self._layout.values(group) for group in self.param_groups]
-        if values == self._known:
-            return False
-        algorithms = [self._layout.algorithm(group) for group in self.param_groups]
-        changed = algorithms != self._algorithms
-        self._known, self._algorithms = values, algorithms
-        return changed
-
-    def _send_settings(self) -> None:
-        """Give the server the present hyper-parameters, if they have changed."""
-        known, algorithms = self._known, self._algorithms
-        if self._read_settings():
-            base, groups = server_groups(self._members, self._algorithms)
-            try:
-                self.remote.update(base, groups=groups)
-            except BaseException:
-                self._known, self._algorithms = known, algorithms
-                raise
-
+    @torch.no_grad()
     def recover(self) -> bool:
         """Add the updates of an interrupted step if the server has applied it; `step` works again afterwards.
 
@@ -224,52 +196,63 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not self.remote._outcomes.unsettled:
             return False
         try:
-            updates = self.remote.replay()
+            replies = self.remote.replay(reply=self._reply)
         except FailedPreconditionError:
             self.remote.refresh()
             return False
-        with torch.no_grad():
-            self._apply(updates)
+        self._apply(replies)
         return True
 
+    def upload_parameters(self) -> None:
+        """With `master_weights`: give the server the parameters of the model, after they were changed by hand.
+
+        Raises:
+            InvalidArgumentError: The server does not hold the parameters, or a value is not finite.
+        """
+        if not self._groups.holds_x:
+            raise InvalidArgumentError("The server holds no parameters; that needs master_weights=True.")
+        state, values = self.remote.export_state(), self._groups.values()
+        slots = {name: {**arrays, PARAMETER: values[name]} for name, arrays in state.slots.items()}
+        self.remote.import_state(replace(state, slots=slots))
+        self._pull()
+
+    @torch.no_grad()
+    def _pull(self) -> None:
+        self._groups.put(self.remote.pull_parameters().arrays)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as torch does.
+        """Add parameters, as torch does; their state begins at 0.
 
         Raises:
             InvalidArgumentError: A parameter or a setting cannot be used; nothing was changed.
         """
-        if self._place is not None:
-            raise InvalidArgumentError(
-                "This server takes no further parameters for an optimizer: make a RemoteOptimizer with all of them, "
-                "and load the state_dict into it."
-            )
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        groups = self._groups
         try:
-            self._layout.check_names(group)
-            own = self._new_parameters(group)
-        except InvalidArgumentError:
+            groups.add(self.param_groups[-1])
+            try:
+                self._add_at_server()
+            except BaseException:
+                groups.drop()
+                raise
+        except BaseException:
             self.param_groups.pop()
             raise
-        self._members.append(own)
-        self._names.update((parameter.name, parameter) for parameter in own)
 
-    def _new_parameters(self, group: Mapping[str, Any]) -> list[Parameter]:
-        names, first = group.get("param_names"), len(self._names)
-        own: dict[str, Parameter] = {}
-        seen: set[int] = set()
-        for position, tensor in enumerate(group["params"]):
-            name = str(first + position) if names is None else names[position]
-            if name in own or name in self._names or id(tensor) in seen:
-                raise InvalidArgumentError(f"{name!r} is twice among the parameters.", metadata={"parameter": name})
-            own[name] = Parameter(name, tensor, has_name=names is not None)
-            seen.add(id(tensor))
-        return list(own.values())
+    def _add_at_server(self) -> None:
+        """Give the last group to the server, unless the optimizer is still to be created."""
+        if self._place is None or not self._groups.members[-1]:
+            return
+        raise InvalidArgumentError(
+            "This server takes no further parameters for an optimizer: make a RemoteOptimizer with all of them, and "
+            "load the state_dict into it."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state, read from the server, in torch's layout; see torch.optim.Optimizer.state_dict."""
-        self._read_settings()
-        entries, exact = torch_entries(self.remote.export_state(), self._layout, self._members, self._algorithms)
+        groups = self._groups
+        algorithms = groups.read(self.param_groups)
+        entries, exact = torch_entries(self.remote.export_state(), groups.layout, groups.members, algorithms)
         self.state.update(entries)
         for group, steps in zip(self.param_groups, exact, strict=True):
             group.update({} if steps is None else {STEP: steps})
@@ -296,19 +279,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `load_state_dict` has read, once the server has it."""
-        saved, groups = self._loading, state["param_groups"]
-        check_origin(saved["param_groups"], self._layout, self._members)
+        saved, groups, layout = self._loading, state["param_groups"], self._groups.layout
+        check_origin(saved["param_groups"], layout, self._groups.members)
         for group in groups:
-            for key, value in self._layout.defaults.items():
-                if key not in self._layout.hyperparameters:
+            for key, value in layout.defaults.items():
+                if key not in layout.hyperparameters:
                     group.setdefault(key, value)
-        algorithms = [self._layout.algorithm(group) for group in groups]
-        imported = state_from(saved, self._layout, self._members, algorithms)
-        self.remote.import_state(imported)
+        algorithms = [layout.algorithm(group) for group in groups]
+        self.remote.import_state(self._state_from(saved, algorithms))
         for group in groups:
             group.pop(STEP, None)
-        self._known, self._algorithms = [self._layout.values(group) for group in groups], algorithms
+        self._groups.at_server = algorithms
         super().__setstate__({**state, "state": self.state})
+        if self._groups.holds_x:
+            self._pull()
 
     def close(self) -> None:
         """Close the connection. An optimizer that got no name is deleted at the server, others stay."""
@@ -322,7 +306,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self.close()
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}\n{self._layout.kind.__name__} at the server: {self._place}\n)"
+        return f"{super().__repr__()[:-1]}\n{self._groups.layout.kind.__name__} at the server: {self._place}\n)"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
