@@ -94,6 +94,14 @@ ROWS = {
         remote(optserve.SgdMomentum(learning_rate=0.05, nesterov=True)), optax.sgd(0.05, momentum=0.9, nesterov=True)
     ),
     "lion": Row(remote(optserve.Lion(learning_rate=1e-3), weight_decay=0.1), optax.lion(1e-3, weight_decay=0.1)),
+    "schedule": Row(
+        remote(optserve.Adam(), learning_rate=optax.warmup_cosine_decay_schedule(0.0, 0.05, 20, 300)),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, 0.05, 20, 300)),
+    ),
+    "schedule-decay": Row(
+        remote(optserve.AdamW(), learning_rate=optax.linear_schedule(0.05, 1e-3, 300), weight_decay=0.1),
+        optax.adamw(optax.linear_schedule(0.05, 1e-3, 300), weight_decay=0.1),
+    ),
     "rmsprop": Row(
         remote(optserve.Rmsprop(momentum=0.5)), optax.rmsprop(0.01, decay=0.99, eps_in_sqrt=False, momentum=0.5)
     ),
@@ -207,6 +215,45 @@ def test_parts_of_a_model_have_optimizers_of_their_own(client, name):
     )
     theirs, _ = train(optax.multi_transform({"matrix": optax.adam(1e-3), "rest": optax.sgd(0.01)}, labels), tree(), 50)
     assert_close(ours, theirs, 1e-5)
+
+
+def test_a_learning_rate_is_injected(client, name):
+    def made(factory, **settings):
+        return optax.inject_hyperparams(factory)(
+            **settings, learning_rate=0.1, weight_decay=optax.linear_schedule(0.0, 0.5, 5)
+        )
+
+    pairs: Any = (
+        made(optserve.jax.remote, target=client, algorithm=optserve.AdamW(), name=name),
+        made(optax.adamw),
+    )
+    ends = []
+    for transformation in pairs:
+        params, state = tree(), transformation.init(tree())
+        update = jax.jit(transformation.update)
+        for step in range(10):
+            # As a plateau scheduler does it.
+            state.hyperparams["learning_rate"] = jnp.float32(0.1 / (step + 1))
+            updates, state = update(jax.grad(loss)(params, batches()[step]), state, params)
+            params: Any = optax.apply_updates(params, updates)
+        ends.append(params)
+    assert_close(ends[0], ends[1], 2e-5)
+    assert client.optimizer(name).current_step == 10
+
+
+def test_other_hyperparameters_change_from_step_to_step(client, name):
+    transformation: Any = optserve.jax.remote(
+        client, optserve.Momentum(learning_rate=1.0), name=name,
+        hyperparameters={"rho": lambda count: jnp.where(count < 2, 0.0, 0.5)},
+    )  # fmt: skip
+    state, update, seen = transformation.init(jnp.zeros(1)), jax.jit(transformation.update), []
+    for _ in range(4):
+        updates, state = update(jnp.ones(1), state)
+        seen.append(float(updates[0]))
+    assert seen == [-1.0, -1.0, -1.5, -1.75]
+    bad: Any = optserve.jax.remote(client, optserve.Sgd(), name=f"{name}-2", learning_rate=lambda count: -1.0)
+    with pytest.raises(InvalidArgumentError, match="learning_rate"):
+        bad.update(jnp.ones(1), bad.init(jnp.zeros(1)))
 
 
 def test_the_server_clips(client, name):

@@ -42,7 +42,7 @@ class Adadelta(Algorithm):
       Δx     ← −(RMS[Δx] / RMS[g]) g
       E[Δx²] ← ρ E[Δx²] + (1 − ρ) Δx²
 
-    The learning rate multiplies Δx after the last line, as in torch and optax. Slots `square_avg` = E[g²] and
+    The learning rate multiplies Δx after the last line, as in torch, optax and Keras. Slots `square_avg` = E[g²] and
     `acc_delta` = E[Δx²].
 
     Args:
@@ -106,6 +106,8 @@ class Momentum(Algorithm):
 class Adagrad(Algorithm):
     """ADAGRAD, equation 5: Δx = −η g / (√(Σ g²) + ε).
 
+    This is torch's formula. optax and Keras have ε inside the root, and begin Σ g² at 0.1 by default.
+
     Slot `sum` = Σ g².
 
     Args:
@@ -130,8 +132,8 @@ class WindowedRms(Algorithm):
 
       E[g²] ← ρ E[g²] + (1 − ρ) g²
 
-    Slot `square_avg` = E[g²]. The paper has ε alone; torch.optim.RMSprop has ε_outer alone. At least one of the two
-    must be positive.
+    Slot `square_avg` = E[g²]. The paper has ε alone, as Keras and, by default, optax; torch.optim.RMSprop has ε_outer
+    alone, as optax with eps_in_sqrt=False. At least one of the two must be positive.
 
     Args:
         learning_rate: Learning rate η. Range [0, inf), default 0.01.
@@ -281,8 +283,8 @@ class SgdMomentum(Algorithm):
 
     Equation 4 keeps updates instead, Δx_t = μ Δx_{t−1} − η g_t, as `Momentum` does, and Sutskever et al. (2013), whose
     Nesterov variant takes the gradient at x + μ Δx_{t−1}. They are the same while the learning rate is constant; when
-    it changes, here the past gradients get the new one. As in torch, `nesterov` needs a positive momentum and a
-    dampening of 0, and without momentum there is no dampening.
+    it changes, here the past gradients get the new one. optax.sgd is as here, Keras' SGD as equation 4. As in torch,
+    `nesterov` needs a positive momentum and a dampening of 0, and without momentum there is no dampening.
 
     Slot `momentum_buffer` = b.
 
@@ -312,7 +314,9 @@ class Rmsprop(Algorithm):
       E[g²] ← ρ E[g²] + (1 − ρ) g²
       b     ← μ b + g / (√E[g²] + ε)
 
-    Without momentum `WindowedRms` does the same with one slot less.
+    Without momentum `WindowedRms` does the same with one slot less. optax.rmsprop is the same with eps_in_sqrt=False,
+    while the learning rate is constant: it averages η g / (√E[g²] + ε), so a change of the rate does not reach past
+    gradients. Keras does that too, and has ε inside the root.
 
     Slots `square_avg` = E[g²] and `momentum_buffer` = b. T. Tieleman, G. Hinton, "Lecture 6.5: RMSprop", 2012.
 
@@ -347,7 +351,8 @@ class CenteredRmsprop(Algorithm):
     update comes near η g / ε, so a larger ε is of use.
 
     Slots `square_avg` = E[g²], `momentum_buffer` = b and `grad_avg` = E[g]. A. Graves, "Generating Sequences With
-    Recurrent Neural Networks", arXiv:1308.0850, equations 38 to 45, which have ε inside the root.
+    Recurrent Neural Networks", arXiv:1308.0850, equations 38 to 45, which have ε inside the root, as Keras and, by
+    default, optax. For momentum in optax and Keras see `Rmsprop`.
 
     Args:
         learning_rate: Learning rate η. Range [0, inf), default 0.01.
@@ -374,6 +379,8 @@ class Lion(Algorithm):
 
     The sign of 0 is 0. The paper's weight decay is decoupled: where the server holds x, it is `Optimizer.weight_decay`,
     the product of the paper's λ and η.
+
+    optax and Keras have the same; optax decays x by 0.001 by default.
 
     Slot `grad_avg` = m. X. Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
 
@@ -475,7 +482,8 @@ class Nadam(Algorithm):
       b = μ_{t+1} / (1 − μ_1 ⋯ μ_{t+1})
 
     As in torch; t is the step of the parameter. The products follow from t, β1 and ψ, so they are no part of the state;
-    torch keeps its mu_product as a number of float32. optax has Nesterov's momentum with a constant μ.
+    torch keeps its mu_product as a number of float32. optax has Nesterov's momentum with a constant μ = β1, as here
+    with a ψ of 1e6. Keras has ψ = 1.
 
     Slots `grad_avg` = m and `square_avg` = v; torch's exp_avg and exp_avg_sq. T. Dozat, "Incorporating Nesterov
     Momentum into Adam", ICLR 2016 workshop.

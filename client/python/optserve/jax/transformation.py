@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optserve._adapters.server_steps import ServerSteps, client_of, steps_of
+from optserve._adapters.tracing import on_host
 from optserve._values.arrays import check_kind
 from optserve.algorithms import Algorithm
 from optserve.client import Client
 from optserve.errors import FailedPreconditionError, InvalidArgumentError, OptserveError
 from optserve.jax.pytrees import Leaves, check_same, leaves_of
-from optserve.jax.server_steps import ServerSteps, client_of, steps_of
-from optserve.jax.tracing import on_host
 from optserve.optimizer import Optimizer, TransportName, WireDtype
 from optserve.settings import Clipping
 from optserve.state import TensorSpec

@@ -1,4 +1,4 @@
-"""The optimizer behind a transformation: makes each step exactly once, also when a jitted program runs once more."""
+"""The optimizer behind an adapter: makes each step exactly once, also when a jitted program runs once more."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ import numpy as np
 
 from optserve._values.arrays import check_kind
 from optserve.client import Client, connect
-from optserve.errors import FeatureUnavailableError, OptserveError, StepInDoubtError, WrongStepError
+from optserve.errors import OptserveError, StepInDoubtError, WrongStepError
 from optserve.optimizer import Optimizer
 
 _AMBIGUOUS = b"ambiguous"
 
 
 class ServerSteps:
-    """The optimizer behind a transformation. Its methods run on the host, also in the middle of a jitted program.
+    """The optimizer behind an adapter. Its methods run on the host, also in the middle of a jitted program.
 
     Args:
         name: The optimizer's name.
 
     Attributes:
         name: As above.
+        partial: Whether a step may leave parameters out.
         optimizer: The optimizer; None before it is found.
         error: The error of the last call; None if it succeeded.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.partial = False
         self.optimizer: Optimizer | None = None
         self.error: OptserveError | None = None
         # The digest of the step whose call was interrupted.
@@ -47,7 +49,22 @@ class ServerSteps:
     def step(
         self, find: Callable[[], Optimizer], names: Sequence[str], count: Any, rates: Mapping[str, Any], leaves: Any
     ) -> tuple[np.int32, list[np.ndarray]]:
-        """Make one step, exactly once for the state with this count. Returns the new count and the updates."""
+        """Make one step, exactly once for the state with this count.
+
+        Args:
+            find: Finds the optimizer.
+            names: Names of the parameters that have a gradient.
+            count: Steps that the optimizer has made before: an int of no dimension.
+            rates: Hyper-parameters of this step: floats of no dimension.
+            leaves: A gradient for each name, in the parameter's shape and dtype.
+
+        Returns:
+            The new count, and the update of each name.
+
+        Raises:
+            WrongStepError: The optimizer is at another step.
+            OptserveError: As for `Optimizer.step`.
+        """
         at_step = int(count)
         grads = {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
         values = {name: float(value) for name, value in rates.items()}
@@ -75,16 +92,14 @@ class ServerSteps:
         is_retry = unsettled and digest == self._interrupted
         if opt.current_step != at_step and not is_retry:
             raise WrongStepError(
-                f"This optax state is of step {at_step}, and {self.name!r} has made {opt.current_step} steps. The "
+                f"This training state is of step {at_step}, and {self.name!r} has made {opt.current_step} steps. The "
                 "slots are on the server, so each state serves one step, and only the newest state is of use. It was "
                 "used before, or a step was thrown away, as optax.MultiSteps does. To go back, restore a checkpoint of "
-                "the server, and call init with resume=True.",
+                "the server.",
                 metadata={"current_step": str(opt.current_step)},
             )
         try:
-            if values:
-                raise FeatureUnavailableError(f"Steps cannot have hyper-parameters of their own yet: {sorted(values)}.")
-            updates = opt.step(grads)
+            updates = opt.step(grads, partial=self.partial, hyperparameters=values)
         except StepInDoubtError:
             if not is_retry:
                 raise
