@@ -445,7 +445,8 @@ class FedAdam(Algorithm):
     ε is the paper's τ. The paper has no bias correction, and begins v at τ² at least; here v begins at 0, as in flwr.
     With `bias_correction` m and v are corrected as in Adam. flwr always corrects, by another formula: it multiplies η
     by √(1 − β2^(r + 1)) / (1 − β1^(r + 1)), where r is the number of the round, 1 in the first, and so one step too far
-    on; and its τ is added to the root of the uncorrected v.
+    on; and its τ is added to the root of the uncorrected v. With this η set before each round, and without
+    `bias_correction`, the updates are flwr's, as in examples/federated.py.
 
     Slots `grad_avg` = m and `square_avg` = v. S. Reddi et al., "Adaptive Federated Optimization", arXiv:2003.00295,
     Algorithm 2.
