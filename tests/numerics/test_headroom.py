@@ -1,5 +1,7 @@
 """Most steps need no look at the state: a look is as rare as it has to be."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,22 @@ def test_it_is_rare_with_a_learning_rate_of_each_step(kind, own):
     looks, uncovered = steps_of(kind(), own=own)
     assert uncovered == 0
     assert looks <= (10 if kind.update_square_slot else 4)
+
+
+def test_bounds_are_computed_rarely_while_a_learning_rate_grows():
+    computed = 0
+
+    @dataclass(frozen=True)
+    class Counted(RULES["adam"]):
+        @classmethod
+        def bounds(cls, *arguments):
+            nonlocal computed
+            computed += 1
+            return super().bounds(*arguments)
+
+    steps_of(Counted(), own=SCHEDULES_OF_CLIENTS["warm-up"])
+    # Once for each doubling, and for each look ahead.
+    assert computed <= 120
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RULES.values() if hasattr(kind, "beta1")])
