@@ -201,6 +201,8 @@ def test_a_result_says_what_clipping_did(client, name, clipping, norm, clipped, 
     asked = opt.step({"x": np.array([3.0, -4.0])}, with_gradient_norm=True)
     assert opt.last_result == optserve.StepResult(2, (0.5,), 5.0, clipped)
     assert bits(asked) == bits(plain)
+    opt.step({"x": np.array([3.0, -4.0])})
+    assert opt.last_result == optserve.StepResult(3, (0.5,), norm, clipped)
 
 
 def test_a_bound_that_is_reached_and_not_passed_clips_nothing_in_float32(client, name):

@@ -9,7 +9,7 @@ from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import PlacementRecord
 from optserve_server.engine.step_record import StepRecord, WorkerStep
-from optserve_server.engine.transaction import PARAMETERS, Effect, Outcome, Step
+from optserve_server.engine.transaction import NOT_KNOWN, PARAMETERS, Effect, Outcome, Step
 from optserve_server.engine.transition import WrittenStep
 from optserve_server.numerics.gradient_mean import Gradient
 from optserve_server.numerics.headroom import ReplyWires
@@ -42,6 +42,8 @@ class Committer:
         self._name = name
         self._state = state
         self._durability = durability
+        # Most steps have the same learning rates as the one before, and nothing else to tell.
+        self._rates_only = NOT_KNOWN
 
     def commit(self, step: Step) -> Outcome:
         """Apply the step that holds the step slot of the optimizer's client.
@@ -147,4 +149,9 @@ class Committer:
         except Exception as error:
             raise self._steps.mark_lost(f"in step {record.step}") from error
         transition.note_step(self._steps, record, payload.selection, lsn)
-        return Effect(prepared.norm, self._state.last_learning_rates, prepared.clipped)
+        rates = self._state.last_learning_rates
+        if prepared.norm is not None or prepared.clipped is not None:
+            return Effect(prepared.norm, rates, prepared.clipped)
+        if rates is not self._rates_only.learning_rates:
+            self._rates_only = Effect(learning_rates=rates)
+        return self._rates_only

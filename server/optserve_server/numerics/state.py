@@ -43,6 +43,7 @@ class State:
         parameters: The arenas of x, in host memory; empty in delta mode.
         parameter_steps: Steps that each parameter has taken part in; empty if the rule does not use it.
         limits: The largest magnitude that an operand may have when it arrives, in each dtype.
+        last_learning_rates: Those of the last step that was applied; see `Constants.learning_rates`.
 
     Raises:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
@@ -55,6 +56,7 @@ class State:
         self._of_step: tuple[StepSettings, Constants] | None = None
         # (constants, step, staleness) of the last step that was applied.
         self._last: tuple[Constants, int, int] | None = None
+        self.last_learning_rates: tuple[float, ...] = ()
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._bounds = StepBounds(Headroom(self._extremes, hosted=settings.hosted))
         self.set(settings)
@@ -173,10 +175,11 @@ class State:
         Raises:
             OptserveError: See `StepSettings.check`.
         """
-        constants = self.constants_for(options.settings)
-        if self.settings.clipping is None and not options.with_norm:
+        settings, with_norm = options
+        constants = self._constants if settings is None else self.constants_for(settings)
+        if self.settings.clipping is None and not with_norm:
             return COVERED if self._bounds.cover(constants, largest, reply_wires) else UNCOVERED
-        measured = measure(self.settings, payload, payload.parts(gradients), largest, with_norm=options.with_norm)
+        measured = measure(self.settings, payload, payload.parts(gradients), largest, with_norm=with_norm)
         covered = self._bounds.cover(constants, measured.largest, reply_wires)
         return Prepared(measured.clip, covered, measured.norm, measured.clipped)
 
@@ -199,8 +202,9 @@ class State:
             prepared: The result of `prepare`; None if nothing is clipped.
             settings: Settings for this step only.
         """
-        constants = self.constants_for(settings)
+        constants = self._constants if settings is None else self.constants_for(settings)
         self._last = constants, step, staleness
+        self.last_learning_rates = constants.learning_rates(step, staleness)
         rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
             self._bounds.reset()
@@ -288,12 +292,6 @@ class State:
         """
         constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
         return constants.rule_of(tensor, *at)
-
-    @property
-    def last_learning_rates(self) -> tuple[float, ...]:
-        """The learning rates of the last step that was applied; see `Constants.learning_rates`."""
-        constants, step, staleness = self._last or (self._constants, 0, 0)
-        return constants.learning_rates(step, staleness)
 
     def step_counter_of(self, tensor: int) -> int:
         """The step counter of a parameter in the last step that it took part in, or else in its first; see `Rule`."""
