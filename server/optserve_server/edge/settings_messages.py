@@ -114,7 +114,7 @@ def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> t
 
 
 def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -> StepSettings:
-    """The settings of a step. What depends on the present groups is checked by `StepSettings.check`.
+    """The settings of a step. What depends on the present groups is checked by `StepSettings.checked_rules`.
 
     Raises:
         OptserveError: INVALID_FIELD, for another method, or for more settings than the optimizer can have groups.

@@ -113,7 +113,7 @@ class Committer:
             request_id: Of the step, where they do not.
 
         Raises:
-            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see `StepSettings.check`.
+            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see `StepSettings.checked_rules`.
         """
         staging, step, settings = gradient.staging, self._steps.step, options.settings
         prepared = self._state.prepare(payload, staging.updates, gradient.largest, reply_wires, options)

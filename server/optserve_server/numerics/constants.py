@@ -86,6 +86,8 @@ class Constants:
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
+        # Settings are checked for some dtype also if all parameters are empty.
+        self._all_dtypes = self._dtypes or list(layout.sizes)
         self._position_of = {
             index: position for position, group in enumerate(settings.groups, 1) for index in group.parameters
         }
@@ -106,9 +108,13 @@ class Constants:
         return {dtype: [tuple(map(float, row)) for row in rows] for dtype, rows in self.first.items()}
 
     def of_step(self, settings: StepSettings) -> Self:
-        """The constants of a step with settings of its own, which are valid."""
+        """The constants of a step with settings of its own.
+
+        Raises:
+            OptserveError: See `StepSettings.checked_rules`.
+        """
         changed = copy(self)
-        changed._set(settings.rules(self.rules), settings.decays(self._decays))
+        changed._set(settings.checked_rules(self.settings, self._all_dtypes), settings.decays(self._decays))
         return changed
 
     def with_room(self) -> Self:

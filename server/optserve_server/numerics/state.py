@@ -105,13 +105,12 @@ class State:
         """The constants of a step with those settings.
 
         Raises:
-            OptserveError: See `StepSettings.check`.
+            OptserveError: See `StepSettings.checked_rules`.
         """
         if settings is None:
             return self._constants
         known = self._of_step
         if known is None or known[0] != settings:
-            settings.check(self.settings, self._dtypes or list(self.layout.sizes))
             known = self._of_step = settings, self._constants.of_step(settings)
         return known[1]
 
@@ -173,7 +172,7 @@ class State:
             options: What the step asks for.
 
         Raises:
-            OptserveError: See `StepSettings.check`.
+            OptserveError: See `StepSettings.checked_rules`.
         """
         settings, with_norm = options
         constants = self._constants if settings is None else self.constants_for(settings)

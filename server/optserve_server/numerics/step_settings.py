@@ -41,8 +41,8 @@ class StepSettings:
 
     changes: tuple[Change, ...]
 
-    def check(self, settings: Settings, dtypes: Sequence[np.dtype]) -> None:
-        """Check them as an optimizer's own settings are checked.
+    def checked_rules(self, settings: Settings, dtypes: Sequence[np.dtype]) -> list[Rule]:
+        """The rules of the step, checked as an optimizer's own settings are checked.
 
         Args:
             settings: The present settings of the optimizer.
@@ -79,6 +79,7 @@ class StepSettings:
                     "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
                     field=f"{path}.weight_decay",
                 )
+        return rules
 
     def _check_group(self, field: str, group: int | None, seen: set[int], count: int) -> None:
         if group is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -59,12 +60,12 @@ class Range:
 
     text: str
 
-    @property
+    @cached_property
     def low(self) -> float:
         """The lower end."""
         return float(self.text[1:-1].split(",")[0])
 
-    @property
+    @cached_property
     def high(self) -> float:
         """The upper end."""
         return float(self.text[1:-1].split(",")[1])
