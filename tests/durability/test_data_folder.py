@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import optserve
-from durability.folder import F4, MIB, PARAMETERS, BusyDisk, Server, fingerprint, step
+from durability.folder import F4, F8, MIB, PARAMETERS, BusyDisk, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import ArenaValues
@@ -72,6 +72,19 @@ def test_everything_comes_back_bit_for_bit_without_any_snapshot(tmp_path):
     assert b"".join(replayed.reply(MIB, lambda piece: bytes(piece.data))) == reply
     replayed.close()
     assert again.create() is item  # a retried creation finds what it made
+    again.die()
+
+
+@pytest.mark.parametrize("kind", ["value", "norm", "global_norm"])
+def test_what_was_clipped_is_clipped_again_also_behind_an_empty_parameter_of_another_dtype(tmp_path, kind):
+    server = Server(tmp_path)
+    layout = Layout((PARAMETERS[1], Parameter("first", (3,), F4), PARAMETERS[2], Parameter("last", (5,), F8)))
+    item = server.optimizers.create("a", layout, Settings(Adadelta(), clipping=Clipping(kind, 0.1)))
+    step(item, 0)
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
     again.die()
 
 
@@ -309,7 +322,7 @@ def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
             lambda: server.create("b"),
             lambda: server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.5))),
             lambda: server.optimizers.replace(
-                item, OtherState(5, zeros), lambda _before, _layout: Settings(Adadelta(rho=0.5))
+                item, OtherState(5, item.layout, zeros), lambda _before, _layout: Settings(Adadelta(rho=0.5))
             ),
             lambda: server.optimizers.delete("a"),
         ):

@@ -170,11 +170,15 @@ def _bound_in(dtype: np.dtype, bound: float) -> np.floating:
 
 
 def _tensors(payload: Payload, gradients: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
-    """(number of the run, first element in it, element after the last) of each tensor, in the order of the payload."""
+    """(number of the run, first element in it, element after the last) of each tensor, in the order of the payload.
+
+    Those without elements are left out: where a run begins, one may be of another dtype, and lie nowhere in the run.
+    """
     for run_number, run in enumerate(payload.runs[: len(gradients)]):
         for index in payload.tensors_of(run):
-            start = payload.layout.starts[index] - run.start
-            yield run_number, start, start + payload.layout.parameters[index].size
+            start, size = payload.layout.starts[index] - run.start, payload.layout.parameters[index].size
+            if size:
+                yield run_number, start, start + size
 
 
 def _factors(bound: float, norm: _Norm, dtype: np.dtype) -> tuple[float, float]:
