@@ -19,6 +19,7 @@ import numpy as np
 
 from optserve._common import sysv
 from optserve.v1 import (
+    additions_pb2,
     checkpoints_pb2,
     optimizer_pb2,
     replicas_pb2,
@@ -170,7 +171,9 @@ class EvilServer:
         return message
 
     def get_server_info(self, requests):
-        return service_pb2.GetServerInfoResponse(version="0", host_id=self.host_id)
+        info = service_pb2.GetServerInfoResponse(version="0", host_id=self.host_id)
+        info.features.add(feature=service_pb2.FEATURE_ADDED_PARAMETERS, available=True)
+        return info
 
     def get_optimizer(self, requests):
         return service_pb2.GetOptimizerResponse(optimizer=self.optimizer())
@@ -214,6 +217,13 @@ class EvilServer:
     def import_state(self, requests):
         list(requests)
         return checkpoints_pb2.ImportStateResponse(optimizer=self.optimizer())
+
+    def add_parameters(self, requests):
+        first = additions_pb2.AddParametersRequest.FromString(next(requests))
+        list(requests)
+        message = self.optimizer()
+        message.parameters.extend(first.parameters)
+        return additions_pb2.AddParametersResponse(optimizer=message)
 
     def push_parameters(self, requests):
         list(requests)

@@ -46,8 +46,8 @@ MEMBERS = {
         "target", "worker",
     ],
     optserve.Optimizer: [
-        "algorithm", "begin_step", "buffers", "cancel", "clipping", "close", "consistency", "current_step",
-        "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state", "last_result",
+        "add_parameters", "algorithm", "begin_step", "buffers", "cancel", "clipping", "close", "consistency",
+        "current_step", "delete_checkpoint", "export_state", "gradient_norm", "groups", "import_state", "last_result",
         "list_checkpoints", "pull_parameters", "push_parameters", "refresh", "replay", "restore_checkpoint",
         "save_checkpoint", "schedule", "statistics", "step", "steps_made", "takes_curvature", "transport", "update",
         "weight_decay",

@@ -150,7 +150,7 @@ METHODS = {
     "DeleteOptimizer": "delete", "ListOptimizers": "list", "ReportWorker": "work", "SaveCheckpoint": "save",
     "ListCheckpoints": "checkpoints", "RestoreCheckpoint": "restore", "DeleteCheckpoint": "drop",
     "ImportState": "import", "PushParameters": "push", "PullParameters": "pull", "ExportState": "export",
-    "GetStatistics": "statistics", "open": "step", "step": "step",
+    "AddParameters": "add", "GetStatistics": "statistics", "open": "step", "step": "step",
 }  # fmt: skip
 """What the client calls, and how; a stream of steps in its two parts."""
 
@@ -259,7 +259,7 @@ REFUSALS = [
 OPTIMIZERS = [
     Kind("no optimizer", method, fields(optimizer=None), act=act)
     for method, act in (("GetOptimizer", "find"), ("CreateOptimizer", "create"), ("RestoreCheckpoint", "restore"),
-                        ("ImportState", "import"), ("GetOptimizer", "refresh"))
+                        ("ImportState", "import"), ("GetOptimizer", "refresh"), ("AddParameters", "add"))
 ] + [
     Kind("another optimizer", "GetOptimizer", fields("optimizer", name="optimizers/other")),
     Kind("no parameters", "GetOptimizer", fields("optimizer", parameters=None)),
@@ -284,6 +284,11 @@ OPTIMIZERS = [
     Kind("other parameters than those wanted", "CreateOptimizer", fields("optimizer.parameters.0", shape=[5])),
     Kind("a parameter fewer than wanted", "CreateOptimizer",
          changed(lambda answer: answer.optimizer.parameters.pop())),
+    Kind("a parameter fewer than added", "AddParameters",
+         changed(lambda answer: answer.optimizer.parameters.pop())),
+    Kind("a parameter of another shape than added", "AddParameters", fields("optimizer.parameters.3", shape=[5])),
+    Kind("the parameters in another order", "AddParameters",
+         changed(lambda answer: answer.optimizer.parameters.sort(key=lambda parameter: parameter.name))),
 ]  # fmt: skip
 
 OTHERS = [
@@ -434,6 +439,7 @@ def prepared(act: str, client: optserve.Client, out: dict[str, np.ndarray]) -> C
         "checkpoints": opt.list_checkpoints,
         "restore": lambda: opt.restore_checkpoint("good"),
         "drop": lambda: opt.delete_checkpoint("good"),
+        "add": lambda: opt.add_parameters({"new": np.ones((2, 2), np.float32)}),
         "push": lambda: opt.push_parameters(GRADIENTS),
         "pull": lambda: opt.pull_parameters(out=out),
         "pull newer": lambda: opt.pull_parameters(out=out, newer_than=5),

@@ -73,7 +73,7 @@ def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
     under_way = item.steps.begin(StepRequest(f"request-{index}", item.steps.step, Selection(tensors)))
     try:
         for tensor in under_way.payload.tensors:
-            parameter = PARAMETERS[tensor]
+            parameter = item.layout.parameters[tensor]
             under_way.stage(tensor, 0, rng.standard_normal(parameter.size).astype(parameter.dtype).tobytes())
         under_way.commit()
         return b"".join(under_way.reply(MIB, lambda piece: bytes(piece.data)))

@@ -429,7 +429,15 @@ def test_a_journal_is_verified_counted_and_repaired_by_command(tmp_path):
     assert list(verified) == ["snapshot_lsn", "next_lsn", "bytes_read", "records", "torn"]
     assert (verified["snapshot_lsn"], verified["next_lsn"], verified["records"], verified["torn"]) == (0, 5, 4, None)
     assert list(counted) == ["snapshot_lsn", "next_lsn", "bytes_read", "optimizers"]
-    kinds = {"creations": 1, "updates": 0, "deletions": 0, "steps": 3, "replaced_states": 0, "uploads": 0}
+    kinds = {
+        "creations": 1,
+        "updates": 0,
+        "deletions": 0,
+        "steps": 3,
+        "replaced_states": 0,
+        "uploads": 0,
+        "additions": 0,
+    }
     assert counted["optimizers"] == [{"name": "a", **kinds}]
     assert "nothing to repair" in tool("repair", tmp_path).stdout
     # Damage within the second step.

@@ -207,7 +207,7 @@ def test_what_an_earlier_version_wrote_has_taken_part_in_all_steps(tmp_path, mon
 
 def test_the_encoding_of_counters_in_a_record():
     arrays = [ArenaValues(dtype, 0, np.zeros(size, dtype)) for dtype, size in ((F8, 11), (F4, 210_000))]
-    given = OtherState(7, arrays, [3, 1, 2])
+    given = OtherState(7, LAYOUT, arrays, [3, 1, 2])
     record = ReplacementRecord(
         "a", given.step, Settings(SignDescent()), "", "", "", datetime(2026, 1, 2, tzinfo=UTC), given.arrays,
         parameter_steps=given.parameter_steps,

@@ -9,8 +9,10 @@ import pytest
 from durability.folder import F4, F8, Server, fingerprint, step
 from golden.test_folder import FOLDERS, golden
 from optserve_server.engine import records, transition
+from optserve_server.engine.addition import NewParameters, addition
 from optserve_server.engine.optimizer import OtherState
 from optserve_server.engine.records import (
+    AdditionRecord,
     ArenaValues,
     CreationRecord,
     DeletionRecord,
@@ -107,6 +109,22 @@ WRITTEN = [
         f'"request_id": "request", {TIME_TEXT}, "placed_by": "upload", "target": "checkpoint two"}}',
     ),
     (PlacementRecord("a", "request", [W, B]), 6, '{"optimizer": "a", "request_id": "request"}'),
+    (
+        AdditionRecord(
+            "a",
+            LAYOUT,
+            SETTINGS,
+            "etag",
+            "request",
+            "an addition of 'w'",
+            TIME,
+            [ArenaValues(F8, 0, B), ArenaValues(F4, 0, W)],
+        ),
+        7,
+        f'{{"added_to": "a", {SETTINGS_TEXT}, '
+        '"parameters": [["w", [2, 3], "float32"], ["b", [2], "float64"], ["none", [0, 4], "float32"]], '
+        f'"etag": "etag", "request_id": "request", "target": "an addition of \'w\'", {TIME_TEXT}}}',
+    ),
 ]
 
 
@@ -166,6 +184,7 @@ def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path,
         seen.add(kind)
         # Views of the journal.
         del record, arrays
+    # The folders are older than the additions of parameters.
     assert seen == {1, 2, 3, 4, 5, 6}
 
 
@@ -216,10 +235,14 @@ def test_what_a_record_changes_is_the_same_code_live_and_in_recovery(tmp_path, m
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
     arenas = [ArenaValues(dtype, array, values + 1) for dtype, array, values in ARENAS]
-    other = OtherState(5, arenas, placed_by="upload", target="two")
+    other = OtherState(5, LAYOUT, arenas, placed_by="upload", target="two")
     server.optimizers.replace(item, other, lambda _before, _layout: settings, request_id="restore")
     server.optimizers.update("a", lambda _before, _layout: shared)
     step_of_workers()
+    new = NewParameters(Layout((Parameter("more", (3,), F4),)), (), "addition")
+    with addition(server.optimizers, item, new, lambda _layout, _settings: None) as under_way:
+        under_way.stage(0, 0, np.ones(3, F4).tobytes(), Operand.PARAMETER)
+        under_way.commit()
     before = [fingerprint(server.optimizers.get(name)) for name in ("plain", "a")]
     workers, x = item.steps.workers.registry.to_json(), {k: v.tobytes() for k, v in item.state.parameters.items()}
     live, made[:] = list(made), []

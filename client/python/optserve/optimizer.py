@@ -17,7 +17,7 @@ from optserve._steps.shared_memory import GRADIENT, SharedBuffers
 from optserve._steps.updates import Updates
 from optserve._values.step_settings import StepHyperparameters, StepOptions, step_options
 from optserve.errors import InvalidArgumentError
-from optserve.v1 import steps_pb2
+from optserve.v1 import optimizer_pb2, steps_pb2
 
 __all__ = ["Optimizer", "ReplyName", "StepHyperparameters", "TransportName", "WireDtype"]
 
@@ -31,6 +31,13 @@ class Optimizer(Stepper):
     """
 
     _shared_buffers: SharedBuffers | None = None
+
+    def _take_parameters_of(self, optimizer: optimizer_pb2.Optimizer) -> bool:
+        is_continued = super()._take_parameters_of(optimizer)
+        if is_continued:
+            # The arrays that `buffers` has returned are ordinary memory now.
+            self._shared_buffers = None
+        return is_continued
 
     def buffers(self) -> dict[str, np.ndarray]:
         """An array for each parameter, for gradients and updates that `step` does not have to copy.

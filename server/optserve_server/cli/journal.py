@@ -33,6 +33,7 @@ _KINDS = {
     records.STEPPED: "steps",
     records.REPLACED: "replaced states",
     records.PLACED: "uploads",
+    records.ADDED: "additions",
 }
 
 
@@ -62,7 +63,7 @@ def _read(folder: Path) -> _Contents:
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("reading", total=reader.total_bytes)
         for record in reader:
-            counts[loads(record.meta)["optimizer"], _KINDS.get(record.kind, "others")] += 1
+            counts[records.optimizer_of(loads(record.meta)), _KINDS.get(record.kind, "others")] += 1
             progress.update(task, completed=reader.bytes_read)
     return _Contents(reader, lsn, counts)
 

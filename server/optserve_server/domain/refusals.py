@@ -69,13 +69,34 @@ def parameters_in_place(name: str) -> OptserveError:
     )
 
 
-def workers_attached(name: str, alive: int) -> OptserveError:
-    """The consistency cannot be changed while workers are alive."""
+def workers_attached(name: str, alive: int, what: str, field: str) -> OptserveError:
+    """Something has to wait until the live workers have left; `what` says it in the imperative."""
     return OptserveError(
         Reason.WORKERS_ATTACHED,
-        f"{alive} workers are alive on {name}; change its consistency when they have left.",
-        field="optimizer.consistency",
+        f"{alive} workers are alive on {name}; {what} when they have left.",
+        field=field,
         live_workers=alive,
+    )
+
+
+def unknown_on_stream(tensor: int, count: int) -> OptserveError:
+    """A step names a parameter that was added after its stream was opened."""
+    return OptserveError(
+        Reason.UNKNOWN_PARAMETER,
+        f"This stream knows {count} parameters, so there is no parameter {tensor} on it; others were added since. Open "
+        "another stream.",
+        field="tensors",
+        parameter=tensor,
+    )
+
+
+def only_unknown_parameters(name: str, step: int, count: int) -> OptserveError:
+    """The last step is of parameters only that a client does not know."""
+    return OptserveError(
+        Reason.REPLY_GONE,
+        f"Step {step} of {name} was of parameters that were added since; this stream knows the first {count}. Read the "
+        "optimizer again.",
+        step=step,
     )
 
 

@@ -29,6 +29,7 @@ _ANYWHERE = frozenset(
         pb.FEATURE_HOSTED_MODE,
         pb.FEATURE_WORKERS,
         pb.FEATURE_STEP_SETTINGS,
+        pb.FEATURE_ADDED_PARAMETERS,
     }
 )
 """Features that work on every host."""

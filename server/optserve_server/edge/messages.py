@@ -6,7 +6,7 @@ import base64
 import binascii
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import TypeVar
 
 import numpy as np
@@ -69,16 +69,14 @@ def checkpoint_id(name: str) -> tuple[str, str]:
     return identifier, tag
 
 
-def layout(message: optimizer_pb2.Optimizer) -> Layout:
-    """The parameters of an optimizer, or raise INVALID_FIELD, DUPLICATE_PARAMETER or WRONG_DATA_TYPE."""
-    if not message.parameters:
-        raise OptserveError(
-            Reason.INVALID_FIELD, "An optimizer needs at least one parameter.", field="optimizer.parameters"
-        )
+def layout(given: Sequence[optimizer_pb2.Parameter], field: str = "optimizer.parameters") -> Layout:
+    """The parameters that messages describe, or raise INVALID_FIELD, DUPLICATE_PARAMETER or WRONG_DATA_TYPE."""
+    if not given:
+        raise OptserveError(Reason.INVALID_FIELD, "An optimizer needs at least one parameter.", field=field)
     parameters: list[Parameter] = []
     seen: set[str] = set()
-    for index, item in enumerate(message.parameters):
-        path = f"optimizer.parameters[{index}]"
+    for index, item in enumerate(given):
+        path = f"{field}[{index}]"
         if not (1 <= len(item.name) <= 256 and item.name.isprintable()):
             raise OptserveError(
                 Reason.INVALID_FIELD,
@@ -185,7 +183,7 @@ def operand(value: int, field: str) -> Operand:
 def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2.Optimizer:
     """The message of an optimizer; all its values are of the same moment."""
     with item.steps.locked_state():
-        settings = item.settings
+        settings, layout = item.settings, item.layout
         message = optimizer_pb2.Optimizer(
             name=_PREFIX + item.id,
             mode=optimizer_pb2.MODE_HOSTED if settings.hosted else optimizer_pb2.MODE_DELTA,
@@ -199,9 +197,9 @@ def optimizer(item: Optimizer, *, with_parameters: bool = True) -> optimizer_pb2
             lineage=item.steps.lineage,
         )
     # The rest takes long for thousands of parameters, and needs no lock, so steps go on meanwhile.
-    set_settings(message, settings, item.layout)
+    set_settings(message, settings, layout)
     if with_parameters:
-        message.MergeFromString(_parameters.of(item.layout))
+        message.MergeFromString(serialized_parameters.of(layout))
     return message
 
 
@@ -230,14 +228,14 @@ class _Parameters:
             return made
 
 
-_parameters = _Parameters(8 << 20)
+serialized_parameters = _Parameters(8 << 20)
 
 
 def check_showable(layout: Layout, settings: Settings, max_message_bytes: int) -> None:
     """Raise MODEL_TOO_LARGE if the message of an optimizer would be too large, so that no call could show it."""
     message = optimizer_pb2.Optimizer()
     set_settings(message, settings, layout)
-    size = message.ByteSize() + len(_parameters.of(layout)) + STATUS_BYTES
+    size = message.ByteSize() + len(serialized_parameters.of(layout)) + STATUS_BYTES
     if size > max_message_bytes:
         raise OptserveError(
             Reason.MODEL_TOO_LARGE,
@@ -290,14 +288,14 @@ def decode(decoder: Callable[[bytes], _Frame], raw: bytes) -> _Frame:
         raise OptserveError(Reason.INVALID_FIELD, "These bytes are not a message of this method.") from error
 
 
-def shared_memory(segment: Segment, control_socket: str) -> steps_pb2.SharedMemory:
-    """The message that offers a segment and the control socket beside it."""
+def shared_memory(segment: Segment, control_socket: str, count: int) -> steps_pb2.SharedMemory:
+    """The message that offers a segment, for the first `count` parameters, and the control socket beside it."""
     return steps_pb2.SharedMemory(
         segment=segment.name,
         size_bytes=segment.size_bytes,
         nonce_offset=NONCE_OFFSET,
-        offsets=segment.offsets[Operand.GRADIENT],
-        curvature_offsets=segment.offsets.get(Operand.CURVATURE),
+        offsets=segment.offsets[Operand.GRADIENT][:count],
+        curvature_offsets=segment.offsets.get(Operand.CURVATURE, [])[:count],
         dirty_offset=DIRTY_OFFSET,
         replied_offset=REPLIED_OFFSET,
         control_socket=control_socket,

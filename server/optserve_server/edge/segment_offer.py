@@ -21,6 +21,7 @@ class SegmentOffer:
 
     Args:
         segment: The segment.
+        parameter_count: Number of parameters that the client knows, the first ones.
         stream_lock: The stream's lock; the caller of `accept` and `end` holds it.
         answer: Answers a message that comes through the socket.
         unshare: Takes the segment back.
@@ -33,6 +34,7 @@ class SegmentOffer:
     def __init__(
         self,
         segment: Segment,
+        parameter_count: int,
         stream_lock: Lock,
         answer: Callable[[bytes], Generator[bytes]],
         unshare: Callable[[Segment], None],
@@ -58,7 +60,7 @@ class SegmentOffer:
         except OSError as error:
             logger.warning("there is no control socket, so each step takes a round trip over gRPC: %s", error)
         self.message: steps_pb2.SharedMemory = messages.shared_memory(
-            segment, self._control.name if self._control else ""
+            segment, self._control.name if self._control else "", parameter_count
         )
         """The message that offers the segment to the client."""
 

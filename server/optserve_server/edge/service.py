@@ -12,11 +12,19 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from optserve._common.clock import SYSTEM, Clock
-from optserve.v1 import checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
+from optserve.v1 import additions_pb2, checkpoints_pb2, replicas_pb2, statistics_pb2, steps_pb2
 from optserve.v1 import service_pb2 as pb
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.edge import features, messages, parameter_stream, settings_messages, state_stream, unary_step
+from optserve_server.edge import (
+    addition_stream,
+    features,
+    messages,
+    parameter_stream,
+    settings_messages,
+    state_stream,
+    unary_step,
+)
 from optserve_server.edge.gate.drain_gate import DrainGate
 from optserve_server.edge.gate.upload_limiter import UploadLimiter
 from optserve_server.edge.status import to_status
@@ -89,7 +97,7 @@ class Servicer:
         """Create an optimizer."""
         messages.check_known(request.optimizer, "mode", "optimizer")
         self._optimizers.capacity.check_count(len(request.optimizer.parameters))
-        layout = messages.layout(request.optimizer)
+        layout = messages.layout(request.optimizer.parameters)
         settings = settings_messages.settings(request.optimizer, layout)
         messages.check_showable(layout, settings, self._config.max_message_bytes)
         item = self._optimizers.create(request.optimizer_id, layout, settings, request.request_id)
@@ -129,6 +137,12 @@ class Servicer:
 
         item = self._optimizers.update(optimizer_id, change, request.optimizer.etag)
         return pb.UpdateOptimizerResponse(optimizer=messages.optimizer(item))
+
+    def add_parameters(self, requests: Iterator[addition_stream.AddFrame]) -> additions_pb2.AddParametersResponse:
+        """Add parameters to a live optimizer."""
+        with self._drain_gate.step():
+            item = addition_stream.add_parameters(self._optimizers, requests, self._config.max_message_bytes)
+        return additions_pb2.AddParametersResponse(optimizer=messages.optimizer(item))
 
     def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:
         """Delete an optimizer."""
@@ -275,6 +289,13 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             ),
             None,
             checkpoints_pb2.ImportStateResponse.SerializeToString,
+        ),
+        "AddParameters": grpc.stream_unary_rpc_method_handler(
+            lambda requests, _context: servicer.add_parameters(
+                messages.decode(addition_stream.decode_add, raw) for raw in requests
+            ),
+            None,
+            additions_pb2.AddParametersResponse.SerializeToString,
         ),
         "PullParameters": grpc.unary_stream_rpc_method_handler(
             lambda request, _context: servicer.pull_parameters(request),

@@ -28,7 +28,7 @@ def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
         method,
         _schedule(message),
         _clipping(message),
-        _groups(message, method, layout),
+        groups(message.groups, method, layout),
         message.mode == optimizer_pb2.MODE_HOSTED,
         message.weight_decay,
         _consistency(message),
@@ -79,11 +79,18 @@ def _clipping(message: optimizer_pb2.Optimizer) -> Clipping | None:
     return Clipping(kind, getattr(message.clipping, kind))
 
 
-def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> tuple[Group, ...]:
-    groups: list[Group] = []
+def groups(
+    given: Sequence[optimizer_pb2.ParameterGroup], method: Rule, layout: Layout, field: str = "optimizer.groups"
+) -> tuple[Group, ...]:
+    """The groups that messages describe, of the parameters of `layout`.
+
+    Raises:
+        OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
+    """
+    made: list[Group] = []
     seen: set[int] = set()
-    for position, group in enumerate(message.groups):
-        path = f"optimizer.groups[{position}]"
+    for position, group in enumerate(given):
+        path = f"{field}[{position}]"
         if group.algorithm.WhichOneof("method") not in (None, method.name):
             raise OptserveError(
                 Reason.INVALID_FIELD, f"The method of a group is that of the optimizer, {method.name}.",
@@ -106,11 +113,11 @@ def _groups(message: optimizer_pb2.Optimizer, method: Rule, layout: Layout) -> t
                 )  # fmt: skip
             seen.add(index)
             indices.append(index)
-        given = getattr(group.algorithm, method.name)
-        overrides = {item.name: getattr(given, item.name) for item in fields(method) if given.HasField(item.name)}
+        own = getattr(group.algorithm, method.name)
+        overrides = {item.name: getattr(own, item.name) for item in fields(method) if own.HasField(item.name)}
         decay = group.weight_decay if group.HasField("weight_decay") else None
-        groups.append(Group(tuple(indices), overrides, decay))
-    return tuple(groups)
+        made.append(Group(tuple(indices), overrides, decay))
+    return tuple(made)
 
 
 def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -> StepSettings:
@@ -194,7 +201,7 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
         after,
         _schedule(message) if "schedule" in paths else present.schedule,
         _clipping(message) if "clipping" in paths else present.clipping,
-        _groups(message, after, layout) if "groups" in paths else present.groups,
+        groups(message.groups, after, layout) if "groups" in paths else present.groups,
         present.hosted,
         message.weight_decay if "weight_decay" in paths else present.weight_decay,
         _consistency(message) if "consistency" in paths else present.consistency,

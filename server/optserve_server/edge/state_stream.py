@@ -29,18 +29,18 @@ _FIELDS = {name: f"chunk.{name}" for name in ("tensor", "slot", "parameter", "of
 def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_bytes: int) -> Iterator[bytes]:
     """The messages with the state of this moment: first the optimizer, then its slots, tensor by tensor."""
     with checkpoints.exported(optimizer) as file:
-        message = messages.optimizer(optimizer)
-        # Steps may have been applied since the export.
+        message, layout = messages.optimizer(optimizer, with_parameters=False), file.description.layout
+        # Steps may have been applied since the export, and parameters added.
+        message.MergeFromString(messages.serialized_parameters.of(layout))
         message.step = file.description.step
         for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
             message.ClearField(field)
-        settings_messages.set_settings(message, file.description.settings, optimizer.layout)
+        settings_messages.set_settings(message, file.description.settings, layout)
         written = file.description.parameter_steps
-        counted = () if written is None else each(written, len(optimizer.layout.parameters))
+        counted = () if written is None else each(written, len(layout.parameters))
         yield wire.encode(checkpoints_pb2.ExportStateResponse(optimizer=message, parameter_steps=counted))
         with file.mapped() as mapped:
             arenas = {(dtype, slot): array for dtype, slot, array in mapped}
-        layout = optimizer.layout
         for tensor, parameter in enumerate(layout.parameters):
             if not parameter.size:
                 # The file does not contain an arena whose tensors are all empty.

@@ -90,6 +90,7 @@ class StepStream:
         self._request_id = ""
         self._worker, self._life = "", 0
         self._number = 0
+        self._parameter_count = 0
         self._client_gone = False
 
     def interrupt(self) -> None:
@@ -196,6 +197,8 @@ class StepStream:
         self._wire = messages.wire_dtype(request.wire_type, "open.wire_type")
         self._reply_chunk_bytes = min(wanted, self._config.max_chunk_bytes)
         self._optimizer, self._phase = optimizer, _IDLE
+        # Before the segment is made, which may have room for parameters that are added meanwhile.
+        self._parameter_count = request.parameter_count or len(optimizer.layout.parameters)
         self._takes_curvature = optimizer.rule.takes_curvature
         self._number = next(_numbers)
         with renaming_fields({"worker": "open.worker"}):
@@ -209,16 +212,18 @@ class StepStream:
             if segment is not None:
                 self._offer = SegmentOffer(
                     segment,
+                    self._parameter_count,
                     self._lock,
                     self._answer_packet,
                     optimizer.steps.unshare,
                     self._config.receive_s,
                 )
+        is_whole = self._parameter_count >= len(optimizer.layout.parameters)
         return steps_pb2.Opened(
             shared_memory=self._offer.message if self._offer else None,
             step=step,
             last_request_id=last_request_id,
-            last_tensors=last.listed,
+            last_tensors=(last if is_whole else last.among_first(self._parameter_count)).listed,
             limits=messages.limits(self._config, preferred),
             etag=optimizer.etag,
             lineage=self._lineage,
@@ -265,6 +270,7 @@ class StepStream:
                     self._number,
                     self._life,
                     options=step_options(request, self._optimizer),
+                    parameter_count=self._parameter_count,
                 )
             )
         finally:

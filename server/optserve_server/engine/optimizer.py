@@ -50,7 +50,7 @@ class Optimizer:
 
     @property
     def replacements(self) -> deque[Replacement]:
-        """The last restores and imports."""
+        """The last restores, imports and additions of parameters."""
         return self.steps.replacements
 
     @property
@@ -74,7 +74,7 @@ class Optimizer:
         return self.state.memory_bytes + self.steps.main.staging.shared_bytes + self.steps.workers.shared_bytes
 
     def was_replaced_by(self, request_id: str, target: str) -> bool:
-        """Whether a restore or an import of that request id, which may be empty, has been made.
+        """Whether a restore, an import or an addition of that request id, which may be empty, has been made.
 
         Raises:
             OptserveError: REQUEST_ID_REUSED, if that call had another target.
@@ -86,10 +86,22 @@ class Optimizer:
 
     def check_is_what_is_made(self, layout: Layout, settings: Settings) -> None:
         """Raise REQUEST_ID_REUSED unless a creation describes this optimizer; settings may have changed since."""
-        same = self.layout.parameters == layout.parameters and self.settings.hosted == settings.hosted
+        # Others may have been added since.
+        first = self.layout.parameters[: len(layout.parameters)] if self.steps.layout_lsn else self.layout.parameters
+        same = first == layout.parameters and self.settings.hosted == settings.hosted
         if not same or self.rule.name != settings.rule.name:
             made = f"an optimizer {self.id!r} of another method, mode or other parameters"
             raise refusals.request_id_reused(self.creation_request_id, made, "this one")
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ETAG_MISMATCH unless these are the parameters; others may have been added during a transfer."""
+        if layout.parameters != self.layout.parameters:
+            raise OptserveError(
+                Reason.ETAG_MISMATCH,
+                f"Parameters were added to {self.id!r} meanwhile; read it again.",
+                field="etag",
+                etag=self.etag,
+            )
 
     def check_etag(self, etag: str) -> None:
         """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
@@ -108,6 +120,7 @@ class OtherState:
 
     Attributes:
         step: The step counter.
+        layout: The parameters.
         arrays: All arenas that are not empty.
         parameter_steps: Steps that each parameter has taken part in; None if not known: then all count all steps.
         placed_by: See `Steps.placed_by`.
@@ -115,6 +128,7 @@ class OtherState:
     """
 
     step: int
+    layout: Layout
     arrays: Sequence[ArenaValues]
     parameter_steps: Written | None = None
     placed_by: str | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import Optimizer
-from optserve_server.numerics.layout import Arenas
+from optserve_server.numerics.layout import Arenas, Layout
 
 WAIT_S = 5.0
 """Seconds that a call waits for memory before it is refused with REPLIES_FULL."""
@@ -20,6 +20,7 @@ class Copy:
 
     step: int
     lineage: str
+    layout: Layout
     arenas: Arenas
 
 
@@ -66,13 +67,14 @@ class Copies:
         """A copy of the present step that another call has made; None if there is none."""
         reference = self._newest.get(optimizer)
         known = reference() if reference is not None else None
-        present = (optimizer.steps.step, optimizer.steps.lineage)
-        return known if known is not None and (known.step, known.lineage) == present else None
+        # Parameters may have been added since, without a step.
+        present = (optimizer.steps.step, optimizer.steps.lineage, optimizer.layout)
+        return known if known is not None and (known.step, known.lineage, known.layout) == present else None
 
     def _make(self, optimizer: Optimizer) -> Copy:
         with optimizer.steps.locked_state() as state:
             optimizer.steps.check_usable()
-            made = Copy(optimizer.steps.step, optimizer.steps.lineage, state.copy_of_parameters())
+            made = Copy(optimizer.steps.step, optimizer.steps.lineage, state.layout, state.copy_of_parameters())
             self._newest[optimizer] = weakref.ref(made)
             return made
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from optserve_server.numerics.layout import Layout, Payload
 
-CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED = 1, 2, 3, 4, 5, 6
+CREATED, UPDATED, DELETED, STEPPED, REPLACED, PLACED, ADDED = 1, 2, 3, 4, 5, 6, 7
 """Kinds of records in the journal."""
 
 Message = dict[str, Any]
@@ -17,6 +17,16 @@ Message = dict[str, Any]
 
 Encoded = tuple[int, Message, Sequence[np.ndarray]]
 """(kind, message, arrays): the encoding of a record. The bytes of the arrays are the record's payload."""
+
+
+ADDED_TO = "added_to"
+"""The key under which an AdditionRecord has the name of its optimizer. Servers that do not know this kind look for the
+key `optimizer` in each record, and refuse a journal where one lacks it; otherwise they would ignore the record."""
+
+
+def optimizer_of(message: Message) -> str:
+    """The name of the optimizer that a record is about; raises KeyError if the message has none."""
+    return message[ADDED_TO] if ADDED_TO in message else message["optimizer"]
 
 
 class ArenaValues(NamedTuple):

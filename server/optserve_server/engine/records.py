@@ -7,6 +7,7 @@
     4     StepRecord         the operands
     5     ReplacementRecord  all arrays
     6     PlacementRecord    the parameters x
+    7     AdditionRecord     the x of the new parameters
 
 Do not change the keys of a message or their order. This server reads the folders of older servers, and older servers
 read the folders of this one.
@@ -21,6 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from optserve_server.engine.addition_record import AdditionRecord
 from optserve_server.engine.record_encoding import (
     CREATED,
     DELETED,
@@ -227,7 +229,9 @@ class PlacementRecord:
         return cls(message["optimizer"], message["request_id"], list(parameters))
 
 
-Change = CreationRecord | UpdateRecord | DeletionRecord | StepRecord | ReplacementRecord | PlacementRecord
+Change = (
+    CreationRecord | UpdateRecord | DeletionRecord | StepRecord | ReplacementRecord | PlacementRecord | AdditionRecord
+)
 """A record of any kind."""
 
 
@@ -238,7 +242,7 @@ def decode(kind: int, message: Message, data: memoryview, payloads: Payloads = _
         kind: Its kind.
         message: Its message.
         data: The bytes of its arrays.
-        payloads: The payloads of the optimizer. A creation, an update and a deletion do not need them.
+        payloads: The payloads of the optimizer. A creation, an update, a deletion and an addition do not need them.
 
     Returns:
         The record; None if its kind is unknown.
@@ -260,4 +264,6 @@ def decode(kind: int, message: Message, data: memoryview, payloads: Payloads = _
             record = ReplacementRecord.decode(message, data, payloads)
         case PlacementRecord.kind:
             record = PlacementRecord.decode(message, data, payloads)
+        case AdditionRecord.kind:
+            record = AdditionRecord.decode(message, data)
     return record

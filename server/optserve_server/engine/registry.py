@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.config import ServerConfig
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.engine import footprint, transition
+from optserve_server.engine import changes, footprint, transition
 from optserve_server.engine.capacity import Capacity
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.optimizer import Optimizer, OtherState, is_id
@@ -31,7 +32,7 @@ CREATION_WAIT_S = 60.0
 """Seconds that a retried creation waits for the first call, which may still compile or allocate."""
 
 
-def _token() -> str:
+def new_token() -> str:
     """A new etag or lineage."""
     return uuid.uuid4().hex[:16]
 
@@ -41,11 +42,12 @@ class Optimizers:
 
     Attributes:
         capacity: The limits of number and memory.
+        clock: The time.
     """
 
     def __init__(self, backend: Backend, durability: Durability, config: ServerConfig, clock: Clock = SYSTEM) -> None:
         self.backend = backend
-        self._clock = clock
+        self.clock = clock
         self._durability = durability
         self._config = config
         self.capacity = Capacity(config)
@@ -54,6 +56,8 @@ class Optimizers:
         self._by_id: dict[str, Optimizer] = {}
         # (request id, bytes) of each optimizer that is being created, by its id.
         self._reserved: dict[str, tuple[str, int]] = {}
+        # Bytes of parameters that are being added.
+        self._growing_bytes = 0
 
     def __len__(self) -> int:
         """The number of optimizers."""
@@ -157,7 +161,7 @@ class Optimizers:
         return optimizer
 
     def _make(self, optimizer_id: str, layout: Layout, settings: Settings, request_id: str) -> Optimizer:
-        record = CreationRecord(optimizer_id, layout, settings, _token(), _token(), request_id, self._clock.now())
+        record = CreationRecord(optimizer_id, layout, settings, new_token(), new_token(), request_id, self.clock.now())
         # Allocates first, which may fail: once the record is written down, the optimizer exists.
         optimizer = self._build(record)
         return self._enter(optimizer, record, self._durability.write(record))
@@ -165,7 +169,7 @@ class Optimizers:
     def _build(self, record: CreationRecord) -> Optimizer:
         state = State(record.layout, record.settings, self.backend)
         steps = Steps(
-            record.optimizer, state, self._durability, self._config.idle_step_s, self._buffer_budget, self._clock
+            record.optimizer, state, self._durability, self._config.idle_step_s, self._buffer_budget, self.clock
         )
         return Optimizer(record.optimizer, state, steps, record.request_id, record.create_time)
 
@@ -189,7 +193,7 @@ class Optimizers:
     def renew_lineages(self) -> None:
         """Give every state a new lineage, because it may not be the state that clients knew."""
         for optimizer in list(self._by_id.values()):
-            optimizer.steps.lineage = _token()
+            optimizer.steps.lineage = new_token()
 
     def find(self, optimizer_id: str) -> Optimizer | None:
         """An optimizer, or None."""
@@ -237,7 +241,7 @@ class Optimizers:
             growth -= footprint.description_bytes(optimizer.layout, optimizer.settings)
             if growth > 0:
                 self._check_room(optimizer_id, growth)
-            optimizer.steps.update(UpdateRecord(optimizer_id, settings, _token(), self._clock.now()))
+            optimizer.steps.update(UpdateRecord(optimizer_id, settings, new_token(), self.clock.now()))
         logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
         return optimizer
 
@@ -252,28 +256,41 @@ class Optimizers:
         """Replace the state of an optimizer, once per request id.
 
         Args:
-            optimizer: The optimizer. The arrays of the new state have its layout.
+            optimizer: The optimizer.
             state: The new state.
             change: Makes the new settings from the present ones; the method stays the same.
             etag: The etag that the optimizer must have; empty to leave it unchecked.
             request_id: Identifies the call for retries; may be empty.
 
         Raises:
-            OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH, STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or
-                what `change` raises.
+            OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH (also if parameters were added since the state was read),
+                STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or what `change` raises.
         """
         with optimizer.steps.locked_state():
             if optimizer.was_replaced_by(request_id, state.target):
                 return
             optimizer.check_etag(etag)
+            optimizer.check_layout(state.layout)
             settings = change(optimizer.settings, optimizer.layout)
             self.capacity.check_workers(optimizer.layout, settings)
             record = ReplacementRecord(
-                optimizer.id, state.step, settings, _token(), _token(), request_id,
-                self._clock.now(), state.arrays, state.placed_by, state.target, state.parameter_steps,
+                optimizer.id, state.step, settings, new_token(), new_token(), request_id,
+                self.clock.now(), state.arrays, state.placed_by, state.target, state.parameter_steps,
             )  # fmt: skip
-            optimizer.steps.replace(record)
+            changes.replace(optimizer.steps, record)
         logger.info("replaced the state of %s: step %d", optimizer.id, state.step)
+
+    @contextmanager
+    def reserving(self, optimizer_id: str, required_bytes: int, temporary_bytes: int = 0) -> Iterator[None]:
+        """Count memory as used for the length of a with-block, or raise SERVER_FULL; see `Capacity.check_room`."""
+        with self._lock:
+            self._check_room(optimizer_id, required_bytes, temporary_bytes)
+            self._growing_bytes += required_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._growing_bytes -= required_bytes
 
     def delete(self, optimizer_id: str, etag: str = "") -> None:
         """Delete an optimizer, or raise OPTIMIZER_NOT_FOUND, ETAG_MISMATCH or STEP_IN_PROGRESS."""
@@ -298,7 +315,7 @@ class Optimizers:
 
     def _check_room(self, optimizer_id: str, required_bytes: int, temporary_bytes: int = 0) -> None:
         """Raise SERVER_FULL unless there is room for `required_bytes` more; see `Capacity.check_room`."""
-        reserved_bytes = sum(size for _, size in self._reserved.values())
+        reserved_bytes = self._growing_bytes + sum(size for _, size in self._reserved.values())
         self.capacity.check_room(
             optimizer_id, required_bytes, list(self._by_id.values()), reserved_bytes, temporary_bytes
         )

@@ -23,7 +23,7 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import transition
 from optserve_server.engine.committer import Committer
 from optserve_server.engine.durability import Durability
-from optserve_server.engine.records import DeletionRecord, ReplacementRecord, UpdateRecord
+from optserve_server.engine.records import DeletionRecord, UpdateRecord
 from optserve_server.engine.step_slot import ClientSlot, StepSlot
 from optserve_server.engine.transaction import (
     NOTHING,
@@ -44,9 +44,7 @@ from optserve_server.numerics.state import State
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENT_REQUESTS = 32
-"""Restores and imports of one optimizer whose request ids are remembered, for retries."""
-
-_PARAMETER = Operand.PARAMETER
+"""Restores, imports and additions of one optimizer whose request ids are remembered, for retries."""
 
 
 class Steps:
@@ -65,11 +63,12 @@ class Steps:
         workers: Those who share it otherwise.
         step: Steps that were applied.
         lsn: Number that the last change was given.
+        layout_lsn: Number of the change that has added the last parameters; 0 if none were added.
         lineage: Says which state this is; changes when it is replaced.
         placed_by: Request id that put the hosted parameters in place; None while nobody has.
         etag: Changes with settings and state.
         update_time: When they were changed last.
-        replacements: The last restores and imports.
+        replacements: The last restores, imports and additions.
         committer: Makes complete steps.
         payloads: Of its steps.
     """
@@ -98,7 +97,7 @@ class Steps:
         self.workers = Workers(name, state, self, budget, idle_step_s, clock)
         self.placed_by: str | None = None
         self.step = 0
-        self.lsn = 0
+        self.lsn = self.layout_lsn = 0
         self.lineage = ""
         self.etag, self.update_time = "", datetime.fromtimestamp(0, UTC)
         self.replacements: deque[Replacement] = deque(maxlen=MAX_REPLACEMENT_REQUESTS)
@@ -175,7 +174,10 @@ class Steps:
                 # Checked now, before gradients arrive, and once more at the commit: an update may come between.
                 self._state.constants_for(request.options.settings)
         at_step = self._parameters_step(worker, parameters_step) if worker or parameters_step is not None else self.step
-        payload = self.payloads.payload_for(replayed.selection if replayed else request.selection, request.wire)
+        selection = replayed.selection if replayed else request.selection
+        if request.parameter_count and request.parameter_count != len(self._state.layout.parameters):
+            selection = self._known_part(selection, request.parameter_count, is_replay=replayed is not None)
+        payload = self.payloads.payload_for(selection, request.wire)
         if request.segment is None:
             step_slot.leave_segment()
         step = Step(
@@ -185,6 +187,17 @@ class Steps:
         if step_slot.holder is not None:
             step_slot.inherit_progress(step, step_slot.holder)
         return step
+
+    def _known_part(self, selection: Selection, count: int, *, is_replay: bool) -> Selection:
+        """The selection of a client that knows the first `count` parameters, where there are not so many, or more."""
+        if count > len(self._state.layout.parameters):
+            raise refusals.state_replaced(self._name, self.lineage, self.step)
+        part = selection.among_first(count)
+        if is_replay and not part.listed:
+            raise refusals.only_unknown_parameters(self._name, self.step, count)
+        if not is_replay and len(part.listed) < len(selection.listed):
+            raise refusals.unknown_on_stream(max(selection.listed), count)
+        return part
 
     def _parameters_step(self, worker: str, given: int | None) -> int:
         if given is None:
@@ -271,32 +284,11 @@ class Steps:
         """Check settings that are about to be set, and then let go what would be in their way."""
         self._state.check(settings)
         if settings.consistency != self._state.settings.consistency:
-            if self.workers.registry.alive:
-                raise refusals.workers_attached(self._name, len(self.workers.registry.alive))
+            self.workers.check_none_alive("change its consistency", "optimizer.consistency")
             # Workers' means go into this buffer, and would be applied once more as the gradients of a step there.
             self.main.evict_if_idle()
         if settings.consistency is not None:
             self.main.staging.leave_segment()
-
-    def replace(self, record: ReplacementRecord) -> None:
-        """Put another state in the place of this one. That also mends a state that a device has lost.
-
-        Raises:
-            OptserveError: STEP_IN_PROGRESS, NOT_DURABLE, HYPERPARAMETER_OUT_OF_RANGE, that workers are alive whose
-                consistency would change, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
-        """
-        with self._lock:
-            if self._fatal and self._fatal.reason is not Reason.STATE_LOST:
-                raise self._fatal.copy()
-            self.main.evict_if_idle()
-            self._make_ready_for(record.settings)
-            lsn = self._durability.write(record)
-            self._fatal = None
-            try:
-                transition.apply_replacement(self._state, record)
-            except Exception as error:
-                raise self.mark_lost("while the state was replaced") from error
-            transition.note_replacement(self, record, lsn)
 
     def delete(self, reason: OptserveError) -> None:
         """Delete the optimizer: refuse everything from now on with `reason`.

@@ -48,6 +48,7 @@ class StepRequest(NamedTuple):
         life: Number of the worker's life; 0 where its client sends none.
         last_request_id: The last step under this name, as the client knows it; None to leave it unchecked.
         options: What the step asks for beside its reply.
+        parameter_count: The client knows so many parameters, the first, and ALL means these; 0: all there are.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class StepRequest(NamedTuple):
     life: int = 0
     last_request_id: str | None = None
     options: StepOptions = PLAIN
+    parameter_count: int = 0
 
 
 class Effect(NamedTuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from optserve_server.engine.records import (
+    AdditionRecord,
     CreationRecord,
     PlacementRecord,
     ReplacementRecord,
@@ -20,8 +21,10 @@ from optserve_server.engine.records import (
 )
 from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
-from optserve_server.numerics.layout import Operands, Payload, Run, Selection
+from optserve_server.numerics.backends import Backend
+from optserve_server.numerics.layout import Layout, Operands, Payload, Payloads, Run, Selection
 from optserve_server.numerics.preparation import Prepared
+from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 
@@ -36,15 +39,33 @@ The result is the stretches in which to make the change: (first element, element
 
 
 class Replacement(NamedTuple):
-    """A restore or an import that was made.
+    """A restore, an import or an addition of parameters that was made.
 
     Attributes:
         request_id: Its request id.
-        target: What was restored or imported, in words; empty if an earlier version wrote the record.
+        target: What was restored, imported or added, in words; empty if an earlier version wrote the record.
     """
 
     request_id: str
     target: str
+
+
+class Room(NamedTuple):
+    """Arrays for an optimizer that gets more parameters. They are made before the record is written.
+
+    Attributes:
+        state: A new state with all parameters.
+        staging: Its staging buffer.
+    """
+
+    state: State
+    staging: Staging
+
+    @classmethod
+    def of(cls, layout: Layout, settings: Settings, backend: Backend) -> Room:
+        """The arrays for parameters and settings; raises HYPERPARAMETER_OUT_OF_RANGE, or MemoryError."""
+        state = State(layout, settings, backend)
+        return cls(state, Staging(state))
 
 
 class WrittenStep(NamedTuple):
@@ -129,6 +150,32 @@ def apply_placement(
 def note_placement(steps: Steps, record: PlacementRecord, lsn: int) -> None:
     """Keep the request id of an upload of x."""
     steps.lsn, steps.placed_by = lsn, record.request_id
+
+
+def apply_addition(steps: Steps, record: AdditionRecord, room: Room) -> None:
+    """Move an optimizer's arrays into larger ones, and write x of the new parameters behind that of the others."""
+    state = steps._state
+    begins = dict(state.layout.sizes)
+    state.take_over(room.state)
+    steps.main.staging.take_over(room.staging)
+    for dtype, _, values in record.parameters:
+        state.write(dtype, len(state.rule.slots), begins[dtype], values)
+
+
+def note_addition(steps: Steps, record: AdditionRecord, lsn: int) -> None:
+    """Set everything except the arrays of an optimizer that has got parameters.
+
+    A last step of all parameters was of those that there were.
+    """
+    layout = steps._state.layout
+    before = Selection(layout.all_tensors[: len(layout.parameters) - len(record.added.parameters)])
+    steps.payloads = Payloads(layout)
+    steps.lsn = steps.layout_lsn = lsn
+    for step_slot in (steps.main, *(worker.step_slot for worker in steps.workers.registry)):
+        if step_slot.retained is not None and step_slot.retained.selection.is_all:
+            step_slot.retained.selection = before
+    steps.etag, steps.update_time = record.etag, record.time
+    steps.replacements.append(Replacement(record.request_id, record.target))
 
 
 def apply_replacement(state: State, record: ReplacementRecord, stretches: Stretches = everywhere) -> None:

@@ -79,12 +79,14 @@ class Constants:
 
     Attributes:
         settings: The present settings.
+        parameter_count: Number of parameters of the model.
         rules: The rules, without a schedule.
         first: The constants at a parameter's first step, without a schedule, for each dtype and rule.
     """
 
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
+        self.parameter_count = len(layout.parameters)
         self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         # Settings are checked for some dtype also if all parameters are empty.
         self._all_dtypes = self._dtypes or list(layout.sizes)

@@ -104,6 +104,10 @@ class Layout:
                 if size:
                     yield dtype, array, size
 
+    def with_added(self, added: Layout) -> Layout:
+        """The layout with other parameters behind these, which keep their indices and their places in the arenas."""
+        return Layout((*self.parameters, *added.parameters))
+
     def to_json(self) -> list[list[Any]]:
         """The form on disk."""
         return [[item.name, list(item.shape), item.dtype.name] for item in self.parameters]
@@ -182,6 +186,10 @@ class Selection:
                     parameter=name,
                 )
             seen.add(index)
+
+    def among_first(self, count: int) -> Selection:
+        """The part of the selection that lies among the first `count` parameters."""
+        return Selection(tuple(index for index in self.listed or range(count) if index < count))
 
     def runs(self, layout: Layout, wire: np.dtype | None) -> Iterator[Run]:
         """A run for each parameter, in order; neighbours are not joined.

@@ -8,16 +8,41 @@ buffer, and when.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
-from optserve_server.numerics.layout import Arenas, Largest, Operand, Operands, Payload, Run
+from optserve_server.numerics.backends import Backend
+from optserve_server.numerics.layout import STATE_DTYPES, Arenas, Largest, Layout, Operand, Operands, Payload, Run
 from optserve_server.numerics.shared_segment import Segment
-from optserve_server.numerics.state import State
 
 _GRADIENT = Operand.GRADIENT
+
+
+class Model(Protocol):
+    """What the buffer needs of a state. The attributes are those of `State`."""
+
+    layout: Layout
+    backend: Backend
+    operand_kinds: tuple[Operand, ...]
+    limits: dict[tuple[Operand, np.dtype], float]
+
+
+class Upload:
+    """A model for a buffer that takes only x. See Model.
+
+    Args:
+        layout: The parameters.
+        backend: Makes and fills the buffer.
+    """
+
+    def __init__(self, layout: Layout, backend: Backend) -> None:
+        self.layout = layout
+        self.backend = backend
+        self.operand_kinds: tuple[Operand, ...] = (_GRADIENT,)
+        self.limits = {(Operand.PARAMETER, dtype): float(np.finfo(dtype).max) for dtype in STATE_DTYPES}
 
 
 class Staging:
@@ -29,12 +54,14 @@ class Staging:
     Attributes:
         operands: The arenas of the buffer.
         updates: The arenas of the gradients, which the updates overwrite when the step is applied.
+        layout: The parameters that it has room for.
         segment: The segment that the server shares with a client now; None if it shares none.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: Model) -> None:
         self._state = state
         self._backend = state.backend
+        self.layout = state.layout
         self._use(self._new_operands())
         self.segment: Segment | None = None
 
@@ -43,10 +70,19 @@ class Staging:
         self.updates = operands[_GRADIENT]
 
     def _new_operands(self) -> Operands:
-        layout = self._state.layout
+        layout = self.layout
         return {
             operand: layout.arenas(self._backend.staging(layout.size_bytes)) for operand in self._state.operand_kinds
         }
+
+    def take_over(self, larger: Staging) -> None:
+        """Continue with the arenas of a larger buffer, because the state has more parameters now; the content stays."""
+        for operand, arenas in self.operands.items():
+            for dtype, arena in arenas.items():
+                self._backend.copy(arena, larger.operands[operand][dtype][: arena.size])
+        # A segment keeps its size, so it is no longer the buffer.
+        self._use(larger.operands)
+        self.layout = larger.layout
 
     def release(self) -> None:
         """Let go of the arrays; it is of no further use."""
@@ -130,7 +166,7 @@ class Staging:
         Raises:
             OSError: There is no memory for it, or the system has no shared memory.
         """
-        self.segment = Segment(self._state.layout, self.operands)
+        self.segment = Segment(self.layout, self.operands)
         if in_place:
             self._move_to(self.segment.operands)
         return self.segment

@@ -135,6 +135,22 @@ class State:
         """Bytes that a state of this layout and these settings occupies, with one staging buffer."""
         return (len(settings.arrays) + len(operands_of(settings.rule))) * layout.size_bytes
 
+    def take_over(self, larger: State) -> None:
+        """Become a new state that has more parameters behind these, which keep their values.
+
+        Args:
+            larger: A new state of the same method. Do not use it afterwards.
+        """
+        for dtype, slots in self.slots.items():
+            for slot, target in zip(slots, larger.slots[dtype], strict=True):
+                self.backend.copy_slot(slot, target)
+        for dtype, arena in self.parameters.items():
+            self.backend.copy(arena, larger.parameters[dtype][: arena.size])
+        larger.parameter_steps[: self.parameter_steps.size] = self.parameter_steps
+        self.layout, self._dtypes, self._kernels = larger.layout, larger._dtypes, larger._kernels
+        self.slots, self.parameters, self.parameter_steps = larger.slots, larger.parameters, larger.parameter_steps
+        self.set(larger.settings)
+
     def release(self) -> None:
         """Drop the arrays. The state cannot be used afterwards."""
         self.slots.clear()
@@ -290,7 +306,8 @@ class State:
             step: Number of steps applied.
         """
         constants, *at = self._last or (self._constants, max(step - 1, 0), 0)
-        return constants.rule_of(tensor, *at)
+        # Parameters that were added since have the rules that they will have.
+        return (constants if tensor < constants.parameter_count else self._constants).rule_of(tensor, *at)
 
     def step_counter_of(self, tensor: int) -> int:
         """The step counter of a parameter in the last step that it took part in, or else in its first; see `Rule`."""

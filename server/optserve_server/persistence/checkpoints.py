@@ -170,17 +170,17 @@ class Checkpoints:
         if optimizer.was_replaced_by(request_id, target):
             return optimizer
         with self._opened(optimizer_id, tag) as file:
-            description = file.description
-            check_fit(optimizer, tag, description)
+            saved = file.description
+            check_fit(optimizer, tag, saved)
             with disk_errors():
                 file.verify()
 
             def change(present: Settings, _: Layout) -> Settings:
                 # The consistency is not restored: it belongs to the workers, not to the state.
-                return replace(description.settings, consistency=present.consistency)
+                return replace(saved.settings, consistency=present.consistency)
 
             with file.mapped() as arrays:
-                state = OtherState(description.step, arrays, description.parameter_steps, description.placed_by, target)
+                state = OtherState(saved.step, saved.layout, arrays, saved.parameter_steps, saved.placed_by, target)
                 self._optimizers.replace(optimizer, state, change, etag, request_id)
         logger.info("restored %s from checkpoint %s", optimizer_id, tag)
         return optimizer
@@ -286,7 +286,7 @@ class Checkpoints:
         with file.mapped() as arrays:
             # The client has sent all arrays, with x if the server hosts it.
             placed_by = (request_id or "import") if optimizer.settings.hosted else None
-            state = OtherState(step, arrays, parameter_steps, placed_by, import_target(step))
+            state = OtherState(step, file.description.layout, arrays, parameter_steps, placed_by, import_target(step))
             self._optimizers.replace(optimizer, state, change, etag, request_id)
 
     def _saved_by(self, request_id: str, optimizer_id: str, tag: str) -> Checkpoint | None:

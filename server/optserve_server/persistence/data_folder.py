@@ -16,7 +16,7 @@ from pathlib import Path
 
 from optserve._common.clock import SYSTEM, Clock, Thread
 from optserve_server.domain.errors import OptserveError, Reason, disk_errors
-from optserve_server.engine.record_encoding import CREATED, DELETED, PLACED, REPLACED, STEPPED
+from optserve_server.engine.record_encoding import ADDED, CREATED, DELETED, PLACED, REPLACED, STEPPED
 from optserve_server.engine.records import Change
 from optserve_server.engine.registry import Optimizers
 from optserve_server.persistence import recovery, snapshot
@@ -34,7 +34,7 @@ _NOT_IN_PLACE = "the server's data folder was deleted, moved or replaced while i
 TICK_S = 1.0
 """Seconds between checks whether the folder is in place, and whether a snapshot is due."""
 
-_KINDS_THAT_NEED_A_SNAPSHOT = frozenset((CREATED, DELETED, REPLACED, PLACED))
+_KINDS_THAT_NEED_A_SNAPSHOT = frozenset((CREATED, DELETED, REPLACED, PLACED, ADDED))
 """Without a journal: the kinds of changes after which a snapshot is written at once."""
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from optserve_server.engine import records, transition
 from optserve_server.engine.optimizer import Optimizer
-from optserve_server.engine.record_encoding import CREATED
+from optserve_server.engine.record_encoding import CREATED, optimizer_of
 from optserve_server.engine.records import (
+    AdditionRecord,
     CreationRecord,
     DeletionRecord,
     PlacementRecord,
@@ -26,7 +27,7 @@ from optserve_server.engine.records import (
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.step_record import StepRecord
 from optserve_server.engine.transaction import Retained
-from optserve_server.engine.transition import Replacement
+from optserve_server.engine.transition import Replacement, Room
 from optserve_server.numerics.layout import ALL, Run, Selection
 from optserve_server.numerics.preparation import Prepared
 from optserve_server.persistence import snapshot
@@ -112,7 +113,7 @@ class Replay:
             map(Replacement, header["replacement_request_ids"], header.get("targets", repeat("")))
         )
         optimizer.steps.step, optimizer.steps.lsn = header["step"], header["lsn"]
-        optimizer.steps.placed_by = header.get("placed_by")
+        optimizer.steps.placed_by, optimizer.steps.layout_lsn = header.get("placed_by"), header.get("layout_lsn", 0)
         optimizer.steps.workers.registry.from_json(header.get("workers", {}))
         if header["retained"]:
             retained = header["retained"]
@@ -136,13 +137,17 @@ class Replay:
             ValueError, KeyError or TypeError: The record is not valid.
         """
         message, lsn = json.loads(entry.meta), entry.lsn
-        optimizer = self._optimizers.find(message["optimizer"])
+        optimizer = self._optimizers.find(optimizer_of(message))
         if optimizer is None:
             if entry.kind == CREATED:
                 self._optimizers.adopt(CreationRecord.decode(message), lsn)
             return
         if lsn <= optimizer.created_lsn:
             # The record is of an earlier optimizer of that name, which was deleted.
+            return
+        if lsn <= optimizer.steps.layout_lsn:
+            # The snapshot was begun after the last addition of parameters, so all of its pieces contain this change. A
+            # step may be of fewer parameters, and is not readable any more.
             return
         record = records.decode(entry.kind, message, entry.payload, optimizer.steps.payloads)
         with optimizer.steps.locked_state():
@@ -153,12 +158,16 @@ class Replay:
                     self._replace(optimizer, record, lsn)
                 case PlacementRecord():
                     self._place(optimizer, record, lsn)
+                case AdditionRecord():
+                    self._add(optimizer, record, lsn)
                 case CreationRecord() if lsn > optimizer.steps.lsn:
                     self._optimizers.adopt(record, lsn)
                 case UpdateRecord() if lsn > optimizer.steps.lsn:
                     transition.note_update(optimizer.steps, record, lsn)
                 case DeletionRecord() if lsn > optimizer.steps.lsn:
                     self._forget(optimizer.id)
+                case None:
+                    raise ValueError(f"kind {entry.kind} is unknown")
 
     def _forget(self, name: str) -> None:
         self._optimizers.forget(name)
@@ -194,6 +203,23 @@ class Replay:
         transition.apply_placement(optimizer.state, runs, record, partial(self._stretches_without, optimizer.id, lsn))
         if lsn > optimizer.steps.lsn:
             transition.note_placement(optimizer.steps, record, lsn)
+
+    def _add(self, optimizer: Optimizer, record: AdditionRecord, lsn: int) -> None:
+        """Make an addition once more. The pieces of the snapshot are of the parameters before."""
+        before, present = optimizer.layout.sizes, optimizer.state
+        room = Room.of(optimizer.layout.with_added(record.added), record.settings, present.backend)
+        transition.apply_addition(optimizer.steps, record, room)
+        transition.note_addition(optimizer.steps, record, lsn)
+        if optimizer.id not in self._pieces:
+            return
+        # The new parts of the arenas contain the changes up to this one. The last reply has no part there.
+        added = [
+            snapshot.Piece(dtype.name, start, optimizer.layout.sizes[dtype], lsn, True, [])
+            for dtype, start in before.items()
+            if start < optimizer.layout.sizes[dtype]
+        ]
+        self._pieces[optimizer.id] += added
+        self._arenas[optimizer.id] = _by_arena(self._pieces[optimizer.id])
 
     def _replace(self, optimizer: Optimizer, record: ReplacementRecord, lsn: int) -> None:
         transition.apply_replacement(optimizer.state, record, partial(self._stretches_without, optimizer.id, lsn))

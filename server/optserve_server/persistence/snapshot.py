@@ -85,7 +85,8 @@ def write(
         OptserveError: STATE_LOST: a device has failed, so the state of an optimizer cannot be read.
     """
     for optimizer in optimizers:
-        _check_not_lost(optimizer)
+        # Raises if the state is lost.
+        _is_deleted(optimizer)
     temporary = folder / "snapshot.tmp"
     disk.remove_tree(temporary, ignore_errors=True)
     disk.make_folder(temporary)
@@ -110,14 +111,13 @@ def _name(lsn: int) -> str:
 def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, keep_locked: bool, disk: Disk) -> int:
     """Write all files of a snapshot, durably; returns the LSN of the snapshot."""
     paths = [folder / f"{position:04d}.safetensors" for position in range(len(optimizers))]
-    file_layouts = [FileLayout(optimizer.layout, (*optimizer.settings.arrays, "update")) for optimizer in optimizers]
-    for path, file_layout in zip(paths, file_layouts, strict=True):
+    for path, optimizer in zip(paths, optimizers, strict=True):
         # All files are allocated first, so that a full disk refuses the snapshot before anything is written.
         with disk.create(path) as target:
-            disk.allocate(target.fileno(), file_layout.size_bytes)
+            disk.allocate(target.fileno(), _file_layout(optimizer, optimizer.layout).size_bytes)
     descriptions = [
-        _write_optimizer(path, optimizer, file_layout, keep_locked=keep_locked, disk=disk)
-        for path, optimizer, file_layout in zip(paths, optimizers, file_layouts, strict=True)
+        _write_optimizer(path, optimizer, keep_locked=keep_locked, disk=disk)
+        for path, optimizer in zip(paths, optimizers, strict=True)
     ]
     written = [description for description in descriptions if description]
     if keep_locked:
@@ -132,15 +132,20 @@ def _write_files(folder: Path, lsn: int, optimizers: list[Optimizer], *, keep_lo
     return lsn
 
 
-def _write_optimizer(
-    path: Path, optimizer: Optimizer, file_layout: FileLayout, *, keep_locked: bool, disk: Disk
-) -> dict[str, Any] | None:
+def _file_layout(optimizer: Optimizer, layout: Layout) -> FileLayout:
+    """The layout of an optimizer's file, for these parameters."""
+    return FileLayout(layout, (*optimizer.settings.arrays, "update"))
+
+
+def _write_optimizer(path: Path, optimizer: Optimizer, *, keep_locked: bool, disk: Disk) -> dict[str, Any] | None:
     """Write one optimizer's file and return its description; None if the optimizer was deleted meanwhile."""
     with disk.reopen(path) as target:
         with optimizer.steps.locked_state() if keep_locked else nullcontext():
-            description, pieces = _describe(optimizer, path.name), None
+            with optimizer.steps.locked_state():
+                # Parameters that are added later are not in this file: the journal has them.
+                description, layout, pieces = _describe(optimizer, path.name), optimizer.layout, None
             if description is not None:
-                pieces = _write_pieces(target.fileno(), optimizer, file_layout, sync=not keep_locked, disk=disk)
+                pieces = _write_pieces(target.fileno(), optimizer, layout, sync=not keep_locked, disk=disk)
         if description is None or pieces is None:
             disk.unlink(path)
             return None
@@ -148,29 +153,21 @@ def _write_optimizer(
     return description | {"pieces": [asdict(piece) for piece in pieces]}
 
 
-def _check_not_lost(optimizer: Optimizer) -> None:
-    """Raise STATE_LOST if the state of an optimizer is lost."""
+def _is_deleted(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has been deleted; raises STATE_LOST if its state is lost."""
     # A restart can recover it from the journal, unless a snapshot without the optimizer has replaced the journal.
     try:
         optimizer.steps.check_usable()
     except OptserveError as error:
         if error.reason is not Reason.OPTIMIZER_NOT_FOUND:
             raise
-
-
-def _is_deleted(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has been deleted."""
-    try:
-        optimizer.steps.check_usable()
-    except OptserveError as error:
-        return error.reason is Reason.OPTIMIZER_NOT_FOUND
+        return True
     return False
 
 
 def _describe(optimizer: Optimizer, file: str) -> dict[str, Any] | None:
     """All of an optimizer except its arrays; None if it has been deleted."""
     with optimizer.steps.locked_state():
-        _check_not_lost(optimizer)
         if _is_deleted(optimizer):
             return None
         retained, parameter_steps = optimizer.steps.main.retained, optimizer.state.written_parameter_steps
@@ -189,6 +186,7 @@ def _describe(optimizer: Optimizer, file: str) -> dict[str, Any] | None:
             "update_time": optimizer.update_time.isoformat(),
             "step": optimizer.steps.step,
             "lsn": optimizer.steps.lsn,
+            **({"layout_lsn": optimizer.steps.layout_lsn} if optimizer.steps.layout_lsn else {}),
             "placed_by": optimizer.steps.placed_by,
             "retained": _retained(retained, optimizer.layout) if retained else None,
             "workers": optimizer.steps.workers.registry.to_json(),
@@ -206,16 +204,18 @@ def _retained(retained: Retained, layout: Layout) -> dict[str, Any]:
 
 
 def _write_pieces(
-    descriptor: int, optimizer: Optimizer, file_layout: FileLayout, *, sync: bool, disk: Disk
+    descriptor: int, optimizer: Optimizer, layout: Layout, *, sync: bool, disk: Disk
 ) -> list[Piece] | None:
-    """Write the arrays, one stretch at a time. Returns the pieces; None if the optimizer was deleted meanwhile."""
-    arrays = optimizer.settings.arrays
+    """Write the arrays of these parameters, one stretch at a time.
+
+    Returns the pieces; None if the optimizer was deleted meanwhile.
+    """
+    arrays, file_layout = optimizer.settings.arrays, _file_layout(optimizer, layout)
     write_all(descriptor, [file_layout.head], 0, disk)
     pieces: list[Piece] = []
     unsynced_bytes = 0
-    for dtype, start, stop in _stretches(optimizer.layout):
+    for dtype, start, stop in _stretches(layout):
         with optimizer.steps.locked_state() as state:
-            _check_not_lost(optimizer)
             if _is_deleted(optimizer):
                 return None
             parts = [state.read(dtype, array, start, stop).tobytes() for array in range(len(arrays))]

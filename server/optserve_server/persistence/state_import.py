@@ -37,7 +37,9 @@ class StateImport:
         self._checkpoints = checkpoints
         self._optimizer = optimizer
         self._slots = optimizer.settings.arrays
-        self._payload = Payload(optimizer.layout, ALL)
+        # The optimizer may get more parameters during the import; then the commit refuses the state.
+        self._layout = optimizer.layout
+        self._payload = Payload(self._layout, ALL)
         self._coverage = Coverage()
         self._staged = staged
 
@@ -54,7 +56,7 @@ class StateImport:
             OptserveError: UNKNOWN_PARAMETER, CHUNK_OUT_OF_BOUNDS, OVERLAPPING_CHUNK,
                 TOO_MANY_FRAGMENTS, NON_FINITE_VALUE or NOT_DURABLE.
         """
-        parameters = self._optimizer.layout.parameters
+        parameters = self._layout.parameters
         if tensor >= len(parameters):
             raise OptserveError(
                 Reason.UNKNOWN_PARAMETER,
@@ -76,7 +78,7 @@ class StateImport:
         self._record_coverage(tensor, slot, offset, len(data))
         values = np.frombuffer(data, parameter.dtype)
         self._check_values(parameter, slot, offset // size, values)
-        start = self._optimizer.layout.starts[tensor] + offset // size
+        start = self._layout.starts[tensor] + offset // size
         with disk_errors():
             self._staged.write(parameter.dtype, slot, start, values)
 
@@ -91,7 +93,7 @@ class StateImport:
                 field="parameter_steps",
             )
         try:
-            each(given, len(self._optimizer.layout.parameters), MAX_STEP)
+            each(given, len(self._layout.parameters), MAX_STEP)
         except ValueError as error:
             raise OptserveError(
                 Reason.INVALID_FIELD, f"parameter_steps does not fit this model: {error}.", field="parameter_steps"
@@ -117,7 +119,7 @@ class StateImport:
         if gap is not None:
             slot, position = divmod(gap, self._payload.size_bytes)
             tensor, offset = self._payload.locate(position)
-            name = self._optimizer.layout.parameters[tensor].name
+            name = self._layout.parameters[tensor].name
             raise OptserveError(
                 Reason.MISSING_CHUNK,
                 f"{self._slots[slot]} of {name!r} is incomplete: byte {offset} has not arrived.",
@@ -130,7 +132,7 @@ class StateImport:
 
     def _record_coverage(self, tensor: int, slot: int, offset: int, size: int) -> None:
         begin = slot * self._payload.size_bytes + self._payload.byte_ranges[tensor][0] + offset
-        name = self._optimizer.layout.parameters[tensor].name
+        name = self._layout.parameters[tensor].name
         try:
             self._coverage.add(begin, begin + size)
         except Overlap:

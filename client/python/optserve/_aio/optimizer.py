@@ -14,10 +14,11 @@ from optserve import algorithms, settings
 from optserve import client as sync
 from optserve._aio.awaiting import CallQueue, Threads, completion, wait_until_done
 from optserve._aio.worker import LEAVE_S, SETTLE_S
+from optserve._resources.new_optimizer import ArrayLike
 from optserve._steps.incremental import StepUnderWay
 from optserve.config import ClientConfig
 from optserve.optimizer import ReplyName, StepHyperparameters
-from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
+from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, TensorSpec, no_progress
 from optserve.statistics import QUANTILES, Statistics
 from optserve.step_result import StepResult
 
@@ -137,6 +138,17 @@ class AsyncOptimizer:
     async def refresh(self) -> None:
         """See `optserve.Optimizer.refresh`."""
         await self._queue.run(lambda _: self._optimizer.refresh(), self._config.timeout_s)
+
+    async def add_parameters(
+        self,
+        params: Mapping[str, ArrayLike | TensorSpec],
+        *,
+        groups: Sequence[settings.Group] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        """See `optserve.Optimizer.add_parameters`."""
+        add = bound(self._optimizer.add_parameters, params, groups=groups)
+        await self._queue.run(lambda left_s: add(timeout_s=left_s), timeout_s, grace_s=SETTLE_S)
 
     async def update(
         self,

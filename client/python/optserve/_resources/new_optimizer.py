@@ -58,16 +58,30 @@ def new_optimizer(
             weight_decay=new_settings.weight_decay,
             consistency=new_settings.consistency.to_message() if new_settings.consistency else None,
         )
-        for parameter, spec in params.items():
-            if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):
-                raise InvalidArgumentError(
-                    f"{parameter!r} is of type {type(spec).__name__}, which has no shape and dtype; pass an array, a "
-                    "tensor or a TensorSpec."
-                )
-            message.parameters.add(name=parameter, shape=spec.shape, data_type=_data_type(parameter, spec.dtype))
+        message.parameters.extend(parameter_messages(params))
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"{name!r} cannot be created from these arguments: {error}") from error
     return message
+
+
+def parameter_messages(
+    params: Mapping[str, ArrayLike | TensorSpec],
+) -> Sequence[optimizer_pb2.Parameter]:
+    """The messages of parameters.
+
+    Raises:
+        InvalidArgumentError: One is no array and no TensorSpec, or its state can be of no such dtype.
+        TypeError or ValueError: A name or a shape is impossible.
+    """
+    messages = optimizer_pb2.Optimizer().parameters
+    for name, spec in params.items():
+        if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):
+            raise InvalidArgumentError(
+                f"{name!r} is of type {type(spec).__name__}, which has no shape and dtype; pass an array, a "
+                "tensor or a TensorSpec."
+            )
+        messages.add(name=name, shape=spec.shape, data_type=_data_type(name, spec.dtype))
+    return messages
 
 
 def values_of(params: Mapping[str, ArrayLike | TensorSpec]) -> dict[str, np.ndarray]:

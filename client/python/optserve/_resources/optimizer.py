@@ -61,10 +61,12 @@ class Resource(abc.ABC):
         self._slots = list(message.slots)
         self._method = message.algorithm.WhichOneof("method") or ""
         self._groups = len(message.groups)
+        self._model = self._table(message.parameters)
+
+    def _table(self, parameters: Sequence[optimizer_pb2.Parameter]) -> ParameterTable:
+        """The table of parameters of this optimizer."""
         method = algorithms.ALGORITHMS.get(self._method)
-        self._model = ParameterTable(
-            self.name, message.parameters, takes_curvature=method is not None and method.takes_curvature
-        )
+        return ParameterTable(self.name, parameters, takes_curvature=method is not None and method.takes_curvature)
 
     def update(
         self,
@@ -222,7 +224,7 @@ class Resource(abc.ABC):
         indices = self._model.indices_of(names or self._model.names)
         arrays = self._model.outputs(indices, out)
         request = replicas_pb2.PullParametersRequest(
-            name=self._resource, newer_than_step=newer_than, tensors=indices if names else (), wire_type=self._wire_type
+            name=self._resource, newer_than_step=newer_than, tensors=indices, wire_type=self._wire_type
         )
         step, newer = pull_parameters(self._connection, request, Updates(indices, arrays, self._layouts), timeout_s)
         if not newer:
@@ -250,9 +252,11 @@ class Resource(abc.ABC):
         Raises:
             InvalidArgumentError: There is no such parameter, element or quantile.
         """
+        # All are listed too, because others may have been added by another client.
+        tensors = self._model.indices_of(names or self._model.names)
         request = statistics_pb2.GetStatisticsRequest(
             name=self._resource,
-            tensors=self._model.indices_of(names) if names else (),
+            tensors=tensors,
             quantiles=quantiles,
             indices=indices,
             random_indices=random_indices,
@@ -260,7 +264,7 @@ class Resource(abc.ABC):
         )
         response = self._connection.call(self._connection.stub.GetStatistics, request)
         asked = StatisticsRequest(
-            list(request.tensors) or list(range(len(self._model))),
+            tensors,
             list(quantiles) or QUANTILES,
             list(indices) or None,
             random_indices,

@@ -56,6 +56,10 @@ class ParameterTable:
         self.sizes = [(math.prod(p.shape) * p.dtype.itemsize, p.dtype.itemsize) for p in self.parameters]
         self._all = list(self._indices.values())
 
+    def is_continued_by(self, other: ParameterTable) -> bool:
+        """Whether the other table has these parameters, and more behind them."""
+        return len(other) > len(self) and other.parameters[: len(self)] == self.parameters
+
     def __len__(self) -> int:
         """The number of parameters."""
         return len(self.parameters)

@@ -49,6 +49,16 @@ def created(
     return message
 
 
+def added(
+    message: optimizer_pb2.Optimizer, name: str, wanted: Sequence[optimizer_pb2.Parameter]
+) -> optimizer_pb2.Optimizer:
+    """`message`, after a check that it describes an optimizer of that resource name that has the wanted parameters."""
+    found = {item.name: item for item in optimizer(message, name).parameters}
+    if any(found.get(item.name) != item for item in wanted):
+        raise invalid_reply(f"{name!r} lacks parameters that were added")
+    return message
+
+
 def method(message: optimizer_pb2.Optimizer) -> algorithms.Algorithm:
     """The method of an optimizer.
 

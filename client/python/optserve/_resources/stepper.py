@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+from optserve import settings
+from optserve._resources import replies
+from optserve._resources.additions import Addition
 from optserve._resources.choices import TransportName, WireDtype, shares_memory, wire_type
+from optserve._resources.new_optimizer import ArrayLike
 from optserve._resources.optimizer import Resource
 from optserve._rpc.connection import Connection
 from optserve._rpc.deadline import Patience
@@ -12,6 +16,7 @@ from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.streams import KnownState, Streams
+from optserve.state import TensorSpec
 from optserve.step_result import StepResult
 from optserve.v1 import optimizer_pb2, steps_pb2
 
@@ -38,6 +43,7 @@ class Stepper(Resource):
             transport=steps_pb2.TRANSPORT_SHARED_MEMORY if share else steps_pb2.TRANSPORT_STREAM,
             max_chunk_bytes=connection.config.max_chunk_bytes,
             worker=worker,
+            parameter_count=len(self._model),
         )
         streams = Streams(
             connection,
@@ -107,15 +113,69 @@ class Stepper(Resource):
         """The unsettled steps; `optserve.aio` adds to them."""
         return self._session.outcomes
 
+    def add_parameters(
+        self,
+        params: Mapping[str, ArrayLike | TensorSpec],
+        *,
+        groups: Sequence[settings.Group] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        """Give the optimizer more parameters, behind those that it has. The next step of this object takes all of them.
+
+        The slots of the new parameters are 0, and their step counters too: the optimizer is as if it had been created
+        with them, and every step had left them out. Everything else stays as it is. They are added exactly once, also
+        if the connection is lost.
+
+        Other objects of the same optimizer go on with the parameters that they know; their steps leave the new ones as
+        they are. `refresh` lets them know the new ones.
+
+        Args:
+            params: The new parameters by name: arrays, tensors, or anything else with a shape and a dtype. In hosted
+                mode they need values, which this call uploads.
+            groups: New groups, of new parameters only.
+            timeout_s: Longest time to wait, `ClientConfig.step_timeout_s` by default.
+
+        Raises:
+            InvalidArgumentError: A name is taken; or a name, shape, dtype, value or hyper-parameter is wrong.
+            FailedPreconditionError: Workers are alive, or the parameters of a hosted optimizer were not uploaded yet.
+            StateReplacedError: The state was replaced by a restore or an import. See `refresh`.
+            StepInProgressError: Another connection was in the middle of a step until the time was up.
+            ResourceExhaustedError: The model would be too large for the server. It needs memory for the present state
+                and for the new one while it adds parameters.
+            FeatureUnavailableError: The server is too old. In all these cases nothing was changed.
+            DeadlineExceededError: There was no answer in time; `refresh` finds out whether the parameters were added.
+
+        Example:
+            >>> opt.add_parameters({"head.w": w, "head.b": b})               # doctest: +SKIP
+            ... opt.step(grads)                                              # with those of head.w and head.b
+        """
+        addition = Addition(self._resource, self._method, params, groups, hosted=self.hosted)
+        patience = self._connection.patience(timeout_s)
+        with self._session.locked(patience):
+            left_s = max(patience.left_s, 0.001)
+            answer = addition.send(self._connection, self._session.known.lineage, left_s)
+            if not self._take_parameters_of(answer):
+                raise replies.invalid_reply("the parameters that were added are not behind the others")
+
+    def _take_parameters_of(self, optimizer: optimizer_pb2.Optimizer) -> bool:
+        """Know the parameters that were added since, if there are any; call it with the session locked."""
+        self._groups = len(optimizer.groups)
+        table = self._table(optimizer.parameters)
+        is_continued = self._model.is_continued_by(table)
+        if is_continued:
+            self._model = table
+            self._session.streams.renew(table.sizes)
+        return is_continued
+
     def refresh(self) -> None:
-        """Read the current step and lineage from the server, and forget the unsettled steps."""
+        """Read the current step, lineage and parameters from the server, and forget the unsettled steps."""
         self._refresh(self._connection.patience(self._connection.config.timeout_s))
 
     def _refresh(self, patience: Patience) -> None:
         def read() -> tuple[int, str]:
             found = self._get(max(patience.left_s, 0.001))
             self._session.known.create_time = found.create_time
-            self._groups = len(found.groups)
+            self._take_parameters_of(found)
             return found.step, found.lineage
 
         self._session.refresh(read, patience)

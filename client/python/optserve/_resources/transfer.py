@@ -48,7 +48,7 @@ def export_state(connection: Connection, name: str, on_progress: Progress) -> Op
         with closing(connection.export_state(request, timeout_s)) as frames:
             return _read_state(frames, name, on_progress)
 
-    return _with_retries(connection, attempt)
+    return with_retries(connection, attempt)
 
 
 def import_state(
@@ -79,7 +79,7 @@ def import_state(
         consistency,
     )
     changes = update_request(optimizer.name, state.algorithm.name, state.algorithm, new_settings)
-    if _imports_settings(connection):
+    if has_feature(connection, service_pb2.FEATURE_IMPORTED_SETTINGS):
         first.optimizer.CopyFrom(changes.optimizer)
         first.update_mask.CopyFrom(changes.update_mask)
     elif others := differences(optimizer, algorithm=state.algorithm, **{**said, "consistency": consistency}):
@@ -87,7 +87,7 @@ def import_state(
             f"This server cannot import settings, and {others[0]}. Update the optimizer's settings first, or import "
             "state.without(…), which leaves settings out."
         )
-    answer = _with_retries(
+    answer = with_retries(
         connection,
         lambda timeout_s: connection.import_state(
             _messages(first, names, arrays, on_progress, state.size_bytes), timeout_s
@@ -96,9 +96,10 @@ def import_state(
     return replies.optimizer(answer.optimizer, optimizer.name)
 
 
-def _imports_settings(connection: Connection) -> bool:
+def has_feature(connection: Connection, feature: service_pb2.Feature) -> bool:
+    """Whether the server has a feature; older servers do not know newer ones."""
     info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
-    return any(item.feature == service_pb2.FEATURE_IMPORTED_SETTINGS and item.available for item in info.features)
+    return any(item.feature == feature and item.available for item in info.features)
 
 
 def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarray]) -> int:
@@ -119,7 +120,7 @@ def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarr
                 yield wire.encode(header, data[offset : offset + CHUNK_BYTES])
         yield wire.encode(replicas_pb2.PushParametersRequest(commit=steps_pb2.Commit()))
 
-    return _with_retries(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
+    return with_retries(connection, lambda timeout_s: connection.push_parameters(messages(), timeout_s)).step
 
 
 def pull_parameters(
@@ -154,7 +155,7 @@ def pull_parameters(
             arrays.finish()
         return first.step, True
 
-    return _with_retries(connection, received, timeout_s)
+    return with_retries(connection, received, timeout_s)
 
 
 def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
@@ -165,7 +166,7 @@ def _first_header(frames: Iterator[wire.Frame[Any]]) -> Any:
     return first.header
 
 
-def _with_retries(
+def with_retries(
     connection: Connection, attempt: Callable[[float], _Result], timeout_s: float | None = None
 ) -> _Result:
     """Call `attempt` with the seconds that are left, until it succeeds, the server refuses, or the time is up."""

@@ -29,7 +29,7 @@ from optserve.errors import (
     UnreachableError,
     from_rpc_error,
 )
-from optserve.v1 import checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
+from optserve.v1 import additions_pb2, checkpoints_pb2, replicas_pb2, service_pb2, service_pb2_grpc
 
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["OptimizerService"].full_name
 
@@ -118,6 +118,9 @@ class Connection:
         )
         self._push_parameters = self._channel.stream_unary(
             f"/{_SERVICE}/PushParameters", None, replicas_pb2.PushParametersResponse.FromString
+        )
+        self._add_parameters = self._channel.stream_unary(
+            f"/{_SERVICE}/AddParameters", None, additions_pb2.AddParametersResponse.FromString
         )
 
     def call(self, method: Callable[..., _Response], request: Any, *, timeout_s: float | None = None) -> _Response:
@@ -224,6 +227,12 @@ class Connection:
         self.check_usable()
         with self._while_open():
             return _call_cancellable(self._push_parameters, messages, timeout_s)
+
+    def add_parameters(self, messages: Iterator[bytes], timeout_s: float) -> additions_pb2.AddParametersResponse:
+        """Make an AddParameters call."""
+        self.check_usable()
+        with self._while_open():
+            return _call_cancellable(self._add_parameters, messages, timeout_s)
 
     def translate(self, error: grpc.RpcError, timeout_s: float) -> OptserveError:
         """The exception for a failed call."""

@@ -119,7 +119,7 @@ class StepSession:
         Raises:
             OptserveError: See `Optimizer.replay`.
         """
-        with self._locked(patience):
+        with self.locked(patience):
             self._raise_if_overtaken()
             opened, unsettled = self._reopen(patience).opened, self.outcomes.unsettled
             if unsettled and opened.last_request_id not in unsettled:
@@ -140,7 +140,7 @@ class StepSession:
 
     def refresh(self, read: Callable[[], tuple[int, str]], patience: Patience) -> None:
         """Adopt the server's step and lineage, which `read` returns, and forget the unsettled steps."""
-        with self._locked(patience):
+        with self.locked(patience):
             step, lineage = read()
             state_is_another = lineage != self.known.lineage or step < self.known.step
             self.known.step = step
@@ -153,7 +153,7 @@ class StepSession:
 
     def stream(self, patience: Patience) -> StepStream:
         """The stream of the next step, opened if it is not open."""
-        # Not `_locked`: `Optimizer.buffers` calls this before each step.
+        # Not `locked`: `Optimizer.buffers` calls this before each step.
         self._acquire(patience)
         try:
             return self.streams.current or self.streams.get(patience)
@@ -183,11 +183,11 @@ class StepSession:
 
     def close(self) -> None:
         """Close the stream; the next step opens another."""
-        with self._locked(self._connection.patience(self._connection.config.timeout_s)):
+        with self.locked(self._connection.patience(self._connection.config.timeout_s)):
             self.streams.close()
 
     @contextmanager
-    def _locked(self, patience: Patience) -> Iterator[None]:
+    def locked(self, patience: Patience) -> Iterator[None]:
         """Hold the call lock for the length of a with-block."""
         self._acquire(patience)
         try:

@@ -64,6 +64,7 @@ class StepStream:
         self._connection = connection
         self._takes_curvature = takes_curvature
         self._worker = request.worker
+        self._parameter_count = len(sizes)
         self._outgoing = Outgoing(connection.clock)
         self._outgoing.put(iter([wire.encode(steps_pb2.StreamStepsRequest(open=request))]))
         self._call = connection.stream_steps(iter(self._outgoing))
@@ -119,7 +120,8 @@ class StepStream:
         """
         begin = request.begin
         if gradients is not None:
-            if not gradients.whole:
+            # Another thread may have added parameters since the gradients were collected.
+            if not (gradients.whole and len(gradients.indices) == self._parameter_count):
                 begin.tensors.extend(gradients.indices)
             if gradients.options is not None:
                 begin.settings.extend(gradients.options.settings)

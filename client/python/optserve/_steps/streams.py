@@ -136,6 +136,12 @@ class Streams:
             raise
         return stream
 
+    def renew(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Know other parameters from now on, on another stream; see `sizes`."""
+        self.close()
+        self._sizes = sizes
+        self.open_request.parameter_count = len(sizes)
+
     def begin(self, request_id: str, at_step: int | None) -> steps_pb2.StreamStepsRequest:
         """The first message of a step."""
         request = steps_pb2.StreamStepsRequest()

@@ -24,6 +24,7 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from optserve.v1 import additions_pb2 as optserve_dot_v1_dot_additions__pb2
 from optserve.v1 import checkpoints_pb2 as optserve_dot_v1_dot_checkpoints__pb2
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 from optserve.v1 import replicas_pb2 as optserve_dot_v1_dot_replicas__pb2
@@ -31,41 +32,41 @@ from optserve.v1 import statistics_pb2 as optserve_dot_v1_dot_statistics__pb2
 from optserve.v1 import steps_pb2 as optserve_dot_v1_dot_steps__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/service.proto\x12\x0boptserve.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1doptserve/v1/checkpoints.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1aoptserve/v1/replicas.proto\x1a\x1coptserve/v1/statistics.proto\x1a\x17optserve/v1/steps.proto\"\x16\n\x14GetServerInfoRequest\"\xea\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\ndurability\x18\x07 \x01(\t\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12,\n\x08\x66\x65\x61tures\x18\t \x03(\x0b\x32\x1a.optserve.v1.FeatureStatus\x12\x0f\n\x07methods\x18\n \x03(\t\x12\x17\n\x0foptimizer_count\x18\x0b \x01(\r\x12\x0f\n\x07host_id\x18\x0c \x01(\t\x12\x1a\n\x12\x64urability_problem\x18\r \x01(\t\"I\n\rFeatureStatus\x12%\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0e\x32\x14.optserve.v1.Feature\x12\x11\n\tavailable\x18\x02 \x01(\x08\"m\n\x16\x43reateOptimizerRequest\x12\x14\n\x0coptimizer_id\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"D\n\x17\x43reateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"#\n\x13GetOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x15ListOptimizersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"]\n\x16ListOptimizersResponse\x12*\n\noptimizers\x18\x01 \x03(\x0b\x32\x16.optserve.v1.Optimizer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x16UpdateOptimizerRequest\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"D\n\x17UpdateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"K\n\x16\x44\x65leteOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x19\n\x17\x44\x65leteOptimizerResponse*\xc4\x03\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x41TURE_UNARY_STEPS\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STREAMED_STEPS\x10\x02\x12\x18\n\x14\x46\x45\x41TURE_LIVE_UPDATES\x10\x03\x12\x1c\n\x18\x46\x45\x41TURE_PARAMETER_GROUPS\x10\x04\x12\x15\n\x11\x46\x45\x41TURE_SCHEDULES\x10\x05\x12\x14\n\x10\x46\x45\x41TURE_CLIPPING\x10\x06\x12\x15\n\x11\x46\x45\x41TURE_CURVATURE\x10\x07\x12\x17\n\x13\x46\x45\x41TURE_HOSTED_MODE\x10\x08\x12\x13\n\x0f\x46\x45\x41TURE_WORKERS\x10\t\x12\x17\n\x13\x46\x45\x41TURE_CHECKPOINTS\x10\n\x12\x1a\n\x16\x46\x45\x41TURE_STATE_TRANSFER\x10\x0b\x12\x16\n\x12\x46\x45\x41TURE_STATISTICS\x10\x0c\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\r\x12\x1f\n\x1b\x46\x45\x41TURE_HALF_PRECISION_WIRE\x10\x0e\x12\x1d\n\x19\x46\x45\x41TURE_IMPORTED_SETTINGS\x10\x0f\x12\x19\n\x15\x46\x45\x41TURE_STEP_SETTINGS\x10\x10\x32\xf2\x0c\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.optserve.v1.GetServerInfoRequest\x1a\".optserve.v1.GetServerInfoResponse\x12\\\n\x0f\x43reateOptimizer\x12#.optserve.v1.CreateOptimizerRequest\x1a$.optserve.v1.CreateOptimizerResponse\x12S\n\x0cGetOptimizer\x12 .optserve.v1.GetOptimizerRequest\x1a!.optserve.v1.GetOptimizerResponse\x12Y\n\x0eListOptimizers\x12\".optserve.v1.ListOptimizersRequest\x1a#.optserve.v1.ListOptimizersResponse\x12\\\n\x0fUpdateOptimizer\x12#.optserve.v1.UpdateOptimizerRequest\x1a$.optserve.v1.UpdateOptimizerResponse\x12\\\n\x0f\x44\x65leteOptimizer\x12#.optserve.v1.DeleteOptimizerRequest\x1a$.optserve.v1.DeleteOptimizerResponse\x12Y\n\x0e\x41pplyGradients\x12\".optserve.v1.ApplyGradientsRequest\x1a#.optserve.v1.ApplyGradientsResponse\x12T\n\x0bStreamSteps\x12\x1f.optserve.v1.StreamStepsRequest\x1a .optserve.v1.StreamStepsResponse(\x01\x30\x01\x12[\n\x0ePullParameters\x12\".optserve.v1.PullParametersRequest\x1a#.optserve.v1.PullParametersResponse0\x01\x12[\n\x0ePushParameters\x12\".optserve.v1.PushParametersRequest\x1a#.optserve.v1.PushParametersResponse(\x01\x12S\n\x0cReportWorker\x12 .optserve.v1.ReportWorkerRequest\x1a!.optserve.v1.ReportWorkerResponse\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponse\x12R\n\x0b\x45xportState\x12\x1f.optserve.v1.ExportStateRequest\x1a .optserve.v1.ExportStateResponse0\x01\x12R\n\x0bImportState\x12\x1f.optserve.v1.ImportStateRequest\x1a .optserve.v1.ImportStateResponse(\x01\x12V\n\rGetStatistics\x12!.optserve.v1.GetStatisticsRequest\x1a\".optserve.v1.GetStatisticsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19optserve/v1/service.proto\x12\x0boptserve.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1boptserve/v1/additions.proto\x1a\x1doptserve/v1/checkpoints.proto\x1a\x1boptserve/v1/optimizer.proto\x1a\x1aoptserve/v1/replicas.proto\x1a\x1coptserve/v1/statistics.proto\x1a\x17optserve/v1/steps.proto\"\x16\n\x14GetServerInfoRequest\"\xea\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x16\n\x0e\x62\x61\x63kend_reason\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\ndurability\x18\x07 \x01(\t\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12,\n\x08\x66\x65\x61tures\x18\t \x03(\x0b\x32\x1a.optserve.v1.FeatureStatus\x12\x0f\n\x07methods\x18\n \x03(\t\x12\x17\n\x0foptimizer_count\x18\x0b \x01(\r\x12\x0f\n\x07host_id\x18\x0c \x01(\t\x12\x1a\n\x12\x64urability_problem\x18\r \x01(\t\"I\n\rFeatureStatus\x12%\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0e\x32\x14.optserve.v1.Feature\x12\x11\n\tavailable\x18\x02 \x01(\x08\"m\n\x16\x43reateOptimizerRequest\x12\x14\n\x0coptimizer_id\x18\x01 \x01(\t\x12)\n\toptimizer\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"D\n\x17\x43reateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"#\n\x13GetOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x14GetOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\">\n\x15ListOptimizersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"]\n\x16ListOptimizersResponse\x12*\n\noptimizers\x18\x01 \x03(\x0b\x32\x16.optserve.v1.Optimizer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x16UpdateOptimizerRequest\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"D\n\x17UpdateOptimizerResponse\x12)\n\toptimizer\x18\x01 \x01(\x0b\x32\x16.optserve.v1.Optimizer\"K\n\x16\x44\x65leteOptimizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x19\n\x17\x44\x65leteOptimizerResponse*\xe2\x03\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x41TURE_UNARY_STEPS\x10\x01\x12\x1a\n\x16\x46\x45\x41TURE_STREAMED_STEPS\x10\x02\x12\x18\n\x14\x46\x45\x41TURE_LIVE_UPDATES\x10\x03\x12\x1c\n\x18\x46\x45\x41TURE_PARAMETER_GROUPS\x10\x04\x12\x15\n\x11\x46\x45\x41TURE_SCHEDULES\x10\x05\x12\x14\n\x10\x46\x45\x41TURE_CLIPPING\x10\x06\x12\x15\n\x11\x46\x45\x41TURE_CURVATURE\x10\x07\x12\x17\n\x13\x46\x45\x41TURE_HOSTED_MODE\x10\x08\x12\x13\n\x0f\x46\x45\x41TURE_WORKERS\x10\t\x12\x17\n\x13\x46\x45\x41TURE_CHECKPOINTS\x10\n\x12\x1a\n\x16\x46\x45\x41TURE_STATE_TRANSFER\x10\x0b\x12\x16\n\x12\x46\x45\x41TURE_STATISTICS\x10\x0c\x12\x19\n\x15\x46\x45\x41TURE_SHARED_MEMORY\x10\r\x12\x1f\n\x1b\x46\x45\x41TURE_HALF_PRECISION_WIRE\x10\x0e\x12\x1d\n\x19\x46\x45\x41TURE_IMPORTED_SETTINGS\x10\x0f\x12\x19\n\x15\x46\x45\x41TURE_STEP_SETTINGS\x10\x10\x12\x1c\n\x18\x46\x45\x41TURE_ADDED_PARAMETERS\x10\x11\x32\xcc\r\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.optserve.v1.GetServerInfoRequest\x1a\".optserve.v1.GetServerInfoResponse\x12\\\n\x0f\x43reateOptimizer\x12#.optserve.v1.CreateOptimizerRequest\x1a$.optserve.v1.CreateOptimizerResponse\x12S\n\x0cGetOptimizer\x12 .optserve.v1.GetOptimizerRequest\x1a!.optserve.v1.GetOptimizerResponse\x12Y\n\x0eListOptimizers\x12\".optserve.v1.ListOptimizersRequest\x1a#.optserve.v1.ListOptimizersResponse\x12\\\n\x0fUpdateOptimizer\x12#.optserve.v1.UpdateOptimizerRequest\x1a$.optserve.v1.UpdateOptimizerResponse\x12X\n\rAddParameters\x12!.optserve.v1.AddParametersRequest\x1a\".optserve.v1.AddParametersResponse(\x01\x12\\\n\x0f\x44\x65leteOptimizer\x12#.optserve.v1.DeleteOptimizerRequest\x1a$.optserve.v1.DeleteOptimizerResponse\x12Y\n\x0e\x41pplyGradients\x12\".optserve.v1.ApplyGradientsRequest\x1a#.optserve.v1.ApplyGradientsResponse\x12T\n\x0bStreamSteps\x12\x1f.optserve.v1.StreamStepsRequest\x1a .optserve.v1.StreamStepsResponse(\x01\x30\x01\x12[\n\x0ePullParameters\x12\".optserve.v1.PullParametersRequest\x1a#.optserve.v1.PullParametersResponse0\x01\x12[\n\x0ePushParameters\x12\".optserve.v1.PushParametersRequest\x1a#.optserve.v1.PushParametersResponse(\x01\x12S\n\x0cReportWorker\x12 .optserve.v1.ReportWorkerRequest\x1a!.optserve.v1.ReportWorkerResponse\x12Y\n\x0eSaveCheckpoint\x12\".optserve.v1.SaveCheckpointRequest\x1a#.optserve.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.optserve.v1.ListCheckpointsRequest\x1a$.optserve.v1.ListCheckpointsResponse\x12\x62\n\x11RestoreCheckpoint\x12%.optserve.v1.RestoreCheckpointRequest\x1a&.optserve.v1.RestoreCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.optserve.v1.DeleteCheckpointRequest\x1a%.optserve.v1.DeleteCheckpointResponse\x12R\n\x0b\x45xportState\x12\x1f.optserve.v1.ExportStateRequest\x1a .optserve.v1.ExportStateResponse0\x01\x12R\n\x0bImportState\x12\x1f.optserve.v1.ImportStateRequest\x1a .optserve.v1.ImportStateResponse(\x01\x12V\n\rGetStatistics\x12!.optserve.v1.GetStatisticsRequest\x1a\".optserve.v1.GetStatisticsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURE']._serialized_start=1453
-  _globals['_FEATURE']._serialized_end=1905
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=252
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=274
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=277
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=639
-  _globals['_FEATURESTATUS']._serialized_start=641
-  _globals['_FEATURESTATUS']._serialized_end=714
-  _globals['_CREATEOPTIMIZERREQUEST']._serialized_start=716
-  _globals['_CREATEOPTIMIZERREQUEST']._serialized_end=825
-  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_start=827
-  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_end=895
-  _globals['_GETOPTIMIZERREQUEST']._serialized_start=897
-  _globals['_GETOPTIMIZERREQUEST']._serialized_end=932
-  _globals['_GETOPTIMIZERRESPONSE']._serialized_start=934
-  _globals['_GETOPTIMIZERRESPONSE']._serialized_end=999
-  _globals['_LISTOPTIMIZERSREQUEST']._serialized_start=1001
-  _globals['_LISTOPTIMIZERSREQUEST']._serialized_end=1063
-  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_start=1065
-  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_end=1158
-  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_start=1160
-  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_end=1276
-  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_start=1278
-  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_end=1346
-  _globals['_DELETEOPTIMIZERREQUEST']._serialized_start=1348
-  _globals['_DELETEOPTIMIZERREQUEST']._serialized_end=1423
-  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_start=1425
-  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_end=1450
-  _globals['_OPTIMIZERSERVICE']._serialized_start=1908
-  _globals['_OPTIMIZERSERVICE']._serialized_end=3558
+  _globals['_FEATURE']._serialized_start=1482
+  _globals['_FEATURE']._serialized_end=1964
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=281
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=303
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=306
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=668
+  _globals['_FEATURESTATUS']._serialized_start=670
+  _globals['_FEATURESTATUS']._serialized_end=743
+  _globals['_CREATEOPTIMIZERREQUEST']._serialized_start=745
+  _globals['_CREATEOPTIMIZERREQUEST']._serialized_end=854
+  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_start=856
+  _globals['_CREATEOPTIMIZERRESPONSE']._serialized_end=924
+  _globals['_GETOPTIMIZERREQUEST']._serialized_start=926
+  _globals['_GETOPTIMIZERREQUEST']._serialized_end=961
+  _globals['_GETOPTIMIZERRESPONSE']._serialized_start=963
+  _globals['_GETOPTIMIZERRESPONSE']._serialized_end=1028
+  _globals['_LISTOPTIMIZERSREQUEST']._serialized_start=1030
+  _globals['_LISTOPTIMIZERSREQUEST']._serialized_end=1092
+  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_start=1094
+  _globals['_LISTOPTIMIZERSRESPONSE']._serialized_end=1187
+  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_start=1189
+  _globals['_UPDATEOPTIMIZERREQUEST']._serialized_end=1305
+  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_start=1307
+  _globals['_UPDATEOPTIMIZERRESPONSE']._serialized_end=1375
+  _globals['_DELETEOPTIMIZERREQUEST']._serialized_start=1377
+  _globals['_DELETEOPTIMIZERREQUEST']._serialized_end=1452
+  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_start=1454
+  _globals['_DELETEOPTIMIZERRESPONSE']._serialized_end=1479
+  _globals['_OPTIMIZERSERVICE']._serialized_start=1967
+  _globals['_OPTIMIZERSERVICE']._serialized_end=3707
 # @@protoc_insertion_point(module_scope)

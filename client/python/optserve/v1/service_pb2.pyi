@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from optserve.v1 import additions_pb2 as _additions_pb2
 from optserve.v1 import checkpoints_pb2 as _checkpoints_pb2
 from optserve.v1 import optimizer_pb2 as _optimizer_pb2
 from optserve.v1 import replicas_pb2 as _replicas_pb2
@@ -35,6 +36,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_HALF_PRECISION_WIRE: _ClassVar[Feature]
     FEATURE_IMPORTED_SETTINGS: _ClassVar[Feature]
     FEATURE_STEP_SETTINGS: _ClassVar[Feature]
+    FEATURE_ADDED_PARAMETERS: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_UNARY_STEPS: Feature
 FEATURE_STREAMED_STEPS: Feature
@@ -52,6 +54,7 @@ FEATURE_SHARED_MEMORY: Feature
 FEATURE_HALF_PRECISION_WIRE: Feature
 FEATURE_IMPORTED_SETTINGS: Feature
 FEATURE_STEP_SETTINGS: Feature
+FEATURE_ADDED_PARAMETERS: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from optserve.v1 import additions_pb2 as optserve_dot_v1_dot_additions__pb2
 from optserve.v1 import checkpoints_pb2 as optserve_dot_v1_dot_checkpoints__pb2
 from optserve.v1 import replicas_pb2 as optserve_dot_v1_dot_replicas__pb2
 from optserve.v1 import service_pb2 as optserve_dot_v1_dot_service__pb2
@@ -63,6 +64,11 @@ class OptimizerServiceStub(object):
                 '/optserve.v1.OptimizerService/UpdateOptimizer',
                 request_serializer=optserve_dot_v1_dot_service__pb2.UpdateOptimizerRequest.SerializeToString,
                 response_deserializer=optserve_dot_v1_dot_service__pb2.UpdateOptimizerResponse.FromString,
+                _registered_method=True)
+        self.AddParameters = channel.stream_unary(
+                '/optserve.v1.OptimizerService/AddParameters',
+                request_serializer=optserve_dot_v1_dot_additions__pb2.AddParametersRequest.SerializeToString,
+                response_deserializer=optserve_dot_v1_dot_additions__pb2.AddParametersResponse.FromString,
                 _registered_method=True)
         self.DeleteOptimizer = channel.unary_unary(
                 '/optserve.v1.OptimizerService/DeleteOptimizer',
@@ -165,6 +171,13 @@ class OptimizerServiceServicer(object):
 
     def UpdateOptimizer(self, request, context):
         """Changes hyper-parameters of a live optimizer; its state stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddParameters(self, request_iterator, context):
+        """Adds parameters to a live optimizer; its state stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,6 +301,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.UpdateOptimizer,
                     request_deserializer=optserve_dot_v1_dot_service__pb2.UpdateOptimizerRequest.FromString,
                     response_serializer=optserve_dot_v1_dot_service__pb2.UpdateOptimizerResponse.SerializeToString,
+            ),
+            'AddParameters': grpc.stream_unary_rpc_method_handler(
+                    servicer.AddParameters,
+                    request_deserializer=optserve_dot_v1_dot_additions__pb2.AddParametersRequest.FromString,
+                    response_serializer=optserve_dot_v1_dot_additions__pb2.AddParametersResponse.SerializeToString,
             ),
             'DeleteOptimizer': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteOptimizer,
@@ -491,6 +509,33 @@ class OptimizerService(object):
             '/optserve.v1.OptimizerService/UpdateOptimizer',
             optserve_dot_v1_dot_service__pb2.UpdateOptimizerRequest.SerializeToString,
             optserve_dot_v1_dot_service__pb2.UpdateOptimizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddParameters(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/optserve.v1.OptimizerService/AddParameters',
+            optserve_dot_v1_dot_additions__pb2.AddParametersRequest.SerializeToString,
+            optserve_dot_v1_dot_additions__pb2.AddParametersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ import abc
 import collections.abc
 import grpc
 import grpc.aio
+import optserve.v1.additions_pb2
 import optserve.v1.checkpoints_pb2
 import optserve.v1.replicas_pb2
 import optserve.v1.service_pb2
@@ -106,6 +107,22 @@ _OptimizerServiceUpdateOptimizerType = typing_extensions.TypeVar(
     default=grpc.UnaryUnaryMultiCallable[
         optserve.v1.service_pb2.UpdateOptimizerRequest,
         optserve.v1.service_pb2.UpdateOptimizerResponse,
+    ],
+)
+
+_OptimizerServiceAddParametersType = typing_extensions.TypeVar(
+    '_OptimizerServiceAddParametersType',
+    grpc.StreamUnaryMultiCallable[
+        optserve.v1.additions_pb2.AddParametersRequest,
+        optserve.v1.additions_pb2.AddParametersResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        optserve.v1.additions_pb2.AddParametersRequest,
+        optserve.v1.additions_pb2.AddParametersResponse,
+    ],
+    default=grpc.StreamUnaryMultiCallable[
+        optserve.v1.additions_pb2.AddParametersRequest,
+        optserve.v1.additions_pb2.AddParametersResponse,
     ],
 )
 
@@ -317,7 +334,7 @@ _OptimizerServiceGetStatisticsType = typing_extensions.TypeVar(
     ],
 )
 
-class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _OptimizerServiceCreateOptimizerType, _OptimizerServiceGetOptimizerType, _OptimizerServiceListOptimizersType, _OptimizerServiceUpdateOptimizerType, _OptimizerServiceDeleteOptimizerType, _OptimizerServiceApplyGradientsType, _OptimizerServiceStreamStepsType, _OptimizerServicePullParametersType, _OptimizerServicePushParametersType, _OptimizerServiceReportWorkerType, _OptimizerServiceSaveCheckpointType, _OptimizerServiceListCheckpointsType, _OptimizerServiceRestoreCheckpointType, _OptimizerServiceDeleteCheckpointType, _OptimizerServiceExportStateType, _OptimizerServiceImportStateType, _OptimizerServiceGetStatisticsType]):
+class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _OptimizerServiceCreateOptimizerType, _OptimizerServiceGetOptimizerType, _OptimizerServiceListOptimizersType, _OptimizerServiceUpdateOptimizerType, _OptimizerServiceAddParametersType, _OptimizerServiceDeleteOptimizerType, _OptimizerServiceApplyGradientsType, _OptimizerServiceStreamStepsType, _OptimizerServicePullParametersType, _OptimizerServicePushParametersType, _OptimizerServiceReportWorkerType, _OptimizerServiceSaveCheckpointType, _OptimizerServiceListCheckpointsType, _OptimizerServiceRestoreCheckpointType, _OptimizerServiceDeleteCheckpointType, _OptimizerServiceExportStateType, _OptimizerServiceImportStateType, _OptimizerServiceGetStatisticsType]):
     """Keeps optimizers and applies steps to them."""
 
     @typing.overload
@@ -341,6 +358,10 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
         grpc.UnaryUnaryMultiCallable[
             optserve.v1.service_pb2.UpdateOptimizerRequest,
             optserve.v1.service_pb2.UpdateOptimizerResponse,
+        ],
+        grpc.StreamUnaryMultiCallable[
+            optserve.v1.additions_pb2.AddParametersRequest,
+            optserve.v1.additions_pb2.AddParametersResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             optserve.v1.service_pb2.DeleteOptimizerRequest,
@@ -418,6 +439,10 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
             optserve.v1.service_pb2.UpdateOptimizerRequest,
             optserve.v1.service_pb2.UpdateOptimizerResponse,
         ],
+        grpc.aio.StreamUnaryMultiCallable[
+            optserve.v1.additions_pb2.AddParametersRequest,
+            optserve.v1.additions_pb2.AddParametersResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             optserve.v1.service_pb2.DeleteOptimizerRequest,
             optserve.v1.service_pb2.DeleteOptimizerResponse,
@@ -487,6 +512,9 @@ class OptimizerServiceStub(typing.Generic[_OptimizerServiceGetServerInfoType, _O
     UpdateOptimizer: _OptimizerServiceUpdateOptimizerType
     """Changes hyper-parameters of a live optimizer; its state stays."""
 
+    AddParameters: _OptimizerServiceAddParametersType
+    """Adds parameters to a live optimizer; its state stays."""
+
     DeleteOptimizer: _OptimizerServiceDeleteOptimizerType
     """Deletes an optimizer and its state."""
 
@@ -546,6 +574,10 @@ OptimizerServiceAsyncStub: typing_extensions.TypeAlias = OptimizerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         optserve.v1.service_pb2.UpdateOptimizerRequest,
         optserve.v1.service_pb2.UpdateOptimizerResponse,
+    ],
+    grpc.aio.StreamUnaryMultiCallable[
+        optserve.v1.additions_pb2.AddParametersRequest,
+        optserve.v1.additions_pb2.AddParametersResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         optserve.v1.service_pb2.DeleteOptimizerRequest,
@@ -643,6 +675,14 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[optserve.v1.service_pb2.UpdateOptimizerResponse, collections.abc.Awaitable[optserve.v1.service_pb2.UpdateOptimizerResponse]]:
         """Changes hyper-parameters of a live optimizer; its state stays."""
+
+    @abc.abstractmethod
+    def AddParameters(
+        self,
+        request_iterator: _MaybeAsyncIterator[optserve.v1.additions_pb2.AddParametersRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[optserve.v1.additions_pb2.AddParametersResponse, collections.abc.Awaitable[optserve.v1.additions_pb2.AddParametersResponse]]:
+        """Adds parameters to a live optimizer; its state stays."""
 
     @abc.abstractmethod
     def DeleteOptimizer(

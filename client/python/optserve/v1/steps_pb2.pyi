@@ -123,7 +123,7 @@ class StreamStepsResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., error: _Optional[_Union[StepError, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("name", "wire_type", "transport", "worker", "max_chunk_bytes", "etag", "life")
+    __slots__ = ("name", "wire_type", "transport", "worker", "max_chunk_bytes", "etag", "life", "parameter_count")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WIRE_TYPE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class Open(_message.Message):
     MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
     name: str
     wire_type: _optimizer_pb2.DataType
     transport: Transport
@@ -138,7 +139,8 @@ class Open(_message.Message):
     max_chunk_bytes: int
     etag: str
     life: int
-    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
+    parameter_count: int
+    def __init__(self, name: _Optional[str] = ..., wire_type: _Optional[_Union[_optimizer_pb2.DataType, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., worker: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ..., etag: _Optional[str] = ..., life: _Optional[int] = ..., parameter_count: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("step", "last_request_id", "limits", "etag", "last_tensors", "lineage", "create_time", "step_settings", "shared_memory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from optserve._common.clock import SYSTEM, Clock
+from optserve_server.domain import refusals
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.owner import Owner
 from optserve_server.engine.workers.registry import ReportAnswer, Worker, WorkerRegistry
@@ -169,6 +170,18 @@ class Workers:
                 worker.step_slot.evict_if_idle()
             finally:
                 worker.step_slot.lock.release()
+
+    def check_none_alive(self, what: str, field: str) -> None:
+        """Raise WORKERS_ATTACHED if workers are alive; `what` says what has to wait until they have left."""
+        alive = len(self.registry.alive)
+        if alive:
+            raise refusals.workers_attached(self._name, alive, what, field)
+
+    def take_buffers_back(self) -> None:
+        """Drop all buffers, with their replies, because their size changes; raises STEP_IN_PROGRESS."""
+        self.evict_if_idle()
+        for worker in self.registry:
+            self._buffer_budget.reclaim(worker.step_slot)
 
     def release(self) -> None:
         """The optimizer is deleted: give all buffers back, and wake all commits."""

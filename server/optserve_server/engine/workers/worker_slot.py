@@ -65,8 +65,15 @@ class WorkerSlot(StepSlot):
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return len(self._state.operand_kinds) * self._state.layout.size_bytes
+        """Bytes of the buffer, or of the next one if there is none."""
+        buffer = self.buffer
+        layout = self._state.layout if buffer is None else buffer.layout
+        return len(self._state.operand_kinds) * layout.size_bytes
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether parameters were added since the buffer was made."""
+        return self.buffer is not None and self.buffer.layout is not self._state.layout
 
     def make_buffer(self) -> None:
         """Make a buffer. Without the lock: only the budget makes and drops buffers."""

@@ -102,6 +102,8 @@ class WorkerSteps:
         while True:
             self._buffer_budget.ensure_buffer(worker.step_slot)
             with worker.step_slot.lock, self._owner.lock:
+                if worker.step_slot.is_outgrown:
+                    self._buffer_budget.reclaim(worker.step_slot)
                 if worker.step_slot.buffer is not None:
                     try:
                         self._registry.check_current(worker, stream, life)

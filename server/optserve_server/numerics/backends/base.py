@@ -71,6 +71,10 @@ class Backend(abc.ABC):
         """A copy of a slot, or of a slice of one, in the memory that the kernels use."""
         return slot.copy()
 
+    def copy_slot(self, slot: Any, target: Any) -> None:
+        """Copy a slot to the beginning of a larger one."""
+        target[: slot.size] = slot
+
     def extremes(self, slot: Any) -> tuple[float, float]:
         """The least and the largest element of a slot; NaN where there is one, 0 where the slot is empty."""
         return (float(slot.min()), float(slot.max())) if slot.size else (0.0, 0.0)

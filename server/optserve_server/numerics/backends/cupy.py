@@ -80,6 +80,13 @@ class CupyBackend(Backend):
             cupy.cuda.Stream.null.synchronize()
             return copy
 
+    def copy_slot(self, slot: Any, target: Any) -> None:
+        """On the device; see Backend."""
+        with self._device:
+            super().copy_slot(slot, target)
+            # Kernels run on streams of their own, which do not wait for this one.
+            cupy.cuda.Stream.null.synchronize()
+
     def extremes(self, slot: Any) -> tuple[float, float]:
         """On the device; see Backend."""
         with self._device:
