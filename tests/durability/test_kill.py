@@ -17,6 +17,7 @@ import optserve
 
 DOOMED = Path(__file__).with_name("doomed_server.py")
 SIZE = 60_000  # 240 kB of gradients: a snapshot is due every few steps
+MOST_ADDED = 5
 KILLS = int(os.environ.get("OPTSERVE_KILLS", "50"))
 CONFIG = optserve.ClientConfig(initial_backoff_s=0.02, max_backoff_s=0.1, step_timeout_s=150, connect_timeout_s=60)
 
@@ -26,11 +27,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def gradient(step: int) -> dict[str, np.ndarray]:
+def gradient(step: int, added: int = 0) -> dict[str, np.ndarray]:
+    """The gradient of a step, after so many parameters were added."""
     rng = np.random.default_rng(step)
     return {
         "w": rng.standard_normal((SIZE // 100, 100)).astype(np.float32),
         "b": rng.standard_normal(7).astype(np.float64),
+        **{f"p{number}": new_parameter(step, number) for number in range(added)},
     }
 
 
@@ -42,6 +45,11 @@ def step_options(turn: int, *, hosted: bool) -> dict[str, Any]:
     if turn % 3 == 1:
         return {"hyperparameters": rate | ({"weight_decay": 0.02} if hosted else {}), "with_gradient_norm": True}
     return {"hyperparameters": [{"rho": 0.5, "eps": 1e-3} | rate]}
+
+
+def new_parameter(step: int, number: int) -> np.ndarray:
+    rng = np.random.default_rng([step, number])
+    return rng.standard_normal(1000 * number).astype(np.float64 if number % 2 else np.float32)
 
 
 class Supervisor:
@@ -108,9 +116,17 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
                 with suppress(optserve.FailedPreconditionError):
                     opt.push_parameters(gradient(0))
             break
-    turn, expected = 0, {}
+    turn, expected, added = 0, {}, 0
     while not supervisor.done.is_set() or turn % 5:
-        given, options = gradient(turn), step_options(turn, hosted=hosted)
+        if turn % 3 == 1 and added < MOST_ADDED:
+            # Neither lost nor made twice, and in between come steps with them and restarts.
+            for each in (undisturbed, opt):
+                each.add_parameters({f"p{added}": new_parameter(0, added)})
+                if max_calls > 50:
+                    # One from before could not be restored.
+                    each.save_checkpoint("c", overwrite=True)
+            added += 1
+        given, options = gradient(turn, added), step_options(turn, hosted=hosted)
         expected, update = undisturbed.step(given, **options), opt.step(given, **options)
         assert all(update[key].tobytes() == expected[key].tobytes() for key in given), f"turn {turn}"
         turn += 1
@@ -134,7 +150,8 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
         if turn % 11 or max_calls < 50:
             last = opt.replay()
             assert all(last[key].tobytes() == expected[key].tobytes() for key in last)
-        given = gradient(turn)
+        given = gradient(turn, added)
+        assert added >= 2
         if hosted:
             held, own = opt.pull_parameters(), undisturbed.pull_parameters()
             assert held.step == own.step

@@ -165,9 +165,11 @@ class Client(Actor):
         while self.may_try():
             attempt = self.run.model.begin(self.name)
             timeout_s = self.step_timeout_s()
+            attempt.added = tuple(name for name in opt._model.names if name in self.run.added)
             gradient, own = self.run.model.gradient(attempt), self.run.model.hyperparameters(attempt)
             try:
-                step = partial(opt.step, gradient, reply=self.reply, hyperparameters=own, timeout_s=timeout_s)
+                options = {"reply": self.reply, "partial": True, "hyperparameters": own, "timeout_s": timeout_s}
+                step = partial(opt.step, gradient, **options)
                 x = self.timed("a step", timeout_s, step)
             except optserve.StepInDoubtError as error:
                 self.settle(attempt, Fate.IN_DOUBT, error)
@@ -190,7 +192,31 @@ class Client(Actor):
             else:
                 self.run.returned(self, attempt, opt.current_step, x)
                 self._after(opt)
+            if self.world.chance(0.1):
+                self._add(opt)
             self.think()
+
+    def _add(self, opt: optserve.Optimizer) -> None:
+        """Add a parameter."""
+        added = self.run.add()
+        timeout_s = self.step_timeout_s()
+        add = partial(opt.add_parameters, {added.name: added.value}, timeout_s=timeout_s)
+        try:
+            self.timed("an addition", timeout_s, add)
+        except (optserve.StateReplacedError, optserve.StepsLostError):
+            # Likewise.
+            if self.lives == 1 or not self.run.history.is_lost:
+                raise
+            added.fate = Fate.IN_DOUBT
+            self.persist("refresh", opt.refresh)
+        except (*PASSING, optserve.StepInProgressError) as error:
+            told = str(error)
+            self.world.log(lambda: f"{self.name}: {added.name}: {told}")
+            added.fate = Fate.IN_DOUBT
+            self.persist("refresh", opt.refresh)
+        else:
+            self.world.log(lambda: f"{self.name} has added {added.name}")
+            added.fate = Fate.RETURNED
 
     def _after(self, opt: optserve.Optimizer) -> None:
         """A step has returned."""
@@ -205,12 +231,14 @@ class DeltaClient(Client):
         history = self.run.history
         if not history.is_certain or not self.world.chance(0.15):
             return
-        if not history.tags or self.world.chance(0.6):
-            self._save(opt, f"tag-{len(history.attempts)}")
+        known = tuple(opt._model.names)
+        tags = history.tags(known)
+        if not tags or self.world.chance(0.6):
+            self._save(opt, f"tag-{len(history.attempts)}", known)
         else:
-            self._restore(opt, self.world.random.choice(history.tags))
+            self._restore(opt, self.world.random.choice(tags))
 
-    def _save(self, opt: optserve.Optimizer, tag: str) -> None:
+    def _save(self, opt: optserve.Optimizer, tag: str, known: tuple[str, ...]) -> None:
         try:
             self.timed("a checkpoint", CONFIG.step_timeout_s, lambda: opt.save_checkpoint(tag))
         except PASSING as error:
@@ -218,7 +246,7 @@ class DeltaClient(Client):
             self.world.log(lambda: f"{self.name}: {tag}: {told}")
         else:
             self.world.log(lambda: f"{self.name} has saved {tag}")
-            self.run.history.saved(tag)
+            self.run.history.saved(tag, known)
 
     def _restore(self, opt: optserve.Optimizer, tag: str) -> None:
         history = self.run.history
@@ -230,6 +258,11 @@ class DeltaClient(Client):
             told = str(error)
             self.world.log(lambda: f"{self.name}: the restore of {tag}: {told}")
             self.persist("refresh", opt.refresh)
+        except optserve.FailedPreconditionError as error:
+            # What was in doubt has been added, before the checkpoint was taken or since.
+            if error.reason != "CHECKPOINT_MISMATCH" or not self.run.is_in_doubt:
+                raise
+            history.is_lost = False
         else:
             self.world.log(lambda: f"{self.name} has restored {tag}")
             history.is_lost = False

@@ -15,7 +15,7 @@ from optserve_server.engine.durability import InMemory
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics import backends
-from optserve_server.numerics.layout import Layout, Parameter
+from optserve_server.numerics.layout import Layout, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
@@ -24,6 +24,9 @@ from optserve_server.numerics.step_settings import PLAIN, Change, StepOptions, S
 from .model import MAX_ATTEMPTS, Attempt, Broken, Fate
 
 SHAPES = {"w": ((3, 4), np.dtype("f4")), "b": ((3,), np.dtype("f8"))}
+
+ADDED = ((2,), np.dtype("f8"))
+"""Shape and dtype of a parameter that is added."""
 
 MAX_CHOICES = 32
 """More are not tried."""
@@ -46,7 +49,8 @@ class History:
         self._before: list[int] = []
         self._since: list[Attempt] = []
         self._told: dict[int, tuple[int, Reply]] = {}
-        self._saved: dict[str, list[int]] = {}
+        # What was applied, and the parameters that the client knew.
+        self._saved: dict[str, tuple[list[int], tuple[str, ...]]] = {}
 
     @property
     def has_room(self) -> bool:
@@ -63,7 +67,8 @@ class History:
     def gradient(self, attempt: Attempt) -> Reply:
         """That of a try."""
         rng = np.random.default_rng(attempt.number)
-        return {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in SHAPES.items()}
+        model = SHAPES | dict.fromkeys(attempt.added, ADDED)
+        return {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in model.items()}
 
     def hyperparameters(self, attempt: Attempt) -> dict[str, float] | None:
         """The hyper-parameters of a try; None for the optimizer's own."""
@@ -84,23 +89,25 @@ class History:
     def _applied(self) -> list[int]:
         return self._before + [attempt.number for attempt in self._since if attempt.fate is Fate.RETURNED]
 
-    def saved(self, tag: str) -> None:
-        """A checkpoint was taken, in certainty."""
-        self._saved[tag] = self._applied()
+    def saved(self, tag: str, known: tuple[str, ...]) -> None:
+        """A checkpoint was taken, in certainty, by a client that knew these parameters."""
+        self._saved[tag] = self._applied(), known
 
-    @property
-    def tags(self) -> list[str]:
-        """Of the checkpoints."""
-        return list(self._saved)
+    def tags(self, known: tuple[str, ...]) -> list[str]:
+        """Of the checkpoints with these parameters."""
+        return [tag for tag, (_, names) in self._saved.items() if names == known]
 
     def restored(self, tag: str) -> None:
         """A checkpoint was put in place."""
-        self._before, self._since = list(self._saved[tag]), []
+        self._before, self._since = list(self._saved[tag][0]), []
 
     # The end.
 
-    def check_end(self, step: int, arrays: list[bytes]) -> None:
-        """Compare the state with that of an engine that made the same steps and never stopped."""
+    def check_end(self, step: int, layout: Layout, arrays: list[bytes]) -> None:
+        """Compare the state with that of an engine that made the same steps and never stopped.
+
+        That engine has had all parameters from the beginning, and its steps leave those out that came later.
+        """
         if self.is_lost:
             return
         choices = list(self._choices(step))
@@ -110,7 +117,7 @@ class History:
         if total > MAX_CHOICES:
             return
         for chosen in product(*choices):
-            if self._fits([number for part in chosen for number in part], arrays):
+            if self._fits([number for part in chosen for number in part], layout, arrays):
                 return
         raise Broken(f"Step {step}: the state is not that of any run of these steps that was not interrupted.")
 
@@ -131,31 +138,33 @@ class History:
         found.append([list(chosen) for chosen in combinations(doubts, missing)] if 0 <= missing <= len(doubts) else [])
         return found
 
-    def _fits(self, applied: list[int], arrays: list[bytes]) -> bool:
-        steps = Steps("again", State(_layout(), _settings(), backends.load("numpy", 1)), InMemory())
+    def _fits(self, applied: list[int], layout: Layout, arrays: list[bytes]) -> bool:
+        steps = Steps("again", State(layout, _settings(), backends.load("numpy", 1)), InMemory())
         for number in (*self._before, *applied):
             attempt = self.attempts[number]
-            reply = _step(steps, number, self.gradient(attempt), self.hyperparameters(attempt))
+            gradient = self.gradient(attempt)
+            if not gradient.keys() <= layout.indices.keys():
+                return False
+            reply = _step(steps, attempt, layout, gradient, self.hyperparameters(attempt))
             told = self._told.get(number)
-            if told is not None and told[1]["w"].tobytes() + told[1]["b"].tobytes() != reply:
+            if told is not None and b"".join(told[1][name].tobytes() for name in gradient) != reply:
                 return False
         with steps.locked_state() as state:
             return arrays_of(state) == arrays
-
-
-def _layout() -> Layout:
-    return Layout(tuple(Parameter(name, shape, dtype) for name, (shape, dtype) in SHAPES.items()))
 
 
 def _settings() -> Settings:
     return Settings(Adadelta(rho=0.9, eps=1e-6))
 
 
-def _step(steps: Steps, number: int, gradient: Reply, hyperparameters: dict[str, float] | None) -> bytes:
+def _step(
+    steps: Steps, attempt: Attempt, layout: Layout, gradient: Reply, hyperparameters: dict[str, float] | None
+) -> bytes:
     options = StepOptions(StepSettings((Change(None, hyperparameters),))) if hyperparameters else PLAIN
-    step = steps.begin(StepRequest(f"step-{number}", options=options))
+    tensors = tuple(layout.indices[name] for name in gradient)
+    step = steps.begin(StepRequest(f"step-{attempt.number}", selection=Selection(tensors), options=options))
     try:
-        for tensor, array in enumerate(gradient.values()):
+        for tensor, array in zip(tensors, gradient.values(), strict=True):
             step.stage(tensor, 0, array.tobytes())
         step.commit()
         return b"".join(step.reply(1 << 20, lambda piece: bytes(piece.data)))

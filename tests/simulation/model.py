@@ -39,10 +39,27 @@ class Attempt:
         number: Its element of `w`.
         who: Whose it is.
         fate: What is known of it.
+        added: The parameters of the step that were added.
     """
 
     number: int
     who: str
+    fate: Fate = Fate.UNDER_WAY
+    added: tuple[str, ...] = ()
+
+
+@dataclass
+class Added:
+    """A parameter that somebody has tried to add to the optimizer.
+
+    Attributes:
+        name: Its name.
+        value: Its x.
+        fate: What is known of it.
+    """
+
+    name: str
+    value: np.ndarray
     fate: Fate = Fate.UNDER_WAY
 
 

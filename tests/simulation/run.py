@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 
 import optserve
 from optserve_server.engine.optimizer import Optimizer
+from optserve_server.numerics.layout import Layout
 
 from .actors import NAME, Actor, Client, DeltaClient, Rude, Worker
 from .disk import Faults, SimulatedDisk
-from .history import SHAPES, History, arrays_of
-from .model import MAX_ATTEMPTS, Attempt, Broken, Model
+from .history import ADDED, SHAPES, History, arrays_of
+from .model import MAX_ATTEMPTS, Added, Attempt, Broken, Fate, Model
 from .network import Network, Weather
 from .scenario import Scenario
 from .service import Server
@@ -64,6 +66,7 @@ class Run:
         self.actors: list[Actor] = [kind(self, f"w{position}") for position in range(scenario.actors)]
         self.has_rude_clients = scenario.kind in ("client", "async") and world.chance(0.3)
         self.rude = [Rude(self, "rude")] if self.has_rude_clients else []
+        self.added: dict[str, Added] = {}
         self._calm_at = 0.0
         self._settled = False
         self._entered: set[str] = set()
@@ -76,13 +79,34 @@ class Run:
 
     def made(self, actor: Actor, client: optserve.Client) -> optserve.Optimizer:
         """The optimizer, which the first who comes makes."""
-        make = client.get_or_create_optimizer
+        make = partial(self._made_or_found, client)
         if self.scenario.kind == "delta":
             specs = {name: np.zeros(shape, dtype) for name, (shape, dtype) in SHAPES.items()}
             return actor.persist("an optimizer", lambda: make(NAME, optserve.Adadelta(rho=0.9, eps=1e-6), specs))
         x = {"w": np.zeros(MAX_ATTEMPTS), "b": np.zeros(2, np.float32)}
         sgd, consistency = optserve.Sgd(learning_rate=1.0), self.scenario.consistency
         return actor.persist("an optimizer", lambda: make(NAME, sgd, x, hosted=True, consistency=consistency))
+
+    def _made_or_found(self, client: optserve.Client, *model: Any, **settings: Any) -> optserve.Optimizer:
+        try:
+            return client.get_or_create_optimizer(*model, **settings)
+        except optserve.InvalidArgumentError:
+            # It has other parameters by now.
+            if not self.added:
+                raise
+            return client.optimizer(NAME)
+
+    def add(self) -> Added:
+        """A parameter that somebody is about to add."""
+        shape, dtype = ADDED
+        added = Added(f"p{len(self.added)}", np.full(shape, len(self.added) + 0.5, dtype))
+        self.added[added.name] = added
+        return added
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it is not known of some parameter whether it was added."""
+        return any(added.fate is not Fate.RETURNED for added in self.added.values())
 
     def entered(self, actor: Actor) -> None:
         """A worker is there; where that matters, all wait for all."""
@@ -222,15 +246,20 @@ class Run:
 
     def _check_end(self) -> None:
         # What was sent by connections that broke has come by then.
-        step, arrays, before = self._look(LINGERING_S)
+        step, layout, arrays, before = self._look(LINGERING_S)
+        self._check_added(layout)
         if isinstance(self.model, History):
-            self.model.check_end(step, arrays)
+            self.model.check_end(step, layout, arrays)
         else:
             w, b = (np.frombuffer(array, dtype) for array, dtype in zip(arrays, ("f8", "f4"), strict=True))
-            self.model.check_end(step, {"w": w, "b": b})
+            self.model.check_end(step, {"w": w[:MAX_ATTEMPTS], "b": b})
+            # Those that were added lie behind w, and no step has taken them.
+            for item, value in zip(layout.parameters[2:], w[MAX_ATTEMPTS:].reshape(-1, 2), strict=True):
+                if not np.array_equal(value, self.added[item.name].value):
+                    raise Broken(f"{item.name} is {value}, and not what it was added with.")
         self.server.kill(power=True)
         self.server.start()
-        _, _, after = self._look(0.0)
+        _, _, _, after = self._look(0.0)
         different = [name for name in before if before[name] != after[name]]
         if different:
             was, now = ({name: found[name] for name in different if name != "arrays"} for found in (before, after))
@@ -240,9 +269,17 @@ class Run:
             process.kill()
         self.world.run(lambda: not any(process.tasks for process in self.world.processes), self.world.now + 1.0)
 
-    def _look(self, after_s: float) -> tuple[int, list[bytes], dict[str, Any]]:
-        """(step, arrays, fingerprint) of the optimizer after a while."""
-        found: list[tuple[int, list[bytes], dict[str, Any]]] = []
+    def _check_added(self, layout: Layout) -> None:
+        """Check that parameters were added once, and those that may have been, at most once."""
+        names = [item.name for item in layout.parameters[2:]]
+        certain = [added.name for added in self.added.values() if added.fate is Fate.RETURNED]
+        missing = [name for name in certain if name not in names]
+        if missing or len(set(names)) < len(names) or not set(names) <= self.added.keys():
+            raise Broken(f"The added parameters are {names}; {certain} certainly were added.")
+
+    def _look(self, after_s: float) -> tuple[int, Layout, list[bytes], dict[str, Any]]:
+        """(step, parameters, arrays, fingerprint) of the optimizer after a while."""
+        found: list[tuple[int, Layout, list[bytes], dict[str, Any]]] = []
 
         def look() -> None:
             self.world.sleep(after_s)
@@ -250,7 +287,7 @@ class Run:
                 self.world.sleep(0.01, "a server")
             item = self.server.optimizers.get(NAME)
             with item.steps.locked_state() as state:
-                found.append((item.steps.step, arrays_of(state), fingerprint(item)))
+                found.append((item.steps.step, item.layout, arrays_of(state), fingerprint(item)))
 
         self.world.process("observer").start(look, "looks")
         self.world.run(lambda: bool(found), self.world.now + LIMIT_S)
@@ -265,6 +302,8 @@ def fingerprint(item: Optimizer) -> dict[str, Any]:
         "lineage": steps.lineage,
         "etag": steps.etag,
         "placed_by": steps.placed_by,
+        "parameters": item.layout.parameters,
+        "replacements": list(item.replacements),
         # Without their clocks: when they come again they begin with that of the slowest.
         "workers": {name: known[1:] for name, known in steps.workers.registry.to_json().items()},
         "arrays": arrays_of(item.state),
