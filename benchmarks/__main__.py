@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import crowd, durability, kernels, service
+from benchmarks import crowd, durability, kernels, service, torch_step
 from benchmarks.measure import Timing
 from optserve._common.machine import usable_cores
 
@@ -143,6 +143,28 @@ def plans() -> Iterator[Plan]:
         service.STREAM,
         speech,
         rounds=7,
+    )
+    yield Plan(
+        f"A training step in PyTorch, the MNIST network, {MNIST:,} float32 parameters",
+        torch_step.mnist,
+        torch_step.local("AdamW"),
+        MNIST,
+        tuple(
+            Bar(row(method), torch_step.local(method), at_most)
+            for method in torch_step.METHODS
+            for row, at_most in ((torch_step.shared, 1.0), (torch_step.tcp, 1.5))
+        ),
+        rounds=100,
+    )
+    yield Plan(
+        f"A training step in PyTorch, a transformer, {torch_step.TRANSFORMER:,} float32 parameters",
+        torch_step.transformer,
+        torch_step.local("AdamW"),
+        torch_step.TRANSFORMER,
+        (
+            Bar(torch_step.shared("AdamW"), torch_step.local("AdamW"), 1.0),
+            Bar(torch_step.tcp("AdamW"), torch_step.local("AdamW"), 1.15),
+        ),
     )
     for size in (LARGE, MNIST):
         yield Plan(

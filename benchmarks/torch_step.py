@@ -21,6 +21,8 @@ METHODS: dict[str, tuple[Callable[..., torch.optim.Optimizer], optserve.Algorith
     "Adadelta": (torch.optim.Adadelta, optserve.Adadelta(0.9)),
 }
 LAYERS, WIDTH, TOKENS = 8, 512, (2, 64)
+TRANSFORMER = LAYERS * (12 * WIDTH**2 + 13 * WIDTH)
+"""Parameters of its layers."""
 
 
 def local(method: str) -> str:
