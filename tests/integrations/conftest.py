@@ -1,9 +1,13 @@
 """Tests beside the libraries that optserve plugs into; `make test-integrations` alone runs and loads them."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+
+# Models are made from configurations, with random weights: nothing is loaded.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
