@@ -643,3 +643,45 @@ def test_the_server_holds_master_weights_in_float32(client, name, dtype, wire):
     with pytest.raises(optserve.InvalidArgumentError, match="master_weights=True"):
         RemoteOptimizer(other.named_parameters(), client, optserve.AdamW(1e-4), name=name, if_exists="resume")
     again.close()
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_parameters_that_are_added_later_train_as_in_torch(client, name, transport):
+    def run(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = network()
+        head, body = model[2], model[0]
+        optimizer = make([*head.named_parameters(prefix="head")])
+        body.requires_grad_(False)
+        loop(model, optimizer, range(5))
+        # Unfrozen, as in fine tuning.
+        body.requires_grad_(True)
+        optimizer.add_param_group({"params": [*body.named_parameters(prefix="body")], "lr": 0.002, "weight_decay": 0.0})
+        loop(model, optimizer, range(5, 10))
+        optimizer.param_groups[1]["lr"] = 0.02
+        loop(model, optimizer, range(10, 15))
+        return model, optimizer
+
+    theirs, local = run(lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1))
+    ours, remote = run(
+        lambda params: RemoteOptimizer(
+            params, client, optserve.AdamW(0.01), name=name, weight_decay=0.1, transport=transport
+        )
+    )
+    same(ours, theirs)
+    local.load_state_dict(remote.state_dict())
+    loop(ours, remote, range(15, 20))
+    with torch.no_grad():
+        for mine, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+            assert mine.shape == other.shape
+    loop(theirs, local, range(15, 20))
+    same(ours, theirs)
+    for group, match in (
+        ({"params": [("head.weight", torch.nn.Parameter(torch.ones(2)))]}, "twice"),
+        ({"params": [("more", torch.nn.Parameter(torch.ones(2)))], "betas": (0.9, 3.0)}, "beta2"),
+        ({"params": [("more", torch.nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False))]}, "int32"),
+    ):
+        with pytest.raises(optserve.InvalidArgumentError, match=match):
+            remote.add_param_group(group)
+    assert len(remote.param_groups) == 2
+    loop(ours, remote, range(20, 21))

@@ -17,12 +17,12 @@ from optserve.algorithms import Algorithm
 from optserve.client import Client
 from optserve.errors import ClientUseError, FailedPreconditionError, InvalidArgumentError, StepInDoubtError
 from optserve.optimizer import Optimizer
-from optserve.settings import Clipping
+from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
 from optserve.torch._groups import Groups
 from optserve.torch._layout import Layout
 from optserve.torch._place import Choices, IfExists, Place, Wanted, existing_method
-from optserve.torch._states import check_origin, server_groups, state_from, torch_entries
+from optserve.torch._states import check_origin, differences, server_groups, state_from, torch_entries
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -150,7 +150,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         gradients = self._groups.gradients(self.param_groups)
         if gradients:
             changes = self._groups.changes(self.param_groups)
-            whole = len(gradients) == len(self._groups.names)
+            whole = len(gradients) == len(remote._model)
             try:
                 replies = remote.step(
                     gradients, out=self._arrays(), reply=self._reply, partial=not whole, hyperparameters=changes
@@ -225,6 +225,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         Raises:
             InvalidArgumentError: A parameter or a setting cannot be used; nothing was changed.
+            OptserveError: As for `Optimizer.add_parameters`.
         """
         super().add_param_group(param_group)
         groups = self._groups
@@ -241,12 +242,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _add_at_server(self) -> None:
         """Give the last group to the server, unless the optimizer is still to be created."""
-        if self._place is None or not self._groups.members[-1]:
+        groups, own = self._groups, self._groups.members[-1]
+        if self._place is None or not own:
             return
-        raise InvalidArgumentError(
-            "This server takes no further parameters for an optimizer: make a RemoteOptimizer with all of them, and "
-            "load the state_dict into it."
-        )
+        if not groups.all_begin_at_zero(self.param_groups[-1:]):
+            raise InvalidArgumentError(
+                "The state of parameters that are added begins at 0: initial_accumulator_value=0."
+            )
+        base = next(algorithm for algorithm, others in zip(groups.at_server, groups.members, strict=True) if others)
+        group = Group([parameter.name for parameter in own], differences(groups.at_server[-1], base))
+        added = {parameter.name: parameter.value() if groups.holds_x else parameter.spec for parameter in own}
+        self.remote.add_parameters(added, groups=[group])
+        self._outputs = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The state, read from the server, in torch's layout; see torch.optim.Optimizer.state_dict."""
