@@ -15,10 +15,10 @@ and the weights are the server's, on its disk before a step is acknowledged. So 
 
 Either way the run ends with the same bits as one that was never disturbed. One sees:
 
-    step  10 of 300   loss 3.755
+    step  10 of 300   loss 3.755   learning rate 0.00097
     …
-    step 300 of 300   loss 2.370
-    SHA-256 of the weights: 32da8bd6…
+    step 300 of 300   loss 2.416   learning rate 0.00000
+    SHA-256 of the weights: 10ea98c3…
 
 and at last a few lines of what the model has learned to write. Needs torch.
 """
@@ -83,7 +83,8 @@ def optimizer_for(model: nn.Module, client: optserve.Client, name: str, steps: i
         optserve.AdamW(learning_rate=3e-3, beta2=0.99),
         weights,
         hosted=True,
-        schedule=optserve.Cosine(period_steps=steps, warmup_steps=steps // 10),
+        # The cosine begins after the warm-up.
+        schedule=optserve.Cosine(period_steps=steps - steps // 10, warmup_steps=steps // 10),
         clipping=optserve.Clipping(global_norm=1.0),
         weight_decay=1e-4,
         groups=[optserve.Group([key for key, array in weights.items() if array.ndim < 2], weight_decay=0.0)],
@@ -102,7 +103,10 @@ def train(model: nn.Module, opt: optserve.Optimizer, steps: int) -> None:
         grads = {name: item.grad.numpy() for name, item in model.named_parameters() if item.grad is not None}
         put(opt.step(grads, reply="parameters"), model)
         if opt.current_step % 10 == 0:
-            print(f"step {opt.current_step:3} of {steps}   loss {loss.item():.3f}", flush=True)
+            # The server tells the rate that its schedule gave; not if it was killed before its reply arrived.
+            rates = opt.last_result.learning_rates if opt.last_result else ()
+            rate = f"   learning rate {rates[0]:.5f}" if rates else ""
+            print(f"step {opt.current_step:3} of {steps}   loss {loss.item():.3f}{rate}", flush=True)
 
 
 def written(model: nn.Module, beginning: str, count: int) -> str:

@@ -37,8 +37,10 @@ def undisturbed(server) -> str:
 
 
 def test_it_learns_and_writes(undisturbed):
-    losses = [float(loss) for loss in re.findall(r"^step +\d+ of 40   loss (.*)$", undisturbed, re.MULTILINE)]
+    lines = re.findall(r"^step +\d+ of 40   loss (\S+)   learning rate (\S+)$", undisturbed, re.MULTILINE)
+    losses, rates = ([float(number) for number in column] for column in zip(*lines, strict=True))
     assert len(losses) == STEPS // 10
+    assert list(rates) == sorted(rates, reverse=True), "after a warm-up of 4 steps the rates fall"
     assert losses[-1] < losses[0] < 3.5, "of 103 letters each is as likely at first: log 103 = 4.6"
     assert len(undisturbed.split("The ", 1)[1]) > 250
 
