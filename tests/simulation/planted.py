@@ -15,8 +15,7 @@ from optserve_server.domain.errors import OptserveError
 from optserve_server.edge.step_stream import StepStream
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.step_record import StepRecord
-from optserve_server.engine.steps import Steps
-from optserve_server.engine.transaction import Step, StepRequest
+from optserve_server.engine.transaction import Step
 from optserve_server.engine.workers.registry import Worker, WorkerRegistry
 from optserve_server.persistence.journal.open_segment import OpenSegment
 
@@ -100,18 +99,6 @@ def addition_not_remembered() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def all_parameters_after_an_addition() -> Iterator[None]:
-    """On a stream that was opened before an addition, a step of all parameters is of the new ones too."""
-    begin = Steps.begin
-
-    def begin_all(steps: Steps, request: StepRequest) -> Step:
-        return begin(steps, request._replace(parameter_count=0))
-
-    with mock.patch.object(Steps, "begin", begin_all):
-        yield
-
-
 PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "an ack before the sync": ack_before_sync,
     "a half-close that commits": half_close_commits,
@@ -120,5 +107,4 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "a lease that never ends": lease_never_ends,
     "a recovery without settings of steps": recovered_without_settings,
     "an addition that is not remembered": addition_not_remembered,
-    "a step of more parameters than its stream knows": all_parameters_after_an_addition,
 }
