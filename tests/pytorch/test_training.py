@@ -27,14 +27,14 @@ def doubles():
 
 
 class Transformer(torch.nn.Module):
-    """A language model of two layers, with tied embeddings."""
+    """A language model with tied embeddings."""
 
-    def __init__(self, symbols: int = 16, width: int = 32, length: int = 12) -> None:
+    def __init__(self, symbols: int = 16, width: int = 32, length: int = 8) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(symbols, width)
         self.position = torch.nn.Parameter(torch.randn(length, width) * 0.1)
         layer = torch.nn.TransformerEncoderLayer(width, 4, 64, dropout=0.0, batch_first=True)
-        self.layers = torch.nn.TransformerEncoder(layer, 2)
+        self.layers = torch.nn.TransformerEncoder(layer, 1)
         self.norm = torch.nn.LayerNorm(width)
         self.head = torch.nn.Linear(width, symbols, bias=False)
         self.head.weight = self.embed.weight
@@ -47,7 +47,7 @@ class Transformer(torch.nn.Module):
     def loss(self, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         begins = torch.randint(0, 16, (8, 1), generator=generator)
-        tokens = (begins + 3 * torch.arange(13)) % 16
+        tokens = (begins + 3 * torch.arange(9)) % 16
         return torch.nn.functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
