@@ -119,6 +119,14 @@ def plans() -> Iterator[Plan]:
         bars = (Bar("optserve numba", kernels.PEER, 1 / 6), Bar("optserve numpy", kernels.PEER, 1 / 1.5))
         title = f"Kernel, {size:,} float32 parameters"
         yield Plan(title, kernels.measure, kernels.PEER, size, bars if size == LARGE else ())
+        yield Plan(
+            f"AdamW in this process, {size:,} float32 parameters",
+            kernels.adamw,
+            kernels.FUSED,
+            size,
+            tuple(Bar(name, kernels.FUSED, 1.0) for name in (kernels.HOSTED, kernels.DELTA)),
+            rounds=ROUNDS.get(size, 0),
+        )
     for size in SIZES:
         yield Plan(
             f"{STEP}, {size:,} float32 parameters",
@@ -266,7 +274,7 @@ def main(
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures to this file.")] = None,
     plot_file: Annotated[Optional[Path], typer.Option("--plot", help="Draw cost against size into this file.")] = None,
 ) -> None:
-    """Measure ADADELTA steps beside torch, other parameter servers, a raw gRPC echo and a copy, all in one run."""
+    """Measure steps beside those of torch, other parameter servers, a raw gRPC echo and a copy, all in one run."""
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
     sections: list[Section] = []
     for plan in plans():

@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 
+from optserve_server.numerics.backends.base import Decay, DecayPlace
 from optserve_server.numerics.layout import Layout, Run
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.rules.base import NUMBERS, Scalars
@@ -157,12 +158,13 @@ class Constants:
             return self._always
         return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self.rules]))
 
-    def decay(self, dtype: np.dtype, position: int, staleness: int) -> np.floating:
+    def decay(self, dtype: np.dtype, position: int, staleness: int) -> Decay:
         """The weight decay of a step. Staleness divides it as it divides the learning rate.
 
         Otherwise the decay would grow with the number of workers, and the updates that it balances would not.
         """
-        return dtype.type(self._decays[position] / (1 + staleness))
+        factor = dtype.type(self._decays[position] / (1 + staleness))
+        return Decay(DecayPlace.PARAMETERS if factor else DecayPlace.NOWHERE, factor)
 
     def rule_of(self, tensor: int, step: int, staleness: int) -> Rule:
         """The rule of a parameter at a step, with the learning rate of that step."""

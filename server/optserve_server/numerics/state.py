@@ -12,8 +12,9 @@ import numpy as np
 
 from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
+from optserve_server.numerics.backends.base import Decay
 from optserve_server.numerics.clipping import Clip
-from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
+from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Row, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
 from optserve_server.numerics.preparation import COVERED, UNCOVERED, Prepared, measure
@@ -62,7 +63,6 @@ class State:
         self.set(settings)
         rule = settings.rule
         self.operand_kinds = operands_of(rule)
-        self._kernels = {dtype: backend.kernel(type(rule), dtype) for dtype in self._dtypes}
         self.slots: dict[np.dtype, list[Any]] = {
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
         }
@@ -100,6 +100,7 @@ class State:
         self._constants = constants_of(self.layout, settings, rules)
         self._of_step = None
         self._bounds.set(self._constants)
+        self._compile(len(rules))
 
     def constants_for(self, settings: StepSettings | None) -> Constants:
         """The constants of a step with those settings.
@@ -113,6 +114,16 @@ class State:
         if known is None or known[0] != settings:
             known = self._of_step = settings, self._constants.of_step(settings)
         return known[1]
+
+    def _compile(self, rules: int) -> None:
+        """Compile what steps will call, so that no step waits for it."""
+        kind = type(self.settings.rule)
+        for dtype in self._dtypes:
+            if not self.settings.hosted:
+                self.backend.kernel(kind, dtype)
+                continue
+            for place in {self._constants.decay(dtype, position, 0).place for position in range(rules)}:
+                self.backend.hosted_kernel(kind, dtype, place)
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
         if operand is Operand.GRADIENT and self.settings.clipping is not None:
@@ -147,7 +158,7 @@ class State:
         for dtype, arena in self.parameters.items():
             self.backend.copy(arena, larger.parameters[dtype][: arena.size])
         larger.parameter_steps[: self.parameter_steps.size] = self.parameter_steps
-        self.layout, self._dtypes, self._kernels = larger.layout, larger._dtypes, larger._kernels
+        self.layout, self._dtypes = larger.layout, larger._dtypes
         self.slots, self.parameters, self.parameter_steps = larger.slots, larger.parameters, larger.parameter_steps
         self.set(larger.settings)
 
@@ -228,11 +239,27 @@ class State:
                 clip.apply(run_number, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
             for part, position, counter in constants.parts_of(run, self.parameter_steps):
                 slots = [slot[part] for slot in self.slots[run.dtype]]
-                staged, *inputs = [arenas[run.dtype][part] for arenas in operands.values()]
-                self._kernels[run.dtype](staged, slots, rows.of(run.dtype, position, counter), *inputs)
-                if self.parameters:
-                    decay = constants.decay(run.dtype, position, staleness)
-                    self.backend.advance(self.parameters[run.dtype][part], staged, decay)
+                given = [arenas[run.dtype][part] for arenas in operands.values()]
+                parameters = self.parameters[run.dtype][part] if self.parameters else None
+                decay = constants.decay(run.dtype, position, staleness) if self.parameters else None
+                self._make_step(given, slots, parameters, rows.of(run.dtype, position, counter), decay)
+
+    def _make_step(
+        self,
+        operands: Sequence[np.ndarray],
+        slots: Sequence[Any],
+        parameters: np.ndarray | None,
+        row: Row,
+        decay: Decay | None,
+    ) -> None:
+        """Change arrays of one dtype by one step; the first of the operands becomes the update."""
+        staged, *inputs = operands
+        kind = type(self.settings.rule)
+        if parameters is None or decay is None:
+            self.backend.kernel(kind, staged.dtype)(staged, slots, row, *inputs)
+        else:
+            kernel = self.backend.hosted_kernel(kind, staged.dtype, decay.place)
+            kernel(staged, slots, row, parameters, decay.factor, *inputs)
 
     def count(self, selection: Selection) -> None:
         """Count one more step for the parameters that have taken part in it."""
@@ -261,7 +288,7 @@ class State:
         return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
 
     def trial_step(
-        self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, decay: np.floating
+        self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, decay: Decay
     ) -> dict[str, Any]:
         """Make a step on copies of a part of an arena that has one row of constants.
 
@@ -277,13 +304,10 @@ class State:
         """
         where, position, counter = part
         slots = [self.backend.clone(slot[where]) for slot in self.slots[dtype]]
-        update, *inputs = operand_parts
-        self._kernels[dtype](update, slots, rows.of(dtype, position, counter), *inputs)
-        made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: update}
-        if self.parameters:
-            made[PARAMETER] = self.parameters[dtype][where].copy()
-            self.backend.advance(made[PARAMETER], update, decay)
-        return made
+        parameters = self.parameters[dtype][where].copy() if self.parameters else None
+        self._make_step(operand_parts, slots, parameters, rows.of(dtype, position, counter), decay)
+        made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: operand_parts[0]}
+        return made if parameters is None else made | {PARAMETER: parameters}
 
     def parts_of(self, run: Run) -> Sequence[Part]:
         """The parts of a run that have one row of constants each."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +34,53 @@ class Kernel(Protocol):
         ...
 
 
+class DecayPlace(Enum):
+    """Where a step takes λ x off."""
+
+    NOWHERE = 0
+    PARAMETERS = 1
+    """x ← x + (Δx − λ x)."""
+    GRADIENT = 2
+    """g ← g + λ x, before the method."""
+
+
+class Decay(NamedTuple):
+    """The weight decay of a step.
+
+    Attributes:
+        place: Where it is taken off; nowhere if λ is 0.
+        factor: λ, in the dtype of x.
+    """
+
+    place: DecayPlace
+    factor: Any
+
+
+class HostedKernel(Protocol):
+    """A rule compiled for one dtype, with the parameters that the server holds."""
+
+    def __call__(
+        self,
+        staged: np.ndarray,
+        slots: Sequence[Any],
+        scalars: Sequence[np.generic],
+        parameters: np.ndarray,
+        factor: np.floating,
+        *inputs: np.ndarray,
+    ) -> None:
+        """Make one step, and apply it to x.
+
+        Args:
+            staged: See Kernel.
+            slots: See Kernel.
+            scalars: See Kernel.
+            parameters: x, in host memory. Changes in place.
+            factor: λ of the weight decay, if there is one.
+            inputs: See Kernel.
+        """
+        ...
+
+
 DECAY_BLOCK = 1 << 16
 """Elements of x that are decayed at once, so that temporaries stay in the cache."""
 
@@ -44,7 +92,9 @@ class Backend(abc.ABC):
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[type[Rule], np.dtype], Kernel] = {}
-        self._compiling = threading.Lock()
+        self._hosted_kernels: dict[tuple[type[Rule], np.dtype, DecayPlace], HostedKernel] = {}
+        # A hosted kernel may be made of the other one.
+        self._compiling = threading.RLock()
 
     @property
     @abc.abstractmethod
@@ -121,6 +171,19 @@ class Backend(abc.ABC):
                 np.subtract(updates[block], change, out=change)
                 parameters[block] += change
 
+    def add_decay(self, gradient: np.ndarray, parameters: np.ndarray, decay: np.floating) -> None:
+        """Add weight decay to a gradient: g <- g + λ x.
+
+        Args:
+            gradient: g, in host memory.
+            parameters: x, in host memory.
+            decay: λ.
+        """
+        with np.errstate(all="ignore"):
+            for start in range(0, parameters.size, DECAY_BLOCK):
+                block = slice(start, start + DECAY_BLOCK)
+                gradient[block] += parameters[block] * decay
+
     def largest(self, staged: np.ndarray) -> float:
         """The largest magnitude in a stretch of host memory; NaN if one is NaN, 0 if it is empty."""
         if staged.size == 0:
@@ -141,6 +204,25 @@ class Backend(abc.ABC):
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Build the kernel of a rule for one dtype."""
 
+    def compile_hosted(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
+        """Build the kernel of a rule for one dtype that applies the update to x as well."""
+        kernel, none = self.kernel(rule, dtype), dtype.type(0)
+
+        def hosted(
+            staged: np.ndarray,
+            slots: Sequence[Any],
+            scalars: Sequence[np.generic],
+            parameters: np.ndarray,
+            factor: np.floating,
+            *inputs: np.ndarray,
+        ) -> None:
+            if place is DecayPlace.GRADIENT:
+                self.add_decay(staged, parameters, factor)
+            kernel(staged, slots, scalars, *inputs)
+            self.advance(parameters, staged, factor if place is DecayPlace.PARAMETERS else none)
+
+        return hosted
+
     def kernel(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """The kernel of a rule for one dtype, compiled once."""
         key = (rule, dtype)
@@ -148,4 +230,15 @@ class Backend(abc.ABC):
         if kernel is None:
             with self._compiling:
                 kernel = self._kernels.get(key) or self._kernels.setdefault(key, self.compile(rule, dtype))
+        return kernel
+
+    def hosted_kernel(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
+        """The kernel of a rule for one dtype, which applies the update to x as well; compiled once."""
+        key = (rule, dtype, place)
+        kernel = self._hosted_kernels.get(key)
+        if kernel is None:
+            with self._compiling:
+                kernel = self._hosted_kernels.get(key) or self._hosted_kernels.setdefault(
+                    key, self.compile_hosted(rule, dtype, place)
+                )
         return kernel

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from optserve._common import half_floats
-from optserve_server.numerics.backends.base import Backend, Kernel
+from optserve_server.numerics.backends.base import Backend, DecayPlace, HostedKernel, Kernel
 from optserve_server.numerics.backends.slices import Slices
 from optserve_server.numerics.rules import Rule
 
@@ -95,18 +95,59 @@ class NumpyBackend(Backend):
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
             def work(start: int, stop: int) -> None:
-                with np.errstate(all="ignore"):
-                    for low in range(start, stop, BLOCK):
-                        block = slice(low, min(low + BLOCK, stop))
-                        views = [staged[block], *(slot[block] for slot in slots)]
-                        operand_parts = (views[0], *(array[block] for array in inputs), *views[1:])
-                        results = rule.update(np.sqrt, *operand_parts, *scalars)
-                        for view, result in zip(views, results if slots else (results,), strict=True):
-                            view[...] = result
+                for block in _blocks(start, stop):
+                    _step(rule, block, staged, slots, scalars, inputs)
 
             self._slices.run(staged.size, work)
 
         return kernel
+
+    def compile_hosted(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
+        """The formula, and what it does to x, block by block."""
+        add_decay, advance, none = super().add_decay, super().advance, dtype.type(0)
+
+        def hosted(
+            staged: np.ndarray,
+            slots: Sequence[np.ndarray],
+            scalars: Sequence[np.generic],
+            parameters: np.ndarray,
+            factor: np.floating,
+            *inputs: np.ndarray,
+        ) -> None:
+            decay = factor if place is DecayPlace.PARAMETERS else none
+
+            def work(start: int, stop: int) -> None:
+                for block in _blocks(start, stop):
+                    if place is DecayPlace.GRADIENT:
+                        add_decay(staged[block], parameters[block], factor)
+                    _step(rule, block, staged, slots, scalars, inputs)
+                    advance(parameters[block], staged[block], decay)
+
+            self._slices.run(staged.size, work)
+
+        return hosted
+
+
+def _blocks(start: int, stop: int) -> Iterator[slice]:
+    for low in range(start, stop, BLOCK):
+        yield slice(low, min(low + BLOCK, stop))
+
+
+def _step(
+    rule: type[Rule],
+    block: slice,
+    staged: np.ndarray,
+    slots: Sequence[np.ndarray],
+    scalars: Sequence[np.generic],
+    inputs: Sequence[np.ndarray],
+) -> None:
+    """One step of one block."""
+    views = [staged[block], *(slot[block] for slot in slots)]
+    operand_parts = (views[0], *(array[block] for array in inputs), *views[1:])
+    with np.errstate(all="ignore"):
+        results = rule.update(np.sqrt, *operand_parts, *scalars)
+    for view, result in zip(views, results if slots else (results,), strict=True):
+        view[...] = result
 
 
 def _max_or_nan(magnitudes: Sequence[float]) -> float:
