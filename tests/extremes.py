@@ -12,6 +12,7 @@ from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import RULES, Rule
 from optserve_server.numerics.schedule import AtSteps, Constant, Cosine, Exponential, InverseTime
 from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.weight_decay import DecayKind
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 
@@ -89,6 +90,13 @@ SCHEDULES = (
 )
 
 
+DECAYS = {
+    DecayKind.FIXED: (0.0, 0.0, 1e-6, 0.1, 0.99),
+    DecayKind.TIMES_LEARNING_RATE: (0.0, 1e-6, 0.1, 0.99, 5.0),
+    DecayKind.L2: (0.0, 1e-45, 1e-6, 0.1, 3.0, 1e10, 1e30),
+}
+
+
 def pick(rng: np.random.Generator, values: Any) -> Any:
     """One of a sequence."""
     return values[int(rng.integers(len(values)))]
@@ -128,7 +136,8 @@ def any_settings(rng: np.random.Generator, layout: Layout) -> Settings:
     dtypes = {parameter.dtype for parameter in layout.parameters}
     rule = any_rule(rng, pick(rng, tuple(RULES.values())), dtypes)
     hosted = rng.random() < 0.5
-    settings = Settings(rule, hosted=hosted, weight_decay=pick(rng, (0.0, 0.0, 1e-6, 0.1, 0.99)) if hosted else 0.0)
+    kind = pick(rng, tuple(DecayKind)) if hosted else DecayKind.FIXED
+    settings = Settings(rule, hosted=hosted, weight_decay=pick(rng, DECAYS[kind]) if hosted else 0.0, decay_kind=kind)
     if hasattr(rule, "learning_rate"):
         settings = replace(settings, schedule=pick(rng, SCHEDULES))
     if rng.random() < 0.4:
@@ -139,7 +148,16 @@ def any_settings(rng: np.random.Generator, layout: Layout) -> Settings:
         overrides = {item.name: getattr(other, item.name) for item in fields(other)}
         decay = pick(rng, (None, 0.0, 0.5)) if hosted else None
         settings = replace(settings, groups=(Group((0,), overrides, decay),))
-    return settings
+    return settings if is_possible(settings) else replace(settings, decay_kind=DecayKind.L2)
+
+
+def is_possible(settings: Settings) -> bool:
+    """Whether a server takes the weight decay with these learning rates."""
+    try:
+        settings.check()
+    except OptserveError:
+        return False
+    return True
 
 
 def any_values(rng: np.random.Generator, dtype: np.dtype, size: int, wire: np.dtype | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import optserve
 from extremes import Case, any_case, any_values, pick
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.schedule import Schedule
+from optserve_server.numerics.settings import Settings
 
 WIRES: tuple[Any, ...] = ("native", "native", "float16", "bfloat16", "float32")
 REFUSALS = {"GRADIENT_OVERFLOW", "REPLY_OVERFLOW", "NON_FINITE_VALUE"}
@@ -22,6 +23,12 @@ def algorithm(rule: Rule) -> optserve.Algorithm:
 
 def schedule(given: Schedule | None) -> optserve.Schedule | None:
     return None if given is None else getattr(optserve, type(given).__name__)(**asdict(given))
+
+
+def decay(settings: Settings) -> float | optserve.WeightDecay:
+    kinds = {kind.kind: kind for kind in (optserve.TimesLearningRate, optserve.L2)}
+    kind = kinds.get(settings.decay_kind.value)
+    return kind(settings.weight_decay) if kind and settings.hosted else settings.weight_decay
 
 
 def create(client: optserve.Client, name: str, case: Case) -> dict[str, np.ndarray]:
@@ -42,7 +49,7 @@ def create(client: optserve.Client, name: str, case: Case) -> dict[str, np.ndarr
         clipping=optserve.Clipping(**{clipping.kind: clipping.bound}) if clipping else None,
         groups=groups,
         hosted=settings.hosted,
-        weight_decay=settings.weight_decay,
+        weight_decay=decay(settings),
     )
     return params
 

@@ -259,7 +259,7 @@ OLD_SERVER = """
 import sys
 from optserve.v1 import service_pb2
 from optserve_server.edge import features
-old = features.available() - {service_pb2.FEATURE_IMPORTED_SETTINGS}
+old = features.available() - {service_pb2.FEATURE_IMPORTED_SETTINGS, service_pb2.FEATURE_WEIGHT_DECAY_KINDS}
 features.available = lambda: old
 from optserve_server.__main__ import main
 main()
@@ -281,5 +281,9 @@ def test_a_server_that_cannot_import_settings_is_told_none_silently():
             two.import_state(state.without("schedule", "clipping", "groups"))
             assert two.current_step == 3
             assert client.create_optimizer_from_state("c", state).export_state() == state
+            with pytest.raises(optserve.FeatureUnavailableError, match=r"too old for L2\(factor=0.5\)"):
+                client.create_optimizer("d", optserve.Sgd(), arrays(0), hosted=True, weight_decay=optserve.L2(0.5))
+            with pytest.raises(optserve.NotFoundError):
+                client.optimizer("d")
         present(process.stdin).close()
         process.wait(30)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extremes import F4, F8, Case, any_case, any_rule, any_values, pick
+from extremes import F4, F8, Case, any_case, any_rule, any_values, is_possible, pick
 from optserve._common import half_floats
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
@@ -25,6 +25,7 @@ from optserve_server.numerics.layout import Operand, Payload, Selection
 from optserve_server.numerics.settings import PARAMETER
 from optserve_server.numerics.state import State
 from optserve_server.numerics.step_settings import Change, StepOptions, StepSettings
+from optserve_server.numerics.weight_decay import DecayKind
 from optserve_server.persistence.state_import import StateImport
 
 CASES = 20_000
@@ -92,10 +93,17 @@ def plain(  # noqa: PLR0913 - all that the formulas depend on
             continue
         dtype, part = parameter.dtype, slice(start, start + parameter.size)
         group = 1 if settings.groups and index in settings.groups[0].parameters else 0
-        rule = settings.at(rules[group], step, staleness)
+        rule: Any = settings.at(rules[group], step, staleness)
         scalars = rule.constants(dtype, counters[index])
         slots = [after[name][dtype][part] for name in rule.slots]
+        decay = decays[group] / (1 + staleness)
+        if settings.decay_kind is DecayKind.TIMES_LEARNING_RATE:
+            decay = rule.learning_rate * decays[group]
         with np.errstate(all="ignore"):
+            if settings.decay_kind is DecayKind.L2:
+                if factor := dtype.type(decays[group]):
+                    given[0][dtype][part] += after[PARAMETER][dtype][part] * factor
+                decay = 0.0
             made = rule.update(np.sqrt, *(operand[dtype][part] for operand in given), *slots, *scalars)
             update, *rest = made if rule.slots else (made,)
             updates[dtype][part] = update
@@ -103,7 +111,7 @@ def plain(  # noqa: PLR0913 - all that the formulas depend on
                 slot[...] = value
             if settings.hosted:
                 # As every backend does.
-                REFERENCE.advance(after[PARAMETER][dtype][part], update, dtype.type(decays[group] / (1 + staleness)))
+                REFERENCE.advance(after[PARAMETER][dtype][part], update, dtype.type(decay))
     return after, updates
 
 
@@ -159,7 +167,9 @@ class Play:
         """Other hyper-parameters."""
         settings = self.state.settings
         other = any_rule(self.rng, type(settings.rule), {p.dtype for p in self.layout.parameters})
-        self.steps.update(UpdateRecord("test", replace(settings, rule=other), "", datetime.now(UTC)))
+        changed = replace(settings, rule=other)
+        if is_possible(changed):
+            self.steps.update(UpdateRecord("test", changed, "", datetime.now(UTC)))
 
     def settings_of_step(self) -> StepSettings | None:
         """Other hyper-parameters, or a learning rate alone, of all parameters or by group."""

@@ -44,6 +44,7 @@ from optserve.local import LocalServer, local_server
 from optserve.optimizer import Optimizer
 from optserve.optimizer_info import OptimizerInfo
 from optserve.settings import (
+    L2,
     Async,
     AtSteps,
     Bounded,
@@ -56,6 +57,8 @@ from optserve.settings import (
     InverseTime,
     Schedule,
     Sync,
+    TimesLearningRate,
+    WeightDecay,
 )
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, TensorSpec
 from optserve.statistics import ElementStatistics, Statistics, TensorStatistics
@@ -64,6 +67,7 @@ from optserve.weight_decay import with_weight_decay
 from optserve.worker import Worker
 
 __all__ = [
+    "L2",
     "AbortedError",
     "AlreadyExistsError",
     "Async",
@@ -110,9 +114,11 @@ __all__ = [
     "Sync",
     "TensorSpec",
     "TensorStatistics",
+    "TimesLearningRate",
     "TooFewWorkersError",
     "UnavailableError",
     "UnreachableError",
+    "WeightDecay",
     "Worker",
     "WorkerReplacedError",
     "WrongStepError",

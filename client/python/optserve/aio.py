@@ -115,7 +115,7 @@ class AsyncClient:
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: float | settings.WeightDecay = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> AsyncOptimizer:
         """See `optserve.Client.create_optimizer`."""
@@ -144,7 +144,7 @@ class AsyncClient:
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: float | settings.WeightDecay = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> AsyncOptimizer:
         """See `optserve.Client.get_or_create_optimizer`."""

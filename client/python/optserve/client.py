@@ -12,6 +12,7 @@ from optserve import algorithms, settings
 from optserve._common import sysv
 from optserve._resources import replies
 from optserve._resources.checkpoints import ALL_OPTIMIZERS, delete_checkpoint, list_checkpoints
+from optserve._resources.features import check_weight_decay
 from optserve._resources.new_optimizer import ArrayLike, NewSettings, new_optimizer, values_of
 from optserve._rpc.connection import Connection
 from optserve._rpc.retry import Backoff
@@ -101,7 +102,7 @@ class Client:
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: float | settings.WeightDecay = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> Optimizer:
         """Create an optimizer. Its state is 0 everywhere.
@@ -115,7 +116,8 @@ class Client:
             groups: Groups of parameters whose hyper-parameters differ.
             hosted: Let the server hold the parameters as well. If `params` have values, this call uploads them. If they
                 are `TensorSpec`s, call `push_parameters` before the first step.
-            weight_decay: Decay per step of the parameters that the server holds, decoupled from the gradient.
+            weight_decay: Decay of the parameters x that the server holds. A number λ is the part of x that each step
+                takes off; `TimesLearningRate(λ)` is that of AdamW, `L2(λ)` adds λ x to the gradient.
             consistency: Lets several workers share the optimizer, in hosted mode; see `worker`. By default one client
                 makes all steps.
 
@@ -124,6 +126,7 @@ class Client:
             InvalidArgumentError: A name, shape, dtype, value or hyper-parameter is wrong. No optimizer was created.
             ResourceExhaustedError: The model is too large for the server. No optimizer was created.
         """
+        check_weight_decay(self._connection, weight_decay)
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
         values = values_of(params) if hosted else {}
@@ -160,6 +163,7 @@ class Client:
             said.get("weight_decay", 0.0),
             said.get("consistency"),
         )
+        check_weight_decay(self._connection, new_settings.weight_decay)
         wanted = new_optimizer(name, state.algorithm, state.parameters, new_settings)
         created = self._create(name, wanted)
         with self._deleting_if_refused(created):
@@ -176,7 +180,7 @@ class Client:
         clipping: settings.Clipping | None = None,
         groups: Sequence[settings.Group] = (),
         hosted: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: float | settings.WeightDecay = 0.0,
         consistency: settings.Consistency | None = None,
     ) -> Optimizer:
         """Find the optimizer of that name, or create it. For programs that are restarted, or that run several times.
@@ -189,6 +193,7 @@ class Client:
                 `create_optimizer`.
             DeadlineExceededError: Another client was still creating or deleting it when the time was up.
         """
+        check_weight_decay(self._connection, weight_decay)
         new_settings = NewSettings(schedule, clipping, groups, hosted, weight_decay, consistency)
         wanted = new_optimizer(name, algorithm, params, new_settings)
         values = values_of(params) if hosted else {}

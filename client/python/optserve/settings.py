@@ -207,13 +207,64 @@ CONSISTENCIES: dict[str, type[Consistency]] = {kind.kind: kind for kind in (Asyn
 
 
 @dataclass(frozen=True)
+class WeightDecay:
+    """The weight decay of the parameters x that the server holds, where it is not a plain number. Use a subclass.
+
+    A plain number λ is a decay by the same part in each step: x ← x + (Δx − λ x).
+
+    Args:
+        factor: λ, not negative, of the parameters whose group has none of its own. That of a group is of the same kind.
+    """
+
+    kind: ClassVar[str]
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class TimesLearningRate(WeightDecay):
+    """x ← x + (Δx − η λ x), with the learning rate η of the step: the decay of torch.optim.AdamW and optax.adamw.
+
+    It follows the schedule. η λ must be less than 1.
+
+    Example:
+        >>> TimesLearningRate(0.01)
+        TimesLearningRate(factor=0.01)
+    """
+
+    kind = "times_learning_rate"
+
+
+@dataclass(frozen=True)
+class L2(WeightDecay):
+    """The method gets g + λ x: the `weight_decay` of torch.optim's optimizers other than AdamW.
+
+    The server adds λ x after it has clipped g, as torch does after `clip_grad_norm_`.
+
+    Example:
+        >>> L2(1e-4)
+        L2(factor=0.0001)
+    """
+
+    kind = "l2"
+
+
+WEIGHT_DECAYS: dict[str, type[WeightDecay]] = {kind.kind: kind for kind in (TimesLearningRate, L2)}
+"""Every kind of weight decay that is not a plain number, by its name on disk."""
+
+FIXED = "fixed"
+"""The kind of a plain number."""
+
+
+@dataclass(frozen=True)
 class Group:
     """Parameters whose hyper-parameters differ from the optimizer's.
 
     Args:
         parameters: Their names; no parameter is in two groups.
         overrides: Hyper-parameters of the optimizer's method by name; the others are those of the optimizer.
-        weight_decay: Weight decay of the group, in hosted mode; that of the optimizer by default.
+        weight_decay: Weight decay of the group, in hosted mode; that of the optimizer by default. It is a number; its
+            kind is that of the optimizer's.
 
     Example:
         >>> Group(("b1", "b2"), {"learning_rate": 0.1})

@@ -18,7 +18,7 @@ from optserve._common import safetensors
 from optserve._values.description import SETTINGS, GivenSettings, given_settings, settings_from_json, settings_to_json
 from optserve.algorithms import ALGORITHMS, Algorithm
 from optserve.errors import InvalidArgumentError
-from optserve.settings import Clipping, Consistency, Group, Schedule
+from optserve.settings import Clipping, Consistency, Group, Schedule, WeightDecay
 
 FORMAT_VERSION = 2
 """Format 2 has the settings beside the method. A file without such settings has format 1."""
@@ -99,7 +99,7 @@ class OptimizerState:
         schedule: Schedule of the learning rate; None for a constant rate.
         clipping: Clipping of the gradient; None for no clipping.
         groups: Groups of parameters whose hyper-parameters differ.
-        weight_decay: Weight decay of the parameters that the server holds.
+        weight_decay: Weight decay of the parameters that the server holds; a number for the fixed kind.
         consistency: Consistency of the workers; None for one client at a time.
         parameter_steps: Steps that each parameter has taken part in, by name. None if the method does not use them, or
             if the state comes from a version that has not written them. Then an import counts all steps for all
@@ -119,7 +119,7 @@ class OptimizerState:
     schedule: Schedule | EllipsisType | None = ...
     clipping: Clipping | EllipsisType | None = ...
     groups: Sequence[Group] | EllipsisType = ...
-    weight_decay: float | EllipsisType = ...
+    weight_decay: float | WeightDecay | EllipsisType = ...
     consistency: Consistency | EllipsisType | None = ...
     parameter_steps: Mapping[str, int] | None = None
 

@@ -30,6 +30,7 @@ _ANYWHERE = frozenset(
         pb.FEATURE_WORKERS,
         pb.FEATURE_STEP_SETTINGS,
         pb.FEATURE_ADDED_PARAMETERS,
+        pb.FEATURE_WEIGHT_DECAY_KINDS,
     }
 )
 """Features that work on every host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from optserve.v1 import algorithms_pb2, optimizer_pb2, steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason
@@ -15,6 +16,7 @@ from optserve_server.numerics.rules import RULES, Rule
 from optserve_server.numerics.schedule import SCHEDULES, Schedule
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.step_settings import PLAIN, Change, StepOptions, StepSettings
+from optserve_server.numerics.weight_decay import DecayKind
 
 
 def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
@@ -32,7 +34,26 @@ def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
         message.mode == optimizer_pb2.MODE_HOSTED,
         message.weight_decay,
         _consistency(message),
+        _decay_kind(message),
     )
+
+
+def _decay_kind(message: optimizer_pb2.Optimizer) -> DecayKind:
+    number = message.weight_decay_kind
+    if not number:
+        return DecayKind.FIXED
+    kinds = {_number_of(kind): kind for kind in DecayKind}
+    if number not in kinds:
+        raise OptserveError(
+            Reason.INVALID_FIELD,
+            f"This server does not know the kind {number}; it has {', '.join(kind.value for kind in DecayKind)}.",
+            field="optimizer.weight_decay_kind",
+        )
+    return kinds[number]
+
+
+def _number_of(kind: DecayKind) -> Any:
+    return optimizer_pb2.WeightDecayKind.Value(f"WEIGHT_DECAY_KIND_{kind.name}")
 
 
 def _consistency(message: optimizer_pb2.Optimizer) -> Consistency | None:
@@ -185,7 +206,9 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
     prefix = f"algorithm.{present.rule.name}"
     # What each path changes of the rule.
     changes = {"algorithm": names, prefix: names} | {f"{prefix}.{name}": [name] for name in names}
-    changes |= {name: [] for name in ("schedule", "clipping", "groups", "weight_decay", "consistency")}
+    changes |= {
+        name: [] for name in ("schedule", "clipping", "groups", "weight_decay", "weight_decay_kind", "consistency")
+    }
     for path in paths or [""]:
         if path not in changes:
             what = f"{path!r} cannot be updated" if path else "Name the fields to change"
@@ -205,6 +228,8 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
         present.hosted,
         message.weight_decay if "weight_decay" in paths else present.weight_decay,
         _consistency(message) if "consistency" in paths else present.consistency,
+        # A number without a kind is of the fixed one, as in a request of a client that knows no other.
+        present.decay_kind if {"weight_decay", "weight_decay_kind"}.isdisjoint(paths) else _decay_kind(message),
     )
 
 
@@ -212,6 +237,7 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
     """Make a message say all settings, every default filled in."""
     set_algorithm(message.algorithm, present.rule)
     message.weight_decay = present.weight_decay
+    message.weight_decay_kind = _number_of(present.decay_kind)
     if present.schedule is not None:
         schedule = present.schedule.values()
         message.schedule.warmup_steps = schedule.pop("warmup_steps")

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.rules.base import NUMBERS, Scalars
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.step_settings import StepSettings
+from optserve_server.numerics.weight_decay import DecayKind
 
 FIRST_STEP = 1
 """A parameter's step counter in the first step that it takes part in."""
@@ -129,7 +130,7 @@ class Constants:
 
     def are_bounded_by(self, others: Self) -> bool:
         """Whether bounds for `others`, of the same optimizer, hold for these constants too."""
-        return all(map(Rule.is_bounded_by, self.rules, others.rules))
+        return self.added_decay <= others.added_decay and all(map(Rule.is_bounded_by, self.rules, others.rules))
 
     def learning_rates(self, step: int, staleness: int) -> tuple[float, ...]:
         """The learning rate of each rule at a step, in float64; empty if the method has none."""
@@ -158,13 +159,32 @@ class Constants:
             return self._always
         return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self.rules]))
 
-    def decay(self, dtype: np.dtype, position: int, staleness: int) -> Decay:
-        """The weight decay of a step. Staleness divides it as it divides the learning rate.
+    def decay(self, dtype: np.dtype, position: int, step: int, staleness: int) -> Decay:
+        """The weight decay of a step. What is taken off x is divided by staleness as the learning rate is.
 
         Otherwise the decay would grow with the number of workers, and the updates that it balances would not.
         """
-        factor = dtype.type(self._decays[position] / (1 + staleness))
-        return Decay(DecayPlace.PARAMETERS if factor else DecayPlace.NOWHERE, factor)
+        factor, kind, place = self._decays[position], self.settings.decay_kind, DecayPlace.PARAMETERS
+        if kind is DecayKind.L2:
+            place = DecayPlace.GRADIENT
+        elif kind is DecayKind.TIMES_LEARNING_RATE:
+            rule: Any = self.rules[position]
+            if self._rates is None or staleness:
+                rule = self.settings.at(rule, step, staleness)
+            factor = rule.learning_rate * factor
+        else:
+            factor = factor / (1 + staleness)
+        rounded = dtype.type(factor)
+        return Decay(place if rounded else DecayPlace.NOWHERE, rounded)
+
+    def decay_places(self, dtype: np.dtype) -> set[DecayPlace]:
+        """Where steps take weight decay off; empty if the server does not hold x."""
+        return {self.decay(dtype, i, 0, 0).place for i in range(len(self.rules))} if self.settings.hosted else set()
+
+    @property
+    def added_decay(self) -> float:
+        """The largest weight decay that is added to gradients."""
+        return max(self._decays) if self.settings.decay_kind is DecayKind.L2 else 0.0
 
     def rule_of(self, tensor: int, step: int, staleness: int) -> Rule:
         """The rule of a parameter at a step, with the learning rate of that step."""

@@ -8,6 +8,7 @@ comparison. The bounds are not exact: a step that they do not cover may still be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,7 @@ class Headroom:
         self._hosted = hosted
         self._rule: type[Rule] = Rule
         self._scalars: Mapping[np.dtype, Sequence[Scalars]] = {}
+        self._added_decay = 0.0
         # `_begin` are the bounds before the first of `_steps_covered` steps, with operands of at most `_admitted`;
         # `_steps_made` of them have been made.
         self._begin: dict[np.dtype, Bounds] | None = None
@@ -81,25 +83,27 @@ class Headroom:
         self._admitted: Largest = {}
         self._limits: dict[np.dtype, _Limits] = {}
 
-    def set(self, rule: type[Rule], scalars: Mapping[np.dtype, Sequence[Scalars]]) -> None:
+    def set(self, rule: type[Rule], scalars: Mapping[np.dtype, Sequence[Scalars]], added_decay: float = 0.0) -> None:
         """Set the constants of the rule.
 
         Args:
             rule: The method.
             scalars: The constants of each group's rule, rounded to the dtype, without a schedule. (A schedule only
                 makes a learning rate smaller.)
+            added_decay: The largest λ of g + λ x, which the method gets instead of g.
         """
+        self._added_decay = added_decay
         self._rule, self._scalars = rule, _distinct(scalars)
         self.reset()
 
-    def change(self, scalars: Mapping[np.dtype, Sequence[Scalars]]) -> None:
+    def change(self, scalars: Mapping[np.dtype, Sequence[Scalars]], added_decay: float = 0.0) -> None:
         """Go on with other constants from the next step on; see `set`.
 
         The steps that were made with the present constants have left the state within bounds that are known, and these
         hold whatever the next constants are.
         """
         self._begin, self._steps_made, self._steps_covered = self._known(), 0, 0
-        self._scalars = _distinct(scalars)
+        self._scalars, self._added_decay = _distinct(scalars), added_decay
 
     def _known(self) -> dict[np.dtype, Bounds] | None:
         """The bounds at present; None if there are none."""
@@ -173,29 +177,59 @@ class Headroom:
     ) -> dict[np.dtype, Bounds] | None:
         """The bounds after `steps` steps of all or some parameters; None if something may exceed its limit."""
         after: dict[np.dtype, Bounds] = {}
-        slack = SLACK ** min(steps, LOOK_AHEAD[0])
         for dtype, bounds in before.items():
             gradient = admitted.get((Operand.GRADIENT, dtype))
             if gradient is None:
                 after[dtype] = bounds
                 continue
-            curvature = admitted.get((Operand.CURVATURE, dtype), 0.0)
-            numbers, slots, update = NUMBERS[dtype], bounds.slots, 0.0
-            for scalars in self._scalars[dtype]:
-                found = self._rule.bounds(numbers, gradient, curvature, bounds.slots, scalars, steps)
-                # `not <=` also catches NaN.
-                if found is None or not found[0] * slack <= limits[dtype].update:
-                    return None
-                update = max(update, found[0] * slack)
-                slots = tuple(_widened(*pair, slack, numbers.tiny) for pair in zip(slots, found[1], strict=True))
-            parameters = (bounds.parameters + steps * update) * slack if self._hosted else 0.0
+            operands = gradient, admitted.get((Operand.CURVATURE, dtype), 0.0)
+            found = self._after_in(dtype, bounds, operands, limits[dtype].update, steps)
             if not (
-                parameters <= limits[dtype].parameters
-                and all(_largest_magnitude(slot) <= numbers.most for slot in slots)
+                found
+                and found.parameters <= limits[dtype].parameters
+                and all(_largest_magnitude(slot) <= NUMBERS[dtype].most for slot in found.slots)
             ):
                 return None
-            after[dtype] = Bounds(slots, parameters)
+            after[dtype] = found
         return after
+
+    def _after_in(
+        self, dtype: np.dtype, before: Bounds, operands: tuple[float, float], most: float, steps: int
+    ) -> Bounds | None:
+        """The bounds of one dtype after `steps` steps with operands of at most these; None for updates above `most`."""
+        if not self._added_decay:
+            return self._bounded(dtype, before, operands, most, steps)
+        first = self._bounded(dtype, before, self._with_decay(dtype, operands, before.parameters), most, steps)
+        if first is None or steps == 1 or first.parameters <= before.parameters:
+            return first
+        # x grows meanwhile, and the gradients with it: twice as much as at first is assumed, and then has to be shown.
+        largest = before.parameters + 2 * (first.parameters - before.parameters)
+        found = self._bounded(dtype, before, self._with_decay(dtype, operands, largest), most, steps)
+        return found if found and found.parameters <= largest else None
+
+    def _with_decay(self, dtype: np.dtype, operands: tuple[float, float], parameters: float) -> tuple[float, float]:
+        """The largest operands after λ x was added to g; infinite if it may be."""
+        gradient, curvature = operands
+        numbers = NUMBERS[dtype]
+        gradient = (gradient + self._added_decay * parameters) * SLACK + numbers.least
+        return gradient if gradient <= numbers.most else math.inf, curvature
+
+    def _bounded(
+        self, dtype: np.dtype, before: Bounds, operands: tuple[float, float], most: float, steps: int
+    ) -> Bounds | None:
+        """The same, with operands of the method itself."""
+        slack, numbers = SLACK ** min(steps, LOOK_AHEAD[0]), NUMBERS[dtype]
+        slots, update = before.slots, 0.0
+        if not operands[0] < math.inf:
+            return None
+        for scalars in self._scalars[dtype]:
+            found = self._rule.bounds(numbers, *operands, before.slots, scalars, steps)
+            # `not <=` also catches NaN.
+            if found is None or not found[0] * slack <= most:
+                return None
+            update = max(update, found[0] * slack)
+            slots = tuple(_widened(*pair, slack, numbers.tiny) for pair in zip(slots, found[1], strict=True))
+        return Bounds(slots, (before.parameters + steps * update) * slack if self._hosted else 0.0)
 
 
 def _distinct(scalars: Mapping[np.dtype, Sequence[Scalars]]) -> dict[np.dtype, list[Scalars]]:

@@ -11,6 +11,7 @@ from optserve_server.numerics.clipping import CLIPPINGS, Clipping
 from optserve_server.numerics.consistency import CONSISTENCIES, Consistency
 from optserve_server.numerics.rules import RULES, Rule
 from optserve_server.numerics.schedule import SCHEDULES, Schedule, schedule_from
+from optserve_server.numerics.weight_decay import DecayKind, check_decay
 
 PARAMETER = "parameter"
 """Name of x among the arrays of a state; no rule has a slot of that name."""
@@ -52,8 +53,9 @@ class Settings:
         clipping: Clipping of the gradient; None for no clipping.
         groups: Groups of parameters. No parameter is in two groups.
         hosted: Whether the server holds the parameters x as well; fixed at creation.
-        weight_decay: Decay of x per step, decoupled from the gradient.
+        weight_decay: Decay of x per step, of the kind that `decay_kind` says.
         consistency: When the steps of several workers are applied; None for one client at a time.
+        decay_kind: What the weight decay does, in every group.
     """
 
     rule: Rule
@@ -63,6 +65,7 @@ class Settings:
     hosted: bool = False
     weight_decay: float = 0.0
     consistency: Consistency | None = None
+    decay_kind: DecayKind = DecayKind.FIXED
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -86,19 +89,14 @@ class Settings:
                 )
             if self.consistency.scale_by_staleness:
                 self._check_rate("be scaled by staleness", "optimizer.consistency.scale_by_staleness")
-        for decay in self.decays():
-            if not 0 <= decay < 1:
-                raise OptserveError(
-                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
-                    f"weight_decay is {decay!r}, but must lie in [0, 1).",
-                    field="optimizer.weight_decay",
-                )
-            if decay and not self.hosted:
-                raise OptserveError(
-                    Reason.INVALID_FIELD,
-                    "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
-                    field="optimizer.weight_decay",
-                )
+        if self.decay_kind is not DecayKind.FIXED and not self.hosted:
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
+                field="optimizer.weight_decay_kind",
+            )
+        for decay, rule in zip(self.decays(), self.rules(), strict=True):
+            check_decay(self, decay, rule, "optimizer.weight_decay")
 
     def _check_rate(self, what: str, field: str) -> None:
         if not hasattr(self.rule, "learning_rate"):
@@ -142,7 +140,7 @@ class Settings:
         parts += [type(self.schedule).__name__] if self.schedule else []
         parts += [f"{self.clipping}"] if self.clipping else []
         parts += [f"{len(self.groups)} groups"] if self.groups else []
-        parts += [f"hosted, weight decay {self.weight_decay}"] if self.hosted else []
+        parts += [f"hosted, weight decay {self.weight_decay} {self.decay_kind.value}"] if self.hosted else []
         parts += [f"{self.consistency}"] if self.consistency else []
         return ", ".join(parts)
 
@@ -156,7 +154,10 @@ class Settings:
         if self.groups:
             content["groups"] = [group.to_json() for group in self.groups]
         if self.hosted:
-            content |= {"hosted": True, "weight_decay": self.weight_decay}
+            fixed = self.decay_kind is DecayKind.FIXED
+            # A mapping is refused by servers and clients that know only the fixed kind, which is a number.
+            decay = self.weight_decay if fixed else {"kind": self.decay_kind.value, "factor": self.weight_decay}
+            content |= {"hosted": True, "weight_decay": decay}
         if self.consistency is not None:
             content["consistency"] = self.consistency.to_json()
         return content
@@ -177,14 +178,16 @@ class Settings:
         for group in groups:
             _check_names("group", _names(Group), group)
             _check_names(f"{kind.name} in a group", _names(kind), group["overrides"])
+        decay, decay_kind = _weight_decay(content.get("weight_decay", 0.0))
         return cls(
             _read(kind.name, kind, rule),
             _schedule(content["schedule"]) if "schedule" in content else None,
             _clipping(content["clipping"]) if "clipping" in content else None,
             tuple(Group(tuple(group["parameters"]), group["overrides"], group.get("weight_decay")) for group in groups),
             content.get("hosted", False),
-            content.get("weight_decay", 0.0),
+            decay,
             _consistency(content["consistency"]) if "consistency" in content else None,
+            decay_kind,
         )
 
 
@@ -211,6 +214,14 @@ def _kind_of(what: str, kinds: Mapping[str, T], name: str) -> T:
             f"this server does not know the {what} {name!r}, which a newer server may have written"
         )
     return kinds[name]
+
+
+def _weight_decay(written: float | Mapping[str, Any]) -> tuple[float, DecayKind]:
+    if not isinstance(written, Mapping):
+        return written, DecayKind.FIXED
+    _check_names("weight_decay", ("kind", "factor"), written)
+    kinds = {kind.value: kind for kind in DecayKind}
+    return written["factor"], _kind_of("weight decay", kinds, written["kind"])
 
 
 def _clipping(values: Mapping[str, Any]) -> Clipping:

@@ -100,7 +100,8 @@ class State:
         self._constants = constants_of(self.layout, settings, rules)
         self._of_step = None
         self._bounds.set(self._constants)
-        self._compile(len(rules))
+        for dtype in self._dtypes:
+            self.backend.compile_ahead(type(settings.rule), dtype, self._constants.decay_places(dtype))
 
     def constants_for(self, settings: StepSettings | None) -> Constants:
         """The constants of a step with those settings.
@@ -114,16 +115,6 @@ class State:
         if known is None or known[0] != settings:
             known = self._of_step = settings, self._constants.of_step(settings)
         return known[1]
-
-    def _compile(self, rules: int) -> None:
-        """Compile what steps will call, so that no step waits for it."""
-        kind = type(self.settings.rule)
-        for dtype in self._dtypes:
-            if not self.settings.hosted:
-                self.backend.kernel(kind, dtype)
-                continue
-            for place in {self._constants.decay(dtype, position, 0).place for position in range(rules)}:
-                self.backend.hosted_kernel(kind, dtype, place)
 
     def _limit(self, operand: Operand, dtype: np.dtype, rules: Sequence[Rule]) -> float:
         if operand is Operand.GRADIENT and self.settings.clipping is not None:
@@ -241,7 +232,7 @@ class State:
                 slots = [slot[part] for slot in self.slots[run.dtype]]
                 given = [arenas[run.dtype][part] for arenas in operands.values()]
                 parameters = self.parameters[run.dtype][part] if self.parameters else None
-                decay = constants.decay(run.dtype, position, staleness) if self.parameters else None
+                decay = constants.decay(run.dtype, position, step, staleness) if self.parameters else None
                 self._make_step(given, slots, parameters, rows.of(run.dtype, position, counter), decay)
 
     def _make_step(

@@ -30,7 +30,7 @@ class StepBounds:
     def set(self, constants: Constants) -> None:
         """Begin anew, with the constants of an optimizer's settings."""
         self._bounded_by = self._bounded = constants
-        self._headroom.set(type(constants.settings.rule), constants.first_scalars)
+        self._headroom.set(type(constants.settings.rule), constants.first_scalars, constants.added_decay)
 
     def cover(self, constants: Constants, largest: Largest, reply_wires: ReplyWires) -> bool:
         """Whether bounds show that a step leaves the state and its reply finite. If so, the step counts as made.
@@ -54,4 +54,4 @@ class StepBounds:
 
     def _bound_by(self, constants: Constants) -> None:
         self._bounded_by = constants
-        self._headroom.change(constants.first_scalars)
+        self._headroom.change(constants.first_scalars, constants.added_decay)

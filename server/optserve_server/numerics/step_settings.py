@@ -11,6 +11,7 @@ import numpy as np
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings, UnknownSettingError
+from optserve_server.numerics.weight_decay import check_decay
 
 
 class Change(NamedTuple):
@@ -61,24 +62,14 @@ class StepSettings:
         own, seen = settings.rules(), set[int]()
         for number, change in enumerate(self.changes):
             self._check_group(f"settings[{number}].group", change.group, seen, len(own))
-        rules = self.rules(own)
+        rules, decays = self.rules(own), self.decays(settings.decays())
         for number, change in enumerate(self.changes):
             path, whose = f"settings[{number}]", _name_of(change.group)
             for position in change.positions(len(rules)) if change.overrides else ():
                 _check_rule(rules[position], dtypes, path, whose)
-            decay = change.weight_decay
-            if decay is not None and not 0 <= decay < 1:
-                raise OptserveError(
-                    Reason.HYPERPARAMETER_OUT_OF_RANGE,
-                    f"weight_decay is {decay!r}, but must lie in [0, 1){whose}.",
-                    field=f"{path}.weight_decay",
-                )
-            if decay and not settings.hosted:
-                raise OptserveError(
-                    Reason.INVALID_FIELD,
-                    "weight_decay needs parameters that the server holds; in delta mode add it to the gradient.",
-                    field=f"{path}.weight_decay",
-                )
+            # A larger learning rate may be too large for the decay that it is multiplied by.
+            for position in change.positions(len(rules)):
+                check_decay(settings, decays[position], rules[position], f"{path}.weight_decay", whose)
         return rules
 
     def _check_group(self, field: str, group: int | None, seen: set[int], count: int) -> None:

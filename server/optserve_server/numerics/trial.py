@@ -66,7 +66,7 @@ def run_trial(
     rows = constants.at(at.step, at.staleness)
     for run_number, run in enumerate(payload.runs):
         for part, position, counter in state.parts_of(run):
-            decay = constants.decay(run.dtype, position, at.staleness)
+            decay = constants.decay(run.dtype, position, at.step, at.staleness)
             for start in range(part.start, part.stop, BLOCK):
                 block = slice(start, min(start + BLOCK, part.stop))
                 operand_parts = [arenas[run.dtype][block].copy() for arenas in operands.values()]

@@ -157,7 +157,7 @@ class AsyncOptimizer:
         schedule: settings.Schedule | EllipsisType | None = ...,
         clipping: settings.Clipping | EllipsisType | None = ...,
         groups: Sequence[settings.Group] | EllipsisType = ...,
-        weight_decay: float | None = None,
+        weight_decay: float | settings.WeightDecay | None = None,
         consistency: settings.Consistency | EllipsisType | None = ...,
         **hyperparameters: float,
     ) -> None:
@@ -184,7 +184,7 @@ class AsyncOptimizer:
         """See `optserve.Optimizer.groups`."""
         return await self._threads.run(lambda: self._optimizer.groups)
 
-    async def weight_decay(self) -> float:
+    async def weight_decay(self) -> float | settings.WeightDecay:
         """See `optserve.Optimizer.weight_decay`."""
         return await self._threads.run(lambda: self._optimizer.weight_decay)
 

@@ -10,9 +10,10 @@ import numpy as np
 from optserve import settings
 from optserve._common import wire
 from optserve._resources import replies
+from optserve._resources.features import has_feature
 from optserve._resources.new_optimizer import ArrayLike, parameter_messages, values_of
 from optserve._resources.parameter_table import ParameterTable
-from optserve._resources.transfer import CHUNK_BYTES, has_feature, with_retries
+from optserve._resources.transfer import CHUNK_BYTES, with_retries
 from optserve._rpc.connection import Connection
 from optserve._values.arrays import check_mapping
 from optserve._values.settings_messages import check_kinds, group_messages

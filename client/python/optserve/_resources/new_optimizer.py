@@ -11,7 +11,7 @@ import numpy as np
 from optserve import algorithms, settings
 from optserve._common.wire import DATA_TYPES
 from optserve._values.arrays import check_mapping, has_values, host_array, known_dtype
-from optserve._values.settings_messages import check_kinds, group_messages
+from optserve._values.settings_messages import check_kinds, group_messages, set_weight_decay
 from optserve.errors import InvalidArgumentError
 from optserve.state import TensorSpec
 from optserve.v1 import optimizer_pb2
@@ -34,7 +34,7 @@ class NewSettings:
     clipping: settings.Clipping | None = None
     groups: Sequence[settings.Group] = ()
     hosted: bool = False
-    weight_decay: float = 0.0
+    weight_decay: float | settings.WeightDecay = 0.0
     consistency: settings.Consistency | None = None
 
 
@@ -55,9 +55,9 @@ def new_optimizer(
             clipping=new_settings.clipping.to_message() if new_settings.clipping else None,
             groups=group_messages(new_settings.groups, algorithm.name),
             mode=optimizer_pb2.MODE_HOSTED if new_settings.hosted else optimizer_pb2.MODE_DELTA,
-            weight_decay=new_settings.weight_decay,
             consistency=new_settings.consistency.to_message() if new_settings.consistency else None,
         )
+        set_weight_decay(message, new_settings.weight_decay)
         message.parameters.extend(parameter_messages(params))
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"{name!r} cannot be created from these arguments: {error}") from error

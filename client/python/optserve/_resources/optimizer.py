@@ -27,6 +27,7 @@ from optserve._values.settings_messages import (
     schedule_from,
     settings_from,
     update_request,
+    weight_decay_from,
 )
 from optserve.errors import FailedPreconditionError, InvalidArgumentError
 from optserve.optimizer_info import PREFIX
@@ -75,7 +76,7 @@ class Resource(abc.ABC):
         schedule: settings.Schedule | EllipsisType | None = ...,
         clipping: settings.Clipping | EllipsisType | None = ...,
         groups: Sequence[settings.Group] | EllipsisType = ...,
-        weight_decay: float | None = None,
+        weight_decay: float | settings.WeightDecay | None = None,
         consistency: settings.Consistency | EllipsisType | None = ...,
         **hyperparameters: float,
     ) -> None:
@@ -86,7 +87,7 @@ class Resource(abc.ABC):
             schedule: The new schedule, or None for a constant learning rate.
             clipping: The new clipping, or None for no clipping.
             groups: All new groups; they replace the old ones.
-            weight_decay: The new weight decay; only in hosted mode.
+            weight_decay: The new weight decay, of any kind; only in hosted mode.
             consistency: The new consistency, or None for one client at a time.
             hyperparameters: Single hyper-parameters of the method, by name; the others stay as they are.
 
@@ -124,9 +125,9 @@ class Resource(abc.ABC):
         return groups_from(self._get())
 
     @property
-    def weight_decay(self) -> float:
+    def weight_decay(self) -> float | settings.WeightDecay:
         """The present weight decay of the parameters, as the server has it; 0 in delta mode."""
-        return self._get().weight_decay
+        return weight_decay_from(self._get())
 
     @property
     def consistency(self) -> settings.Consistency | None:

@@ -14,6 +14,7 @@ from optserve import _reasons
 from optserve._common import wire
 from optserve._common.wire import DTYPES
 from optserve._resources import replies
+from optserve._resources.features import has_feature
 from optserve._resources.parameter_table import empty
 from optserve._rpc.connection import Connection
 from optserve._rpc.retry import Backoff, is_retryable
@@ -26,6 +27,7 @@ from optserve._values.settings_messages import (
     groups_from,
     schedule_from,
     update_request,
+    weight_decay_from,
 )
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import MAX_STEP, PARAMETER, OptimizerState, Progress, TensorSpec, steps_in_order
@@ -94,12 +96,6 @@ def import_state(
         ),
     )
     return replies.optimizer(answer.optimizer, optimizer.name)
-
-
-def has_feature(connection: Connection, feature: service_pb2.Feature) -> bool:
-    """Whether the server has a feature; older servers do not know newer ones."""
-    info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
-    return any(item.feature == feature and item.available for item in info.features)
 
 
 def push_parameters(connection: Connection, name: str, arrays: Sequence[np.ndarray]) -> int:
@@ -219,7 +215,7 @@ def _read_state(
         schedule=schedule_from(optimizer),
         clipping=clipping_from(optimizer),
         groups=groups_from(optimizer),
-        weight_decay=optimizer.weight_decay,
+        weight_decay=weight_decay_from(optimizer),
         consistency=consistency_from(optimizer),
         parameter_steps=_parameter_steps(first.parameter_steps, list(parameters)),
     )

@@ -7,7 +7,16 @@ from dataclasses import asdict
 from types import EllipsisType
 from typing import Any, TypedDict
 
-from optserve.settings import CONSISTENCIES, SCHEDULES, Clipping, Consistency, Group, Schedule
+from optserve.settings import (
+    CONSISTENCIES,
+    SCHEDULES,
+    WEIGHT_DECAYS,
+    Clipping,
+    Consistency,
+    Group,
+    Schedule,
+    WeightDecay,
+)
 
 
 class GivenSettings(TypedDict, total=False):
@@ -16,7 +25,7 @@ class GivenSettings(TypedDict, total=False):
     schedule: Schedule | None
     clipping: Clipping | None
     groups: tuple[Group, ...]
-    weight_decay: float
+    weight_decay: float | WeightDecay
     consistency: Consistency | None
 
 
@@ -56,7 +65,11 @@ def settings_to_json(settings: GivenSettings, names: Sequence[str]) -> dict[str,
             for group in groups
         ]
     if weight_decay := settings.get("weight_decay"):
-        content["weight_decay"] = weight_decay
+        content["weight_decay"] = (
+            {"kind": weight_decay.kind, "factor": weight_decay.factor}
+            if isinstance(weight_decay, WeightDecay)
+            else weight_decay
+        )
     if consistency := settings.get("consistency"):
         content["consistency"] = {"kind": consistency.kind, **asdict(consistency)}
     return content
@@ -77,10 +90,18 @@ def settings_from_json(content: Mapping[str, Any], names: Sequence[str]) -> Give
             Group([str(names[index]) for index in group["parameters"]], group["overrides"], group.get("weight_decay"))
             for group in content.get("groups", ())
         ),
-        "weight_decay": float(content.get("weight_decay", 0.0)),
+        "weight_decay": _weight_decay(content.get("weight_decay", 0.0)),
         "consistency": _consistency(content.get("consistency")),
     }
     return GivenSettings(**{name: all_of_them[name] for name in said})
+
+
+def _weight_decay(content: float | Mapping[str, Any]) -> float | WeightDecay:
+    # Of the fixed kind, a server writes a plain number too.
+    if not isinstance(content, Mapping):
+        return float(content)
+    values = dict(content)
+    return WEIGHT_DECAYS[values.pop("kind")](**values)
 
 
 def _schedule(content: Mapping[str, Any] | None) -> Schedule | None:

@@ -12,11 +12,14 @@ from optserve.algorithms import Algorithm, from_message
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.settings import (
     CONSISTENCIES,
+    FIXED,
     SCHEDULES,
+    WEIGHT_DECAYS,
     Clipping,
     Consistency,
     Group,
     Schedule,
+    WeightDecay,
     set_hyperparameter,
 )
 from optserve.v1 import optimizer_pb2, service_pb2
@@ -91,6 +94,37 @@ def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.P
     return [group.to_message(method) for group in groups]
 
 
+def weight_decay_from(message: optimizer_pb2.Optimizer) -> float | WeightDecay:
+    """The weight decay of an optimizer; 0 for none."""
+    number = message.weight_decay_kind
+    if number in (optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED, optimizer_pb2.WEIGHT_DECAY_KIND_FIXED):
+        return message.weight_decay
+    for kind in WEIGHT_DECAYS.values():
+        if number == _kind_number(kind.kind):
+            return kind(message.weight_decay)
+    raise FeatureUnavailableError(
+        f"This client does not know the weight decay of {message.name!r}; a newer client may."
+    )
+
+
+def set_weight_decay(message: optimizer_pb2.Optimizer, weight_decay: float | WeightDecay) -> None:
+    """Make a message say a weight decay.
+
+    Raises:
+        InvalidArgumentError: It is neither a number nor a WeightDecay.
+    """
+    is_plain = not isinstance(weight_decay, WeightDecay)
+    try:
+        message.weight_decay = weight_decay if is_plain else weight_decay.factor
+    except TypeError as error:
+        raise InvalidArgumentError(f"weight_decay cannot be {weight_decay!r}: {error}") from error
+    message.weight_decay_kind = _kind_number(FIXED if is_plain else weight_decay.kind)
+
+
+def _kind_number(kind: str) -> Any:
+    return optimizer_pb2.WeightDecayKind.Value(f"WEIGHT_DECAY_KIND_{kind.upper()}")
+
+
 def check_kinds(algorithm: object, schedule: object, clipping: object, groups: Any, consistency: object) -> None:
     """Check that arguments are settings, None, or an Ellipsis.
 
@@ -120,7 +154,7 @@ def settings_from(message: optimizer_pb2.Optimizer) -> dict[str, Any]:
         "schedule": schedule_from(message),
         "clipping": clipping_from(message),
         "groups": groups_from(message),
-        "weight_decay": message.weight_decay,
+        "weight_decay": weight_decay_from(message),
         "consistency": consistency_from(message),
     }
 
@@ -150,7 +184,7 @@ class Changes:
     schedule: Schedule | EllipsisType | None = ...
     clipping: Clipping | EllipsisType | None = ...
     groups: Sequence[Group] | EllipsisType = ...
-    weight_decay: float | None = None
+    weight_decay: float | WeightDecay | None = None
     consistency: Consistency | EllipsisType | None = ...
 
 
@@ -197,8 +231,8 @@ def update_request(
         message.groups.extend(group_messages(changes.groups, method))
     if changes.weight_decay is not None:
         paths.append("weight_decay")
-        try:
-            message.weight_decay = changes.weight_decay
-        except TypeError as error:
-            raise InvalidArgumentError(f"weight_decay cannot be {changes.weight_decay!r}: {error}") from error
+        set_weight_decay(message, changes.weight_decay)
+        # Servers from before there were kinds do not know this path, and refuse it. A plain number needs no kind.
+        if isinstance(changes.weight_decay, WeightDecay):
+            paths.append("weight_decay_kind")
     return request

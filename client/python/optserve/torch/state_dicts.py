@@ -12,7 +12,7 @@ import torch
 from optserve._values.torch_methods import COUNTED, NEUTRAL, STEP, kind_of, momentum_product, recognise, torch_slots
 from optserve.algorithms import Adagrad, Algorithm, Momentum, Nadam, SgdMomentum
 from optserve.errors import InvalidArgumentError
-from optserve.settings import Constant, Group
+from optserve.settings import Constant, Group, WeightDecay
 from optserve.state import OptimizerState, TensorSpec
 
 
@@ -213,7 +213,9 @@ def _check_no_setting_is_lost(state: OptimizerState) -> None:
     """Raise InvalidArgumentError for a setting that a state_dict cannot hold."""
     said = state.settings
     schedule = said.get("schedule")
-    decays = [said.get("weight_decay", 0.0), *(group.weight_decay for group in said.get("groups", ()))]
+    decay = said.get("weight_decay", 0.0)
+    own = decay.factor if isinstance(decay, WeightDecay) else decay
+    decays = [own, *(group.weight_decay for group in said.get("groups", ()))]
     lost = {
         "schedule": (
             schedule if schedule != Constant() else None,

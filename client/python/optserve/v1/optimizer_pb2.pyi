@@ -12,6 +12,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WeightDecayKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_DECAY_KIND_UNSPECIFIED: _ClassVar[WeightDecayKind]
+    WEIGHT_DECAY_KIND_FIXED: _ClassVar[WeightDecayKind]
+    WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE: _ClassVar[WeightDecayKind]
+    WEIGHT_DECAY_KIND_L2: _ClassVar[WeightDecayKind]
+
 class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
@@ -25,6 +32,10 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_UNSPECIFIED: _ClassVar[Mode]
     MODE_DELTA: _ClassVar[Mode]
     MODE_HOSTED: _ClassVar[Mode]
+WEIGHT_DECAY_KIND_UNSPECIFIED: WeightDecayKind
+WEIGHT_DECAY_KIND_FIXED: WeightDecayKind
+WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE: WeightDecayKind
+WEIGHT_DECAY_KIND_L2: WeightDecayKind
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT64: DataType
@@ -35,7 +46,7 @@ MODE_DELTA: Mode
 MODE_HOSTED: Mode
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots", "lineage")
+    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "weight_decay_kind", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots", "lineage")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +56,7 @@ class Optimizer(_message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_KIND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +74,7 @@ class Optimizer(_message.Message):
     weight_decay: float
     mode: Mode
     consistency: Consistency
+    weight_decay_kind: WeightDecayKind
     step: int
     etag: str
     create_time: _timestamp_pb2.Timestamp
@@ -70,7 +83,7 @@ class Optimizer(_message.Message):
     memory_bytes: int
     slots: _containers.RepeatedScalarFieldContainer[str]
     lineage: str
-    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., lineage: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., weight_decay_kind: _Optional[_Union[WeightDecayKind, str]] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., lineage: _Optional[str] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "data_type")

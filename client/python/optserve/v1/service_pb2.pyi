@@ -37,6 +37,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_IMPORTED_SETTINGS: _ClassVar[Feature]
     FEATURE_STEP_SETTINGS: _ClassVar[Feature]
     FEATURE_ADDED_PARAMETERS: _ClassVar[Feature]
+    FEATURE_WEIGHT_DECAY_KINDS: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_UNARY_STEPS: Feature
 FEATURE_STREAMED_STEPS: Feature
@@ -55,6 +56,7 @@ FEATURE_HALF_PRECISION_WIRE: Feature
 FEATURE_IMPORTED_SETTINGS: Feature
 FEATURE_STEP_SETTINGS: Feature
 FEATURE_ADDED_PARAMETERS: Feature
+FEATURE_WEIGHT_DECAY_KINDS: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -231,6 +231,19 @@ class Backend(abc.ABC):
             with self._compiling:
                 kernel = self._kernels.get(key) or self._kernels.setdefault(key, self.compile(rule, dtype))
         return kernel
+
+    def compile_ahead(self, rule: type[Rule], dtype: np.dtype, places: Collection[DecayPlace]) -> None:
+        """Compile what steps will call, so that no step waits for it.
+
+        Args:
+            rule: The method.
+            dtype: Of the tensors.
+            places: Where steps decay the parameters that the server holds; empty if it holds none.
+        """
+        for place in places:
+            self.hosted_kernel(rule, dtype, place)
+        if not places:
+            self.kernel(rule, dtype)
 
     def hosted_kernel(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
         """The kernel of a rule for one dtype, which applies the update to x as well; compiled once."""
