@@ -197,6 +197,37 @@ Everything is per dimension. Equation numbers are those of Zeiler, arXiv:1212.57
 outside its range before or after the rounding to the parameter's data type. An update of the optimizer changes values
 from the next step on; `opt.step(grads, hyperparameters={{"learning_rate": 0.1}})` changes them for one step, see
 [protocol.md](protocol.md#settings).
+
+What is said of torch, optax and Keras holds for torch 2.13, optax 0.2.8 and Keras 3.15.
+
+Where the server holds x, an optimizer of any method can have weight decay w, see `WeightDecayKind` in
+[optimizer.proto](../proto/optserve/v1/optimizer.proto):
+
+| kind | client | step | elsewhere |
+|---|---|---|---|
+| fixed | a number | x ← x + (Δx − w x) | |
+| times the learning rate | `TimesLearningRate(w)` | x ← x + (Δx − η w x), η the learning rate of the step | \
+`weight_decay` of torch's AdamW, of NAdam with decoupled_weight_decay=True, of optax.adamw, and of all optimizers of \
+Keras |
+| L2 | `L2(w)` | g ← g + w x after clipping | `weight_decay` of torch's other optimizers; optax.add_decayed_weights \
+before the method |
+"""
+
+LAST = """\
+## Methods that are not here
+
+These mix dimensions: what an element does depends on other elements of its tensor. So they can be recovered, and later
+divided over servers, only by whole tensors, not piece by piece as the methods above
+([ADR 6](adr/0006-snapshots-of-unequal-pieces.md)).
+
+- **LAMB** (arXiv:1904.00962) multiplies Adam's update of each tensor by ‖x‖ / ‖update‖. It needs two norms of each
+  tensor between the update and x, in an order that is the same on every backend, and x on the server.
+- **Adafactor** (arXiv:1804.04235) keeps v of a matrix as a sum for each row and one for each column, and bounds the
+  root mean square of the update. It needs slots of other shapes than the parameter's, and sums over rows, columns and
+  tensors.
+- **Muon** (Jordan et al., 2024) orthogonalizes the momentum of each matrix, by five Newton-Schulz steps of three matrix
+  products each. It needs matrices in the rule, and products whose bits do not depend on the number of threads.
+  Parameters that are no matrices need a second method in the same optimizer.
 """
 
 
@@ -214,7 +245,7 @@ def page(methods: list[Method]) -> str:
         for item in method.hyperparameters:
             meaning = item.meaning.replace("|", "\\|")
             lines.append(f"| `{item.name}` | {item.default_text} | {item.range} | {meaning} |")
-    return PAGE + "\n".join([*lines, ""])
+    return PAGE + "\n".join([*lines, "", LAST])
 
 
 OUTPUTS = {

@@ -123,6 +123,18 @@ def test_a_stale_gradient_divides_only_what_follows_the_learning_rate(client, na
             assert slow.step(still)["w"][0] == expected
 
 
+def test_a_step_of_its_own_settings_decays_by_them(client, name):
+    x, still = {"w": np.ones(2)}, {"w": np.zeros(2)}
+    opt = client.create_optimizer(name, optserve.Sgd(1.0), x, hosted=True, weight_decay=optserve.TimesLearningRate(0.5))
+    assert opt.step(still, hyperparameters={"learning_rate": 0.5}, reply="parameters")["w"][0] == 0.75
+    assert opt.step(still, hyperparameters={"weight_decay": 0.0}, reply="parameters")["w"][0] == 0.75
+    with pytest.raises(optserve.InvalidArgumentError, match=r"it is 1, but must be less than 1, in the settings"):
+        opt.step(still, hyperparameters={"learning_rate": 2.0})
+    opt.update(weight_decay=optserve.L2(0.25))
+    assert opt.step(still, hyperparameters={"weight_decay": 2.0}, reply="parameters")["w"][0] == -0.75
+    assert opt.step(still, reply="parameters")["w"][0] == -0.75 * 0.75
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_the_kind_travels_with_a_state(client, name, kind, tmp_path):
     groups = [optserve.Group(["b"], {}, weight_decay=0.5)]

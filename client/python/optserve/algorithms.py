@@ -42,8 +42,9 @@ class Adadelta(Algorithm):
       Δx     ← −(RMS[Δx] / RMS[g]) g
       E[Δx²] ← ρ E[Δx²] + (1 − ρ) Δx²
 
-    The learning rate multiplies Δx after the last line, as in torch, optax and Keras. Slots `square_avg` = E[g²] and
-    `acc_delta` = E[Δx²].
+    The learning rate multiplies Δx after the last line, as in torch, optax and Keras. All three have ε inside both
+    roots; torch and optax begin with ρ = 0.9, Keras with ε = 1e-7 and a learning rate of 0.001. Slots `square_avg` =
+    E[g²] and `acc_delta` = E[Δx²].
 
     Args:
         rho: Decay constant ρ. Range [0, 1), default 0.95.
@@ -84,6 +85,8 @@ class Sgd(Algorithm):
 @dataclass(frozen=True)
 class Momentum(Algorithm):
     """Gradient descent with momentum, equation 4: Δx_t = ρ Δx_{t−1} − η g_t.
+
+    Keras' SGD is this, without Nesterov. Torch and optax keep Δx / −η instead, see `SgdMomentum`.
 
     Slot `momentum` = Δx_{t−1}.
 
@@ -248,9 +251,10 @@ class Adam(Algorithm):
 class AdamW(Algorithm):
     """AdamW: the update of Adam, with a weight decay that does not pass through the averages.
 
-    Where the server holds x, the decay is `Optimizer.weight_decay`: x ← x + (Δx − λ x), with λ the whole factor of a
-    step; torch's weight_decay is multiplied by the learning rate, so λ is their product, but no schedule changes λ. In
-    delta mode the client decays x.
+    Where the server holds x, the decay is `Optimizer.weight_decay`. Of WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE it is x ←
+    x + (Δx − η λ x), with the learning rate η of the step, which follows the schedule: that of torch, optax and Keras.
+    (In the paper only the schedule's factor multiplies λ: its λ is the product of this one and the constant learning
+    rate.) WEIGHT_DECAY_KIND_FIXED takes λ x off, whatever the learning rate is. In delta mode the client decays x.
 
     Slots `grad_avg` and `square_avg`, as those of Adam. I. Loshchilov, F. Hutter, "Decoupled Weight Decay
     Regularization", arXiv:1711.05101.
@@ -348,7 +352,7 @@ class CenteredRmsprop(Algorithm):
       b     ← μ b + g / (√max(E[g²] − E[g]², 0) + ε)
 
     Rounding can leave E[g²] − E[g]² below 0; torch's root is then NaN, here it is 0. Where gradients hardly change, the
-    update comes near η g / ε, so a larger ε is of use.
+    update comes near η g / ε, so a larger ε is of use. optax and Keras have ε inside the root, and η within b.
 
     Slots `square_avg` = E[g²], `momentum_buffer` = b and `grad_avg` = E[g]. A. Graves, "Generating Sequences With
     Recurrent Neural Networks", arXiv:1308.0850, equations 38 to 45, which have ε inside the root, as Keras and, by
@@ -377,8 +381,8 @@ class CenteredRmsprop(Algorithm):
 class Lion(Algorithm):
     """Lion: Δx = −η sign(β1 m + (1 − β1) g), and after it m ← β2 m + (1 − β2) g.
 
-    The sign of 0 is 0. The paper's weight decay is decoupled: where the server holds x, it is `Optimizer.weight_decay`,
-    the product of the paper's λ and η.
+    The sign of 0 is 0. The paper's weight decay is that of AdamW, see there; optax' lion has one of 0.001 by default.
+    Torch has no Lion; optax and Keras have this formula.
 
     optax and Keras have the same; optax decays x by 0.001 by default.
 
@@ -483,8 +487,8 @@ class Nadam(Algorithm):
       b = μ_{t+1} / (1 − μ_1 ⋯ μ_{t+1})
 
     As in torch; t is the step of the parameter. The products follow from t, β1 and ψ, so they are no part of the state;
-    torch keeps its mu_product as a number of float32. optax has Nesterov's momentum with a constant μ = β1, as here
-    with a ψ of 1e6. Keras has ψ = 1.
+    torch keeps its mu_product as a number of float32, unless its default type is float64. optax has Nesterov's momentum
+    with a constant μ = β1, as here with a ψ of 1e6. Keras has ψ = 1.
 
     Slots `grad_avg` = m and `square_avg` = v; torch's exp_avg and exp_avg_sq. T. Dozat, "Incorporating Nesterov
     Momentum into Adam", ICLR 2016 workshop.
