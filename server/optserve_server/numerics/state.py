@@ -14,7 +14,7 @@ from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.backends.base import Decay
 from optserve_server.numerics.clipping import Clip
-from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Row, Rows, constants_of
+from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
 from optserve_server.numerics.preparation import COVERED, UNCOVERED, Prepared, measure
@@ -233,24 +233,8 @@ class State:
                 given = [arenas[run.dtype][part] for arenas in operands.values()]
                 parameters = self.parameters[run.dtype][part] if self.parameters else None
                 decay = constants.decay(run.dtype, position, step, staleness) if self.parameters else None
-                self._make_step(given, slots, parameters, rows.of(run.dtype, position, counter), decay)
-
-    def _make_step(
-        self,
-        operands: Sequence[np.ndarray],
-        slots: Sequence[Any],
-        parameters: np.ndarray | None,
-        row: Row,
-        decay: Decay | None,
-    ) -> None:
-        """Change arrays of one dtype by one step; the first of the operands becomes the update."""
-        staged, *inputs = operands
-        kind = type(self.settings.rule)
-        if parameters is None or decay is None:
-            self.backend.kernel(kind, staged.dtype)(staged, slots, row, *inputs)
-        else:
-            kernel = self.backend.hosted_kernel(kind, staged.dtype, decay.place)
-            kernel(staged, slots, row, parameters, decay.factor, *inputs)
+                row = rows.of(run.dtype, position, counter)
+                self.backend.make_step(type(self.rule), given, slots, row, parameters, decay)
 
     def count(self, selection: Selection) -> None:
         """Count one more step for the parameters that have taken part in it."""
@@ -296,7 +280,8 @@ class State:
         where, position, counter = part
         slots = [self.backend.clone(slot[where]) for slot in self.slots[dtype]]
         parameters = self.parameters[dtype][where].copy() if self.parameters else None
-        self._make_step(operand_parts, slots, parameters, rows.of(dtype, position, counter), decay)
+        row = rows.of(dtype, position, counter)
+        self.backend.make_step(type(self.rule), operand_parts, slots, row, parameters, decay)
         made = dict(zip(self.rule.slots, slots, strict=True)) | {UPDATE: operand_parts[0]}
         return made if parameters is None else made | {PARAMETER: parameters}
 

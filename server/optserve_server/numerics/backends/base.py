@@ -255,3 +255,29 @@ class Backend(abc.ABC):
                     key, self.compile_hosted(rule, dtype, place)
                 )
         return kernel
+
+    def make_step(
+        self,
+        rule: type[Rule],
+        operands: Sequence[np.ndarray],
+        slots: Sequence[Any],
+        scalars: Sequence[np.generic],
+        parameters: np.ndarray | None,
+        decay: Decay | None,
+    ) -> None:
+        """Change arrays of one dtype by one step.
+
+        Args:
+            rule: The method.
+            operands: The gradient, which becomes the update, and the other operands.
+            slots: See Kernel.
+            scalars: See Kernel.
+            parameters: x, if the server holds it.
+            decay: The weight decay of x.
+        """
+        staged, *inputs = operands
+        if parameters is None or decay is None:
+            self.kernel(rule, staged.dtype)(staged, slots, scalars, *inputs)
+        else:
+            kernel = self.hosted_kernel(rule, staged.dtype, decay.place)
+            kernel(staged, slots, scalars, parameters, decay.factor, *inputs)
