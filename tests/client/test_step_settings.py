@@ -244,14 +244,18 @@ def test_of_very_many_groups_no_rates_are_told(client, name):
         assert opt.last_result.learning_rates == ((0.5, *map(float, range(count))) if told else ())
 
 
-def test_a_replay_tells_the_same(stub, client, name):
+def test_a_replay_tells_the_same(client, name):
     opt = client.create_optimizer(name, SGD, ONE, clipping=optserve.Clipping(value=0.5))
     opt.step(ONE, hyperparameters={"learning_rate": 2.0}, with_gradient_norm=True)
     first = opt.last_result
     opt.replay()
     assert opt.last_result == optserve.StepResult(1, (2.0,), 2**0.5, True, replayed=True)
     assert first == optserve.StepResult(1, (2.0,), 2**0.5, True)
-    # A retry by unary call, which must have the settings once more, and which ignores them.
+
+
+def test_a_retry_by_unary_call_tells_the_same(stub, client, name):
+    """It has the settings once more, and the server ignores them."""
+    client.create_optimizer(name, SGD, ONE, clipping=optserve.Clipping(value=0.5))
     request = steps_pb2.ApplyGradientsRequest(
         name=f"optimizers/{name}", request_id="retried", with_gradient_norm=True,
         gradients=[steps_pb2.Tensor(name="x", data=ONE["x"].tobytes())],

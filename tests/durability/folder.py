@@ -13,6 +13,7 @@ from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.step_settings import StepOptions, StepSettings
 from optserve_server.persistence.data_folder import DataFolder
 from optserve_server.persistence.disk import SYSTEM_DISK, Buffer, Disk
 
@@ -68,9 +69,10 @@ class Server:
             self.folder.close(snapshot=False)
 
 
-def step(item, index: int, tensors: tuple[int, ...] = ()) -> bytes:
+def step(item, index: int, tensors: tuple[int, ...] = (), settings: StepSettings | None = None) -> bytes:
     rng = np.random.default_rng(index)
-    under_way = item.steps.begin(StepRequest(f"request-{index}", item.steps.step, Selection(tensors)))
+    options = StepOptions(settings)
+    under_way = item.steps.begin(StepRequest(f"request-{index}", item.steps.step, Selection(tensors), options=options))
     try:
         for tensor in under_way.payload.tensors:
             parameter = item.layout.parameters[tensor]

@@ -26,8 +26,9 @@ from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.layout import Layout, Parameter
-from optserve_server.numerics.rules import Adadelta, Momentum
-from optserve_server.numerics.settings import Settings
+from optserve_server.numerics.rules import Adadelta, Momentum, WindowedRms
+from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.step_settings import Change, StepSettings
 from optserve_server.persistence import journal, snapshot
 from optserve_server.persistence.data_folder import DataFolder
 from optserve_server.persistence.disk import Disk
@@ -121,6 +122,67 @@ def test_a_snapshot_whose_pieces_are_of_different_steps_comes_back_to_the_last_o
     replayed.commit()
     assert b"".join(replayed.reply(MIB, lambda piece: bytes(piece.data))) == reply
     replayed.close()
+    again.die()
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "change"),
+    [
+        pytest.param(
+            Settings(Adadelta(), groups=(Group((0,), {"learning_rate": 0.5}),)),
+            Change(1, {"learning_rate": 0.25}),
+            lambda settings: replace(settings, groups=()),
+            id="the group is removed",
+        ),
+        pytest.param(
+            Settings(WindowedRms(eps=0.0, outer_eps=1e-8)),
+            Change(None, {"eps": 0.0}),
+            lambda settings: replace(settings, rule=replace(settings.rule, eps=1e-8, outer_eps=0.0)),
+            id="the settings exclude each other",
+        ),
+    ],
+)
+def test_settings_that_fit_no_longer_are_no_obstacle_if_the_snapshot_contains_their_step(
+    tmp_path, settings, own, change
+):
+    """The step and the update happen between the snapshot's LSN and the description of their optimizer."""
+    disk = BusyDisk()
+    server = Server(tmp_path, disk=disk)
+    server.create("a")
+    item = server.optimizers.create("b", Layout(PARAMETERS), settings, "creation")
+
+    def act(number: int) -> None:
+        if number == 1:
+            step(item, 0, settings=StepSettings((own,)))
+            server.optimizers.update("b", lambda before, _layout: change(before))
+
+    disk.act = act
+    server.folder.snapshot()
+    disk.act = None
+    step(item, 1)
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("b")) == before
+    again.die()
+
+
+def test_minus_0_in_the_settings_of_a_step_is_0_before_and_after_a_kill(tmp_path):
+    """The server that goes on has made a step with 0 before; the one that comes back begins after that."""
+    server = Server(tmp_path)
+    item = server.optimizers.create("a", Layout(PARAMETERS), Settings(Momentum()), "creation")
+
+    def own(zero: float) -> StepSettings:
+        return StepSettings((Change(None, {"rho": zero, "learning_rate": zero}),))
+
+    step(item, 0, settings=own(0.0))
+    step(item, 1)
+    server.folder.snapshot()
+    step(item, 2, settings=own(-0.0))
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
     again.die()
 
 

@@ -42,6 +42,10 @@ class StepSettings:
 
     changes: tuple[Change, ...]
 
+    def __post_init__(self) -> None:
+        # −0 equals 0 but gives other bits, so settings that are equal would give different steps.
+        object.__setattr__(self, "changes", tuple(map(_without_negative_zeros, self.changes)))
+
     def checked_rules(self, settings: Settings, dtypes: Sequence[np.dtype]) -> list[Rule]:
         """The rules of the step, checked as an optimizer's own settings are checked.
 
@@ -155,6 +159,12 @@ class StepPoint(NamedTuple):
     step: int
     staleness: int = 0
     settings: StepSettings | None = None
+
+
+def _without_negative_zeros(change: Change) -> Change:
+    overrides = {name: value or type(value)() for name, value in change.overrides.items()}
+    decay = change.weight_decay
+    return Change(change.group, overrides, None if decay is None else decay or 0.0)
 
 
 def _check_rule(rule: Rule, dtypes: Sequence[np.dtype], path: str, whose: str) -> None:

@@ -92,7 +92,9 @@ class Replay:
         self._pieces: dict[str, list[snapshot.Piece]] = {}
         # The same pieces by name of the optimizer and name of the dtype.
         self._arenas: dict[str, dict[str, _ArenaPieces]] = {}
-        # By name of the optimizer: the highest LSN of a piece, and the LSN of the last step in the journal.
+        # By name of the optimizer: the LSN of its description in the snapshot, which was written before its pieces; the
+        # highest LSN of a piece; and the LSN of the last step in the journal.
+        self._described_lsn: dict[str, int] = {}
         self._newest_piece_lsn: dict[str, int] = {}
         self._last_step_lsn: dict[str, int] = {}
 
@@ -126,6 +128,7 @@ class Replay:
         with optimizer.steps.locked_state() as state:
             state.set_parameter_steps(header.get("parameter_steps"), header["step"])
             saved.load(state, optimizer.steps.main.staging)
+        self._described_lsn[optimizer.id] = header["lsn"]
         self._pieces[optimizer.id] = saved.pieces
         self._arenas[optimizer.id] = _by_arena(saved.pieces)
         self._newest_piece_lsn[optimizer.id] = max((piece.lsn for piece in saved.pieces), default=0)
@@ -145,9 +148,9 @@ class Replay:
         if lsn <= optimizer.created_lsn:
             # The record is of an earlier optimizer of that name, which was deleted.
             return
-        if lsn <= optimizer.steps.layout_lsn:
-            # The snapshot was begun after the last addition of parameters, so all of its pieces contain this change. A
-            # step may be of fewer parameters, and is not readable any more.
+        if lsn <= self._described_lsn.get(optimizer.id, 0):
+            # All pieces of the snapshot were written after this change. It may not be readable any more: a step may be
+            # of fewer parameters, or have settings for a group that was removed since.
             return
         record = records.decode(entry.kind, message, entry.payload, optimizer.steps.payloads)
         with optimizer.steps.locked_state():
@@ -171,6 +174,7 @@ class Replay:
 
     def _forget(self, name: str) -> None:
         self._optimizers.forget(name)
+        self._described_lsn.pop(name, None)
         self._pieces.pop(name, None)
         self._arenas.pop(name, None)
         self._newest_piece_lsn.pop(name, None)
