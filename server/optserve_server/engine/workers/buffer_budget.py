@@ -147,8 +147,10 @@ class BufferBudget:
 
     def _reclaim(self, step_slot: WorkerSlot) -> None:
         """Take a buffer back, unless a step holds it or its lock is taken."""
+        if step_slot.buffer is None:
+            return
         size_bytes = step_slot.buffer_bytes
-        if step_slot.buffer is not None and step_slot.drop_buffer():
+        if step_slot.drop_buffer():
             self._idle.pop(step_slot, None)
             self._bytes[step_slot.optimizer] -= size_bytes
             if not self._bytes[step_slot.optimizer]:
