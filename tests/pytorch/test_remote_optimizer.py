@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -507,6 +508,53 @@ def test_it_cannot_be_copied_or_pickled(client, name):
     for copying in (copy.deepcopy, copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match="state_dict"):
             copying(optimizer)
+
+
+def test_a_param_group_that_was_removed_is_an_error(client):
+    model = network()
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    with RemoteOptimizer(groups, client, optserve.Adam()) as optimizer:
+        removed = optimizer.param_groups.pop()
+        backward(model, 0)
+        for use in (optimizer.step, optimizer.state_dict):
+            with pytest.raises(optserve.InvalidArgumentError, match="requires_grad"):
+                use()
+        optimizer.param_groups.append(removed)
+        optimizer.step()
+
+
+def kill(server: optserve.LocalServer) -> None:
+    server.process.kill()
+    server.process.wait()
+
+
+def test_the_end_of_a_with_block_keeps_its_error_though_the_server_is_gone():
+    began = []
+
+    def fail() -> None:
+        with RemoteOptimizer(network().parameters(), server.target, optserve.Adam()):
+            kill(server)
+            began.append(time.monotonic())
+            raise KeyError("one's own")
+
+    with optserve.local_server() as server:
+        with pytest.warns(RuntimeWarning, match=r"'torch-\w+' may stay at the server"), pytest.raises(KeyError):
+            fail()
+        assert time.monotonic() - began[0] < 10
+
+
+def test_a_step_of_a_server_that_has_lost_the_state_says_what_to_do():
+    model = network()
+    with optserve.local_server() as server:
+        port = server.target.rpartition(":")[2]
+        optimizer = RemoteOptimizer(model.named_parameters(), server.target, optserve.Adam(), name="lost")
+        loop(model, optimizer, range(2))
+        kill(server)
+        with optserve.local_server(options=("--port", port)):
+            with pytest.raises(optserve.StepsLostError) as caught:
+                loop(model, optimizer, range(2, 3))
+            assert "--data-dir" in caught.value.__notes__[0]
+            optimizer.close()
 
 
 def test_a_name_that_is_taken_is_an_error_or_goes_on_or_begins_anew(client, name):

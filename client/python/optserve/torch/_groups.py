@@ -73,11 +73,19 @@ class Groups:
 
     def read(self, groups: ParamGroups) -> list[Algorithm]:
         """The method of each group with its present hyper-parameters; raises InvalidArgumentError."""
+        self._check_count(groups)
         values = [self.layout.values(group) for group in groups]
         if values != self._values:
             self.algorithms = [self.layout.algorithm(group) for group in groups]
             self._values = values
         return self.algorithms
+
+    def _check_count(self, groups: ParamGroups) -> None:
+        if len(groups) != len(self.members):
+            raise InvalidArgumentError(
+                f"There are {len(groups)} param groups, and were {len(self.members)}: add_param_group adds some. To "
+                "step parameters no longer, set requires_grad to False, or the gradient to None; do not remove them."
+            )
 
     def changes(self, groups: ParamGroups) -> list[dict[str, Any]] | None:
         """The settings of the next step that differ from those at the server, by group; None if none does."""
@@ -95,6 +103,7 @@ class Groups:
 
     def gradients(self, groups: ParamGroups) -> dict[str, np.ndarray]:
         """The gradients to be sent, with the weight decay that is added to them; raises InvalidArgumentError."""
+        self._check_count(groups)
         gradients: dict[str, np.ndarray] = {}
         for group, own in zip(groups, self.members, strict=True):
             tensors, maximize, (decay, _) = group["params"], bool(group.get("maximize")), decays(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,12 +14,23 @@ import numpy as np
 from optserve._resources.choices import TransportName, WireDtype
 from optserve.algorithms import Algorithm
 from optserve.client import Client, connect
-from optserve.errors import AlreadyExistsError, ClientUseError, InvalidArgumentError, NotFoundError
+from optserve.errors import (
+    AlreadyExistsError,
+    ClientUseError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    StepInProgressError,
+    UnavailableError,
+)
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping, Group
 from optserve.state import OptimizerState, TensorSpec
 
 IfExists = Literal["error", "resume", "replace"]
+
+CLOSE_TIMEOUT_S = 2.0
+"""How long `Place.close` waits for a server that is to delete an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +108,33 @@ class Place:
         return "closed" if self._closed else repr(self._remote)
 
     def close(self) -> None:
-        """Close the stream, and the connection that `server` has opened; delete an optimizer that got no name."""
+        """Close the stream, and the connection that `server` has opened; delete an optimizer that got no name.
+
+        If no server answers in time, there is a warning with the name of the optimizer that stays there.
+        """
         if self._closed:
             return
         self._closed = True
         try:
             self._remote.close()
             if self._deletes is not None:
-                self._deletes.delete_optimizer(self._remote.name, missing_ok=True)
+                self._delete(self._deletes)
         finally:
             if self._own_client is not None:
                 self._own_client.close()
+
+    def _delete(self, client: Client) -> None:
+        name = self._remote.name
+        try:
+            client.delete_optimizer(name, missing_ok=True, timeout_s=CLOSE_TIMEOUT_S)
+        except (UnavailableError, DeadlineExceededError, StepInProgressError) as error:
+            # An end of a with-block would otherwise replace the error that has ended it.
+            warnings.warn(
+                f"{name!r} may stay at the server, because it could not be deleted: {error} "
+                f"`optserve optimizers delete {name}` deletes it.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def existing_method(server: object, algorithm: object, name: str | None) -> Algorithm:

@@ -15,7 +15,13 @@ from optserve._resources.choices import ReplyName, TransportName, WireDtype
 from optserve._values.torch_methods import STEP
 from optserve.algorithms import Algorithm
 from optserve.client import Client
-from optserve.errors import ClientUseError, FailedPreconditionError, InvalidArgumentError, StepInDoubtError
+from optserve.errors import (
+    ClientUseError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    StepInDoubtError,
+    StepsLostError,
+)
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
@@ -157,6 +163,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 )
             except StepInDoubtError as error:
                 error.add_note("RemoteOptimizer.recover() adds the updates of the interrupted step, if it was applied.")
+                raise
+            except StepsLostError as error:
+                error.add_note(
+                    "Load model and optimizer from one checkpoint, into a new RemoteOptimizer. A server keeps its "
+                    "states over a restart with `optserve serve --data-dir`."
+                )
                 raise
             self._apply(replies)
         return loss
@@ -302,7 +314,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             self._pull()
 
     def close(self) -> None:
-        """Close the connection. An optimizer that got no name is deleted at the server, others stay."""
+        """Close the connection. An optimizer that got no name is deleted at the server, others stay.
+
+        If no server answers within 2 seconds, there is a RuntimeWarning, and the optimizer may stay.
+        """
         if self._place is not None:
             self._place.close()
 
