@@ -27,9 +27,11 @@ FAR = 1 << 62
 def step(backend: backends.Backend, rule: Rule, gradient: np.ndarray, *slots: np.ndarray, counter: int = 1):
     """One step of the kernel: (update, slots)."""
     staged, dtype = gradient.copy(), gradient.dtype
-    made = [slot.copy() for slot in slots]
+    made = [backend.zeros(slot.size, dtype) for slot in slots]
+    for target, values in zip(made, slots, strict=True):
+        backend.fill(target, values)
     backend.kernel(type(rule), dtype)(staged, made, rule.constants(dtype, counter))
-    return staged, made
+    return staged, [backend.to_host(slot) for slot in made]
 
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)

@@ -340,5 +340,7 @@ class State:
     def slot(self, tensor: int, slot: int) -> np.ndarray:
         """One slot of one parameter, in its shape."""
         parameter, start = self.layout.parameters[tensor], self.layout.starts[tensor]
-        arena = self.slots[parameter.dtype][slot] if parameter.size else np.empty(0, parameter.dtype)
+        if not parameter.size:
+            return np.empty(parameter.shape, parameter.dtype)
+        arena = self.slots[parameter.dtype][slot]
         return self.backend.to_host(arena[start : start + parameter.size]).reshape(parameter.shape)

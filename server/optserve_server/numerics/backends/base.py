@@ -111,7 +111,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def to_host(self, slot: Any) -> np.ndarray:
-        """The content of a slot as a NumPy array; a view where the slot is in host memory."""
+        """The content of a slot as a NumPy array; a view where the slot is in host memory.
+
+        Arrays in host memory are returned as they are: of a step's results, the slots are in the memory that the
+        kernels use, the update and x are not.
+        """
 
     @abc.abstractmethod
     def fill(self, slot: Any, values: np.ndarray) -> None:

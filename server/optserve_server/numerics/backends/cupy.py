@@ -61,9 +61,9 @@ class CupyBackend(Backend):
             return slot
 
     def to_host(self, slot: Any) -> np.ndarray:
-        """A copy of the slot."""
+        """A copy of the slot; see Backend."""
         with self._device:
-            return slot.get()
+            return cupy.asnumpy(slot)
 
     def fill(self, slot: Any, values: np.ndarray) -> None:
         """Copy to the device."""
