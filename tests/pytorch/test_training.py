@@ -19,13 +19,6 @@ from optserve.torch import RemoteOptimizer
 from present import present
 
 
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class Transformer(torch.nn.Module):
     """A language model with tied embeddings."""
 

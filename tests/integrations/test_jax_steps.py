@@ -1,0 +1,156 @@
+"""Each step of `optserve.jax.remote` is made exactly once, whatever happens to a program of JAX."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optserve
+import optserve.jax
+from client.proxy import proxy
+from integrations.jax_networks import tree
+from optserve.errors import AlreadyExistsError, InvalidArgumentError, WrongStepError
+
+
+def test_tracing_makes_no_optimizer_and_no_step(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    jax.eval_shape(transformation.init, tree())
+    with pytest.raises(optserve.NotFoundError):
+        client.optimizer(name)
+    state = transformation.init(tree())
+    jax.jit(transformation.update).lower(tree(), state, tree()).compile()
+    assert client.optimizer(name).current_step == 0
+
+
+def test_a_state_serves_one_step(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    params, update = tree(), jax.jit(transformation.update)
+    state = transformation.init(params)
+    _, newer = update(params, state)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"state is of step 0, and .* has made 1 steps"):
+        jax.block_until_ready(update(params, state))
+    assert isinstance(transformation.last_error, WrongStepError)
+    # Outside of jit the error is itself.
+    with pytest.raises(WrongStepError, match="restore a checkpoint"):
+        transformation.update(params, state)
+    # An error does no harm to later programs.
+    jax.block_until_ready(update(params, newer))
+    assert transformation.last_error is None
+    assert client.optimizer(name).current_step == 2
+
+
+def test_training_does_not_begin_with_old_slots(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    _, state = transformation.update(tree(), transformation.init(tree()))
+    with pytest.raises(AlreadyExistsError):
+        transformation.init(tree())
+    with pytest.raises(AlreadyExistsError):
+        optserve.jax.remote(client, optserve.Adam(), name=name).init(tree())
+    resumed: Any = optserve.jax.remote(client, optserve.Adam(), name=name, resume=True)
+    assert int(resumed.init(tree()).count) == int(state.count) == 1
+    with pytest.raises(InvalidArgumentError, match="beta1"):
+        optserve.jax.remote(client, optserve.Adam(beta1=0.5), name=name, resume=True).init(tree())
+
+
+def test_a_checkpoint_goes_back(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name, resume=True)
+    params, update = tree(), jax.jit(transformation.update)
+    _, state = update(params, transformation.init(params))
+    transformation.optimizer.save_checkpoint("one")
+    first, newer = update(params, state)
+    jax.block_until_ready(update(params, newer))
+    transformation.optimizer.restore_checkpoint("one")
+    second, _ = update(params, transformation.init(params))
+    for mine, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_state_goes_on_in_another_process(server, client, name):
+    params = tree()
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    _, state = transformation.update(params, transformation.init(params))
+    with optserve.connect(server.target) as another:
+        elsewhere = optserve.jax.remote(another, optserve.Adam(), name=name)
+        _, state = jax.jit(elsewhere.update)(params, optserve.jax.RemoteState(jnp.asarray(np.asarray(state.count))))
+        assert int(state.count) == 2
+
+
+def test_an_address_will_do(server, name):
+    transformation: Any = optserve.jax.remote(server.target, optserve.Adam(), name=name)
+    _, state = transformation.update(tree(), transformation.init(tree()))
+    assert int(state.count) == 1
+
+
+@pytest.fixture
+def proxied(server, client, name):
+    """A proxy, and a client that gives a step 3 seconds."""
+    # The server compiles the method at its first step.
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=f"{name}-first")
+    transformation.update(tree(), transformation.init(tree()))
+    config = optserve.ClientConfig(step_timeout_s=3.0, transport="grpc")
+    with proxy(server.target) as between, optserve.connect(between.target, config) as connected:
+        yield between, connected
+
+
+def interrupted(proxied, name):
+    """A transformation whose second step was applied, and its reply lost; with that step's arguments."""
+    between, client = proxied
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    params, update = tree(), jax.jit(transformation.update)
+    _, state = jax.block_until_ready(update(params, transformation.init(params)))
+    between.refuse = True
+    between.cut_after("down", 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="UnreachableError"):
+        jax.block_until_ready(update(params, state))
+    between.refuse = False
+    assert isinstance(transformation.last_error, optserve.UnreachableError)
+    return transformation, update, params, state
+
+
+def test_an_interrupted_step_is_made_once_when_it_is_run_once_more(proxied, client, name):
+    transformation, update, params, state = interrupted(proxied, name)
+    assert client.optimizer(name).current_step == 2
+    updates, state = update(params, state)
+    assert int(state.count) == 2 == client.optimizer(name).current_step
+    assert transformation.last_error is None
+    other: Any = jax.jit(optserve.jax.remote(client, optserve.Adam(), name=f"{name}-2", resume=True).update)
+    begin: Any = optserve.jax.remote(client, optserve.Adam(), name=f"{name}-2").init
+    expected, state = other(params, other(params, begin(params))[1])
+    for mine, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_an_interrupted_step_is_not_taken_for_one_with_other_gradients(proxied, client, name):
+    transformation, update, params, state = interrupted(proxied, name)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(update(other, state))
+        assert isinstance(transformation.last_error, optserve.StepInDoubtError | WrongStepError)
+    assert client.optimizer(name).current_step == 2
+    # Its own gradients get its own reply.
+    _, state = update(params, state)
+    assert int(state.count) == 2 == client.optimizer(name).current_step
+
+
+def test_a_transformation_that_throws_steps_away_is_refused(client, name):
+    """MultiSteps computes the step of every gradient, and uses that of the last."""
+    transformation: Any = optax.MultiSteps(optserve.jax.remote(client, optserve.Adam(), name=name), every_k_schedule=4)
+    params, update = tree(), jax.jit(transformation.update)
+    _, state = update(params, transformation.init(params))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"as optax\.MultiSteps does"):
+        jax.block_until_ready(update(params, state))
+
+
+def test_a_value_that_the_server_refuses_changes_nothing(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    params, update = {"w": jnp.ones(3)}, jax.jit(transformation.update)
+    state = transformation.init(params)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="is nan at flat index 0"):
+        jax.block_until_ready(update({"w": jnp.full(3, jnp.nan)}, state))
+    assert isinstance(transformation.last_error, InvalidArgumentError)
+    _, state = update(params, state)
+    assert int(state.count) == 1
