@@ -12,7 +12,7 @@ import numpy as np
 
 from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
-from optserve_server.numerics.backends.base import Decay
+from optserve_server.numerics.backends.base import Decay, Stretch
 from optserve_server.numerics.clipping import Clip
 from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
@@ -225,16 +225,18 @@ class State:
         rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
         if not (prepared and prepared.covered):
             self._bounds.reset()
+        stretches: dict[np.dtype, list[Stretch]] = {}
         for run_number, run in enumerate(runs):
+            dtype = run.dtype
             if clip is not None:
-                clip.apply(run_number, 0, operands[Operand.GRADIENT][run.dtype][run.start : run.stop])
+                clip.apply(run_number, 0, operands[Operand.GRADIENT][dtype][run.start : run.stop])
+            found = stretches.setdefault(dtype, [])
             for part, position, counter in constants.parts_of(run, self.parameter_steps):
-                slots = [slot[part] for slot in self.slots[run.dtype]]
-                given = [arenas[run.dtype][part] for arenas in operands.values()]
-                parameters = self.parameters[run.dtype][part] if self.parameters else None
-                decay = constants.decay(run.dtype, position, step, staleness) if self.parameters else None
-                row = rows.of(run.dtype, position, counter)
-                self.backend.make_step(type(self.rule), given, slots, row, parameters, decay)
+                decay = constants.decay(dtype, position, step, staleness) if self.parameters else None
+                found.append(Stretch(part, rows.of(dtype, position, counter), decay))
+        for dtype, found in stretches.items():
+            given = [arenas[dtype] for arenas in operands.values()]
+            self.backend.make_steps(type(self.rule), given, self.slots[dtype], self.parameters.get(dtype), found)
 
     def count(self, selection: Selection) -> None:
         """Count one more step for the parameters that have taken part in it."""

@@ -56,6 +56,20 @@ class Decay(NamedTuple):
     factor: Any
 
 
+class Stretch(NamedTuple):
+    """A part of an arena that has one row of constants.
+
+    Attributes:
+        where: The part.
+        scalars: The rule's constants, in the dtype of the arena.
+        decay: The weight decay of x; None if the server does not hold x.
+    """
+
+    where: slice
+    scalars: Sequence[np.generic]
+    decay: Decay | None
+
+
 class HostedKernel(Protocol):
     """A rule compiled for one dtype, with the parameters that the server holds."""
 
@@ -285,3 +299,24 @@ class Backend(abc.ABC):
         else:
             kernel = self.hosted_kernel(rule, staged.dtype, decay.place)
             kernel(staged, slots, scalars, parameters, decay.factor, *inputs)
+
+    def make_steps(
+        self,
+        rule: type[Rule],
+        operands: Sequence[np.ndarray],
+        slots: Sequence[Any],
+        parameters: np.ndarray | None,
+        stretches: Sequence[Stretch],
+    ) -> None:
+        """Change stretches of the arenas of one dtype by one step.
+
+        Args:
+            rule: The method.
+            operands: The arenas of the gradient, which becomes the update, and of the other operands.
+            slots: The arenas of the slots.
+            parameters: The arena of x, if the server holds it.
+            stretches: Do not overlap.
+        """
+        for where, scalars, decay in stretches:
+            given, changed = [operand[where] for operand in operands], [slot[where] for slot in slots]
+            self.make_step(rule, given, changed, scalars, None if parameters is None else parameters[where], decay)
