@@ -259,7 +259,7 @@ OLD_SERVER = """
 import sys
 from optserve.v1 import service_pb2
 from optserve_server.edge import features
-old = features.available() - {service_pb2.FEATURE_IMPORTED_SETTINGS, service_pb2.FEATURE_WEIGHT_DECAY_KINDS}
+old = features.available() - {service_pb2.FEATURE_IMPORTED_SETTINGS, service_pb2.FEATURE_WEIGHT_DECAY_FACTORS}
 features.available = lambda: old
 from optserve_server.__main__ import main
 main()

@@ -251,10 +251,10 @@ class Adam(Algorithm):
 class AdamW(Algorithm):
     """AdamW: the update of Adam, with a weight decay that does not pass through the averages.
 
-    Where the server holds x, the decay is `Optimizer.weight_decay`. Of WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE it is x ←
-    x + (Δx − η λ x), with the learning rate η of the step, which follows the schedule: that of torch, optax and Keras.
-    (In the paper only the schedule's factor multiplies λ: its λ is the product of this one and the constant learning
-    rate.) WEIGHT_DECAY_KIND_FIXED takes λ x off, whatever the learning rate is. In delta mode the client decays x.
+    Where the server holds x, it decays x by a number λ. WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE makes that x ← x + (Δx −
+    η λ x), with the learning rate η of the step, which follows the schedule: that of torch, optax and Keras. (In the
+    paper only the schedule's factor multiplies λ: its λ is the product of this one and the constant learning rate.)
+    WEIGHT_DECAY_KIND_FIXED takes λ x off, whatever the learning rate is. In delta mode the client decays x.
 
     Slots `grad_avg` and `square_avg`, as those of Adam. I. Loshchilov, F. Hutter, "Decoupled Weight Decay
     Regularization", arXiv:1711.05101.

@@ -118,7 +118,7 @@ class Optimizer(Stepper):
     def _options(self, hyperparameters: StepHyperparameters | None, *, with_gradient_norm: bool) -> StepOptions | None:
         if hyperparameters is None and not with_gradient_norm:
             return None
-        return step_options(hyperparameters, self._method, self._groups, with_gradient_norm=with_gradient_norm)
+        return step_options(hyperparameters, self._known, with_gradient_norm=with_gradient_norm)
 
     def _step(
         self,

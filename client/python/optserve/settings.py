@@ -252,9 +252,6 @@ class L2(WeightDecay):
 WEIGHT_DECAYS: dict[str, type[WeightDecay]] = {kind.kind: kind for kind in (TimesLearningRate, L2)}
 """Every kind of weight decay that is not a plain number, by its name on disk."""
 
-FIXED = "fixed"
-"""The kind of a plain number."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -281,13 +278,19 @@ class Group:
             raise InvalidArgumentError(f"A group has a sequence of names: pass [{self.parameters!r}].")
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
-    def to_message(self, method: str) -> optimizer_pb2.ParameterGroup:
-        """The message of the contract; `method` is the name of the method there.
+    def to_message(self, method: str, *, fixed: bool = True) -> optimizer_pb2.ParameterGroup:
+        """The message of the contract.
+
+        Args:
+            method: Name of the method there.
+            fixed: Whether the weight decay of the optimizer is of the fixed kind, a plain number.
 
         Raises:
             InvalidArgumentError: The method has no such hyper-parameter.
         """
-        message = optimizer_pb2.ParameterGroup(parameters=self.parameters, weight_decay=self.weight_decay)
+        message = optimizer_pb2.ParameterGroup(parameters=self.parameters)
+        if self.weight_decay is not None:
+            setattr(message, "weight_decay" if fixed else "weight_decay_factor", self.weight_decay)
         getattr(message.algorithm, method).SetInParent()
         for name, value in self.overrides.items():
             set_hyperparameter(message.algorithm, method, name, value)

@@ -77,8 +77,9 @@ def _new_parameters(optimizer: Optimizer, start: additions_pb2.AddParametersRequ
                     field=f"groups[{position}].parameters",
                     parameter=name,
                 )
-    groups = settings_messages.groups(start.groups, optimizer.rule, layout, "groups")
-    return NewParameters(layout, groups, start.request_id, start.etag, start.lineage)
+    kind = optimizer.settings.decay_kind
+    groups = settings_messages.groups(start.groups, optimizer.rule, kind, layout, "groups")
+    return NewParameters(layout, groups, start.request_id, start.etag, start.lineage, kind)
 
 
 def _stage(step: Step, frame: AddFrame, optimizer: Optimizer) -> None:

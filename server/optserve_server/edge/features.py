@@ -30,7 +30,7 @@ _ANYWHERE = frozenset(
         pb.FEATURE_WORKERS,
         pb.FEATURE_STEP_SETTINGS,
         pb.FEATURE_ADDED_PARAMETERS,
-        pb.FEATURE_WEIGHT_DECAY_KINDS,
+        pb.FEATURE_WEIGHT_DECAY_FACTORS,
     }
 )
 """Features that work on every host."""

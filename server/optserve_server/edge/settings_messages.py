@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
 
 from optserve.v1 import algorithms_pb2, optimizer_pb2, steps_pb2
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.edge.decay_messages import (
+    PATHS,
+    decay_of,
+    kind_of,
+    own_decay_of,
+    set_decay,
+    set_own_decay,
+    updated_decay,
+)
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import CONSISTENCIES, LEASE_S, Consistency
@@ -25,35 +33,17 @@ def settings(message: optimizer_pb2.Optimizer, layout: Layout) -> Settings:
     Raises:
         OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
     """
-    method = rule(message.algorithm)
+    method, kind = rule(message.algorithm), kind_of(message)
     return Settings(
         method,
         _schedule(message),
         _clipping(message),
-        groups(message.groups, method, layout),
+        groups(message.groups, method, kind, layout),
         message.mode == optimizer_pb2.MODE_HOSTED,
-        message.weight_decay,
+        decay_of(message, kind),
         _consistency(message),
-        _decay_kind(message),
+        kind,
     )
-
-
-def _decay_kind(message: optimizer_pb2.Optimizer) -> DecayKind:
-    number = message.weight_decay_kind
-    if not number:
-        return DecayKind.FIXED
-    kinds = {_number_of(kind): kind for kind in DecayKind}
-    if number not in kinds:
-        raise OptserveError(
-            Reason.INVALID_FIELD,
-            f"This server does not know the kind {number}; it has {', '.join(kind.value for kind in DecayKind)}.",
-            field="optimizer.weight_decay_kind",
-        )
-    return kinds[number]
-
-
-def _number_of(kind: DecayKind) -> Any:
-    return optimizer_pb2.WeightDecayKind.Value(f"WEIGHT_DECAY_KIND_{kind.name}")
 
 
 def _consistency(message: optimizer_pb2.Optimizer) -> Consistency | None:
@@ -101,9 +91,13 @@ def _clipping(message: optimizer_pb2.Optimizer) -> Clipping | None:
 
 
 def groups(
-    given: Sequence[optimizer_pb2.ParameterGroup], method: Rule, layout: Layout, field: str = "optimizer.groups"
+    given: Sequence[optimizer_pb2.ParameterGroup],
+    method: Rule,
+    kind: DecayKind,
+    layout: Layout,
+    field: str = "optimizer.groups",
 ) -> tuple[Group, ...]:
-    """The groups that messages describe, of the parameters of `layout`.
+    """The groups that messages describe, of the parameters of `layout`; `kind` is that of their weight decays.
 
     Raises:
         OptserveError: INVALID_FIELD, UNKNOWN_PARAMETER or DUPLICATE_PARAMETER.
@@ -136,8 +130,7 @@ def groups(
             indices.append(index)
         own = getattr(group.algorithm, method.name)
         overrides = {item.name: getattr(own, item.name) for item in fields(method) if own.HasField(item.name)}
-        decay = group.weight_decay if group.HasField("weight_decay") else None
-        made.append(Group(tuple(indices), overrides, decay))
+        made.append(Group(tuple(indices), overrides, own_decay_of(group, kind, path)))
     return tuple(made)
 
 
@@ -154,7 +147,7 @@ def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -
             f"The step has {len(messages)} settings; each is for another group, and there are at most {most}.",
             field="settings",
         )
-    method, changes = item.rule, []
+    method, kind, changes = item.rule, item.settings.decay_kind, []
     for number, message in enumerate(messages):
         if message.algorithm.WhichOneof("method") not in (None, method.name):
             raise OptserveError(
@@ -166,10 +159,10 @@ def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -
             Change(
                 message.group if message.HasField("group") else None,
                 {item.name: getattr(given, item.name) for item in fields(method) if given.HasField(item.name)},
-                message.weight_decay if message.HasField("weight_decay") else None,
+                own_decay_of(message, kind, f"settings[{number}]"),
             )
         )
-    return StepSettings(tuple(changes))
+    return StepSettings(tuple(changes), kind)
 
 
 def step_options(request: steps_pb2.Begin | steps_pb2.ApplyGradientsRequest, item: Optimizer) -> StepOptions:
@@ -206,9 +199,7 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
     prefix = f"algorithm.{present.rule.name}"
     # What each path changes of the rule.
     changes = {"algorithm": names, prefix: names} | {f"{prefix}.{name}": [name] for name in names}
-    changes |= {
-        name: [] for name in ("schedule", "clipping", "groups", "weight_decay", "weight_decay_kind", "consistency")
-    }
+    changes |= {name: [] for name in ("schedule", "clipping", "groups", *PATHS, "consistency")}
     for path in paths or [""]:
         if path not in changes:
             what = f"{path!r} cannot be updated" if path else "Name the fields to change"
@@ -220,24 +211,23 @@ def updated_settings(present: Settings, layout: Layout, message: optimizer_pb2.O
     if changed:
         given = rule(message.algorithm)
         after = replace(after, **{name: getattr(given, name) for name in changed})
+    decay, kind = updated_decay(present, message, paths)
     return Settings(
         after,
         _schedule(message) if "schedule" in paths else present.schedule,
         _clipping(message) if "clipping" in paths else present.clipping,
-        groups(message.groups, after, layout) if "groups" in paths else present.groups,
+        groups(message.groups, after, kind, layout) if "groups" in paths else present.groups,
         present.hosted,
-        message.weight_decay if "weight_decay" in paths else present.weight_decay,
+        decay,
         _consistency(message) if "consistency" in paths else present.consistency,
-        # A number without a kind is of the fixed one, as in a request of a client that knows no other.
-        present.decay_kind if {"weight_decay", "weight_decay_kind"}.isdisjoint(paths) else _decay_kind(message),
+        kind,
     )
 
 
 def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: Layout) -> None:
     """Make a message say all settings, every default filled in."""
     set_algorithm(message.algorithm, present.rule)
-    message.weight_decay = present.weight_decay
-    message.weight_decay_kind = _number_of(present.decay_kind)
+    set_decay(message, present)
     if present.schedule is not None:
         schedule = present.schedule.values()
         message.schedule.warmup_steps = schedule.pop("warmup_steps")
@@ -260,7 +250,8 @@ def set_settings(message: optimizer_pb2.Optimizer, present: Settings, layout: La
             setattr(kind, name, value)
     for group in present.groups:
         names = [layout.parameters[index].name for index in group.parameters]
-        shown = message.groups.add(parameters=names, weight_decay=group.weight_decay)
+        shown = message.groups.add(parameters=names)
+        set_own_decay(shown, present.decay_kind, group.weight_decay)
         overridden = getattr(shown.algorithm, present.rule.name)
         overridden.SetInParent()
         for name, value in group.overrides.items():

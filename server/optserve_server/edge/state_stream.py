@@ -33,7 +33,7 @@ def export_messages(checkpoints: Checkpoints, optimizer: Optimizer, max_chunk_by
         # Steps may have been applied since the export, and parameters added.
         message.MergeFromString(messages.serialized_parameters.of(layout))
         message.step = file.description.step
-        for field in ("schedule", "clipping", "groups", "weight_decay", "consistency"):
+        for field in ("schedule", "clipping", "groups", "weight_decay", "weight_decay_factor", "consistency"):
             message.ClearField(field)
         settings_messages.set_settings(message, file.description.settings, layout)
         written = file.description.parameter_steps

@@ -22,6 +22,7 @@ from optserve_server.engine.transition import Room
 from optserve_server.numerics.layout import ALL, Layout, Operand, Payload, Run
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.staging import Staging, Upload
+from optserve_server.numerics.weight_decay import DecayKind
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class NewParameters(NamedTuple):
         request_id: Identifies the call for retries.
         etag: The etag that the optimizer must have; empty to leave it unchecked.
         lineage: The lineage that the optimizer must have; empty to leave it unchecked.
+        decay_kind: The kind of the groups' weight decays.
     """
 
     layout: Layout
@@ -51,6 +53,14 @@ class NewParameters(NamedTuple):
     request_id: str
     etag: str = ""
     lineage: str = ""
+    decay_kind: DecayKind = DecayKind.FIXED
+
+    def check_decay_kind(self, present: DecayKind) -> None:
+        """Raise ETAG_MISMATCH if groups have weight decays that were meant for another kind than the present one."""
+        if present is not self.decay_kind and any(group.weight_decay is not None for group in self.groups):
+            raise OptserveError(
+                Reason.ETAG_MISMATCH, f"The kind of the weight decay has become {present.value}.", field="groups"
+            )
 
     @property
     def target(self) -> str:
@@ -144,6 +154,7 @@ class _Call:
                         field=f"parameters[{position}].name",
                         parameter=item.name,
                     )
+            new.check_decay_kind(settings.decay_kind)
             layout, shift = before.with_added(new.layout), len(before.parameters)
             groups = (
                 replace(group, parameters=tuple(index + shift for index in group.parameters)) for group in new.groups

@@ -11,7 +11,7 @@ import numpy as np
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import Settings, UnknownSettingError
-from optserve_server.numerics.weight_decay import check_decay
+from optserve_server.numerics.weight_decay import DecayKind, check_decay
 
 
 class Change(NamedTuple):
@@ -38,9 +38,11 @@ class StepSettings:
 
     Attributes:
         changes: What is different, in the order of the request. Either each for another group, or one for all.
+        decay_kind: The kind of the weight decays; None in a record, whose step was checked.
     """
 
     changes: tuple[Change, ...]
+    decay_kind: DecayKind | None = None
 
     def __post_init__(self) -> None:
         # −0 equals 0 but gives other bits, so settings that are equal would give different steps.
@@ -61,6 +63,15 @@ class StepSettings:
                 Reason.INVALID_FIELD,
                 "With this consistency several workers make a step together, so it cannot have settings of one of "
                 "them; change the optimizer's with UpdateOptimizer.",
+                field="settings",
+            )
+        if self.decay_kind not in (None, settings.decay_kind) and any(
+            change.weight_decay is not None for change in self.changes
+        ):
+            # An update has come between the request and its step.
+            raise OptserveError(
+                Reason.INVALID_FIELD,
+                f"The optimizer's weight decay is of the kind {settings.decay_kind.value} now, and this step's is not.",
                 field="settings",
             )
         own, seen = settings.rules(), set[int]()

@@ -17,6 +17,7 @@ from optserve._resources.transfer import CHUNK_BYTES, with_retries
 from optserve._rpc.connection import Connection
 from optserve._values.arrays import check_mapping
 from optserve._values.settings_messages import check_kinds, group_messages
+from optserve._values.step_settings import KnownSettings
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.state import TensorSpec
 from optserve.v1 import additions_pb2, optimizer_pb2, service_pb2
@@ -27,7 +28,7 @@ class Addition:
 
     Args:
         name: Resource name of the optimizer.
-        method: Name of its method.
+        known: What is known of its settings.
         hosted: Whether the server holds the parameters.
         params: See `optserve.Optimizer.add_parameters`.
         groups: See `optserve.Optimizer.add_parameters`.
@@ -39,7 +40,7 @@ class Addition:
     def __init__(
         self,
         name: str,
-        method: str,
+        known: KnownSettings,
         params: Mapping[str, ArrayLike | TensorSpec],
         groups: Sequence[settings.Group],
         *,
@@ -53,7 +54,7 @@ class Addition:
         self._first = additions_pb2.AddParametersRequest(name=name, request_id=str(uuid.uuid4()))
         try:
             self._first.parameters.extend(parameter_messages(params))
-            self._first.groups.extend(group_messages(groups, method))
+            self._first.groups.extend(group_messages(groups, known.method, fixed=known.fixed))
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(f"Parameters cannot be added from these arguments: {error}") from error
         self._arrays = self._values(params) if hosted else []

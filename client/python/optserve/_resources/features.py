@@ -20,7 +20,7 @@ def check_weight_decay(connection: Connection, weight_decay: object) -> None:
     Raises:
         FeatureUnavailableError: It does not.
     """
-    if isinstance(weight_decay, WeightDecay) and not has_feature(connection, service_pb2.FEATURE_WEIGHT_DECAY_KINDS):
+    if isinstance(weight_decay, WeightDecay) and not has_feature(connection, service_pb2.FEATURE_WEIGHT_DECAY_FACTORS):
         raise FeatureUnavailableError(
             f"This server is too old for {weight_decay!r}; it knows weight_decay only as a number, the part of x that "
             "each step takes off."

@@ -53,7 +53,11 @@ def new_optimizer(
             algorithm=algorithm.to_message(),
             schedule=new_settings.schedule.to_message() if new_settings.schedule else None,
             clipping=new_settings.clipping.to_message() if new_settings.clipping else None,
-            groups=group_messages(new_settings.groups, algorithm.name),
+            groups=group_messages(
+                new_settings.groups,
+                algorithm.name,
+                fixed=not isinstance(new_settings.weight_decay, settings.WeightDecay),
+            ),
             mode=optimizer_pb2.MODE_HOSTED if new_settings.hosted else optimizer_pb2.MODE_DELTA,
             consistency=new_settings.consistency.to_message() if new_settings.consistency else None,
         )

@@ -29,6 +29,7 @@ from optserve._values.settings_messages import (
     update_request,
     weight_decay_from,
 )
+from optserve._values.step_settings import KnownSettings
 from optserve.errors import FailedPreconditionError, InvalidArgumentError
 from optserve.optimizer_info import PREFIX
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
@@ -61,7 +62,7 @@ class Resource(abc.ABC):
         self._resource = message.name
         self._slots = list(message.slots)
         self._method = message.algorithm.WhichOneof("method") or ""
-        self._groups = len(message.groups)
+        self._known = KnownSettings.of(message)
         self._model = self._table(message.parameters)
 
     def _table(self, parameters: Sequence[optimizer_pb2.Parameter]) -> ParameterTable:
@@ -100,9 +101,11 @@ class Resource(abc.ABC):
             >>> opt.update(optserve.Adadelta(rho=0.9), schedule=None)     # doctest: +SKIP
         """
         changes = Changes(schedule, clipping, groups, weight_decay, consistency)
-        request = update_request(self._resource, self._method, algorithm, changes, hyperparameters)
+        # The weight decays of groups are of the optimizer's kind, which another client may have changed.
+        kind = optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED if groups is ... else self._get().weight_decay_kind
+        request = update_request(self._resource, self._method, algorithm, changes, hyperparameters, kind)
         updated = self._connection.call(self._connection.stub.UpdateOptimizer, request).optimizer
-        self._groups = len(replies.optimizer(updated, self._resource).groups)
+        self._known = KnownSettings.of(replies.optimizer(updated, self._resource))
 
     @property
     def algorithm(self) -> algorithms.Algorithm:

@@ -16,6 +16,7 @@ from optserve._steps.error_feedback import ErrorFeedback
 from optserve._steps.outcomes import Outcomes
 from optserve._steps.session import StepSession
 from optserve._steps.streams import KnownState, Streams
+from optserve._values.step_settings import KnownSettings
 from optserve.state import TensorSpec
 from optserve.step_result import StepResult
 from optserve.v1 import optimizer_pb2, steps_pb2
@@ -149,7 +150,7 @@ class Stepper(Resource):
             >>> opt.add_parameters({"head.w": w, "head.b": b})               # doctest: +SKIP
             ... opt.step(grads)                                              # with those of head.w and head.b
         """
-        addition = Addition(self._resource, self._method, params, groups, hosted=self.hosted)
+        addition = Addition(self._resource, self._known, params, groups, hosted=self.hosted)
         patience = self._connection.patience(timeout_s)
         with self._session.locked(patience):
             left_s = max(patience.left_s, 0.001)
@@ -159,7 +160,7 @@ class Stepper(Resource):
 
     def _take_parameters_of(self, optimizer: optimizer_pb2.Optimizer) -> bool:
         """Know the parameters that were added since, if there are any; call it with the session locked."""
-        self._groups = len(optimizer.groups)
+        self._known = KnownSettings.of(optimizer)
         table = self._table(optimizer.parameters)
         is_continued = self._model.is_continued_by(table)
         if is_continued:
@@ -181,7 +182,7 @@ class Stepper(Resource):
         self._session.refresh(read, patience)
 
     def _on_state_replaced(self, optimizer: optimizer_pb2.Optimizer) -> None:
-        self._groups = len(optimizer.groups)
+        self._known = KnownSettings.of(optimizer)
         patience = self._connection.patience(self._connection.config.timeout_s)
         self._session.refresh(lambda: (optimizer.step, optimizer.lineage), patience)
 

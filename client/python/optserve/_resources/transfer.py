@@ -80,7 +80,9 @@ def import_state(
         said.get("weight_decay"),
         consistency,
     )
-    changes = update_request(optimizer.name, state.algorithm.name, state.algorithm, new_settings)
+    changes = update_request(
+        optimizer.name, state.algorithm.name, state.algorithm, new_settings, decay_kind=optimizer.weight_decay_kind
+    )
     if has_feature(connection, service_pb2.FEATURE_IMPORTED_SETTINGS):
         first.optimizer.CopyFrom(changes.optimizer)
         first.update_mask.CopyFrom(changes.update_mask)

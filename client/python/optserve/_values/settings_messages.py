@@ -12,7 +12,6 @@ from optserve.algorithms import Algorithm, from_message
 from optserve.errors import FeatureUnavailableError, InvalidArgumentError
 from optserve.settings import (
     CONSISTENCIES,
-    FIXED,
     SCHEDULES,
     WEIGHT_DECAYS,
     Clipping,
@@ -23,6 +22,8 @@ from optserve.settings import (
     set_hyperparameter,
 )
 from optserve.v1 import optimizer_pb2, service_pb2
+
+_FIXED = (optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED, optimizer_pb2.WEIGHT_DECAY_KIND_FIXED)
 
 
 def method_from(message: optimizer_pb2.Optimizer) -> Algorithm:
@@ -84,24 +85,35 @@ def groups_from(message: optimizer_pb2.Optimizer) -> tuple[Group, ...]:
     for group in message.groups:
         settings = getattr(group.algorithm, group.algorithm.WhichOneof("method") or "adadelta")
         overrides = {item.name: value for item, value in settings.ListFields()}
-        decay = group.weight_decay if group.HasField("weight_decay") else None
+        field = "weight_decay" if is_fixed(message) else "weight_decay_factor"
+        decay = getattr(group, field) if group.HasField(field) else None
         groups.append(Group(tuple(group.parameters), overrides, decay))
     return tuple(groups)
 
 
-def group_messages(groups: Iterable[Group], method: str) -> list[optimizer_pb2.ParameterGroup]:
-    """The messages of all groups."""
-    return [group.to_message(method) for group in groups]
+def group_messages(groups: Iterable[Group], method: str, *, fixed: bool) -> list[optimizer_pb2.ParameterGroup]:
+    """The messages of all groups.
+
+    Args:
+        groups: The groups.
+        method: Name of the optimizer's method.
+        fixed: Whether the weight decay of the optimizer is of the fixed kind.
+    """
+    return [group.to_message(method, fixed=fixed) for group in groups]
+
+
+def is_fixed(message: optimizer_pb2.Optimizer) -> bool:
+    """Whether the weight decay of an optimizer is of the fixed kind, a plain number."""
+    return message.weight_decay_kind in _FIXED
 
 
 def weight_decay_from(message: optimizer_pb2.Optimizer) -> float | WeightDecay:
     """The weight decay of an optimizer; 0 for none."""
-    number = message.weight_decay_kind
-    if number in (optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED, optimizer_pb2.WEIGHT_DECAY_KIND_FIXED):
+    if is_fixed(message):
         return message.weight_decay
     for kind in WEIGHT_DECAYS.values():
-        if number == _kind_number(kind.kind):
-            return kind(message.weight_decay)
+        if message.weight_decay_kind == _kind_number(kind.kind):
+            return kind(message.weight_decay_factor)
     raise FeatureUnavailableError(
         f"This client does not know the weight decay of {message.name!r}; a newer client may."
     )
@@ -113,12 +125,15 @@ def set_weight_decay(message: optimizer_pb2.Optimizer, weight_decay: float | Wei
     Raises:
         InvalidArgumentError: It is neither a number nor a WeightDecay.
     """
-    is_plain = not isinstance(weight_decay, WeightDecay)
     try:
-        message.weight_decay = weight_decay if is_plain else weight_decay.factor
+        if isinstance(weight_decay, WeightDecay):
+            message.weight_decay_factor = weight_decay.factor
+            message.weight_decay_kind = _kind_number(weight_decay.kind)
+        else:
+            message.weight_decay = weight_decay
+            message.weight_decay_kind = optimizer_pb2.WEIGHT_DECAY_KIND_FIXED
     except TypeError as error:
         raise InvalidArgumentError(f"weight_decay cannot be {weight_decay!r}: {error}") from error
-    message.weight_decay_kind = _kind_number(FIXED if is_plain else weight_decay.kind)
 
 
 def _kind_number(kind: str) -> Any:
@@ -194,6 +209,7 @@ def update_request(
     algorithm: Algorithm | None,
     changes: Changes,
     hyperparameters: Mapping[str, Any] = MappingProxyType({}),
+    decay_kind: optimizer_pb2.WeightDecayKind = optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED,
 ) -> service_pb2.UpdateOptimizerRequest:
     """The request that changes settings of an optimizer. Settings that are not given stay as they are.
 
@@ -203,12 +219,15 @@ def update_request(
         algorithm: The method with all hyper-parameters; None to leave it as it is.
         changes: Changes of the other settings.
         hyperparameters: Single hyper-parameters of the method, by name.
+        decay_kind: The present kind of the optimizer's weight decay, if groups are given.
 
     Raises:
         InvalidArgumentError: The method has no such hyper-parameter, or `algorithm` is given too.
     """
     check_kinds(algorithm, changes.schedule, changes.clipping, changes.groups, changes.consistency)
-    request = service_pb2.UpdateOptimizerRequest(optimizer=optimizer_pb2.Optimizer(name=resource))
+    request = service_pb2.UpdateOptimizerRequest(
+        optimizer=optimizer_pb2.Optimizer(name=resource, weight_decay_kind=decay_kind)
+    )
     message, paths = request.optimizer, request.update_mask.paths
     if algorithm is not None and hyperparameters:
         raise InvalidArgumentError(
@@ -226,13 +245,13 @@ def update_request(
             paths.append(name)
             if value is not None:
                 getattr(message, name).CopyFrom(value.to_message())
+    if changes.weight_decay is not None:
+        set_weight_decay(message, changes.weight_decay)
+        paths.append("weight_decay" if is_fixed(message) else "weight_decay_factor")
     if not isinstance(changes.groups, EllipsisType):
         paths.append("groups")
-        message.groups.extend(group_messages(changes.groups, method))
-    if changes.weight_decay is not None:
-        paths.append("weight_decay")
-        set_weight_decay(message, changes.weight_decay)
-        # Servers from before there were kinds do not know this path, and refuse it. A plain number needs no kind.
-        if isinstance(changes.weight_decay, WeightDecay):
-            paths.append("weight_decay_kind")
+        message.groups.extend(group_messages(changes.groups, method, fixed=is_fixed(message)))
+    # Servers from before there were kinds do not know this path, and refuse it. A fixed weight decay needs no kind.
+    if not is_fixed(message) or decay_kind not in _FIXED:
+        paths.append("weight_decay_kind")
     return request

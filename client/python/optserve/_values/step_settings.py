@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from optserve._values.settings_messages import is_fixed
 from optserve.errors import InvalidArgumentError
 from optserve.settings import set_hyperparameter
-from optserve.v1 import steps_pb2
+from optserve.v1 import optimizer_pb2, steps_pb2
 
 StepHyperparameters = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
 """One mapping for all parameters; or a mapping for the parameters in no group, then one for each group."""
+
+
+class KnownSettings(NamedTuple):
+    """What a client knows of the settings of an optimizer, to make those of a step.
+
+    Attributes:
+        method: Name of the method in the contract; empty if this client does not know it.
+        groups: Number of groups.
+        fixed: Whether the weight decay is of the fixed kind.
+    """
+
+    method: str
+    groups: int
+    fixed: bool
+
+    @classmethod
+    def of(cls, message: optimizer_pb2.Optimizer) -> Self:
+        """What the message of an optimizer says."""
+        return cls(message.algorithm.WhichOneof("method") or "", len(message.groups), is_fixed(message))
 
 
 class StepOptions(NamedTuple):
@@ -26,31 +46,31 @@ class StepOptions(NamedTuple):
 
 
 def step_options(
-    hyperparameters: StepHyperparameters | None, method: str, groups: int, *, with_gradient_norm: bool
+    hyperparameters: StepHyperparameters | None, known: KnownSettings, *, with_gradient_norm: bool
 ) -> StepOptions | None:
     """What a step asks for; None if it asks for nothing.
 
     Args:
         hyperparameters: See `optserve.Optimizer.step`.
-        method: Name of the optimizer's method in the contract.
-        groups: Number of the optimizer's groups.
+        known: What is known of the optimizer's settings.
         with_gradient_norm: See StepOptions.
 
     Raises:
         InvalidArgumentError: The method has no such hyper-parameter, a value has the wrong type, or there is another
             number of groups.
     """
-    settings = [] if hyperparameters is None else _messages(hyperparameters, method, groups)
+    settings = [] if hyperparameters is None else _messages(hyperparameters, known)
     return StepOptions(settings, with_gradient_norm) if settings or with_gradient_norm else None
 
 
-def _messages(hyperparameters: StepHyperparameters, method: str, groups: int) -> list[steps_pb2.StepSettings]:
+def _messages(hyperparameters: StepHyperparameters, known: KnownSettings) -> list[steps_pb2.StepSettings]:
     if isinstance(hyperparameters, Mapping):
-        return [_message(None, hyperparameters, method)] if hyperparameters else []
+        return [_message(None, hyperparameters, known)] if hyperparameters else []
     if isinstance(hyperparameters, str) or not isinstance(hyperparameters, Sequence):
         raise InvalidArgumentError(
             "hyperparameters must be a mapping, such as {'learning_rate': 0.1}, or a sequence of mappings."
         )
+    groups = known.groups
     if len(hyperparameters) != groups + 1:
         raise InvalidArgumentError(
             f"hyperparameters has {len(hyperparameters)} entries; it needs {groups + 1}: one for the parameters in no "
@@ -59,17 +79,17 @@ def _messages(hyperparameters: StepHyperparameters, method: str, groups: int) ->
     for entry in hyperparameters:
         if entry is not None and not isinstance(entry, Mapping):
             raise InvalidArgumentError(f"An entry of hyperparameters is a mapping or None, not {entry!r}.")
-    return [_message(group, entry, method) for group, entry in enumerate(hyperparameters) if entry]
+    return [_message(group, entry, known) for group, entry in enumerate(hyperparameters) if entry]
 
 
-def _message(group: int | None, values: Mapping[str, Any], method: str) -> steps_pb2.StepSettings:
+def _message(group: int | None, values: Mapping[str, Any], known: KnownSettings) -> steps_pb2.StepSettings:
     message = steps_pb2.StepSettings(group=group)
     for name, value in values.items():
         if name != "weight_decay":
-            set_hyperparameter(message.algorithm, method, name, value)
+            set_hyperparameter(message.algorithm, known.method, name, value)
             continue
         try:
-            message.weight_decay = value
+            setattr(message, "weight_decay" if known.fixed else "weight_decay_factor", value)
         except TypeError as error:
             raise InvalidArgumentError(f"weight_decay cannot be {value!r}: {error}") from error
     return message

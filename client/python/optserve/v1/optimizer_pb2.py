@@ -27,33 +27,33 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from optserve.v1 import algorithms_pb2 as optserve_dot_v1_dot_algorithms__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1coptserve/v1/algorithms.proto\"\xd3\x04\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12*\n\nparameters\x18\x03 \x03(\x0b\x32\x16.optserve.v1.Parameter\x12+\n\x06groups\x18\x04 \x03(\x0b\x32\x1b.optserve.v1.ParameterGroup\x12\'\n\x08schedule\x18\x05 \x01(\x0b\x32\x15.optserve.v1.Schedule\x12\'\n\x08\x63lipping\x18\x06 \x01(\x0b\x32\x15.optserve.v1.Clipping\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x01\x12\x1f\n\x04mode\x18\x08 \x01(\x0e\x32\x11.optserve.v1.Mode\x12-\n\x0b\x63onsistency\x18\t \x01(\x0b\x32\x18.optserve.v1.Consistency\x12\x37\n\x11weight_decay_kind\x18\n \x01(\x0e\x32\x1c.optserve.v1.WeightDecayKind\x12\x0c\n\x04step\x18\x14 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x15 \x01(\t\x12/\n\x0b\x63reate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x18 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x19 \x01(\x04\x12\r\n\x05slots\x18\x1a \x03(\t\x12\x0f\n\x07lineage\x18\x1b \x01(\t\"R\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\tdata_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\"{\n\x0eParameterGroup\x12\x12\n\nparameters\x18\x01 \x03(\t\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12\x19\n\x0cweight_decay\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_weight_decay\"K\n\x08\x43lipping\x12\x0f\n\x05value\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04norm\x18\x02 \x01(\x01H\x00\x12\x15\n\x0bglobal_norm\x18\x03 \x01(\x01H\x00\x42\x07\n\x05\x62ound\"\xed\x01\n\x0b\x43onsistency\x12.\n\x05\x61sync\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.AsyncConsistencyH\x00\x12\x32\n\x07\x62ounded\x18\x02 \x01(\x0b\x32\x1f.optserve.v1.BoundedConsistencyH\x00\x12,\n\x04sync\x18\x03 \x01(\x0b\x32\x1c.optserve.v1.SyncConsistencyH\x00\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12scale_by_staleness\x18\x05 \x01(\x08\x42\x06\n\x04kind\"\x12\n\x10\x41syncConsistency\"\'\n\x12\x42oundedConsistency\x12\x11\n\tstaleness\x18\x01 \x01(\r\":\n\x0fSyncConsistency\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12\x16\n\x0e\x62\x61\x63kup_workers\x18\x02 \x01(\r*\x96\x01\n\x0fWeightDecayKind\x12!\n\x1dWEIGHT_DECAY_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17WEIGHT_DECAY_KIND_FIXED\x10\x01\x12)\n%WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE\x10\x02\x12\x18\n\x14WEIGHT_DECAY_KIND_L2\x10\x03*\x82\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04*=\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_DELTA\x10\x01\x12\x0f\n\x0bMODE_HOSTED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boptserve/v1/optimizer.proto\x12\x0boptserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1coptserve/v1/algorithms.proto\"\xf0\x04\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12*\n\nparameters\x18\x03 \x03(\x0b\x32\x16.optserve.v1.Parameter\x12+\n\x06groups\x18\x04 \x03(\x0b\x32\x1b.optserve.v1.ParameterGroup\x12\'\n\x08schedule\x18\x05 \x01(\x0b\x32\x15.optserve.v1.Schedule\x12\'\n\x08\x63lipping\x18\x06 \x01(\x0b\x32\x15.optserve.v1.Clipping\x12\x14\n\x0cweight_decay\x18\x07 \x01(\x01\x12\x1f\n\x04mode\x18\x08 \x01(\x0e\x32\x11.optserve.v1.Mode\x12-\n\x0b\x63onsistency\x18\t \x01(\x0b\x32\x18.optserve.v1.Consistency\x12\x37\n\x11weight_decay_kind\x18\n \x01(\x0e\x32\x1c.optserve.v1.WeightDecayKind\x12\x1b\n\x13weight_decay_factor\x18\x0b \x01(\x01\x12\x0c\n\x04step\x18\x14 \x01(\x04\x12\x0c\n\x04\x65tag\x18\x15 \x01(\t\x12/\n\x0b\x63reate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\x18 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x19 \x01(\x04\x12\r\n\x05slots\x18\x1a \x03(\t\x12\x0f\n\x07lineage\x18\x1b \x01(\t\"R\n\tParameter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\tdata_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\"\xb5\x01\n\x0eParameterGroup\x12\x12\n\nparameters\x18\x01 \x03(\t\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12\x19\n\x0cweight_decay\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12 \n\x13weight_decay_factor\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_weight_decayB\x16\n\x14_weight_decay_factor\"K\n\x08\x43lipping\x12\x0f\n\x05value\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04norm\x18\x02 \x01(\x01H\x00\x12\x15\n\x0bglobal_norm\x18\x03 \x01(\x01H\x00\x42\x07\n\x05\x62ound\"\xed\x01\n\x0b\x43onsistency\x12.\n\x05\x61sync\x18\x01 \x01(\x0b\x32\x1d.optserve.v1.AsyncConsistencyH\x00\x12\x32\n\x07\x62ounded\x18\x02 \x01(\x0b\x32\x1f.optserve.v1.BoundedConsistencyH\x00\x12,\n\x04sync\x18\x03 \x01(\x0b\x32\x1c.optserve.v1.SyncConsistencyH\x00\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12scale_by_staleness\x18\x05 \x01(\x08\x42\x06\n\x04kind\"\x12\n\x10\x41syncConsistency\"\'\n\x12\x42oundedConsistency\x12\x11\n\tstaleness\x18\x01 \x01(\r\":\n\x0fSyncConsistency\x12\x0f\n\x07workers\x18\x01 \x01(\r\x12\x16\n\x0e\x62\x61\x63kup_workers\x18\x02 \x01(\r*\x96\x01\n\x0fWeightDecayKind\x12!\n\x1dWEIGHT_DECAY_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17WEIGHT_DECAY_KIND_FIXED\x10\x01\x12)\n%WEIGHT_DECAY_KIND_TIMES_LEARNING_RATE\x10\x02\x12\x18\n\x14WEIGHT_DECAY_KIND_L2\x10\x03*\x82\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04*=\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_DELTA\x10\x01\x12\x0f\n\x0bMODE_HOSTED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.optimizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTDECAYKIND']._serialized_start=1385
-  _globals['_WEIGHTDECAYKIND']._serialized_end=1535
-  _globals['_DATATYPE']._serialized_start=1538
-  _globals['_DATATYPE']._serialized_end=1668
-  _globals['_MODE']._serialized_start=1670
-  _globals['_MODE']._serialized_end=1731
+  _globals['_WEIGHTDECAYKIND']._serialized_start=1473
+  _globals['_WEIGHTDECAYKIND']._serialized_end=1623
+  _globals['_DATATYPE']._serialized_start=1626
+  _globals['_DATATYPE']._serialized_end=1756
+  _globals['_MODE']._serialized_start=1758
+  _globals['_MODE']._serialized_end=1819
   _globals['_OPTIMIZER']._serialized_start=140
-  _globals['_OPTIMIZER']._serialized_end=735
-  _globals['_PARAMETER']._serialized_start=737
-  _globals['_PARAMETER']._serialized_end=819
-  _globals['_PARAMETERGROUP']._serialized_start=821
-  _globals['_PARAMETERGROUP']._serialized_end=944
-  _globals['_CLIPPING']._serialized_start=946
-  _globals['_CLIPPING']._serialized_end=1021
-  _globals['_CONSISTENCY']._serialized_start=1024
-  _globals['_CONSISTENCY']._serialized_end=1261
-  _globals['_ASYNCCONSISTENCY']._serialized_start=1263
-  _globals['_ASYNCCONSISTENCY']._serialized_end=1281
-  _globals['_BOUNDEDCONSISTENCY']._serialized_start=1283
-  _globals['_BOUNDEDCONSISTENCY']._serialized_end=1322
-  _globals['_SYNCCONSISTENCY']._serialized_start=1324
-  _globals['_SYNCCONSISTENCY']._serialized_end=1382
+  _globals['_OPTIMIZER']._serialized_end=764
+  _globals['_PARAMETER']._serialized_start=766
+  _globals['_PARAMETER']._serialized_end=848
+  _globals['_PARAMETERGROUP']._serialized_start=851
+  _globals['_PARAMETERGROUP']._serialized_end=1032
+  _globals['_CLIPPING']._serialized_start=1034
+  _globals['_CLIPPING']._serialized_end=1109
+  _globals['_CONSISTENCY']._serialized_start=1112
+  _globals['_CONSISTENCY']._serialized_end=1349
+  _globals['_ASYNCCONSISTENCY']._serialized_start=1351
+  _globals['_ASYNCCONSISTENCY']._serialized_end=1369
+  _globals['_BOUNDEDCONSISTENCY']._serialized_start=1371
+  _globals['_BOUNDEDCONSISTENCY']._serialized_end=1410
+  _globals['_SYNCCONSISTENCY']._serialized_start=1412
+  _globals['_SYNCCONSISTENCY']._serialized_end=1470
 # @@protoc_insertion_point(module_scope)

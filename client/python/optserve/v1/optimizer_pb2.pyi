@@ -46,7 +46,7 @@ MODE_DELTA: Mode
 MODE_HOSTED: Mode
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "weight_decay_kind", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots", "lineage")
+    __slots__ = ("name", "algorithm", "parameters", "groups", "schedule", "clipping", "weight_decay", "mode", "consistency", "weight_decay_kind", "weight_decay_factor", "step", "etag", "create_time", "update_time", "backend", "memory_bytes", "slots", "lineage")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Optimizer(_message.Message):
     MODE_FIELD_NUMBER: _ClassVar[int]
     CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_KIND_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FACTOR_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +76,7 @@ class Optimizer(_message.Message):
     mode: Mode
     consistency: Consistency
     weight_decay_kind: WeightDecayKind
+    weight_decay_factor: float
     step: int
     etag: str
     create_time: _timestamp_pb2.Timestamp
@@ -83,7 +85,7 @@ class Optimizer(_message.Message):
     memory_bytes: int
     slots: _containers.RepeatedScalarFieldContainer[str]
     lineage: str
-    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., weight_decay_kind: _Optional[_Union[WeightDecayKind, str]] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., lineage: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ..., schedule: _Optional[_Union[_algorithms_pb2.Schedule, _Mapping]] = ..., clipping: _Optional[_Union[Clipping, _Mapping]] = ..., weight_decay: _Optional[float] = ..., mode: _Optional[_Union[Mode, str]] = ..., consistency: _Optional[_Union[Consistency, _Mapping]] = ..., weight_decay_kind: _Optional[_Union[WeightDecayKind, str]] = ..., weight_decay_factor: _Optional[float] = ..., step: _Optional[int] = ..., etag: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., backend: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., lineage: _Optional[str] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape", "data_type")
@@ -96,14 +98,16 @@ class Parameter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class ParameterGroup(_message.Message):
-    __slots__ = ("parameters", "algorithm", "weight_decay")
+    __slots__ = ("parameters", "algorithm", "weight_decay", "weight_decay_factor")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FACTOR_FIELD_NUMBER: _ClassVar[int]
     parameters: _containers.RepeatedScalarFieldContainer[str]
     algorithm: _algorithms_pb2.Algorithm
     weight_decay: float
-    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
+    weight_decay_factor: float
+    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., weight_decay: _Optional[float] = ..., weight_decay_factor: _Optional[float] = ...) -> None: ...
 
 class Clipping(_message.Message):
     __slots__ = ("value", "norm", "global_norm")

@@ -38,6 +38,7 @@ class Feature(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FEATURE_STEP_SETTINGS: _ClassVar[Feature]
     FEATURE_ADDED_PARAMETERS: _ClassVar[Feature]
     FEATURE_WEIGHT_DECAY_KINDS: _ClassVar[Feature]
+    FEATURE_WEIGHT_DECAY_FACTORS: _ClassVar[Feature]
 FEATURE_UNSPECIFIED: Feature
 FEATURE_UNARY_STEPS: Feature
 FEATURE_STREAMED_STEPS: Feature
@@ -57,6 +58,7 @@ FEATURE_IMPORTED_SETTINGS: Feature
 FEATURE_STEP_SETTINGS: Feature
 FEATURE_ADDED_PARAMETERS: Feature
 FEATURE_WEIGHT_DECAY_KINDS: Feature
+FEATURE_WEIGHT_DECAY_FACTORS: Feature
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

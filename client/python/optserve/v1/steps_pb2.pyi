@@ -227,14 +227,16 @@ class Begin(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., with_curvature: bool = ..., reply: _Optional[_Union[Reply, str]] = ..., shared_memory_nonce: _Optional[bytes] = ..., parameters_step: _Optional[int] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ...) -> None: ...
 
 class StepSettings(_message.Message):
-    __slots__ = ("group", "algorithm", "weight_decay")
+    __slots__ = ("group", "algorithm", "weight_decay", "weight_decay_factor")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FACTOR_FIELD_NUMBER: _ClassVar[int]
     group: int
     algorithm: _algorithms_pb2.Algorithm
     weight_decay: float
-    def __init__(self, group: _Optional[int] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., weight_decay: _Optional[float] = ...) -> None: ...
+    weight_decay_factor: float
+    def __init__(self, group: _Optional[int] = ..., algorithm: _Optional[_Union[_algorithms_pb2.Algorithm, _Mapping]] = ..., weight_decay: _Optional[float] = ..., weight_decay_factor: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("tensor", "offset", "operand")
