@@ -198,3 +198,17 @@ def test_leaving_the_block_interrupts_a_step_that_waits_and_takes_the_leave_at_o
     # One was under way, and two waited for their turns.
     assert set(raised) <= {optserve.StepCancelledError, optserve.ClientUseError}
     assert len(raised) == 3
+
+
+def test_an_addition_to_a_silent_server_ends_at_its_time_out(tmp_path):
+    with scene(0, tmp_path) as there:
+
+        def add(client: optserve.Client) -> None:
+            opt = client.create_optimizer("a", optserve.Sgd(), {"w": np.zeros(4)})
+            there.silence()
+            began = there.world.now
+            with pytest.raises(optserve.DeadlineExceededError):
+                opt.add_parameters({"v": np.zeros(4)}, timeout_s=1.0)
+            assert there.world.now - began < 1.0 + LATENCY_S
+
+        there.play(there.let("client", add))

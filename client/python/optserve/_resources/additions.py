@@ -15,6 +15,7 @@ from optserve._resources.new_optimizer import ArrayLike, parameter_messages, val
 from optserve._resources.parameter_table import ParameterTable
 from optserve._resources.transfer import CHUNK_BYTES, with_retries
 from optserve._rpc.connection import Connection
+from optserve._rpc.deadline import Patience
 from optserve._values.arrays import check_mapping
 from optserve._values.settings_messages import check_kinds, group_messages
 from optserve._values.step_settings import KnownSettings
@@ -69,22 +70,24 @@ class Addition:
         table = ParameterTable(self._first.name, self._first.parameters, takes_curvature=False)
         return [table.contiguous(index, values[name], "parameter") for index, name in enumerate(table.names)]
 
-    def send(self, connection: Connection, lineage: str, timeout_s: float | None) -> optimizer_pb2.Optimizer:
+    def send(self, connection: Connection, lineage: str, patience: Patience) -> optimizer_pb2.Optimizer:
         """Add the parameters, exactly once, and return the message of the optimizer.
 
         Args:
             connection: To the server.
             lineage: The lineage that the optimizer must have.
-            timeout_s: Longest time to wait; that of a step by default.
+            patience: How long to wait.
 
         Raises:
             FeatureUnavailableError: The server is too old.
             OptserveError: The server has refused the call, or has not answered in time.
         """
-        if not has_feature(connection, service_pb2.FEATURE_ADDED_PARAMETERS):
+        if not has_feature(connection, service_pb2.FEATURE_ADDED_PARAMETERS, max(patience.left_s, 0.001)):
             raise FeatureUnavailableError("This server is too old to add parameters to an optimizer.")
         self._first.lineage = lineage
-        answer = with_retries(connection, lambda left_s: connection.add_parameters(self._messages(), left_s), timeout_s)
+        answer = with_retries(
+            connection, lambda left_s: connection.add_parameters(self._messages(), left_s), max(patience.left_s, 0.001)
+        )
         return replies.added(answer.optimizer, self._first.name, self._first.parameters)
 
     def _messages(self) -> Iterator[bytes]:

@@ -8,9 +8,9 @@ from optserve.settings import WeightDecay
 from optserve.v1 import service_pb2
 
 
-def has_feature(connection: Connection, feature: service_pb2.Feature) -> bool:
-    """Whether the server has a feature, by one call."""
-    info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest())
+def has_feature(connection: Connection, feature: service_pb2.Feature, timeout_s: float | None = None) -> bool:
+    """Whether the server has a feature, by one call with that time-out; `ClientConfig.timeout_s` by default."""
+    info = connection.call(connection.stub.GetServerInfo, service_pb2.GetServerInfoRequest(), timeout_s=timeout_s)
     return any(item.feature == feature and item.available for item in info.features)
 
 

@@ -20,17 +20,16 @@ from optserve._rpc.connection import Connection
 from optserve._steps.updates import ReplyLayouts, Updates
 from optserve._values.settings_messages import (
     Changes,
+    check_is_same,
     clipping_from,
     consistency_from,
-    differences,
     groups_from,
     schedule_from,
-    settings_from,
     update_request,
     weight_decay_from,
 )
 from optserve._values.step_settings import KnownSettings
-from optserve.errors import FailedPreconditionError, InvalidArgumentError
+from optserve.errors import FailedPreconditionError
 from optserve.optimizer_info import PREFIX
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, Progress, no_progress
 from optserve.statistics import QUANTILES, Statistics, StatisticsRequest, statistics_from
@@ -61,13 +60,12 @@ class Resource(abc.ABC):
         self._connection = connection
         self._resource = message.name
         self._slots = list(message.slots)
-        self._method = message.algorithm.WhichOneof("method") or ""
         self._known = KnownSettings.of(message)
         self._model = self._table(message.parameters)
 
     def _table(self, parameters: Sequence[optimizer_pb2.Parameter]) -> ParameterTable:
         """The table of parameters of this optimizer."""
-        method = algorithms.ALGORITHMS.get(self._method)
+        method = algorithms.ALGORITHMS.get(self._known.method)
         return ParameterTable(self.name, parameters, takes_curvature=method is not None and method.takes_curvature)
 
     def update(
@@ -101,9 +99,9 @@ class Resource(abc.ABC):
             >>> opt.update(optserve.Adadelta(rho=0.9), schedule=None)     # doctest: +SKIP
         """
         changes = Changes(schedule, clipping, groups, weight_decay, consistency)
-        # The weight decays of groups are of the optimizer's kind, which another client may have changed.
-        kind = optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED if groups is ... else self._get().weight_decay_kind
-        request = update_request(self._resource, self._method, algorithm, changes, hyperparameters, kind)
+        # Weight decays of groups are of the optimizer's kind, which another client may have changed.
+        kind = None if groups is ... else self._get().weight_decay_kind
+        request = update_request(self._resource, self._known.method, algorithm, changes, hyperparameters, kind)
         updated = self._connection.call(self._connection.stub.UpdateOptimizer, request).optimizer
         self._known = KnownSettings.of(replies.optimizer(updated, self._resource))
 
@@ -139,22 +137,7 @@ class Resource(abc.ABC):
 
     def _check_same(self, wanted: optimizer_pb2.Optimizer) -> None:
         """Raise InvalidArgumentError unless the optimizer has the parameters, the mode and the settings of `wanted`."""
-        present = self._get()
-        if [(item.name, item.shape, item.data_type) for item in present.parameters] != [
-            (item.name, item.shape, item.data_type) for item in wanted.parameters
-        ]:
-            raise InvalidArgumentError(f"An optimizer {self.name!r} exists already, and it has other parameters.")
-        if present.mode != wanted.mode:
-            raise InvalidArgumentError(
-                f"An optimizer {self.name!r} exists already, and the server "
-                f"{'holds' if self.hosted else 'does not hold'} its parameters."
-            )
-        others = differences(present, **settings_from(wanted))
-        if others:
-            raise InvalidArgumentError(
-                f"An optimizer {self.name!r} exists already, and {others[0]}. To use it as it is, call "
-                f"client.optimizer({self.name!r}); its `update` changes settings."
-            )
+        check_is_same(self._get(), wanted)
 
     def _push_parameters_if_missing(self, params: Mapping[str, np.ndarray]) -> None:
         """Upload the parameters x unless another client has uploaded them; see `push_parameters`."""

@@ -61,7 +61,7 @@ class Stepper(Resource):
 
     def __repr__(self) -> str:
         mode = ", hosted" if self.hosted else ""
-        return f"{type(self).__name__}({self.name!r}, {self._method}{mode}, step {self.current_step})"
+        return f"{type(self).__name__}({self.name!r}, {self._known.method}{mode}, step {self.current_step})"
 
     @property
     def current_step(self) -> int:
@@ -153,8 +153,7 @@ class Stepper(Resource):
         addition = Addition(self._resource, self._known, params, groups, hosted=self.hosted)
         patience = self._connection.patience(timeout_s)
         with self._session.locked(patience):
-            left_s = max(patience.left_s, 0.001)
-            answer = addition.send(self._connection, self._session.known.lineage, left_s)
+            answer = addition.send(self._connection, self._session.known.lineage, patience)
             if not self._take_parameters_of(answer):
                 raise replies.invalid_reply("the parameters that were added are not behind the others")
 

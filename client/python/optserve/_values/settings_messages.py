@@ -189,6 +189,24 @@ def differences(message: optimizer_pb2.Optimizer, **wanted: Any) -> list[str]:
     ]
 
 
+def check_is_same(present: optimizer_pb2.Optimizer, wanted: optimizer_pb2.Optimizer) -> None:
+    """Raise InvalidArgumentError unless an optimizer has the parameters, the mode and the settings of `wanted`."""
+    name = present.name.rpartition("/")[2]
+    exists = f"An optimizer {name!r} exists already, and"
+    if [(item.name, item.shape, item.data_type) for item in present.parameters] != [
+        (item.name, item.shape, item.data_type) for item in wanted.parameters
+    ]:
+        raise InvalidArgumentError(f"{exists} it has other parameters.")
+    if present.mode != wanted.mode:
+        holds = "holds" if present.mode == optimizer_pb2.MODE_HOSTED else "does not hold"
+        raise InvalidArgumentError(f"{exists} the server {holds} its parameters.")
+    others = differences(present, **settings_from(wanted))
+    if others:
+        raise InvalidArgumentError(
+            f"{exists} {others[0]}. To use it as it is, call client.optimizer({name!r}); its `update` changes settings."
+        )
+
+
 @dataclass(frozen=True)
 class Changes:
     """Changes of settings. `...`, and a weight decay of None, leave a setting as it is. None removes a setting.
@@ -209,7 +227,7 @@ def update_request(
     algorithm: Algorithm | None,
     changes: Changes,
     hyperparameters: Mapping[str, Any] = MappingProxyType({}),
-    decay_kind: optimizer_pb2.WeightDecayKind = optimizer_pb2.WEIGHT_DECAY_KIND_UNSPECIFIED,
+    decay_kind: optimizer_pb2.WeightDecayKind | None = None,
 ) -> service_pb2.UpdateOptimizerRequest:
     """The request that changes settings of an optimizer. Settings that are not given stay as they are.
 
@@ -252,6 +270,6 @@ def update_request(
         paths.append("groups")
         message.groups.extend(group_messages(changes.groups, method, fixed=is_fixed(message)))
     # Servers from before there were kinds do not know this path, and refuse it. A fixed weight decay needs no kind.
-    if not is_fixed(message) or decay_kind not in _FIXED:
+    if not is_fixed(message) or (decay_kind or 0) not in _FIXED:
         paths.append("weight_decay_kind")
     return request
