@@ -179,10 +179,14 @@ def refusals(client: optserve.Client, name: str) -> None:
     refused(lambda: RemoteOptimizer(client, kind, name=name), "class Adam itself")
     refused(lambda: RemoteOptimizer(client, optserve.Adam(), name=name).optimizer, "call build or fit first")
     fitted(RemoteOptimizer(client, optserve.Adam(), name=name), 1)
-    refused(lambda: fitted(RemoteOptimizer(client, optserve.Adam(), name=name), 1), "already; delete it")
-    resumed = RemoteOptimizer(client, optserve.Adam(), name=name, resume=True)
+    refused(lambda: fitted(RemoteOptimizer(client, optserve.Adam(), name=name), 1), "if_exists='resume' goes on")
+    resumed = RemoteOptimizer(client, optserve.Adam(), name=name, if_exists="resume")
     fitted(resumed, 1)
     assert resumed.optimizer.current_step == 2 * STEPS_PER_EPOCH
+    replaced = RemoteOptimizer(client, optserve.Sgd(), name=name, if_exists="replace")
+    fitted(replaced, 1)
+    assert replaced.optimizer.current_step == STEPS_PER_EPOCH
+    refused(lambda: RemoteOptimizer(client, optserve.Sgd(), name=name, if_exists=any), "if_exists is 'error'")  # type: ignore[arg-type]
 
 
 def main(target: str, name: str, *chosen: str) -> None:

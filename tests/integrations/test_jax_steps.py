@@ -1,5 +1,6 @@
 """Each step of `optserve.jax.remote` is made exactly once, whatever happens to a program of JAX."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,14 +50,32 @@ def test_training_does_not_begin_with_old_slots(client, name):
         transformation.init(tree())
     with pytest.raises(AlreadyExistsError):
         optserve.jax.remote(client, optserve.Adam(), name=name).init(tree())
-    resumed: Any = optserve.jax.remote(client, optserve.Adam(), name=name, resume=True)
+    resumed: Any = optserve.jax.remote(client, optserve.Adam(), name=name, if_exists="resume")
     assert int(resumed.init(tree()).count) == int(state.count) == 1
-    with pytest.raises(InvalidArgumentError, match="beta1"):
-        optserve.jax.remote(client, optserve.Adam(beta1=0.5), name=name, resume=True).init(tree())
+
+
+def test_if_exists_decides_about_the_optimizer_of_that_name(client, name):
+    made: Any = partial(optserve.jax.remote, client, name=name)
+    first: Any = made(optserve.Adam())
+    first.update(tree(), first.init(tree()))
+    with pytest.raises(AlreadyExistsError, match="if_exists='resume' goes on"):
+        made(optserve.Adam()).init(tree())
+    resumed = made(optserve.Adam(beta1=0.5), if_exists="resume", clipping=optserve.Clipping(global_norm=1.0))
+    assert int(resumed.init(tree()).count) == 1
+    assert client.optimizer(name).algorithm == optserve.Adam(beta1=0.5), "the settings are those given last"
+    assert client.optimizer(name).clipping == optserve.Clipping(global_norm=1.0)
+    with pytest.raises(InvalidArgumentError, match="adam"):
+        made(optserve.Sgd(), if_exists="resume").init(tree())
+    with pytest.raises(InvalidArgumentError, match="parameters of other names"):
+        made(optserve.Adam(), if_exists="resume").init({"w": jnp.ones(3)})
+    assert int(made(optserve.Sgd(), if_exists="replace").init({"w": jnp.ones(3)}).count) == 0
+    assert client.optimizer(name).algorithm == optserve.Sgd()
+    with pytest.raises(InvalidArgumentError, match="if_exists is 'error', 'resume' or 'replace', not True"):
+        made(optserve.Sgd(), if_exists=True)
 
 
 def test_a_checkpoint_goes_back(client, name):
-    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name, resume=True)
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name, if_exists="resume")
     params, update = tree(), jax.jit(transformation.update)
     _, state = update(params, transformation.init(params))
     transformation.optimizer.save_checkpoint("one")
@@ -116,7 +135,7 @@ def test_an_interrupted_step_is_made_once_when_it_is_run_once_more(proxied, clie
     updates, state = update(params, state)
     assert int(state.count) == 2 == client.optimizer(name).current_step
     assert transformation.last_error is None
-    other: Any = jax.jit(optserve.jax.remote(client, optserve.Adam(), name=f"{name}-2", resume=True).update)
+    other: Any = jax.jit(optserve.jax.remote(client, optserve.Adam(), name=f"{name}-2", if_exists="resume").update)
     begin: Any = optserve.jax.remote(client, optserve.Adam(), name=f"{name}-2").init
     expected, state = other(params, other(params, begin(params))[1])
     for mine, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):

@@ -17,6 +17,7 @@ from typing import Any, Self
 import keras
 
 from optserve import algorithms
+from optserve._adapters.named import IfExists, Wanted, check_if_exists, create_or_adopt
 from optserve._adapters.server_steps import client_of, steps_of
 from optserve._values.arrays import check_kind
 from optserve.algorithms import Algorithm
@@ -44,7 +45,9 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         algorithm: The method. Keras' Adam, Nadam and RMSprop have their epsilon elsewhere; see docs/keras.md.
         name: The optimizer's name on the server, and in Keras.
         learning_rate: A number or a schedule of Keras, as for other optimizers; the algorithm's by default.
-        resume: Continue an optimizer of that name if there is one. Otherwise that is an AlreadyExistsError.
+        if_exists: What `build` does if the server has an optimizer of that name: it raises an AlreadyExistsError
+            (`error`), goes on with its state under the settings given here (`resume`), or deletes it and begins anew
+            (`replace`).
         transport: As for `Client.optimizer`.
         wire_dtype: As for `Client.optimizer`.
         settings: Other arguments of keras.optimizers.Optimizer, such as `weight_decay` and `global_clipnorm`.
@@ -61,12 +64,13 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         *,
         name: str,
         learning_rate: Any = None,
-        resume: bool = False,
+        if_exists: IfExists = "error",
         transport: TransportName = "auto",
         wire_dtype: WireDtype = "native",
         **settings: Any,
     ) -> None:
         check_kind(algorithm, Algorithm, "algorithm", "optserve.Adam()")
+        check_if_exists(if_exists)
         if keras.backend.backend() not in ("torch", "jax"):
             raise InvalidArgumentError(
                 f"optserve.keras works on the backends torch and jax, not on {keras.backend.backend()!r}: set "
@@ -83,7 +87,7 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         # Keras leaves out variables without a gradient, and warns.
         self._steps.partial = True
         self._algorithm = algorithm
-        self._resume = resume
+        self._if_exists: IfExists = if_exists
         self._transport: TransportName = transport
         self._wire_dtype: WireDtype = wire_dtype
         self._names: list[str] = []
@@ -100,7 +104,7 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         return self._steps.optimizer
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Create the optimizer on the server, or find it with `resume`.
+        """Create the optimizer on the server, or continue the one that exists; see `if_exists`.
 
         Args:
             variables: The trainable variables of the model.
@@ -125,8 +129,7 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         self._count.assign(int(count))
 
     def _create(self, specs: dict[str, TensorSpec]) -> Optimizer:
-        make = self._client.get_or_create_optimizer if self._resume else self._client.create_optimizer
-        make(self.name, self._algorithm, specs)
+        create_or_adopt(self._client, self.name, self._if_exists, Wanted(self._algorithm, specs))
         return self._find()
 
     def _find(self) -> Optimizer:
@@ -170,7 +173,7 @@ class RemoteOptimizer(keras.optimizers.Optimizer):
         return super().get_config() | {
             "target": self._client.target,
             "algorithm": method,
-            "resume": True,
+            "if_exists": "resume",
             "transport": self._transport,
             "wire_dtype": self._wire_dtype,
         }

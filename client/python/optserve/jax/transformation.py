@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optserve._adapters.named import IfExists, Wanted, check_if_exists, create_or_adopt
 from optserve._adapters.server_steps import ServerSteps, client_of, steps_of
 from optserve._adapters.tracing import on_host
 from optserve._values.arrays import check_kind
@@ -71,7 +72,7 @@ def remote(  # noqa: PLR0913 - settings, by their names
     weight_decay: Rate = 0.0,
     mask: Any = None,
     clipping: Clipping | None = None,
-    resume: bool = False,
+    if_exists: IfExists = "error",
     transport: TransportName = "auto",
     wire_dtype: WireDtype = "native",
 ) -> RemoteTransformation:
@@ -88,7 +89,9 @@ def remote(  # noqa: PLR0913 - settings, by their names
             the step. `update` needs the parameters then.
         mask: The leaves that decay: a pytree of bools, or a function of the parameters that makes one; all by default.
         clipping: Clipping of the gradient by the server.
-        resume: Let `init` continue an optimizer of that name if there is one. Otherwise that is an AlreadyExistsError.
+        if_exists: What `init` does if the server has an optimizer of that name: it raises an AlreadyExistsError
+            (`error`), goes on with its state under the settings given here (`resume`), or deletes it and begins anew
+            (`replace`).
         transport: As for `Client.optimizer`.
         wire_dtype: As for `Client.optimizer`.
 
@@ -111,12 +114,11 @@ def remote(  # noqa: PLR0913 - settings, by their names
         )
     rates = dict(hyperparameters) | ({} if learning_rate is None else {"learning_rate": learning_rate})
     algorithm, rates = _with_constants(algorithm, rates)
+    check_if_exists(if_exists)
     client = client_of(target)
-
-    make = client.get_or_create_optimizer if resume else client.create_optimizer
-    create = partial(make, name, algorithm, clipping=clipping)
+    create = partial(create_or_adopt, client, name, if_exists)
     find = partial(client.optimizer, name, transport=transport, wire_dtype=wire_dtype)
-    traced = _Traced(steps_of(client, name), create, find, algorithm, rates, weight_decay, mask)
+    traced = _Traced(steps_of(client, name), create, find, algorithm, clipping, rates, weight_decay, mask)
     made = RemoteTransformation(traced.init, traced.update)
     made._steps = traced.steps
     return made
@@ -127,9 +129,10 @@ class _Traced:
     """The two functions of the transformation. The fields are as for `remote`."""
 
     steps: ServerSteps
-    create: Callable[[Mapping[str, TensorSpec]], Optimizer]
+    create: Callable[[Wanted], object]
     find: Callable[[], Optimizer]
     algorithm: Algorithm
+    clipping: Clipping | None
     rates: Mapping[str, Rate]
     weight_decay: Rate
     mask: Any
@@ -139,7 +142,7 @@ class _Traced:
         return RemoteState(on_host(partial(self.steps.begin, partial(self._created, leaves.specs())), _COUNT))
 
     def _created(self, specs: Mapping[str, TensorSpec]) -> Optimizer:
-        self.create(specs)
+        self.create(Wanted(self.algorithm, specs, clipping=self.clipping))
         return self.find()
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, RemoteState]:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-
+from optserve._adapters.named import IfExists, Wanted, adopt, check_if_exists, create_or_adopt
 from optserve._resources.choices import TransportName, WireDtype
 from optserve.algorithms import Algorithm
 from optserve.client import Client, connect
 from optserve.errors import (
-    AlreadyExistsError,
     ClientUseError,
     DeadlineExceededError,
     InvalidArgumentError,
-    NotFoundError,
     StepInProgressError,
     UnavailableError,
 )
 from optserve.optimizer import Optimizer
-from optserve.settings import Clipping, Group
-from optserve.state import OptimizerState, TensorSpec
-
-IfExists = Literal["error", "resume", "replace"]
 
 CLOSE_TIMEOUT_S = 2.0
 """How long `Place.close` waits for a server that is to delete an optimizer."""
@@ -39,28 +29,8 @@ class Choices:
 
     name: str | None
     if_exists: IfExists
-    clipping: Clipping | None
     transport: TransportName
     wire_dtype: WireDtype
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The optimizer that a RemoteOptimizer needs.
-
-    Attributes:
-        algorithm: The method.
-        groups: All param groups but the first.
-        specs: The parameters by name, in the order of the groups.
-        initial_state: Makes the state with which it begins; None if that is 0 everywhere.
-        values: Makes the values of the parameters, if the server is to hold them.
-    """
-
-    algorithm: Algorithm
-    groups: list[Group]
-    specs: Mapping[str, TensorSpec]
-    initial_state: Callable[[], OptimizerState] | None
-    values: Callable[[], Mapping[str, np.ndarray]] | None
 
 
 class Place:
@@ -68,7 +38,7 @@ class Place:
 
     Args:
         server: An address, a client or an optimizer.
-        choices: See Choices; only `clipping` counts for an optimizer that exists.
+        choices: See Choices; they do not count for an optimizer that exists.
         wanted: What it has to be.
 
     Attributes:
@@ -79,18 +49,21 @@ class Place:
     """
 
     def __init__(self, server: str | Client | Optimizer, choices: Choices, wanted: Wanted) -> None:
+        check_if_exists(choices.if_exists)
         self._closed = False
         self.existed = isinstance(server, Optimizer)
         self._own_client: Client | None = None
         self._deletes: Client | None = None
         if isinstance(server, Optimizer):
-            _adopt(server, choices.clipping, wanted)
+            adopt(server, wanted)
             self._remote = server
             return
         if isinstance(server, str):
             server = self._own_client = connect(server)
         try:
-            self._remote, self.existed = _created(server, choices, wanted)
+            name = choices.name or f"torch-{uuid.uuid4().hex[:12]}"
+            self.existed = create_or_adopt(server, name, choices.if_exists, wanted)
+            self._remote = server.optimizer(name, transport=choices.transport, wire_dtype=choices.wire_dtype)
         except BaseException:
             if self._own_client is not None:
                 self._own_client.close()
@@ -152,59 +125,3 @@ def existing_method(server: object, algorithm: object, name: str | None) -> Algo
     if not isinstance(algorithm, Algorithm):
         raise InvalidArgumentError(f"algorithm must be something like optserve.AdamW(1e-3), not {algorithm!r}.")
     return algorithm
-
-
-def _created(client: Client, choices: Choices, wanted: Wanted) -> tuple[Optimizer, bool]:
-    """(the optimizer of the chosen name, whether it existed before)."""
-    if choices.if_exists not in ("error", "resume", "replace"):
-        raise InvalidArgumentError(f"if_exists is error, resume or replace, not {choices.if_exists!r}.")
-    name = choices.name or f"torch-{uuid.uuid4().hex[:12]}"
-    if choices.if_exists == "replace":
-        client.delete_optimizer(name, missing_ok=True)
-    existed = False
-    if choices.if_exists == "resume":
-        with suppress(NotFoundError):
-            _adopt(client.optimizer(name), choices.clipping, wanted)
-            existed = True
-    if not existed:
-        _create(client, name, choices.clipping, wanted)
-    return client.optimizer(name, transport=choices.transport, wire_dtype=choices.wire_dtype), existed
-
-
-def _create(client: Client, name: str, clipping: Clipping | None, wanted: Wanted) -> None:
-    try:
-        if wanted.initial_state is None:
-            params = wanted.specs if wanted.values is None else wanted.values()
-            hosted = wanted.values is not None
-            client.create_optimizer(
-                name, wanted.algorithm, params, groups=wanted.groups, clipping=clipping, hosted=hosted
-            )
-            return
-        created = client.create_optimizer_from_state(name, wanted.initial_state())
-        if clipping is not None:
-            created.update(clipping=clipping)
-    except AlreadyExistsError as error:
-        raise AlreadyExistsError(
-            f"The server has an optimizer {name!r}: if_exists='resume' goes on with its state, if_exists='replace' "
-            "deletes it and begins anew.",
-            reason=error.reason,
-            metadata=error.metadata,
-        ) from error
-
-
-def _adopt(existing: Optimizer, clipping: Clipping | None, wanted: Wanted) -> None:
-    """Check that an optimizer is what is needed, and give it the settings."""
-    if existing.hosted != (wanted.values is not None):
-        raise InvalidArgumentError(
-            f"The server {'holds' if existing.hosted else 'does not hold'} the parameters of {existing.name!r}; "
-            f"that needs master_weights={existing.hosted}."
-        )
-    present = [(item.name, tuple(item.shape), item.dtype.name) for item in existing._model.parameters]
-    needed = [(name, spec.shape, spec.dtype) for name, spec in wanted.specs.items()]
-    if present != needed:
-        differing = [name for name, *_ in set(present) ^ set(needed)]
-        what = (
-            f"parameters of other names, shapes or dtypes, such as {min(differing)!r}" if differing else "another order"
-        )
-        raise InvalidArgumentError(f"The optimizer {existing.name!r} has {what}.")
-    existing.update(wanted.algorithm, groups=wanted.groups, clipping=... if clipping is None else clipping)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 import torch
 
+from optserve._adapters.named import IfExists, Wanted
 from optserve._resources.choices import ReplyName, TransportName, WireDtype
 from optserve._values.torch_methods import STEP
 from optserve.algorithms import Algorithm
@@ -27,7 +28,7 @@ from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
 from optserve.torch._groups import Groups
 from optserve.torch._layout import Layout
-from optserve.torch._place import Choices, IfExists, Place, Wanted, existing_method
+from optserve.torch._place import Choices, Place, existing_method
 from optserve.torch._states import check_origin, differences, server_groups, state_from, torch_entries
 
 
@@ -104,11 +105,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if not self._groups.names:
             raise InvalidArgumentError("The param groups have no parameter.")
         self._groups.read(self.param_groups)
-        self._place = Place(server, Choices(name, if_exists, clipping, transport, wire_dtype), self._wanted())
+        self._place = Place(server, Choices(name, if_exists, transport, wire_dtype), self._wanted(clipping))
         if master_weights and self._place.existed:
             self._pull()
 
-    def _wanted(self) -> Wanted:
+    def _wanted(self, clipping: Clipping | None) -> Wanted:
         """The optimizer that is needed at the server."""
         groups = self._groups
         specs = {parameter.name: parameter.spec for parameter in groups.names.values()}
@@ -116,7 +117,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         begin = None
         if not groups.all_begin_at_zero(self.param_groups):
             begin = partial(self._state_from, super().state_dict(), groups.algorithms)
-        return Wanted(base, others, specs, begin, groups.values if groups.holds_x else None)
+        return Wanted(base, specs, others, clipping, begin, groups.values if groups.holds_x else None)
 
     def _state_from(self, saved: dict[str, Any], algorithms: list[Algorithm]) -> OptimizerState:
         groups = self._groups
