@@ -54,7 +54,7 @@ class App:
 
     Args:
         config: The settings.
-        credentials: Credentials for the port, such as `grpc.ssl_server_credentials(…)`; None for a port without.
+        credentials: Credentials for the port, such as `grpc.ssl_server_credentials(…)`; None for those of the settings.
         interceptors: gRPC's server interceptors. Each sees every call before the call has a place and a thread, and may
             refuse it. They run in gRPC's only event thread. If an interceptor returns another handler than that of the
             method, the handler runs in the few threads for refusals.
@@ -72,6 +72,8 @@ class App:
         clock: Clock = SYSTEM,
     ) -> None:
         self._config = config
+        # Before the recovery, which may take long: files that cannot be used are an error at once.
+        credentials = credentials or _credentials(config)
         self._drain_gate = DrainGate()
         self._stopping = threading.Event()
         choice = backends.choose(config.backend, config.threads)
@@ -247,6 +249,23 @@ def _check_unused(path: str) -> None:
         except OSError as error:
             raise ConfigError(f"Cannot listen on unix:{path}: {error}") from error
     raise ConfigError(f"Cannot listen on unix:{path}: another server listens there. Stop it, or choose another path.")
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    """The credentials that the settings name; None for a port without.
+
+    Raises:
+        ConfigError: Their files cannot be used.
+    """
+    if not config.tls_certificate:
+        return None
+    # Imported late, because only a secured port needs the library.
+    from optserve_server.edge.certificates import Certificates
+
+    authority = Path(config.tls_client_authority) if config.tls_client_authority else None
+    certificates = Certificates(Path(config.tls_certificate), Path(config.tls_key), authority)
+    logger.info("connections are secured: certificate %s", certificates.summary)
+    return certificates.credentials
 
 
 def _data_folder(config: ServerConfig, clock: Clock) -> DataFolder | None:

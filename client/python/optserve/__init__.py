@@ -63,6 +63,7 @@ from optserve.settings import (
 from optserve.state import Checkpoint, HostedParameters, OptimizerState, TensorSpec
 from optserve.statistics import ElementStatistics, Statistics, TensorStatistics
 from optserve.step_result import StepResult
+from optserve.tls import Tls
 from optserve.weight_decay import with_weight_decay
 from optserve.worker import Worker
 
@@ -115,6 +116,7 @@ __all__ = [
     "TensorSpec",
     "TensorStatistics",
     "TimesLearningRate",
+    "Tls",
     "TooFewWorkersError",
     "UnavailableError",
     "UnreachableError",

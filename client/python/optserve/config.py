@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from optserve.tls import Tls
+
 if TYPE_CHECKING:
     import grpc
 
@@ -48,8 +50,10 @@ class ClientConfig:
     keepalive_s: float = 60.0
     """Seconds of silence after which the client probes a connection with a call on it. Servers close connections that
     probe too often."""
+    tls: Tls | None = None
+    """The certificates of a secured connection; None for an unsecured one."""
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
-    """Credentials that secure the connection, such as `grpc.ssl_channel_credentials(…)`; None for an unsecured one."""
+    """Credentials of gRPC's own, in place of `tls`, such as `grpc.ssl_channel_credentials(…)`."""
     metadata: Sequence[tuple[str, str | bytes]] = field(default=(), repr=False)
     """Pairs (key, value) that the client sends with every call. Keys consist of a-z, 0-9, '_', '.' and '-'. Values are
     bytes if the key ends in `-bin`, otherwise printable ASCII. They are not secret on an unsecured connection."""
@@ -69,6 +73,8 @@ class ClientConfig:
             raise ValueError(f"keepalive_s must be at least 60, not {self.keepalive_s!r}: servers refuse more.")
         if self.max_chunk_bytes and not 1024 <= self.max_chunk_bytes <= self.max_receive_bytes:
             raise ValueError(f"max_chunk_bytes must be 0 or 1024 to {self.max_receive_bytes}.")
+        if self.tls is not None and self.credentials is not None:
+            raise ValueError("tls and credentials exclude each other.")
         object.__setattr__(self, "metadata", tuple((key, value) for key, value in self.metadata))
         object.__setattr__(self, "interceptors", tuple(self.interceptors))
         for key, value in self.metadata:

@@ -263,6 +263,25 @@ _TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
 _BUSY_RETRY_S = 0.5
 
 
+_TLS_FAILURES = {
+    "CERTIFICATE_VERIFY_FAILED": "the authority that this client trusts has not signed the server's certificate, or it "
+    "is not valid now",
+    "Hostname Verification Check failed": "the server's certificate is for another name; `server_name` says which",
+    "WRONG_VERSION_NUMBER": "that server does not speak TLS",
+}
+"""What gRPC says of a handshake that has failed, and what it means."""
+
+_CLOSED = "Socket closed"
+
+
+def _unreachable(target: str, details: str) -> str:
+    for sign, meaning in _TLS_FAILURES.items():
+        if sign in details:
+            return f"{target} was not reached over TLS: {meaning} ({details})."
+    tls = " It may ask for TLS, or for a client's certificate." if _CLOSED in details else ""
+    return f"No optserve server answers at {target} ({details}). Is it running? `optserve serve` starts one.{tls}"
+
+
 def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> OptserveError:
     """The exception for a failed call to `target`; `hint` is a further possible reason why no server was reached."""
     if not isinstance(error, grpc.Call):
@@ -275,10 +294,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, hint: str = "") -> Optserv
                 logger.debug("the details of an error are not a Status: %s", unreadable)
     code = code_pb2.Code.Value(error.code().name)
     if code == code_pb2.UNAVAILABLE:
-        message = (
-            f"No optserve server answers at {target} ({error.details()}). Is it running? `optserve serve` starts one."
-            + hint
-        )
+        message = _unreachable(target, error.details() or "") + hint
     elif _TOO_MANY_CALLS in (error.details() or ""):
         busy = f"{target} has as many calls as it takes at a time; try again later."
         return ResourceExhaustedError(busy, retry_after_s=_BUSY_RETRY_S)

@@ -11,7 +11,7 @@ import struct
 import sys
 import time
 
-from optserve_command.config import default_target
+from optserve_command.config import default_target, tls_fields
 
 STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 """Names of grpc.health.v1.HealthCheckResponse.ServingStatus."""
@@ -60,7 +60,7 @@ def report(target: str, timeout_s: float, as_json: bool) -> int:
     target = target or default_target()
     status, error = None, None
     try:
-        status = ask(target, timeout_s)
+        status = ask(target, timeout_s, tls_fields())
     except ProbeError as unknown:
         error = str(unknown)
     if as_json:
@@ -74,12 +74,13 @@ def report(target: str, timeout_s: float, as_json: bool) -> int:
     return 0 if status == "SERVING" else 1
 
 
-def ask(target: str, timeout_s: float) -> str:
+def ask(target: str, timeout_s: float, tls: dict[str, str] | None = None) -> str:
     """The status of a server, one of STATUSES.
 
     Args:
         target: HOST:PORT or unix:PATH.
         timeout_s: In all, in seconds.
+        tls: The fields of `optserve.Tls` for a secured connection; empty or None for another.
 
     Raises:
         ProbeError: It does not answer in time, or not with a status.
@@ -89,6 +90,8 @@ def ask(target: str, timeout_s: float) -> str:
     connection = _Connection(time.monotonic() + timeout_s)
     try:
         connection.open(target)
+        if tls:
+            connection.secure(target, tls)
         return connection.check()
     except TimeoutError:
         raise ProbeError(f"{target} does not answer within {timeout_s:g} s.") from None
@@ -120,6 +123,23 @@ class _Connection:
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ProbeError("is neither HOST:PORT nor unix:PATH")
         self._socket = socket.create_connection((host.strip("[]"), int(port)), self._left_s())
+
+    def secure(self, target: str, tls: dict[str, str]) -> None:
+        # Most health checks do without it.
+        import ssl
+
+        try:
+            context = ssl.create_default_context(cafile=tls.get("authority"))
+            if "certificate" in tls:
+                context.load_cert_chain(tls["certificate"], tls.get("key"), password=lambda: "")
+            context.set_alpn_protocols(["h2"])
+            host = target.removeprefix("dns:").removeprefix("///").rpartition(":")[0].strip("[]")
+            name = tls.get("server_name") or ("localhost" if target.startswith("unix:") else host)
+            self._socket = context.wrap_socket(self._ready(), server_hostname=name)
+        except ssl.SSLCertVerificationError as error:
+            raise ProbeError(f"has a certificate that is not trusted: {error.verify_message}") from None
+        except ssl.SSLError as error:
+            raise ProbeError(f"cannot be reached over TLS: {error.reason or error}") from None
 
     def close(self) -> None:
         if self._socket is not None:

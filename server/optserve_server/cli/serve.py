@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -20,6 +21,9 @@ def serve(  # noqa: PLR0913 - one for each option
     host: options.Host = None,
     port: options.Port = None,
     uds: options.Uds = None,
+    tls_certificate: options.TlsCertificate = None,
+    tls_key: options.TlsKey = None,
+    tls_client_authority: options.TlsClientAuthority = None,
     data_dir: options.DataDir = None,
     durability: options.Durability = None,
     backend: options.Backend = None,
@@ -36,7 +40,10 @@ def serve(  # noqa: PLR0913 - one for each option
         "host": host,
         "port": port,
         "uds": uds,
-        "data_dir": str(data_dir) if data_dir else None,
+        "tls_certificate": _text(tls_certificate),
+        "tls_key": _text(tls_key),
+        "tls_client_authority": _text(tls_client_authority),
+        "data_dir": _text(data_dir),
         "durability": durability,
         "backend": backend,
         "threads": threads,
@@ -54,6 +61,10 @@ def serve(  # noqa: PLR0913 - one for each option
         logging.getLogger("optserve_server").debug("the server could not start, or had to stop", exc_info=True)
         show_error(str(error), "optserve serve")
         raise typer.Exit(2) from error
+
+
+def _text(path: Path | None) -> str | None:
+    return str(path) if path else None
 
 
 def log_to_stderr(level: str) -> None:

@@ -15,6 +15,18 @@ DEFAULTS = settings.ServerConfig()
 Host = Annotated[Optional[str], typer.Option(help="Address to listen on; 0.0.0.0 for all.", show_default=DEFAULTS.host)]
 Port = Annotated[Optional[int], typer.Option(help="TCP port; 0 for any free port.", show_default=str(DEFAULTS.port))]
 Uds = Annotated[Optional[str], typer.Option(help="Path of a Unix socket to listen on instead of TCP.")]
+TlsCertificate = Annotated[
+    Optional[Path],
+    typer.Option(help="PEM file with the server's certificate. With it, connections are secured.", dir_okay=False),
+]
+TlsKey = Annotated[Optional[Path], typer.Option(help="PEM file with the certificate's private key.", dir_okay=False)]
+TlsClientAuthority = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="PEM file with the authority of the clients' certificates. With it, only clients with one are let in.",
+        dir_okay=False,
+    ),
+]
 DataDir = Annotated[Optional[Path], typer.Option(help="Folder for state that outlives the process.", file_okay=False)]
 Durability = Annotated[
     Optional[str],

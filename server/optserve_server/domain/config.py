@@ -35,6 +35,14 @@ class ServerConfig:
     """TCP port; 0 takes a free one."""
     uds: str = ""
     """Path of a Unix socket to listen on instead of TCP."""
+    tls_certificate: str = ""
+    """PEM file with the server's certificate, then those that lead to its authority. With it, TLS secures connections.
+    The server reads the file anew when it has changed."""
+    tls_key: str = ""
+    """PEM file with the private key of `tls_certificate`, not encrypted."""
+    tls_client_authority: str = ""
+    """PEM file with the authority of the clients' certificates. With it, only clients with such a certificate are let
+    in."""
     data_dir: str = ""
     """Folder for the journal, snapshots and checkpoints, which outlive the process."""
     durability: str = ""
@@ -147,7 +155,7 @@ class ServerConfig:
             1024 <= self.preferred_chunk_bytes <= self.max_chunk_bytes,
             "must be 1024 to max_chunk_bytes",
         )
-        self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
+        self._check_port()
         self._require("threads", self.threads >= 0, "must not be negative")
         self._require("drain_s", self.drain_s >= 0, "must not be negative")
         self._require("receive_s", 0 < self.receive_s <= 3600, "must be positive and at most an hour, 3600")
@@ -167,6 +175,17 @@ class ServerConfig:
         self._require("snapshot_interval_s", self.snapshot_interval_s > 0, "must be positive")
         for name in ("snapshot_bytes", "segment_bytes"):
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
+
+    def _check_port(self) -> None:
+        self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
+        self._require(
+            "tls_key", bool(self.tls_key) == bool(self.tls_certificate), "must be set together with tls_certificate"
+        )
+        self._require(
+            "tls_client_authority",
+            bool(self.tls_certificate) or not self.tls_client_authority,
+            "needs tls_certificate and tls_key",
+        )
 
     def _divide_memory(self) -> None:
         """Compute the limits of memory that are 0."""

@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 
 from optserve._common import wire
+from optserve._common.clock import Clock
 from optserve._rpc.proxies import channel_options
+from optserve._rpc.tls_channel import TlsChannel
 from optserve.config import ClientConfig
 
 RECONNECT_PAUSE_S = 0.1
@@ -80,13 +82,19 @@ class _Metadata(
         return self._go_on(continuation, client_call_details, request_iterator)
 
 
-def open_channel(target: str, config: ClientConfig) -> grpc.Channel:
-    """Open a channel with a connection of its own. With credentials the connection is secured."""
+def open_channel(target: str, config: ClientConfig, clock: Clock) -> grpc.Channel:
+    """Open a channel with a connection of its own. With `tls` or credentials the connection is secured.
+
+    Raises:
+        InvalidArgumentError: See `TlsChannel`.
+    """
     options = _options(target, config)
-    if config.credentials is None:
-        channel = grpc.insecure_channel(target, options)
-    else:
+    if config.tls is not None:
+        channel = TlsChannel(config.tls, lambda credentials: grpc.secure_channel(target, credentials, options), clock)
+    elif config.credentials is not None:
         channel = grpc.secure_channel(target, config.credentials, options)
+    else:
+        channel = grpc.insecure_channel(target, options)
     interceptors = [*([_Metadata(config.metadata)] if config.metadata else []), *config.interceptors]
     return grpc.intercept_channel(channel, *interceptors) if interceptors else channel
 
@@ -115,8 +123,10 @@ def begun(call: Any) -> Any:
     return call
 
 
-def _options(target: str, config: ClientConfig) -> list[tuple[str, int]]:
+def _options(target: str, config: ClientConfig) -> list[tuple[str, int | str]]:
+    server_name = config.tls.server_name if config.tls else ""
     return [
+        *([("grpc.ssl_target_name_override", server_name)] if server_name else []),
         ("grpc.max_receive_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
         ("grpc.max_send_message_length", config.max_receive_bytes + wire.HEADER_BYTES),
         *wire.http2_options(),

@@ -102,7 +102,7 @@ class Connection:
         self._closing = clock.event()
         self._lock = clock.lock()
         self._streams: weakref.WeakSet[Closeable] = weakref.WeakSet()
-        self._channel = channel or open_channel(target, config)
+        self._channel = channel or open_channel(target, config, clock)
         self.stub = service_pb2_grpc.OptimizerServiceStub(self._channel)
         # gRPC does not decode the server's streams: at bytes that are no message it would end the call on this side
         # only, and on the server the call would keep its place.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from optserve.cli import checkpoints, mnist, optimizers, paper, server
+from optserve.cli import certs, checkpoints, mnist, optimizers, paper, server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,5 +44,6 @@ app.command(name="mnist")(mnist.command)
 app.command(name="paper")(paper.command)
 app.command()(server.health)
 app.command()(server.info)
+app.command(name="certs")(certs.command)
 app.add_typer(optimizers.app, name="optimizers")
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from optserve.cli.as_json import Json, print_json
-from optserve.cli.console import DEFAULT_TARGET, Target, clean, console, fail, say, show_table, size
+from optserve.cli.console import DEFAULT_TARGET, Target, clean, connect, console, fail, say, show_table, size
 
 if TYPE_CHECKING:
     from optserve.client import Client
@@ -29,8 +29,6 @@ def list_(
     json: Json = False,
 ) -> None:
     """List the checkpoints of an optimizer, oldest first, or of all optimizers."""
-    from optserve import connect
-
     with connect(target) as client:
         found = client.list_checkpoints(name)
     taken = [datetime.fromtimestamp(item.create_time, UTC) for item in found]
@@ -63,8 +61,6 @@ def save(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a copy of that name.")] = False,
 ) -> None:
     """Take a checkpoint of the present state of an optimizer."""
-    from optserve import connect
-
     with connect(target) as client, console.status(Text(clean(f"saving {tag} …"))):
         saved = client.optimizer(name).save_checkpoint(tag, overwrite=overwrite)
     say(f"Saved {tag}: step {saved.step:,}, {size(saved.size_bytes)}.")
@@ -73,8 +69,6 @@ def save(
 @app.command()
 def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
     """Replace the state of an optimizer by a checkpoint. Other clients of it get an error at their next step."""
-    from optserve import connect
-
     with connect(target) as client:
         optimizer = client.optimizer(name)
         found = _find(client, name, tag)
@@ -91,8 +85,6 @@ def restore(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = Fa
 @app.command()
 def delete(name: Name, tag: Tag, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
     """Delete a checkpoint. Its optimizer may be deleted already."""
-    from optserve import connect
-
     with connect(target) as client:
         found = _find(client, name, tag)
         if not yes:

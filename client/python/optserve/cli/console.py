@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.cells import cell_len
@@ -17,7 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optserve_command.config import default_target
+from optserve_command.config import TLS_VARIABLES, default_target, tls_fields
+
+if TYPE_CHECKING:
+    from optserve.client import Client
+    from optserve.config import ClientConfig
 
 console = Console()
 errors = Console(stderr=True)
@@ -33,6 +37,28 @@ _STEERING = re.compile(
 )
 _MIN_FOLDED_WIDTH = 16
 """Least width of a folded column; if less room is left, the table is shown cell by cell."""
+
+
+def client_config() -> ClientConfig:
+    """The settings of a command's client for the server that its option names: with TLS if the environment says so."""
+    from optserve import ClientConfig, Tls
+
+    fields = tls_fields()
+    try:
+        return ClientConfig(tls=Tls(**fields) if fields else None)
+    except ValueError as error:
+        fail(f"{error} The environment has them as {TLS_VARIABLES['certificate']} and {TLS_VARIABLES['key']}.")
+
+
+def connect(target: str) -> Client:
+    """Connect a command to the server that its option names.
+
+    Raises:
+        OptserveError: See `optserve.connect`.
+    """
+    from optserve.client import connect
+
+    return connect(target, client_config())
 
 
 def clean(text: str, *, one_line: bool = False) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from optserve import algorithms
 from optserve.cli import mnist_options as options
-from optserve.cli.console import check_writable, console, fail, say
+from optserve.cli.console import check_writable, connect, console, fail, say
 from optserve.cli.outage import reporting_outages
 from optserve.errors import OptserveError
 
@@ -47,7 +47,6 @@ def command(  # noqa: PLR0913 - one for each option
     backend: options.Backend = "auto",
 ) -> None:
     """Train the paper's 784-500-300-10 network on MNIST, with every update from the server."""
-    from optserve import connect
     from optserve_demo.mnist.train import Report
 
     _check_they_go_together(algorithm, replicas, anneal)
@@ -72,7 +71,7 @@ def command(  # noqa: PLR0913 - one for each option
             "data": dataset.source,
         }
     )
-    with _server(target, backend) as address, connect(address) as client:
+    with _connected(target, backend) as client:
         try:
             _run(client, method, dataset, report, together)
         except KeyboardInterrupt:
@@ -150,19 +149,21 @@ def _check_outputs(json: Path | None, plot: Path | None) -> None:
 
 
 @contextmanager
-def _server(target: str | None, backend: str) -> Iterator[str]:
+def _connected(target: str | None, backend: str) -> Iterator[Client]:
+    """A client of that server, or of a local one that ends with the with-block."""
     if target is not None:
-        yield target
+        with connect(target) as client:
+            yield client
         return
-    from optserve import local_server
+    import optserve
 
     with console.status("Starting a local server …"):
-        server = local_server(backend=backend)
-        started = server.__enter__()
+        server = optserve.LocalServer.start(backend=backend)
     try:
-        yield started.target
+        with optserve.connect(server.target) as client:
+            yield client
     finally:
-        server.__exit__(None, None, None)
+        server.stop()
 
 
 def _run(
@@ -193,7 +194,7 @@ def _run(
     name = f"mnist-{method.name.replace('_', '-')}-{uuid.uuid4().hex[:8]}"
     task = Task(network, dataset, report, settings["epochs"], settings["seed"])
     try:
-        with _display(settings["epochs"], report, client.target) as on_progress:
+        with _display(settings["epochs"], report, client) as on_progress:
             if together is None:
                 optimizer = client.create_optimizer(name, method, network.params)
                 decay = settings["weight_decay"]
@@ -223,11 +224,9 @@ def _run(
 
 
 @contextmanager
-def _display(epochs: int, report: Report, target: str) -> Iterator[Any]:
+def _display(epochs: int, report: Report, client: Client) -> Iterator[Any]:
     """A live display on a terminal; in every case a line per epoch, and lines about outages."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from optserve import ClientConfig
 
     columns = (
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -239,7 +238,7 @@ def _display(epochs: int, report: Report, target: str) -> Iterator[Any]:
     )
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as display,
-        reporting_outages(target, ClientConfig().step_timeout_s) as record_step,
+        reporting_outages(client.target, client._connection.config) as record_step,
     ):
         task = display.add_task("", epoch=1, epochs=epochs, loss=0.0, error="-", rate=0.0, total=None)
         shown = 0

@@ -16,6 +16,7 @@ from optserve.cli.console import (
     Target,
     check_writable,
     clean,
+    connect,
     errors,
     fail,
     say,
@@ -31,8 +32,6 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 @app.command(name="list")
 def list_(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """List all optimizers."""
-    from optserve import connect
-
     with connect(target) as client:
         found = [
             {
@@ -67,7 +66,6 @@ def show(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None
     """Show one optimizer with its parameters."""
     from google.protobuf.text_format import MessageToString
 
-    from optserve import connect
     from optserve.optimizer_info import resource_name
     from optserve.v1 import service_pb2
 
@@ -83,7 +81,6 @@ def show(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None
 @app.command()
 def statistics(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """Show root mean squares and effective learning rates, parameter by parameter."""
-    from optserve import connect
     from optserve.statistics import QUANTILES
 
     with connect(target) as client:
@@ -111,8 +108,6 @@ def statistics(name: str, target: Target = DEFAULT_TARGET, json: Json = False) -
 @app.command()
 def delete(name: str, target: Target = DEFAULT_TARGET, yes: Yes = False) -> None:
     """Delete an optimizer and its state."""
-    from optserve import connect
-
     with connect(target) as client:
         step = client.optimizer(name).current_step
         if not yes:
@@ -129,8 +124,6 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write the whole state of an optimizer, all of one step, to a safetensors file."""
-    from optserve import connect
-
     if file.exists() and not overwrite:
         fail(f"{file} exists; --overwrite replaces it.")
     # The state is written under this name first. Checked before the transfer, which may take long.
@@ -155,7 +148,7 @@ def import_(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before an optimizer's state is replaced.")] = False,
 ) -> None:
     """Import a state and its settings into an optimizer. If there is no optimizer of that name, create it."""
-    from optserve import NotFoundError, OptimizerState, connect
+    from optserve import NotFoundError, OptimizerState
 
     with connect(target) as client:
         state = OptimizerState.load(file).without(*(without or ()))

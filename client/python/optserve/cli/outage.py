@@ -6,9 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from optserve.cli.console import console, say
 from optserve_command import probe
+
+if TYPE_CHECKING:
+    from optserve.config import ClientConfig
 
 QUIET_S = 3.0
 """Seconds without a step after which the run asks the server for its health."""
@@ -17,14 +22,14 @@ _PROBE_TIMEOUT_S = 2.0
 
 
 @contextmanager
-def reporting_outages(target: str, timeout_s: float) -> Iterator[Callable[[], None]]:
+def reporting_outages(target: str, config: ClientConfig) -> Iterator[Callable[[], None]]:
     """Watch a run for the length of a with-block; gives a function that the run has to call at every step.
 
     Args:
         target: The server.
-        timeout_s: Seconds that a step waits for the server.
+        config: The settings of the client that makes the steps.
     """
-    watch = _Watch(target, timeout_s)
+    watch = _Watch(target, config)
     thread = threading.Thread(target=watch.run, name="outages", daemon=True)
     thread.start()
     try:
@@ -35,10 +40,10 @@ def reporting_outages(target: str, timeout_s: float) -> Iterator[Callable[[], No
 
 
 class _Watch:
-    def __init__(self, target: str, timeout_s: float) -> None:
+    def __init__(self, target: str, config: ClientConfig) -> None:
         self.ended = threading.Event()
         self._target = target
-        self._timeout_s = timeout_s
+        self._config = config
         self._last_step_at = time.monotonic()
 
     def record_step(self) -> None:
@@ -57,13 +62,19 @@ class _Watch:
                 # A step may have ended while the server was asked.
                 if reason and self._last_step_at == last_step_at and not self.ended.is_set():
                     say(f"No step for {time.monotonic() - last_step_at:.0f} s: {reason}", style="yellow", to=console)
-                    say(f"Waiting for {self._target}, for up to {self._timeout_s:.0f} s.", style="yellow", to=console)
+                    say(
+                        f"Waiting for {self._target}, for up to {self._config.step_timeout_s:.0f} s.",
+                        style="yellow",
+                        to=console,
+                    )
                     stopped_at = last_step_at
 
     def _reason(self) -> str:
         """Why the server makes no steps; empty if it is serving."""
         try:
-            status = probe.ask(self._target, _PROBE_TIMEOUT_S)
+            tls = self._config.tls
+            secured = {name: str(value) for name, value in asdict(tls).items() if value} if tls else None
+            status = probe.ask(self._target, _PROBE_TIMEOUT_S, secured)
         except probe.ProbeError as error:
             return str(error)
         return "" if status == "SERVING" else f"{self._target} is {status}."

@@ -5,14 +5,17 @@ from __future__ import annotations
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from optserve.cli.console import console, fail, say
+from optserve.cli.console import client_config, console, fail, say
 from optserve.cli.outage import reporting_outages
+
+if TYPE_CHECKING:
+    from optserve.config import ClientConfig
 
 ExperimentName = Literal[
     "table1", "table2", "figure1", "figure2", "figure3", "figure4", "mnist-tanh", "curvature", "annealing", "all"
@@ -44,7 +47,7 @@ def command(  # noqa: PLR0913 - one for each option
     All runs share one server; each run has its own optimizer. Runs that have a result with the same settings are
     skipped, so an interrupted command continues where it was.
     """
-    from optserve import local_server
+    from optserve import ClientConfig, local_server
     from optserve._common.machine import usable_cores
     from optserve_demo.mnist.data import DataError, load
     from optserve_demo.paper.plan import EXPERIMENTS
@@ -58,14 +61,31 @@ def command(  # noqa: PLR0913 - one for each option
         fail(str(error))
     names = list(EXPERIMENTS) if experiment == "all" else [experiment]
     with ExitStack() as stack:
-        if target is None:
-            target = stack.enter_context(local_server(backend=backend)).target
+        config = ClientConfig() if target is None else client_config()
+        server = (target or stack.enter_context(local_server(backend=backend)).target, config)
         for name in names:
             count = 1 if quick else seeds or EXPERIMENTS[name].seeds
-            _run(name, count, jobs or usable_cores(), out / ("quick" if quick else ""), target, data_dir, quick=quick)
+            _run(
+                name,
+                count,
+                jobs or usable_cores(),
+                out / ("quick" if quick else ""),
+                server,
+                data_dir,
+                quick=quick,
+            )
 
 
-def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Path | None, *, quick: bool) -> None:
+def _run(
+    name: str,
+    seeds: int,
+    jobs: int,
+    out: Path,
+    server: tuple[str, ClientConfig],
+    data_dir: Path | None,
+    *,
+    quick: bool,
+) -> None:
     from optserve_demo.paper import figures, report
     from optserve_demo.paper import jobs as at_work
     from optserve_demo.paper.plan import EXPERIMENTS, STEPS_PER_EPOCH
@@ -88,11 +108,9 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    from optserve import ClientConfig
-
     with (
         Progress(*columns, console=console) as progress,
-        reporting_outages(target, ClientConfig().step_timeout_s) as record_step,
+        reporting_outages(*server) as record_step,
     ):
         steps = {plan.key: 0 for plan in missing}
         task = progress.add_task(name, total=sum(plan.epochs * STEPS_PER_EPOCH for plan in missing))
@@ -102,7 +120,7 @@ def _run(name: str, seeds: int, jobs: int, out: Path, target: str, data_dir: Pat
             steps[key] = step
             progress.update(task, completed=sum(steps.values()))
 
-        for result in at_work.carry_out(missing, folder, target, min(jobs, max(len(missing), 1)), data_dir, on_step):
+        for result in at_work.carry_out(missing, folder, server, min(jobs, max(len(missing), 1)), data_dir, on_step):
             results[result.key] = result
             ended = "diverged" if result.diverged else f"{result.test_errors[-1]:.2f} %"
             say(f"{name} {result.key}: {ended} in {result.seconds:.0f} s", style="dim", to=progress.console)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from optserve.cli.as_json import Json, plain, print_json
-from optserve.cli.console import DEFAULT_TARGET, Target, fail, show_table, size
+from optserve.cli.console import DEFAULT_TARGET, Target, connect, fail, show_table, size
 from optserve_command import probe
 
 
@@ -48,7 +48,6 @@ def health(
 
 def info(target: Target = DEFAULT_TARGET, json: Json = False) -> None:
     """Show the version, the backend, the limits and the features of a server."""
-    from optserve import connect
     from optserve.v1 import service_pb2
 
     with connect(target) as client:

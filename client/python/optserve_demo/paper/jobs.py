@@ -13,6 +13,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from optserve.client import Client
+from optserve.config import ClientConfig
 from optserve.errors import NotFoundError
 from optserve_demo.mnist.data import Dataset, load
 from optserve_demo.paper.plan import Run
@@ -34,7 +35,7 @@ def kept(folder: Path, plan: Run) -> Result | None:
 def carry_out(
     plans: Iterable[Run],
     folder: Path,
-    target: str,
+    server: tuple[str, ClientConfig],
     jobs: int,
     data_dir: Path | None,
     on_step: Callable[[str, int], None],
@@ -44,7 +45,7 @@ def carry_out(
     Args:
         plans: What to run; `kept` ones are not to be among them.
         folder: Takes the results.
-        target: Of the server.
+        server: Its target, and the settings of the clients.
         jobs: Runs at a time.
         data_dir: Of MNIST's files; None to fetch or use cached ones.
         on_step: Called with (key of a run, steps made), from another thread.
@@ -53,7 +54,7 @@ def carry_out(
     reports: SimpleQueue[tuple[str, int] | None] = context.SimpleQueue()
     with (
         _listening(reports, on_step),
-        ProcessPoolExecutor(jobs, context, _begin, (target, jobs, data_dir, reports)) as pool,
+        ProcessPoolExecutor(jobs, context, _begin, (server, jobs, data_dir, reports)) as pool,
     ):
         waiting: set[Future[Result]] = {pool.submit(_carry_out, folder.name, plan) for plan in plans}
         try:
@@ -91,13 +92,15 @@ class _Worker:
     reports: SimpleQueue[tuple[str, int] | None]
 
 
-def _begin(target: str, jobs: int, data_dir: Path | None, reports: SimpleQueue[tuple[str, int] | None]) -> None:
+def _begin(
+    server: tuple[str, ClientConfig], jobs: int, data_dir: Path | None, reports: SimpleQueue[tuple[str, int] | None]
+) -> None:
     from optserve import connect
 
     if jobs > 1:
         # Each process computes on one core, because several threads in each would slow one another.
         threadpool_limits(1)
-    _Worker.client, _Worker.reports = connect(target), reports
+    _Worker.client, _Worker.reports = connect(*server), reports
     _Worker.dataset = load(data_dir, lambda _line: None)
 
 

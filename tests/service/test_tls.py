@@ -1,0 +1,398 @@
+"""Connections secured by TLS: who is let in, and certificates that are replaced while server and clients run."""
+
+import os
+import re
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography import x509
+
+import optserve
+from optserve.cli import authority
+
+X = np.ones(1000, np.float32)
+DAY = timedelta(days=1)
+HOSTS = ["localhost", "127.0.0.1", "::1"]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `optserve`; with TLS variables if they are given."""
+    code = "from optserve_command import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def issue(folder: Path, *, life: timedelta = DAY) -> None:
+    """Make an authority if there is none, and new certificates for a server and two clients."""
+    issuer = authority.load_or_make(folder, DAY)
+    issuer.issue("server", life, HOSTS)
+    issuer.issue("client", life)
+
+
+def options(folder: Path, *, clients: bool = False) -> list[str]:
+    """Options of a server with these certificates; if `clients`, it lets in its clients only."""
+    given = ["--tls-certificate", str(folder / "server.pem"), "--tls-key", str(folder / "server-key.pem")]
+    return [*given, "--tls-client-authority", str(folder / "authority.pem")] if clients else given
+
+
+def trusting(folder: Path, *, pair: Path | None = None, server_name: str = "", patience_s: float = 10.0):
+    """The settings of a client that trusts this authority."""
+    tls = optserve.Tls(
+        folder / "authority.pem",
+        pair / "client.pem" if pair else "",
+        pair / "client-key.pem" if pair else "",
+        server_name,
+    )
+    return optserve.ClientConfig(tls=tls, connect_timeout_s=patience_s)
+
+
+def step(client: optserve.Client, name: str) -> None:
+    """Every shape of call."""
+    opt = client.create_optimizer(name, optserve.Sgd(learning_rate=0.5), {"x": X}, hosted=True)
+    assert np.array_equal(opt.step({"x": X})["x"], -0.5 * X)
+    assert np.array_equal(opt.pull_parameters().arrays["x"], 0.5 * X)
+    opt.import_state(opt.export_state())
+    client.delete_optimizer(name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    issue(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another authority."""
+    folder = tmp_path_factory.mktemp("others")
+    issue(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(folder: Path) -> Iterator[optserve.LocalServer]:
+    """A server that lets in anybody who speaks TLS."""
+    with optserve.local_server(backend="numpy", options=options(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mutual(folder: Path) -> Iterator[optserve.LocalServer]:
+    """A server that lets in its clients only."""
+    with optserve.local_server(backend="numpy", options=options(folder, clients=True)) as server:
+        yield server
+
+
+def test_a_client_that_trusts_the_authority_makes_every_call(secured, folder):
+    with optserve.connect(secured.target, trusting(folder)) as client:
+        step(client, "a")
+
+
+def test_a_client_with_a_certificate_makes_every_call(mutual, folder):
+    with optserve.connect(mutual.target, trusting(folder, pair=folder)) as client:
+        step(client, "a")
+
+
+def test_commands_and_health_checks_take_certificates_from_the_environment(mutual, folder):
+    environment = {
+        "OPTSERVE_TLS_AUTHORITY": str(folder / "authority.pem"),
+        "OPTSERVE_TLS_CERTIFICATE": str(folder / "client.pem"),
+        "OPTSERVE_TLS_KEY": str(folder / "client-key.pem"),
+    }
+    for arguments in (["health"], ["info"], ["optimizers", "list"]):
+        done = command(*arguments, "--target", mutual.target, **environment)
+        assert done.returncode == 0, done.stderr
+    without = command("health", "--target", mutual.target)
+    assert without.returncode == 1
+    incomplete = command("info", "--target", mutual.target, OPTSERVE_TLS_KEY=environment["OPTSERVE_TLS_KEY"])
+    assert incomplete.returncode == 1
+    assert "OPTSERVE_TLS_CERTIFICATE" in incomplete.stderr
+
+
+REFUSED = {
+    "a plain connection": (lambda folder, _other: optserve.ClientConfig(connect_timeout_s=1.0), "may ask for TLS"),
+    "another authority": (
+        lambda folder, other: trusting(other, pair=folder, patience_s=1.0),
+        "has not signed the server's certificate",
+    ),
+    "no certificate": (lambda folder, _other: trusting(folder, patience_s=1.0), "or for a client's certificate"),
+    "a certificate of another authority": (
+        lambda folder, other: trusting(folder, pair=other, patience_s=1.0),
+        "or for a client's certificate",
+    ),
+    "another server's name": (
+        lambda folder, _other: trusting(folder, pair=folder, server_name="elsewhere.example", patience_s=1.0),
+        "certificate is for another name",
+    ),
+}
+
+
+@pytest.mark.parametrize("who", REFUSED)
+def test_others_are_not_let_in_and_are_told_why(mutual, folder, other, who):
+    config, why = REFUSED[who]
+    with pytest.raises(optserve.UnreachableError, match=why):
+        optserve.connect(mutual.target, config(folder, other))
+
+
+def test_a_client_whose_certificate_has_expired_is_not_let_in(mutual, folder, tmp_path):
+    issuer = authority.load_or_make(folder, DAY)
+    expired = authority.Authority(tmp_path, issuer.certificate, issuer.key)
+    expired.issue("client", -timedelta(seconds=1))
+    with pytest.raises(optserve.UnreachableError, match="or for a client's certificate"):
+        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=1.0))
+
+
+def test_a_secured_client_does_not_speak_to_a_plain_server(server, folder):
+    with pytest.raises(optserve.UnreachableError, match="does not speak TLS"):
+        optserve.connect(server.target, trusting(folder, patience_s=1.0))
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
+def test_versions_of_tls_before_1_2_are_refused(secured):
+    with pytest.raises(ssl.SSLError):
+        handshake(secured.target, ssl.TLSVersion.TLSv1_1)
+    assert handshake(secured.target, ssl.TLSVersion.TLSv1_2)
+
+
+def handshake(target: str, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2) -> int:
+    """The serial number of the server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    # Or this side would refuse the old versions.
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    host, _, port = target.rpartition(":")
+    with socket.create_connection((host, int(port)), 10) as plain, context.wrap_socket(plain) as secured:
+        der = secured.getpeercert(binary_form=True)
+    assert der is not None
+    return x509.load_der_x509_certificate(der).serial_number
+
+
+def serial(path: Path) -> int:
+    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+
+
+def test_new_certificates_are_used_by_new_connections_and_end_no_stream(tmp_path):
+    """Several times, while 20 streams step: none is lost, none doubled."""
+    issue(tmp_path)
+    with (
+        optserve.local_server(backend="numpy", options=options(tmp_path, clients=True)) as server,
+        optserve.connect(server.target, trusting(tmp_path, pair=tmp_path)) as client,
+    ):
+        names = [f"a{number}" for number in range(20)]
+        for name in names:
+            client.create_optimizer(name, optserve.Sgd(learning_rate=1.0), {"x": X})
+        open_ones = [client.optimizer(name, transport="grpc") for name in names]
+        for turn in range(1, 6):
+            for opt in open_ones:
+                assert np.array_equal(opt.step({"x": X})["x"], -X)
+            issue(tmp_path)
+            # The server's side of a handshake that ends early counts too.
+            assert handshake_of_a_client(server.target, tmp_path) == serial(tmp_path / "server.pem")
+            with optserve.connect(server.target, trusting(tmp_path, pair=tmp_path)) as later:
+                assert [later.optimizer(name).current_step for name in names] == [turn] * len(names)
+        for opt in open_ones:
+            opt.step({"x": X})
+            opt.close()
+
+
+def handshake_of_a_client(target: str, folder: Path) -> int:
+    context = ssl.create_default_context(cafile=str(folder / "authority.pem"))
+    context.load_cert_chain(folder / "client.pem", folder / "client-key.pem")
+    context.set_alpn_protocols(["h2"])
+    host, _, port = target.rpartition(":")
+    with (
+        socket.create_connection((host, int(port)), 10) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secured,
+    ):
+        der = secured.getpeercert(binary_form=True)
+    assert der is not None
+    return x509.load_der_x509_certificate(der).serial_number
+
+
+def test_a_client_takes_over_a_new_authority_while_its_stream_goes_on(tmp_path):
+    """Nothing of the old authority is left: new calls have the new files, the stream its old connection."""
+    issue(tmp_path)
+    with (
+        optserve.local_server(backend="numpy", options=options(tmp_path, clients=True)) as server,
+        optserve.connect(server.target, trusting(tmp_path, pair=tmp_path)) as client,
+    ):
+        client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), {"x": X})
+        stream = client.optimizer("a", transport="grpc")
+        stream.step({"x": X})
+        before = (tmp_path / "authority.pem").read_bytes()
+        for name in ("authority", "authority-key"):
+            (tmp_path / f"{name}.pem").unlink()
+        issue(tmp_path)
+        assert (tmp_path / "authority.pem").read_bytes() != before
+        stream.step({"x": X})
+        assert client.optimizer("a").current_step == 2
+        client.optimizer("a", transport="grpc").step({"x": X})
+        assert client.optimizer("a").current_step == 3
+
+
+def test_files_that_do_not_belong_together_are_not_used_and_the_server_goes_on(tmp_path, other, capfd):
+    issue(tmp_path)
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "optserve_server", "--port", "0", "--backend", "numpy"),
+            *("--announce", "--exit-on-eof", "--log-level", "info", *options(tmp_path)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        target = process.stdout.readline().split()[1]
+        used = serial(tmp_path / "server.pem")
+        (tmp_path / "server.pem").write_bytes((other / "server.pem").read_bytes())
+        assert handshake(target) == used
+        assert handshake(target) == used
+        (tmp_path / "server-key.pem").write_bytes((other / "server-key.pem").read_bytes())
+        assert handshake(target) == serial(other / "server.pem")
+        process.stdin.close()
+        log = process.stderr.read()
+    assert log.count("the new certificate is not used") == 1
+    assert "does not belong to the certificate" in log
+    assert log.count("new certificate: for localhost") == 1
+
+
+def damaged(tmp_path: Path, folder: Path, other: Path, what: str) -> list[str]:
+    """Options of a server that cannot be started."""
+    certificate, key, clients = folder / "server.pem", folder / "server-key.pem", folder / "authority.pem"
+    made = tmp_path / "made.pem"
+    if what == "no such file":
+        certificate = tmp_path / "missing.pem"
+    elif what == "no certificate in it":
+        certificate = key
+    elif what == "no key in it":
+        key = certificate
+    elif what == "another key":
+        key = other / "server-key.pem"
+    elif what == "clients without a certificate":
+        made.write_text("nothing")
+        clients = made
+    elif what == "expired":
+        issuer = authority.load_or_make(folder, DAY)
+        authority.Authority(tmp_path, issuer.certificate, issuer.key).issue("old", -timedelta(seconds=1), HOSTS)
+        certificate, key = tmp_path / "old.pem", tmp_path / "old-key.pem"
+    elif what == "an encrypted key":
+        made.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAA=\n-----END ENCRYPTED PRIVATE KEY-----\n")
+        key = made
+    elif what == "no key":
+        return ["--tls-certificate", str(certificate)]
+    elif what == "no certificate":
+        return ["--tls-client-authority", str(clients)]
+    return [*options(folder)[:1], str(certificate), "--tls-key", str(key), "--tls-client-authority", str(clients)]
+
+
+UNUSABLE = {
+    "no such file": "missing.pem cannot be read: No such file",
+    "no certificate in it": "contains no certificate",
+    "no key in it": "contains no private key",
+    "another key": "does not belong to the certificate",
+    "clients without a certificate": "contains no certificate",
+    "expired": "is valid from",
+    "an encrypted key": "private key|encrypted",
+    "no key": "tls_key must be set together with tls_certificate",
+    "no certificate": "needs tls_certificate",
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_files_that_cannot_be_used_are_one_sentence_before_the_start(tmp_path, folder, other, what):
+    given = damaged(tmp_path, folder, other, what)
+    done = command("serve", "--port", "0", "--backend", "numpy", *given)
+    assert done.returncode == 2
+    assert re.search(UNUSABLE[what], " ".join(done.stderr.split())), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("what", ["authority", "certificate", "key"])
+def test_a_client_says_which_of_its_files_cannot_be_used(folder, tmp_path, what):
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text("nothing")
+    for path, message in ((damaged, "damaged.pem"), (tmp_path / "missing.pem", "missing.pem cannot be read")):
+        files = {
+            "authority": folder / "authority.pem",
+            "certificate": folder / "client.pem",
+            "key": folder / "client-key.pem",
+        } | {what: path}
+        with pytest.raises(optserve.InvalidArgumentError, match=message):
+            optserve.connect("127.0.0.1:1", optserve.ClientConfig(tls=optserve.Tls(**files)))
+
+
+def test_half_a_pair_is_refused():
+    with pytest.raises(ValueError, match="together"):
+        optserve.Tls(certificate="client.pem")
+
+
+def test_certs_makes_an_authority_and_signs_again(tmp_path):
+    made = tmp_path / "made"
+    first = command("certs", str(made), "--host", "trainer.example", "--host", "10.0.0.7", "--client", "anna")
+    assert first.returncode == 0, first.stderr
+    assert sorted(path.name for path in made.iterdir()) == sorted(
+        f"{name}{ending}" for name in ("authority", "server", "anna") for ending in (".pem", "-key.pem")
+    )
+    for path in made.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path.name.endswith("-key.pem") else 0o644)
+    certificate = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["trainer.example"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
+    assert certificate.not_valid_after_utc - datetime.now(UTC) > 364 * DAY
+    kept = (made / "authority.pem").read_bytes()
+    assert command("certs", str(made), "--days", "2").returncode == 0
+    assert (made / "authority.pem").read_bytes() == kept
+    renewed = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
+    assert renewed.serial_number != certificate.serial_number
+    assert renewed.not_valid_after_utc - datetime.now(UTC) < 2 * DAY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "https://trainer.example"], "neither a host's name nor an address"),
+        (["--host", "trainer.example:50051"], "neither a host's name nor an address"),
+        (["--client", "../anna"], "cannot be the name of a client"),
+        (["--client", "server"], "cannot be the name of a client"),
+        (["--client", "a-key"], "cannot be the name of a client"),
+    ],
+)
+def test_certs_refuses_what_it_cannot_sign(tmp_path, arguments, message):
+    done = command("certs", str(tmp_path / "made"), *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("what", ["damaged", "without its key"])
+def test_certs_does_not_replace_an_authority_that_cannot_sign(tmp_path, what):
+    issue(tmp_path)
+    kept = (tmp_path / "server.pem").read_bytes()
+    if what == "damaged":
+        (tmp_path / "authority.pem").write_text("nothing")
+    else:
+        (tmp_path / "authority-key.pem").unlink()
+    done = command("certs", str(tmp_path))
+    assert done.returncode == 1
+    assert "authority" in done.stderr
+    assert (tmp_path / "server.pem").read_bytes() == kept
