@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import uuid
-import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 from optserve._adapters.named import IfExists, Wanted, adopt, check_if_exists, create_or_adopt
 from optserve._resources.choices import TransportName, WireDtype
 from optserve.algorithms import Algorithm
 from optserve.client import Client, connect
-from optserve.errors import (
-    ClientUseError,
-    DeadlineExceededError,
-    InvalidArgumentError,
-    StepInProgressError,
-    UnavailableError,
-)
+from optserve.errors import ClientUseError, InvalidArgumentError
 from optserve.optimizer import Optimizer
-
-CLOSE_TIMEOUT_S = 2.0
-"""How long `Place.close` waits for a server that is to delete an optimizer."""
+from optserve.torch._unnamed import DELETE_TIMEOUT_S, Unnamed, delete_abandoned, keep
 
 
 @dataclass(frozen=True)
@@ -50,10 +42,11 @@ class Place:
 
     def __init__(self, server: str | Client | Optimizer, choices: Choices, wanted: Wanted) -> None:
         check_if_exists(choices.if_exists)
+        delete_abandoned()
         self._closed = False
         self.existed = isinstance(server, Optimizer)
         self._own_client: Client | None = None
-        self._deletes: Client | None = None
+        self._unnamed: Unnamed | None = None
         if isinstance(server, Optimizer):
             adopt(server, wanted)
             self._remote = server
@@ -68,7 +61,9 @@ class Place:
             if self._own_client is not None:
                 self._own_client.close()
             raise
-        self._deletes = server if choices.name is None else None
+        if choices.name is None:
+            self._unnamed = Unnamed(name, server, owns_client=self._own_client is not None)
+            keep(self, self._unnamed)
 
     @property
     def remote(self) -> Optimizer:
@@ -80,34 +75,27 @@ class Place:
     def __repr__(self) -> str:
         return "closed" if self._closed else repr(self._remote)
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float = DELETE_TIMEOUT_S, for_good: bool = False) -> None:
         """Close the stream, and the connection that `server` has opened; delete an optimizer that got no name.
 
         If no server answers in time, there is a warning with the name of the optimizer that stays there.
+
+        Args:
+            timeout_s: How long to wait for the server to delete it.
+            for_good: Interrupt the step that another thread is making, instead of waiting for it.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            self._remote.close()
-            if self._deletes is not None:
-                self._delete(self._deletes)
+            # A client that is closed has closed the stream; one that a fork has inherited has none.
+            with suppress(ClientUseError):
+                self._remote.close(for_good=for_good)
         finally:
-            if self._own_client is not None:
+            if self._unnamed is not None:
+                self._unnamed.delete(timeout_s)
+            elif self._own_client is not None:
                 self._own_client.close()
-
-    def _delete(self, client: Client) -> None:
-        name = self._remote.name
-        try:
-            client.delete_optimizer(name, missing_ok=True, timeout_s=CLOSE_TIMEOUT_S)
-        except (UnavailableError, DeadlineExceededError, StepInProgressError) as error:
-            # An end of a with-block would otherwise replace the error that has ended it.
-            warnings.warn(
-                f"{name!r} may stay at the server, because it could not be deleted: {error} "
-                f"`optserve optimizers delete {name}` deletes it.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 def existing_method(server: object, algorithm: object, name: str | None) -> Algorithm:

@@ -52,7 +52,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         server: The server's address, a client, or an optimizer in delta mode that exists.
         algorithm: The method with its hyper-parameters, which are the defaults of all groups. By default that of the
             optimizer that exists.
-        name: The optimizer's name at the server. Without a name it gets a random one, and `close` deletes it.
+        name: The optimizer's name at the server. Without a name it gets a random one, and is deleted by `close`, or
+            when Python ends.
         if_exists: What happens if the server has an optimizer of that name: an `error`, `resume` to go on with its
             state under the settings given here, or `replace` to delete it and begin anew. To go on with the weights and
             the state of one moment, load both from a checkpoint of torch.
