@@ -258,12 +258,56 @@ def test_a_step_under_way_is_not_disturbed(stub, name):
             # Once its begin is answered, the first step is under way.
             other.send(begin("t"))
             assert details(other.error())[0] == "STEP_IN_PROGRESS"
+        # It waits for the end of that step, for half of the time that the call has.
         with refused(ABORTED, "STEP_IN_PROGRESS") as seen:
-            add(stub, first(full_name, commit=steps_pb2.Commit()))
+            stub.AddParameters(iter([first(full_name, commit=steps_pb2.Commit())]), timeout=2)
         assert seen["retry_s"]
         opened.send(commit())
         assert opened.reply()[1].step == 1
     assert len(get(stub, full_name).parameters) == 1
+
+
+def test_it_comes_between_two_steps_of_a_client_that_makes_no_pause(stub, name):
+    full_name = hosted(stub, name)
+    answers = list[Any]()
+
+    def messages(turn: int, sent: threading.Event) -> Iterator[Request]:
+        yield first(full_name, f"r{turn}", [optimizer_pb2.Parameter(name=f"p{turn}", shape=[2])])
+        yield part(0, C.tobytes())
+        yield END
+        sent.set()
+
+    def add_to_it(turn: int, sent: threading.Event) -> None:
+        answers.append(stub.AddParameters(messages(turn, sent), timeout=30))
+
+    for turn in range(20):
+        sent = threading.Event()
+        thread = threading.Thread(target=add_to_it, args=(turn, sent))
+        with stream(stub, full_name, parameter_count=1) as opened:
+            opened.send(begin(), chunk(0, 0, C.tobytes()))
+            thread.start()
+            sent.wait(30)
+            while thread.is_alive():
+                # The next step begins as soon as this one has ended.
+                opened.send(commit(), begin(), chunk(0, 0, C.tobytes()))
+                opened.reply()
+            opened.send(commit())
+            opened.reply()
+        assert len(answers) == turn + 1
+    assert len(get(stub, full_name).parameters) == 21
+
+
+def test_while_workers_are_alive_a_call_is_refused_before_it_brings_values(stub, client, name):
+    x, done = {"a": np.ones(2, np.float32)}, threading.Event()
+    client.create_optimizer(name, optserve.Sgd(), x, hosted=True, consistency=optserve.Async())
+
+    def messages() -> Iterator[Request]:
+        yield first(f"optimizers/{name}")
+        done.wait(30)
+
+    with client.worker(name, "alice"), refused(PRECONDITION, "WORKERS_ATTACHED", "name"):
+        stub.AddParameters(messages(), timeout=20)
+    done.set()
 
 
 def test_while_workers_are_alive_none_are_added(stub, client, name):

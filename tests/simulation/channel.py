@@ -42,7 +42,8 @@ class Channel(grpc.Channel):
             raise ValueError("Cannot invoke RPC on closed channel!")
         call = Call(self._network, self, method)
         if timeout_s is not None:
-            self._world.at(self._world.now + timeout_s, call.expire)
+            call.deadline = self._world.now + timeout_s
+            self._world.at(call.deadline, call.expire)
         self.calls[call] = None
         self._network.begin(call)
         return call

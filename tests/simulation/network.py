@@ -169,6 +169,7 @@ class Call:
     Attributes:
         requests: Bytes to the server.
         responses: Bytes to the client; at the end a Status.
+        deadline: When it ends anyway.
     """
 
     def __init__(self, network: Network, channel: Connections, method: str) -> None:
@@ -177,6 +178,7 @@ class Call:
         self.requests = Pipe(network.world, network.weather, self._end_at_server)
         self.responses = Pipe(network.world, network.weather)
         self.is_active = True
+        self.deadline: float | None = None
         self._channel = channel
         self._callbacks: list[Callable[[], object]] = []
         self._ending: Status | None = None
@@ -194,6 +196,10 @@ class Call:
         if self.is_active:
             self._callbacks.append(callback)
         return self.is_active
+
+    def time_remaining(self) -> float | None:
+        """See grpc.ServicerContext."""
+        return None if self.deadline is None else max(self.deadline - self.network.world.now, 0.0)
 
     def messages(self) -> Iterator[bytes]:
         """What the client sends, up to its half-close.

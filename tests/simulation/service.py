@@ -39,6 +39,7 @@ class Context:
 
     def __init__(self, call: Call) -> None:
         self.add_callback = call.add_callback
+        self.time_remaining = call.time_remaining
 
 
 class Server:

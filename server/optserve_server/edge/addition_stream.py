@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 from optserve._common import wire
@@ -12,6 +12,7 @@ from optserve_server.domain.errors import OptserveError, Reason, renaming_fields
 from optserve_server.edge import messages, settings_messages
 from optserve_server.edge.gate.places import record_progress
 from optserve_server.engine.addition import NewParameters, addition
+from optserve_server.engine.change_queue import WAIT_S
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import Step
@@ -30,13 +31,19 @@ _FIELDS = {
 }
 
 
-def add_parameters(optimizers: Optimizers, frames: Iterator[AddFrame], max_message_bytes: int) -> Optimizer:
+def add_parameters(
+    optimizers: Optimizers,
+    frames: Iterator[AddFrame],
+    max_message_bytes: int,
+    time_left_s: Callable[[], float | None],
+) -> Optimizer:
     """Add the parameters in the frames, and return their optimizer. Without a commit nothing changes.
 
     Args:
         optimizers: The optimizers of the server.
         frames: The messages of the call.
         max_message_bytes: Largest message that shows an optimizer.
+        time_left_s: The time until the deadline of the call; None if it has none.
 
     Raises:
         OptserveError: See `addition`, `Step.stage` and `Step.commit`. INVALID_FIELD if there is no commit.
@@ -50,10 +57,15 @@ def add_parameters(optimizers: Optimizers, frames: Iterator[AddFrame], max_messa
     def check(layout: Layout, settings: Settings) -> None:
         messages.check_showable(layout, settings, max_message_bytes)
 
+    def wait_s() -> float:
+        left_s = time_left_s()
+        # The other half is for the work, and for the error if there is one.
+        return WAIT_S if left_s is None else min(WAIT_S, left_s / 2)
+
     with renaming_fields(_FIELDS):
         optimizers.capacity.check_count(len(start.parameters))
         wire_dtype = messages.wire_dtype(start.wire_type, "wire_type")
-        with addition(optimizers, optimizer, _new_parameters(optimizer, start), check, wire_dtype) as step:
+        with addition(optimizers, optimizer, _new_parameters(optimizer, start), check, wire_dtype, wait_s) as step:
             for frame in chain((first,), frames):
                 _stage(step, frame, optimizer)
                 if frame.header.HasField("commit"):

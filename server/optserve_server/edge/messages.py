@@ -1,4 +1,4 @@
-"""Turns protobuf messages into objects of the domain and back, and checks what the message alone can show."""
+"""ChangeQueue protobuf messages into objects of the domain and back, and checks what the message alone can show."""
 
 from __future__ import annotations
 

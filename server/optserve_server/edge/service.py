@@ -138,10 +138,14 @@ class Servicer:
         item = self._optimizers.update(optimizer_id, change, request.optimizer.etag)
         return pb.UpdateOptimizerResponse(optimizer=messages.optimizer(item))
 
-    def add_parameters(self, requests: Iterator[addition_stream.AddFrame]) -> additions_pb2.AddParametersResponse:
+    def add_parameters(
+        self, requests: Iterator[addition_stream.AddFrame], context: grpc.ServicerContext
+    ) -> additions_pb2.AddParametersResponse:
         """Add parameters to a live optimizer."""
         with self._drain_gate.step():
-            item = addition_stream.add_parameters(self._optimizers, requests, self._config.max_message_bytes)
+            item = addition_stream.add_parameters(
+                self._optimizers, requests, self._config.max_message_bytes, context.time_remaining
+            )
         return additions_pb2.AddParametersResponse(optimizer=messages.optimizer(item))
 
     def delete_optimizer(self, request: pb.DeleteOptimizerRequest) -> pb.DeleteOptimizerResponse:
@@ -291,8 +295,8 @@ def handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
             checkpoints_pb2.ImportStateResponse.SerializeToString,
         ),
         "AddParameters": grpc.stream_unary_rpc_method_handler(
-            lambda requests, _context: servicer.add_parameters(
-                messages.decode(addition_stream.decode_add, raw) for raw in requests
+            lambda requests, context: servicer.add_parameters(
+                (messages.decode(addition_stream.decode_add, raw) for raw in requests), context
             ),
             None,
             additions_pb2.AddParametersResponse.SerializeToString,

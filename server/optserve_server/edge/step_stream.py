@@ -57,7 +57,7 @@ class StepStream:
         drain_gate: Asked before each step.
         upload_limiter: Passed by the steps of workers that announce them.
         config: For the limits.
-        to_status: Turns any exception of a step into the status that the client gets.
+        to_status: ChangeQueue any exception of a step into the status that the client gets.
         clock: The time.
     """
 

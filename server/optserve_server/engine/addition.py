@@ -13,12 +13,14 @@ import numpy as np
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import changes, footprint
+from optserve_server.engine.change_queue import WAIT_S
 from optserve_server.engine.optimizer import Optimizer
 from optserve_server.engine.record_encoding import ArenaValues
 from optserve_server.engine.records import AdditionRecord
 from optserve_server.engine.registry import Optimizers, new_token
 from optserve_server.engine.transaction import NOTHING, Outcome, ReplyChunk, Step, StepRequest, check_request_id
 from optserve_server.engine.transition import Room
+from optserve_server.numerics.compiling import compile_ahead
 from optserve_server.numerics.layout import ALL, Layout, Operand, Payload, Run
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.staging import Staging, Upload
@@ -72,7 +74,12 @@ class NewParameters(NamedTuple):
 
 @contextmanager
 def addition(
-    optimizers: Optimizers, optimizer: Optimizer, new: NewParameters, check: Check, wire: np.dtype | None = None
+    optimizers: Optimizers,
+    optimizer: Optimizer,
+    new: NewParameters,
+    check: Check,
+    wire: np.dtype | None = None,
+    wait_s: Callable[[], float] = lambda: WAIT_S,
 ) -> Iterator[Step]:
     """Add parameters, once per request id, for the length of a with-block.
 
@@ -85,16 +92,22 @@ def addition(
         new: The parameters.
         check: Checks what the optimizer would have.
         wire: Dtype of the payload; None for each parameter's own.
+        wait_s: Called at the commit: how long it may wait for the end of a step under way.
 
     Raises:
-        OptserveError: INVALID_FIELD, REQUEST_ID_REUSED, ETAG_MISMATCH, STATE_REPLACED, DUPLICATE_PARAMETER,
-            MODEL_TOO_LARGE, SERVER_FULL, HYPERPARAMETER_OUT_OF_RANGE, or what `check` raises. The commit also raises
-            MISSING_CHUNK and what `changes.add_parameters` raises.
+        OptserveError: INVALID_FIELD, REQUEST_ID_REUSED, WORKERS_ATTACHED, ETAG_MISMATCH, STATE_REPLACED,
+            DUPLICATE_PARAMETER, MODEL_TOO_LARGE, SERVER_FULL, HYPERPARAMETER_OUT_OF_RANGE, or what `check` raises. The
+            commit also raises MISSING_CHUNK, STEP_IN_PROGRESS if a step has not ended in time, and what
+            `changes.add_parameters` raises.
     """
     check_request_id(new.request_id)
-    call = _Call(optimizers, optimizer, new, check)
+    call = _Call(optimizers, optimizer, new, check, wait_s)
     # An upload that cannot succeed is refused before it begins. The commit plans once more.
-    is_made = call.plan() is None
+    plan = call.plan()
+    is_made = plan is None
+    if plan is not None:
+        # Now, so that no step waits for it.
+        compile_ahead(plan.settings, plan.layout.dtypes, optimizers.backend)
     is_uploaded = optimizer.settings.hosted and not is_made
     with optimizers.reserving(optimizer.id, new.layout.size_bytes if is_uploaded else 0):
         if is_uploaded:
@@ -125,11 +138,19 @@ class _Call:
         staging: The buffer with x of the new parameters; None if there is none to be uploaded.
     """
 
-    def __init__(self, optimizers: Optimizers, optimizer: Optimizer, new: NewParameters, check: Check) -> None:
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        optimizer: Optimizer,
+        new: NewParameters,
+        check: Check,
+        wait_s: Callable[[], float],
+    ) -> None:
         self._optimizers = optimizers
         self._optimizer = optimizer
         self._new = new
         self._check = check
+        self._wait_s = wait_s
         self.monotonic = optimizer.steps.main.monotonic
         self.staging: Staging | None = None
 
@@ -145,6 +166,7 @@ class _Call:
             optimizer.steps.check_lineage(new.lineage)
             if optimizer.settings.hosted:
                 optimizer.steps.check_placed()
+            changes.check_no_workers(optimizer.steps)
             before, settings = optimizer.layout, optimizer.settings
             for position, item in enumerate(new.layout.parameters):
                 if item.name in before.indices:
@@ -186,8 +208,9 @@ class _Call:
         """Add the parameters."""
         if not step.replay:
             step.check_complete()
-            while (plan := self.plan()) is not None and not self._carry_out(plan):
-                pass
+            with self._optimizer.steps.change_queue.between_steps(self._wait_s()):
+                while (plan := self.plan()) is not None and not self._carry_out(plan):
+                    pass
             step.committed = True
         return Outcome(step.request_id, self._optimizer.steps.step, replayed=step.replay)
 
@@ -197,7 +220,7 @@ class _Call:
         required = footprint.permanent_bytes(plan.layout, plan.settings)
         temporary = optimizers.capacity.temporary_bytes(plan.layout, plan.settings)
         with optimizers.reserving(optimizer.id, required, temporary):
-            # Without the lock, because compiling and allocating take long.
+            # Without the lock, because allocating takes long.
             room = _memory_for(optimizer.id, lambda: Room.of(plan.layout, plan.settings, optimizers.backend))
             with optimizer.steps.locked_state():
                 if optimizer.etag != plan.etag:

@@ -30,6 +30,11 @@ def replace(steps: Steps, record: ReplacementRecord) -> None:
         transition.note_replacement(steps, record, lsn)
 
 
+def check_no_workers(steps: Steps) -> None:
+    """Raise WORKERS_ATTACHED if workers are alive, whose streams and buffers are of the present parameters."""
+    steps.workers.check_none_alive("add parameters", "name")
+
+
 def add_parameters(steps: Steps, record: AdditionRecord, room: Room) -> None:
     """Let an optimizer have more parameters.
 
@@ -46,7 +51,7 @@ def add_parameters(steps: Steps, record: AdditionRecord, room: Room) -> None:
         steps.check_usable()
         if record.settings.hosted:
             steps.check_placed()
-        steps.workers.check_none_alive("add parameters", "name")
+        check_no_workers(steps)
         steps.main.evict_if_idle()
         steps.workers.take_buffers_back()
         # A client can write into its segment at any time; what it has overwritten is no reply any more.

@@ -21,6 +21,7 @@ from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import check_request_id
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.numerics.backends import Backend
+from optserve_server.numerics.compiling import compile_ahead
 from optserve_server.numerics.layout import Layout
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.shared_segment import Segment
@@ -233,6 +234,7 @@ class Optimizers:
             OptserveError: OPTIMIZER_NOT_FOUND, ETAG_MISMATCH, HYPERPARAMETER_OUT_OF_RANGE, or what `change` raises.
         """
         optimizer = self.get(optimizer_id)
+        self._compile_ahead(optimizer, change)
         with optimizer.steps.locked_state():
             optimizer.check_etag(etag)
             settings = change(optimizer.settings, optimizer.layout)
@@ -244,6 +246,16 @@ class Optimizers:
             optimizer.steps.update(UpdateRecord(optimizer_id, settings, new_token(), self.clock.now()))
         logger.info("updated %s: %s", optimizer_id, optimizer.settings.summary)
         return optimizer
+
+    def _compile_ahead(self, optimizer: Optimizer, change: Callable[[Settings, Layout], Settings]) -> None:
+        """Compile what steps will call, without the lock of the optimizer. An impossible change is refused later."""
+        try:
+            with optimizer.steps.locked_state() as state:
+                settings = change(state.settings, state.layout)
+                state.check(settings)
+        except OptserveError:
+            return
+        compile_ahead(settings, state.layout.dtypes, self.backend)
 
     def replace(
         self,
@@ -266,6 +278,7 @@ class Optimizers:
             OptserveError: REQUEST_ID_REUSED, ETAG_MISMATCH (also if parameters were added since the state was read),
                 STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or what `change` raises.
         """
+        self._compile_ahead(optimizer, change)
         with optimizer.steps.locked_state():
             if optimizer.was_replaced_by(request_id, state.target):
                 return

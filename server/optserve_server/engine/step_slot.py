@@ -238,7 +238,11 @@ class StepSlot(abc.ABC):
 
 
 class ClientSlot(StepSlot):
-    """The step slot of an optimizer. It always has its buffer, which a client on the same host may share."""
+    """The step slot of an optimizer. It always has its buffer, which a client on the same host may share.
+
+    Attributes:
+        on_free: Called when a step has ended, as long as somebody waits for that; see `ChangeQueue`.
+    """
 
     def __init__(
         self,
@@ -251,6 +255,7 @@ class ClientSlot(StepSlot):
     ) -> None:
         super().__init__(name, state, lock, commit, idle_step_s, clock)
         self.buffer = self._staging = Staging(state)
+        self.on_free: Callable[[], object] | None = None
 
     @property
     def staging(self) -> Staging:
@@ -262,7 +267,8 @@ class ClientSlot(StepSlot):
         return reply is PARAMETERS or (retained.intact and retained.holds is reply)
 
     def _became_free(self) -> None:
-        """Nothing to do: nobody waits for this buffer."""
+        if self.on_free is not None:
+            self.on_free()
 
     def leave_segment(self) -> None:
         """See StepSlot. A client can write into its segment at any time, also during another client's step."""

@@ -21,6 +21,7 @@ from optserve._common.clock import SYSTEM, Clock
 from optserve_server.domain import refusals
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine import transition
+from optserve_server.engine.change_queue import ChangeQueue
 from optserve_server.engine.committer import Committer
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import DeletionRecord, UpdateRecord
@@ -36,6 +37,7 @@ from optserve_server.engine.transaction import (
 from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.coordinator import Workers
+from optserve_server.numerics.compiling import compile_for_step
 from optserve_server.numerics.layout import ALL, Operand, Payload, Payloads, Selection
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.shared_segment import Segment
@@ -60,6 +62,7 @@ class Steps:
 
     Attributes:
         main: Where its client makes steps, if it has one.
+        change_queue: For changes that come between two of its steps.
         workers: Those who share it otherwise.
         step: Steps that were applied.
         lsn: Number that the last change was given.
@@ -93,6 +96,7 @@ class Steps:
         self.committer = Committer(self, name, state, durability)
         self.payloads = Payloads(state.layout)
         self.main = ClientSlot(name, state, self._lock, self.committer.commit, idle_step_s, clock)
+        self.change_queue = ChangeQueue(self.lock, self.main)
         budget = buffer_budget or BufferBudget(1 << 62, 1 << 62, clock=clock)
         self.workers = Workers(name, state, self, budget, idle_step_s, clock)
         self.placed_by: str | None = None
@@ -138,7 +142,10 @@ class Steps:
                 GRADIENT_LATE, STAGING_FULL, STATE_LOST, or OPTIMIZER_NOT_FOUND when it was deleted meanwhile.
         """
         check_request_id(request.request_id)
-        worker = request.worker
+        worker, own = request.worker, request.options.settings
+        if own is not None:
+            # Without the lock, because other calls would wait for it too.
+            compile_for_step(self._state.settings, own, self._state.layout.dtypes, self._state.backend)
         if worker:
             with self._lock:
                 self._check_worker(worker)
@@ -147,6 +154,7 @@ class Steps:
                 known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
             )
         with self._lock:
+            self.change_queue.wait_to_begin()
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)
             step = self.main.holder = self._make(self.main, request)

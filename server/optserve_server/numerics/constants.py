@@ -89,7 +89,7 @@ class Constants:
     def __init__(self, layout: Layout, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
         self.parameter_count = len(layout.parameters)
-        self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
+        self._dtypes = layout.dtypes
         # Settings are checked for some dtype also if all parameters are empty.
         self._all_dtypes = self._dtypes or list(layout.sizes)
         self._position_of = {
@@ -176,10 +176,6 @@ class Constants:
             factor = factor / (1 + staleness)
         rounded = dtype.type(factor)
         return Decay(place if rounded else DecayPlace.NOWHERE, rounded)
-
-    def decay_places(self, dtype: np.dtype) -> set[DecayPlace]:
-        """Where steps take weight decay off; empty if the server does not hold x."""
-        return {self.decay(dtype, i, 0, 0).place for i in range(len(self.rules))} if self.settings.hosted else set()
 
     @property
     def added_decay(self) -> float:

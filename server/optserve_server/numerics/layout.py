@@ -74,6 +74,7 @@ class Layout:
         indices: Index of each parameter by name.
         starts: First element of each parameter in the arena of its dtype.
         sizes: Elements of each arena.
+        dtypes: Those of the arenas that are not empty.
         size_bytes: Bytes of all parameters.
     """
 
@@ -86,6 +87,7 @@ class Layout:
         for parameter in parameters:
             self.starts.append(self.sizes[parameter.dtype])
             self.sizes[parameter.dtype] += parameter.size
+        self.dtypes = [dtype for dtype, size in self.sizes.items() if size]
         self.size_bytes = sum(dtype.itemsize * size for dtype, size in self.sizes.items())
 
     def arenas(self, buffer: np.ndarray) -> Arenas:

@@ -14,6 +14,7 @@ from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.backends.base import Decay, Stretch
 from optserve_server.numerics.clipping import Clip
+from optserve_server.numerics.compiling import compile_ahead
 from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
@@ -58,13 +59,12 @@ class State:
         # (constants, step, staleness) of the last step that was applied.
         self._last: tuple[Constants, int, int] | None = None
         self.last_learning_rates: tuple[float, ...] = ()
-        self._dtypes = [dtype for dtype, size in layout.sizes.items() if size]
         self._bounds = StepBounds(Headroom(self._extremes, hosted=settings.hosted))
         self.set(settings)
         rule = settings.rule
         self.operand_kinds = operands_of(rule)
         self.slots: dict[np.dtype, list[Any]] = {
-            dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self._dtypes
+            dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self.layout.dtypes
         }
         self.parameters: Arenas = layout.arenas(backend.staging(layout.size_bytes)) if settings.hosted else {}
         self.parameter_steps = np.zeros(len(layout.parameters) if rule.counts_steps else 0, np.int64)
@@ -83,7 +83,7 @@ class State:
         settings.check()
         rules = settings.rules()
         # Where all tensors are empty, those that the tensors would have.
-        for dtype in self._dtypes or {parameter.dtype for parameter in self.layout.parameters}:
+        for dtype in self.layout.dtypes or {parameter.dtype for parameter in self.layout.parameters}:
             for rule in rules:
                 rule.check(dtype)
         return rules
@@ -91,17 +91,16 @@ class State:
     def set(self, settings: Settings) -> None:
         """Change the settings. If one is out of range, raises HYPERPARAMETER_OUT_OF_RANGE and changes none."""
         rules = self.check(settings)
+        compile_ahead(settings, self.layout.dtypes, self.backend)
         self.settings = settings
         self.limits = {
             (operand, dtype): self._limit(operand, dtype, rules)
             for operand in operands_of(settings.rule)
-            for dtype in self._dtypes
-        } | {(Operand.PARAMETER, dtype): float(np.finfo(dtype).max) for dtype in self._dtypes}
+            for dtype in self.layout.dtypes
+        } | {(Operand.PARAMETER, dtype): float(np.finfo(dtype).max) for dtype in self.layout.dtypes}
         self._constants = constants_of(self.layout, settings, rules)
         self._of_step = None
         self._bounds.set(self._constants)
-        for dtype in self._dtypes:
-            self.backend.compile_ahead(type(settings.rule), dtype, self._constants.decay_places(dtype))
 
     def constants_for(self, settings: StepSettings | None) -> Constants:
         """The constants of a step with those settings.
@@ -129,7 +128,7 @@ class State:
                 tuple(self.backend.extremes(slot) for slot in self.slots[dtype]),
                 self.backend.largest(self.parameters[dtype]) if self.parameters else 0.0,
             )
-            for dtype in self._dtypes
+            for dtype in self.layout.dtypes
         }
 
     @staticmethod
@@ -149,7 +148,7 @@ class State:
         for dtype, arena in self.parameters.items():
             self.backend.copy(arena, larger.parameters[dtype][: arena.size])
         larger.parameter_steps[: self.parameter_steps.size] = self.parameter_steps
-        self.layout, self._dtypes = larger.layout, larger._dtypes
+        self.layout = larger.layout
         self.slots, self.parameters, self.parameter_steps = larger.slots, larger.parameters, larger.parameter_steps
         self.set(larger.settings)
 
