@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ import optserve.aio
 from client.evil_server import DTYPES, SHAPES, EvilServer
 from optserve.algorithms import ALGORITHMS
 from optserve.v1 import algorithms_pb2, service_pb2, steps_pb2
-from service.wire_client import begin, chunk, commit, create, details, stream
+from service.wire_client import begin, chunk, commit, create, details, refused, stream
 
 PARAMS = {"w": np.zeros((30, 7), np.float32), "b": np.zeros(9), "v": np.zeros(5, np.float32)}
 GROUPS = [optserve.Group(("b",)), optserve.Group(("v",))]
@@ -452,3 +453,92 @@ def test_an_older_server_is_not_sent_what_it_would_ignore():
 def test_the_feature_is_listed(client):
     available = [item.feature for item in client.server_info().features if item.available]
     assert service_pb2.FEATURE_STEP_SETTINGS in available
+
+
+# --- Groups are named by their positions
+
+ZERO = {key: np.zeros(2) for key in ("a", "b", "c")}
+TWO = [optserve.Group(("a",), {"learning_rate": 1.0}), optserve.Group(("b",))]
+RATES = [{"learning_rate": 1.0}, {"learning_rate": 2.0}, {"learning_rate": 4.0}]
+
+
+@pytest.fixture
+def pair(client, name):
+    """Two objects of one optimizer with groups, of one client."""
+    return client.create_optimizer(name, SGD, ZERO, groups=TWO), client.optimizer(name)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_settings_for_groups_that_another_client_has_reordered_are_refused(server, client, name, transport):
+    client.create_optimizer(name, SGD, ZERO, groups=TWO)
+    opt, other = client.optimizer(name, transport=transport), client.optimizer(name)
+    ones = {key: np.ones(2) for key in ZERO}
+    opt.step(ones, hyperparameters=RATES)
+    other.update(groups=TWO[::-1])
+    for call in range(2):
+        with pytest.raises(optserve.EtagMismatchError, match=r"changed the groups of .*call refresh\(\)") as error:
+            opt.step(ones, hyperparameters=RATES)
+        assert (opt.current_step, error.value.reason) == (1, "ETAG_MISMATCH"), call
+    # Without settings, and with some for all parameters, it does not matter which groups there are.
+    opt.step(ones)
+    opt.step(ones, hyperparameters={"learning_rate": 1.0})
+    opt.refresh()
+    updates = opt.step(ones, hyperparameters=RATES)
+    assert [updates[key][0] for key in ZERO] == [-4.0, -2.0, -1.0]
+
+
+def test_other_changes_of_another_client_disturb_no_step(pair):
+    opt, other = pair
+    ones = {key: np.ones(2) for key in ZERO}
+    for update in ({"clipping": optserve.Clipping(value=0.5)}, {"learning_rate": 9.0}, {"groups": TWO}):
+        other.update(**update)
+        updates = opt.step(ones, hyperparameters=RATES)
+        assert [updates[key][0] for key in ZERO] == [-1.0, -2.0, -0.5]
+    other.add_parameters({"d": np.ones(1)})
+    opt.step(ones, hyperparameters=RATES)
+
+
+def test_one_that_is_under_way_is_refused_too_and_the_next_one_knows_what_it_was(pair):
+    opt, other = pair
+    other.update(groups=TWO[:1])
+
+    def make() -> None:
+        with opt.begin_step(hyperparameters=RATES) as step:
+            for key in ZERO:
+                step.send(key, np.ones(2))
+
+    with pytest.raises(optserve.EtagMismatchError, match="send the step's settings for its present groups"):
+        make()
+    opt.refresh()
+    with pytest.raises(optserve.InvalidArgumentError, match="it needs 2"):
+        make()
+
+
+def test_the_server_compares_an_etag_at_begin_and_at_commit_and_not_in_a_replay(stub, client, name):
+    opt = client.create_optimizer(name, SGD, ONE, groups=[optserve.Group(("x",))])
+    name = f"optimizers/{name}"
+
+    def etag() -> str:
+        return stub.GetOptimizer(service_pb2.GetOptimizerRequest(name=name)).optimizer.etag
+
+    known = etag()
+    settings = [steps_pb2.StepSettings(group=1)]
+    with stream(stub, name) as opened:
+        opened.send(begin("one", settings=settings, etag=known), chunk(0, 0, ONE["x"].tobytes()), commit())
+        opened.reply()
+        opened.send(begin("two", settings=settings, etag=known), chunk(0, 0, ONE["x"].tobytes()))
+        opt.update(learning_rate=0.25)
+        opened.send(commit())
+        reason, metadata, field, _ = details(opened.error())
+        assert (reason, metadata["etag"], field) == ("ETAG_MISMATCH", etag(), "begin.etag")
+        opened.send(begin("two", settings=settings, etag=known))
+        assert details(opened.error())[0] == "ETAG_MISMATCH"
+        opened.send(commit(), begin("one", settings=settings, etag=known), commit())
+        assert opened.reply()[1].replayed
+    request = steps_pb2.ApplyGradientsRequest(
+        name=name, request_id="two", gradients=[steps_pb2.Tensor(name="x", data=ONE["x"].tobytes())], etag=known
+    )
+    with refused(grpc.StatusCode.ABORTED, "ETAG_MISMATCH", "etag"):
+        stub.ApplyGradients(request)
+    request.etag = etag()
+    assert stub.ApplyGradients(request).result.step == 2

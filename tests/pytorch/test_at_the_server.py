@@ -48,6 +48,29 @@ def test_a_step_of_a_server_that_has_lost_the_state_says_what_to_do():
             optimizer.close()
 
 
+def test_groups_that_another_client_has_changed_get_no_settings_of_others(client, name):
+    model = network()
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    optimizer = RemoteOptimizer(groups, client, optserve.Sgd(0.5), name=name)
+    loop(model, optimizer, range(2))
+    other = client.optimizer(name)
+    other.update(clipping=optserve.Clipping(global_norm=100.0))
+    optimizer.param_groups[0]["lr"] = 0.25
+    loop(model, optimizer, range(2, 3))
+    own = other.groups
+    other.update(groups=own[::-1])
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(optserve.EtagMismatchError, match="changed the groups"):
+            loop(model, optimizer, range(3, 4))
+        # Also when it knows the present ones.
+        optimizer.remote.refresh()
+    assert all(map(torch.equal, before, model.parameters()))
+    other.update(groups=own)
+    optimizer.remote.refresh()
+    loop(model, optimizer, range(3, 4))
+
+
 def test_a_name_that_is_taken_is_an_error_or_goes_on_or_begins_anew(client, name):
     whole, model = network(), network()
     loop(whole, RemoteOptimizer(whole.named_parameters(), client, optserve.Adam(0.01), name=f"{name}-whole"), range(20))

@@ -16,7 +16,7 @@ from optserve._steps.incremental import IncrementalGradients, StepUnderWay
 from optserve._steps.shared_memory import GRADIENT, SharedBuffers
 from optserve._steps.updates import Updates
 from optserve._values.step_settings import StepHyperparameters, StepOptions, step_options
-from optserve.errors import InvalidArgumentError
+from optserve.errors import EtagMismatchError, InvalidArgumentError
 from optserve.v1 import optimizer_pb2, steps_pb2
 
 __all__ = ["Optimizer", "ReplyName", "StepHyperparameters", "TransportName", "WireDtype"]
@@ -103,6 +103,8 @@ class Optimizer(Stepper):
             InvalidArgumentError: A name, shape, dtype or value is wrong, or a hyper-parameter is out of its range;
                 nothing was changed.
             FeatureUnavailableError: The server is too old for `hyperparameters` and `with_gradient_norm`.
+            EtagMismatchError: Another client has changed the groups for which `hyperparameters` has mappings. See
+                `refresh`.
             WrongStepError: Another client has made a step of this optimizer; nothing was changed. See `refresh`.
             StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `replay` and `refresh`.
             UnavailableError: The server accepts no step now; the message says why.
@@ -149,7 +151,20 @@ class Optimizer(Stepper):
             indices, arrays, whole=len(indices) == len(self._model.parameters), wire=self._wire, curvature=diagonals
         )
         gradients.options = options
-        self._session.step(gradients, updates, patience)
+        try:
+            self._session.step(gradients, updates, patience)
+        except EtagMismatchError as error:
+            if options is None or not self._read_settings(patience):
+                raise EtagMismatchError(
+                    f"Another client has changed the groups of {self.name!r}, or its kind of weight decay: call "
+                    "refresh(), and give hyperparameters for the present ones.",
+                    reason=error.reason,
+                    metadata=error.metadata,
+                ) from error
+            return self._step(
+                patience, grads, curvature=curvature, out=out, reply=reply, partial=partial,
+                options=options._replace(etag=self._known.etag),
+            )  # fmt: skip
         return self._by_name(updates)
 
     def _updates_for(self, indices: list[int], out: Mapping[str, np.ndarray] | None, reply: ReplyName) -> Updates:

@@ -16,6 +16,22 @@ def state_replaced(name: str, lineage: str, step: int) -> OptserveError:
     )
 
 
+def check_etag(name: str, etag: str, present: str, what_to_do: str = "read it again") -> None:
+    """Raise ETAG_MISMATCH unless an etag is empty or the present one."""
+    if etag and etag != present:
+        raise OptserveError(
+            Reason.ETAG_MISMATCH,
+            f"Optimizer {name!r} has changed since etag {etag!r} was read; {what_to_do}.",
+            field="etag",
+            etag=present,
+        )
+
+
+def check_etag_of_step(name: str, etag: str, present: str) -> None:
+    """The same for a step whose settings name groups by their positions."""
+    check_etag(name, etag, present, "read it again, and send the step's settings for its present groups")
+
+
 def wrong_step(name: str, step: int, expected: int) -> OptserveError:
     """The client expects another step."""
     return OptserveError(

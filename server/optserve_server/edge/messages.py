@@ -1,4 +1,4 @@
-"""ChangeQueue protobuf messages into objects of the domain and back, and checks what the message alone can show."""
+"""Turns protobuf messages into objects of the domain and back, and checks what the message alone can show."""
 
 from __future__ import annotations
 

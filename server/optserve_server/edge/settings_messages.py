@@ -168,9 +168,9 @@ def step_settings(messages: Sequence[steps_pb2.StepSettings], item: Optimizer) -
 def step_options(request: steps_pb2.Begin | steps_pb2.ApplyGradientsRequest, item: Optimizer) -> StepOptions:
     """What a step asks for beside its reply; raises INVALID_FIELD, see `step_settings`."""
     settings = request.settings
-    if not settings and not request.with_gradient_norm:
+    if not settings and not request.with_gradient_norm and not request.etag:
         return PLAIN
-    return StepOptions(step_settings(settings, item) if settings else None, request.with_gradient_norm)
+    return StepOptions(step_settings(settings, item) if settings else None, request.with_gradient_norm, request.etag)
 
 
 def rule(message: algorithms_pb2.Algorithm, path: str = "optimizer.algorithm") -> Rule:

@@ -34,7 +34,9 @@ from optserve_server.numerics.layout import ALL, Selection
 _numbers = itertools.count(1)
 """Of streams, as they are opened."""
 
-_BEGIN_FIELDS = {name: f"begin.{name}" for name in ("request_id", "tensors", "reply", "worker", "parameters_step")}
+_BEGIN_FIELDS = {
+    name: f"begin.{name}" for name in ("request_id", "tensors", "reply", "worker", "parameters_step", "etag")
+}
 _CHUNK_FIELDS = {"tensor": "chunk.tensor", "offset": "chunk.offset", "operand": "chunk.operand"}
 
 
@@ -57,7 +59,7 @@ class StepStream:
         drain_gate: Asked before each step.
         upload_limiter: Passed by the steps of workers that announce them.
         config: For the limits.
-        to_status: ChangeQueue any exception of a step into the status that the client gets.
+        to_status: Turns any exception of a step into the status that the client gets.
         clock: The time.
     """
 

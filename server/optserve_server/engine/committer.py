@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from optserve_server.domain import refusals
 from optserve_server.engine import transition
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import PlacementRecord
@@ -113,8 +114,10 @@ class Committer:
             request_id: Of the step, where they do not.
 
         Raises:
-            OptserveError: GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see `StepSettings.checked_rules`.
+            OptserveError: ETAG_MISMATCH, GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see
+                `StepSettings.checked_rules`.
         """
+        refusals.check_etag_of_step(self._name, options.etag, self._steps.etag)
         staging, step, settings = gradient.staging, self._steps.step, options.settings
         prepared = self._state.prepare(payload, staging.updates, gradient.largest, reply_wires, options)
         if not prepared.covered:

@@ -105,13 +105,7 @@ class Optimizer:
 
     def check_etag(self, etag: str) -> None:
         """Raise ETAG_MISMATCH unless `etag` is empty or the present one."""
-        if etag and etag != self.etag:
-            raise OptserveError(
-                Reason.ETAG_MISMATCH,
-                f"Optimizer {self.id!r} has changed since etag {etag!r} was read; read it again.",
-                field="etag",
-                etag=self.etag,
-            )
+        refusals.check_etag(self.id, etag, self.etag)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ class Steps:
                 raise refusals.wrong_step(self._name, self.step, request.expected_step)
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
+            refusals.check_etag_of_step(self._name, request.options.etag, self.etag)
             if request.options.settings is not None:
                 # Checked now, before gradients arrive, and once more at the commit: an update may come between.
                 self._state.constants_for(request.options.settings)

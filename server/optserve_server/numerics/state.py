@@ -191,7 +191,7 @@ class State:
         Raises:
             OptserveError: See `StepSettings.checked_rules`.
         """
-        settings, with_norm = options
+        settings, with_norm, _ = options
         constants = self._constants if settings is None else self.constants_for(settings)
         if self.settings.clipping is None and not with_norm:
             return COVERED if self._bounds.cover(constants, largest, reply_wires) else UNCOVERED

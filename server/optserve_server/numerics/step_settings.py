@@ -148,10 +148,12 @@ class StepOptions(NamedTuple):
     Attributes:
         settings: Settings for this step only; None for the optimizer's own.
         with_norm: Whether to compute the norm of the gradient.
+        etag: Of the optimizer whose groups the settings name; empty to leave it unchecked.
     """
 
     settings: StepSettings | None = None
     with_norm: bool = False
+    etag: str = ""
 
 
 PLAIN = StepOptions()

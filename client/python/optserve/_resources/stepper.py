@@ -167,6 +167,14 @@ class Stepper(Resource):
             self._session.streams.renew(table.sizes)
         return is_continued
 
+    def _read_settings(self, patience: Patience) -> bool:
+        """Read the settings again; returns whether the groups and the kind of weight decay are the known ones."""
+        present = KnownSettings.of(self._get(max(patience.left_s, 0.001)))
+        is_same = present.has_groups_of(self._known)
+        if is_same:
+            self._known = present
+        return is_same
+
     def refresh(self) -> None:
         """Read the current step, lineage and parameters from the server, and forget the unsettled steps."""
         self._refresh(self._connection.patience(self._connection.config.timeout_s))

@@ -126,6 +126,7 @@ class StepStream:
             if gradients.options is not None:
                 begin.settings.extend(gradients.options.settings)
                 begin.with_gradient_norm = gradients.options.with_gradient_norm
+                begin.etag = gradients.options.etag
         begin.with_curvature, begin.reply = self._takes_curvature, updates.reply
         begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:

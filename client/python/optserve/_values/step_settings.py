@@ -19,18 +19,25 @@ class KnownSettings(NamedTuple):
 
     Attributes:
         method: Name of the method in the contract; empty if this client does not know it.
-        groups: Number of groups.
+        groups: Names of the parameters of each group.
         fixed: Whether the weight decay is of the fixed kind.
+        etag: The optimizer's.
     """
 
     method: str
-    groups: int
+    groups: tuple[tuple[str, ...], ...]
     fixed: bool
+    etag: str
 
     @classmethod
     def of(cls, message: optimizer_pb2.Optimizer) -> Self:
         """What the message of an optimizer says."""
-        return cls(message.algorithm.WhichOneof("method") or "", len(message.groups), is_fixed(message))
+        groups = tuple(tuple(group.parameters) for group in message.groups)
+        return cls(message.algorithm.WhichOneof("method") or "", groups, is_fixed(message), message.etag)
+
+    def has_groups_of(self, other: KnownSettings) -> bool:
+        """Whether settings of a step for the groups of `other` mean the same for these."""
+        return (self.groups, self.fixed) == (other.groups, other.fixed)
 
 
 class StepOptions(NamedTuple):
@@ -39,10 +46,12 @@ class StepOptions(NamedTuple):
     Attributes:
         settings: Settings for this step only.
         with_gradient_norm: Whether the server is to compute the norm of the gradient in any case.
+        etag: The optimizer's whose groups the settings name; empty if they name none.
     """
 
     settings: Sequence[steps_pb2.StepSettings]
     with_gradient_norm: bool
+    etag: str = ""
 
 
 def step_options(
@@ -60,7 +69,8 @@ def step_options(
             number of groups.
     """
     settings = [] if hyperparameters is None else _messages(hyperparameters, known)
-    return StepOptions(settings, with_gradient_norm) if settings or with_gradient_norm else None
+    etag = known.etag if any(message.HasField("group") for message in settings) else ""
+    return StepOptions(settings, with_gradient_norm, etag) if settings or with_gradient_norm else None
 
 
 def _messages(hyperparameters: StepHyperparameters, known: KnownSettings) -> list[steps_pb2.StepSettings]:
@@ -70,7 +80,7 @@ def _messages(hyperparameters: StepHyperparameters, known: KnownSettings) -> lis
         raise InvalidArgumentError(
             "hyperparameters must be a mapping, such as {'learning_rate': 0.1}, or a sequence of mappings."
         )
-    groups = known.groups
+    groups = len(known.groups)
     if len(hyperparameters) != groups + 1:
         raise InvalidArgumentError(
             f"hyperparameters has {len(hyperparameters)} entries; it needs {groups + 1}: one for the parameters in no "

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from optserve._values.step_settings import KnownSettings
 from optserve.algorithms import Algorithm
-from optserve.errors import InvalidArgumentError
+from optserve.errors import EtagMismatchError, InvalidArgumentError
 from optserve.torch._layout import Layout, begins_at_zero, decays, plain
 from optserve.torch._parameters import Parameter
 from optserve.torch._states import differences
@@ -42,6 +43,8 @@ class Groups:
         self.algorithms: list[Algorithm] = []
         self.at_server: list[Algorithm] = []
         self._values: list[tuple[Any, ...]] = []
+        # The settings whose groups were compared with the param groups.
+        self._known: KnownSettings | None = None
         self._tensors: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
 
     def add(self, group: Mapping[str, Any]) -> None:
@@ -87,11 +90,17 @@ class Groups:
                 "step parameters no longer, set requires_grad to False, or the gradient to None; do not remove them."
             )
 
-    def changes(self, groups: ParamGroups) -> list[dict[str, Any]] | None:
-        """The settings of the next step that differ from those at the server, by group; None if none does."""
+    def changes(self, groups: ParamGroups, known: KnownSettings) -> list[dict[str, Any]] | None:
+        """The settings of the next step that differ from those at the server, by group; None if none does.
+
+        Args:
+            groups: torch's param groups.
+            known: The settings at the server; their groups are named by position.
+        """
         algorithms = self.read(groups)
         if algorithms == self.at_server and not self.holds_x:
             return None
+        self._check_groups_at_server(known)
         changes = []
         for group, algorithm, at_server, own in zip(groups, algorithms, self.at_server, self.members, strict=True):
             if own:
@@ -100,6 +109,18 @@ class Groups:
                 if self.holds_x and decay:
                     changes[-1]["weight_decay"] = plain(group["lr"]) * decay
         return changes
+
+    def _check_groups_at_server(self, known: KnownSettings) -> None:
+        """Raise EtagMismatchError unless the server's groups are these: the first has the optimizer's own settings."""
+        if known is self._known:
+            return
+        own = tuple(tuple(parameter.name for parameter in members) for members in self.members if members)
+        if known.groups != own[1:]:
+            raise EtagMismatchError(
+                "Another client has changed the groups of parameters at the server; they are not the param groups any "
+                "more. Change them back, or make a new RemoteOptimizer."
+            )
+        self._known = known
 
     def gradients(self, groups: ParamGroups) -> dict[str, np.ndarray]:
         """The gradients to be sent, with the weight decay that is added to them; raises InvalidArgumentError."""

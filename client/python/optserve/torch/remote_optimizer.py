@@ -157,7 +157,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 loss = closure()
         gradients = self._groups.gradients(self.param_groups)
         if gradients:
-            changes = self._groups.changes(self.param_groups)
+            changes = self._groups.changes(self.param_groups, remote._known)
             whole = len(gradients) == len(remote._model)
             try:
                 replies = remote.step(

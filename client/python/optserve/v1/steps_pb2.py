@@ -28,49 +28,49 @@ from optserve.v1 import algorithms_pb2 as optserve_dot_v1_dot_algorithms__pb2
 from optserve.v1 import optimizer_pb2 as optserve_dot_v1_dot_optimizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/steps.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1coptserve/v1/algorithms.proto\x1a\x1boptserve/v1/optimizer.proto\"\x8e\x03\n\x15\x41pplyGradientsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1a\n\rexpected_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12&\n\tgradients\x18\x04 \x03(\x0b\x32\x13.optserve.v1.Tensor\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12!\n\x05reply\x18\x06 \x01(\x0e\x32\x12.optserve.v1.Reply\x12\x1c\n\x0fparameters_step\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x0f\n\x07lineage\x18\x08 \x01(\t\x12\x0c\n\x04life\x18\t \x01(\x04\x12\x1c\n\x0flast_request_id\x18\n \x01(\tH\x02\x88\x01\x01\x12+\n\x08settings\x18\x0b \x03(\x0b\x32\x19.optserve.v1.StepSettings\x12\x1a\n\x12with_gradient_norm\x18\x0c \x01(\x08\x42\x10\n\x0e_expected_stepB\x12\n\x10_parameters_stepB\x12\n\x10_last_request_id\"c\n\x16\x41pplyGradientsResponse\x12#\n\x06result\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Result\x12$\n\x07updates\x18\x02 \x03(\x0b\x32\x13.optserve.v1.Tensor\"p\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\tdata_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x11\n\tcurvature\x18\x05 \x01(\x0c\"\xd2\x01\n\x12StreamStepsRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.optserve.v1.Open\x12!\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Begin\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x13.optserve.v1.Commit\x12!\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x12.optserve.v1.Abort\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xb8\x01\n\x13StreamStepsResponse\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Opened\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.optserve.v1.Result\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.optserve.v1.StepError\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xc7\x01\n\x04Open\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\twire_type\x18\x02 \x01(\x0e\x32\x15.optserve.v1.DataType\x12)\n\ttransport\x18\x03 \x01(\x0e\x32\x16.optserve.v1.Transport\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12\x0c\n\x04life\x18\x07 \x01(\x04\x12\x17\n\x0fparameter_count\x18\x08 \x01(\r\"\x89\x02\n\x06Opened\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0flast_request_id\x18\x02 \x01(\t\x12)\n\x06limits\x18\x03 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x14\n\x0clast_tensors\x18\x06 \x03(\r\x12\x0f\n\x07lineage\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rstep_settings\x18\t \x01(\x08\x12\x30\n\rshared_memory\x18\x05 \x01(\x0b\x32\x19.optserve.v1.SharedMemory\"\xbb\x01\n\x0cSharedMemory\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cnonce_offset\x18\x03 \x01(\x04\x12\x0f\n\x07offsets\x18\x04 \x03(\x04\x12\x19\n\x11\x63urvature_offsets\x18\x05 \x03(\x04\x12\x14\n\x0c\x64irty_offset\x18\x06 \x01(\x04\x12\x16\n\x0ereplied_offset\x18\x07 \x01(\x04\x12\x16\n\x0e\x63ontrol_socket\x18\x08 \x01(\t\"\xdc\x01\n\x0cServerLimits\x12\x17\n\x0fmax_chunk_bytes\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x1d\n\x15preferred_chunk_bytes\x18\x03 \x01(\r\x12\x1b\n\x13max_parameter_bytes\x18\x04 \x01(\x04\x12\x16\n\x0emax_parameters\x18\x05 \x01(\r\x12\x13\n\x0bmax_streams\x18\x06 \x01(\r\x12\x16\n\x0emax_optimizers\x18\x07 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x08 \x01(\x04\"\xad\x02\n\x05\x42\x65gin\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rexpected_step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07tensors\x18\x03 \x03(\r\x12\x16\n\x0ewith_curvature\x18\x04 \x01(\x08\x12!\n\x05reply\x18\x05 \x01(\x0e\x32\x12.optserve.v1.Reply\x12\x1b\n\x13shared_memory_nonce\x18\x06 \x01(\x0c\x12\x1c\n\x0fparameters_step\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12+\n\x08settings\x18\x08 \x03(\x0b\x32\x19.optserve.v1.StepSettings\x12\x1a\n\x12with_gradient_norm\x18\t \x01(\x08\x42\x10\n\x0e_expected_stepB\x12\n\x10_parameters_step\"\xbd\x01\n\x0cStepSettings\x12\x12\n\x05group\x18\x01 \x01(\rH\x00\x88\x01\x01\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12\x19\n\x0cweight_decay\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12 \n\x13weight_decay_factor\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_groupB\x0f\n\r_weight_decayB\x16\n\x14_weight_decay_factor\"N\n\x05\x43hunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12%\n\x07operand\x18\x03 \x01(\x0e\x32\x14.optserve.v1.Operand\"\x08\n\x06\x43ommit\"\x07\n\x05\x41\x62ort\"\xb7\x01\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12\x1a\n\rgradient_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tstaleness\x18\x05 \x01(\x04\x12\x16\n\x0elearning_rates\x18\x06 \x03(\x01\x12\x14\n\x07\x63lipped\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_gradient_normB\n\n\x08_clipped\"C\n\tStepError\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status*Y\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_STREAM\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02*Z\n\x05Reply\x12\x15\n\x11REPLY_UNSPECIFIED\x10\x00\x12\x11\n\rREPLY_UPDATES\x10\x01\x12\x14\n\x10REPLY_PARAMETERS\x10\x02\x12\x11\n\rREPLY_NOTHING\x10\x03*O\n\x07Operand\x12\x17\n\x13OPERAND_UNSPECIFIED\x10\x00\x12\x14\n\x10OPERAND_GRADIENT\x10\x01\x12\x15\n\x11OPERAND_CURVATURE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17optserve/v1/steps.proto\x12\x0boptserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1coptserve/v1/algorithms.proto\x1a\x1boptserve/v1/optimizer.proto\"\x9c\x03\n\x15\x41pplyGradientsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x1a\n\rexpected_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12&\n\tgradients\x18\x04 \x03(\x0b\x32\x13.optserve.v1.Tensor\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12!\n\x05reply\x18\x06 \x01(\x0e\x32\x12.optserve.v1.Reply\x12\x1c\n\x0fparameters_step\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x0f\n\x07lineage\x18\x08 \x01(\t\x12\x0c\n\x04life\x18\t \x01(\x04\x12\x1c\n\x0flast_request_id\x18\n \x01(\tH\x02\x88\x01\x01\x12+\n\x08settings\x18\x0b \x03(\x0b\x32\x19.optserve.v1.StepSettings\x12\x1a\n\x12with_gradient_norm\x18\x0c \x01(\x08\x12\x0c\n\x04\x65tag\x18\r \x01(\tB\x10\n\x0e_expected_stepB\x12\n\x10_parameters_stepB\x12\n\x10_last_request_id\"c\n\x16\x41pplyGradientsResponse\x12#\n\x06result\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Result\x12$\n\x07updates\x18\x02 \x03(\x0b\x32\x13.optserve.v1.Tensor\"p\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\tdata_type\x18\x03 \x01(\x0e\x32\x15.optserve.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x11\n\tcurvature\x18\x05 \x01(\x0c\"\xd2\x01\n\x12StreamStepsRequest\x12\x1f\n\x04open\x18\x01 \x01(\x0b\x32\x11.optserve.v1.Open\x12!\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Begin\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x13.optserve.v1.Commit\x12!\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x12.optserve.v1.Abort\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xb8\x01\n\x13StreamStepsResponse\x12#\n\x06opened\x18\x01 \x01(\x0b\x32\x13.optserve.v1.Opened\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.optserve.v1.Chunk\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.optserve.v1.Result\x12%\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x16.optserve.v1.StepError\x12\r\n\x04\x64\x61ta\x18\xff\x0f \x01(\x0c\"\xc7\x01\n\x04Open\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\twire_type\x18\x02 \x01(\x0e\x32\x15.optserve.v1.DataType\x12)\n\ttransport\x18\x03 \x01(\x0e\x32\x16.optserve.v1.Transport\x12\x0e\n\x06worker\x18\x04 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\r\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12\x0c\n\x04life\x18\x07 \x01(\x04\x12\x17\n\x0fparameter_count\x18\x08 \x01(\r\"\x89\x02\n\x06Opened\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0flast_request_id\x18\x02 \x01(\t\x12)\n\x06limits\x18\x03 \x01(\x0b\x32\x19.optserve.v1.ServerLimits\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x14\n\x0clast_tensors\x18\x06 \x03(\r\x12\x0f\n\x07lineage\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rstep_settings\x18\t \x01(\x08\x12\x30\n\rshared_memory\x18\x05 \x01(\x0b\x32\x19.optserve.v1.SharedMemory\"\xbb\x01\n\x0cSharedMemory\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cnonce_offset\x18\x03 \x01(\x04\x12\x0f\n\x07offsets\x18\x04 \x03(\x04\x12\x19\n\x11\x63urvature_offsets\x18\x05 \x03(\x04\x12\x14\n\x0c\x64irty_offset\x18\x06 \x01(\x04\x12\x16\n\x0ereplied_offset\x18\x07 \x01(\x04\x12\x16\n\x0e\x63ontrol_socket\x18\x08 \x01(\t\"\xdc\x01\n\x0cServerLimits\x12\x17\n\x0fmax_chunk_bytes\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x1d\n\x15preferred_chunk_bytes\x18\x03 \x01(\r\x12\x1b\n\x13max_parameter_bytes\x18\x04 \x01(\x04\x12\x16\n\x0emax_parameters\x18\x05 \x01(\r\x12\x13\n\x0bmax_streams\x18\x06 \x01(\r\x12\x16\n\x0emax_optimizers\x18\x07 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x08 \x01(\x04\"\xbb\x02\n\x05\x42\x65gin\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rexpected_step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0f\n\x07tensors\x18\x03 \x03(\r\x12\x16\n\x0ewith_curvature\x18\x04 \x01(\x08\x12!\n\x05reply\x18\x05 \x01(\x0e\x32\x12.optserve.v1.Reply\x12\x1b\n\x13shared_memory_nonce\x18\x06 \x01(\x0c\x12\x1c\n\x0fparameters_step\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12+\n\x08settings\x18\x08 \x03(\x0b\x32\x19.optserve.v1.StepSettings\x12\x1a\n\x12with_gradient_norm\x18\t \x01(\x08\x12\x0c\n\x04\x65tag\x18\n \x01(\tB\x10\n\x0e_expected_stepB\x12\n\x10_parameters_step\"\xbd\x01\n\x0cStepSettings\x12\x12\n\x05group\x18\x01 \x01(\rH\x00\x88\x01\x01\x12)\n\talgorithm\x18\x02 \x01(\x0b\x32\x16.optserve.v1.Algorithm\x12\x19\n\x0cweight_decay\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12 \n\x13weight_decay_factor\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_groupB\x0f\n\r_weight_decayB\x16\n\x14_weight_decay_factor\"N\n\x05\x43hunk\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12%\n\x07operand\x18\x03 \x01(\x0e\x32\x14.optserve.v1.Operand\"\x08\n\x06\x43ommit\"\x07\n\x05\x41\x62ort\"\xb7\x01\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12\x1a\n\rgradient_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tstaleness\x18\x05 \x01(\x04\x12\x16\n\x0elearning_rates\x18\x06 \x03(\x01\x12\x14\n\x07\x63lipped\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_gradient_normB\n\n\x08_clipped\"C\n\tStepError\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status*Y\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_STREAM\x10\x01\x12\x1b\n\x17TRANSPORT_SHARED_MEMORY\x10\x02*Z\n\x05Reply\x12\x15\n\x11REPLY_UNSPECIFIED\x10\x00\x12\x11\n\rREPLY_UPDATES\x10\x01\x12\x14\n\x10REPLY_PARAMETERS\x10\x02\x12\x11\n\rREPLY_NOTHING\x10\x03*O\n\x07Operand\x12\x17\n\x13OPERAND_UNSPECIFIED\x10\x00\x12\x14\n\x10OPERAND_GRADIENT\x10\x01\x12\x15\n\x11OPERAND_CURVATURE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'optserve.v1.steps_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=2906
-  _globals['_TRANSPORT']._serialized_end=2995
-  _globals['_REPLY']._serialized_start=2997
-  _globals['_REPLY']._serialized_end=3087
-  _globals['_OPERAND']._serialized_start=3089
-  _globals['_OPERAND']._serialized_end=3168
+  _globals['_TRANSPORT']._serialized_start=2934
+  _globals['_TRANSPORT']._serialized_end=3023
+  _globals['_REPLY']._serialized_start=3025
+  _globals['_REPLY']._serialized_end=3115
+  _globals['_OPERAND']._serialized_start=3117
+  _globals['_OPERAND']._serialized_end=3196
   _globals['_APPLYGRADIENTSREQUEST']._serialized_start=158
-  _globals['_APPLYGRADIENTSREQUEST']._serialized_end=556
-  _globals['_APPLYGRADIENTSRESPONSE']._serialized_start=558
-  _globals['_APPLYGRADIENTSRESPONSE']._serialized_end=657
-  _globals['_TENSOR']._serialized_start=659
-  _globals['_TENSOR']._serialized_end=771
-  _globals['_STREAMSTEPSREQUEST']._serialized_start=774
-  _globals['_STREAMSTEPSREQUEST']._serialized_end=984
-  _globals['_STREAMSTEPSRESPONSE']._serialized_start=987
-  _globals['_STREAMSTEPSRESPONSE']._serialized_end=1171
-  _globals['_OPEN']._serialized_start=1174
-  _globals['_OPEN']._serialized_end=1373
-  _globals['_OPENED']._serialized_start=1376
-  _globals['_OPENED']._serialized_end=1641
-  _globals['_SHAREDMEMORY']._serialized_start=1644
-  _globals['_SHAREDMEMORY']._serialized_end=1831
-  _globals['_SERVERLIMITS']._serialized_start=1834
-  _globals['_SERVERLIMITS']._serialized_end=2054
-  _globals['_BEGIN']._serialized_start=2057
-  _globals['_BEGIN']._serialized_end=2358
-  _globals['_STEPSETTINGS']._serialized_start=2361
-  _globals['_STEPSETTINGS']._serialized_end=2550
-  _globals['_CHUNK']._serialized_start=2552
-  _globals['_CHUNK']._serialized_end=2630
-  _globals['_COMMIT']._serialized_start=2632
-  _globals['_COMMIT']._serialized_end=2640
-  _globals['_ABORT']._serialized_start=2642
-  _globals['_ABORT']._serialized_end=2649
-  _globals['_RESULT']._serialized_start=2652
-  _globals['_RESULT']._serialized_end=2835
-  _globals['_STEPERROR']._serialized_start=2837
-  _globals['_STEPERROR']._serialized_end=2904
+  _globals['_APPLYGRADIENTSREQUEST']._serialized_end=570
+  _globals['_APPLYGRADIENTSRESPONSE']._serialized_start=572
+  _globals['_APPLYGRADIENTSRESPONSE']._serialized_end=671
+  _globals['_TENSOR']._serialized_start=673
+  _globals['_TENSOR']._serialized_end=785
+  _globals['_STREAMSTEPSREQUEST']._serialized_start=788
+  _globals['_STREAMSTEPSREQUEST']._serialized_end=998
+  _globals['_STREAMSTEPSRESPONSE']._serialized_start=1001
+  _globals['_STREAMSTEPSRESPONSE']._serialized_end=1185
+  _globals['_OPEN']._serialized_start=1188
+  _globals['_OPEN']._serialized_end=1387
+  _globals['_OPENED']._serialized_start=1390
+  _globals['_OPENED']._serialized_end=1655
+  _globals['_SHAREDMEMORY']._serialized_start=1658
+  _globals['_SHAREDMEMORY']._serialized_end=1845
+  _globals['_SERVERLIMITS']._serialized_start=1848
+  _globals['_SERVERLIMITS']._serialized_end=2068
+  _globals['_BEGIN']._serialized_start=2071
+  _globals['_BEGIN']._serialized_end=2386
+  _globals['_STEPSETTINGS']._serialized_start=2389
+  _globals['_STEPSETTINGS']._serialized_end=2578
+  _globals['_CHUNK']._serialized_start=2580
+  _globals['_CHUNK']._serialized_end=2658
+  _globals['_COMMIT']._serialized_start=2660
+  _globals['_COMMIT']._serialized_end=2668
+  _globals['_ABORT']._serialized_start=2670
+  _globals['_ABORT']._serialized_end=2677
+  _globals['_RESULT']._serialized_start=2680
+  _globals['_RESULT']._serialized_end=2863
+  _globals['_STEPERROR']._serialized_start=2865
+  _globals['_STEPERROR']._serialized_end=2932
 # @@protoc_insertion_point(module_scope)

@@ -43,7 +43,7 @@ OPERAND_GRADIENT: Operand
 OPERAND_CURVATURE: Operand
 
 class ApplyGradientsRequest(_message.Message):
-    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage", "life", "last_request_id", "settings", "with_gradient_norm")
+    __slots__ = ("name", "request_id", "expected_step", "gradients", "worker", "reply", "parameters_step", "lineage", "life", "last_request_id", "settings", "with_gradient_norm", "etag")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class ApplyGradientsRequest(_message.Message):
     LAST_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     WITH_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     request_id: str
     expected_step: int
@@ -68,7 +69,8 @@ class ApplyGradientsRequest(_message.Message):
     last_request_id: str
     settings: _containers.RepeatedCompositeFieldContainer[StepSettings]
     with_gradient_norm: bool
-    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ..., life: _Optional[int] = ..., last_request_id: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ...) -> None: ...
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., gradients: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., worker: _Optional[str] = ..., reply: _Optional[_Union[Reply, str]] = ..., parameters_step: _Optional[int] = ..., lineage: _Optional[str] = ..., life: _Optional[int] = ..., last_request_id: _Optional[str] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ..., etag: _Optional[str] = ...) -> None: ...
 
 class ApplyGradientsResponse(_message.Message):
     __slots__ = ("result", "updates")
@@ -205,7 +207,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_chunk_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., preferred_chunk_bytes: _Optional[int] = ..., max_parameter_bytes: _Optional[int] = ..., max_parameters: _Optional[int] = ..., max_streams: _Optional[int] = ..., max_optimizers: _Optional[int] = ..., max_state_bytes: _Optional[int] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("request_id", "expected_step", "tensors", "with_curvature", "reply", "shared_memory_nonce", "parameters_step", "settings", "with_gradient_norm")
+    __slots__ = ("request_id", "expected_step", "tensors", "with_curvature", "reply", "shared_memory_nonce", "parameters_step", "settings", "with_gradient_norm", "etag")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +217,7 @@ class Begin(_message.Message):
     PARAMETERS_STEP_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     WITH_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     expected_step: int
     tensors: _containers.RepeatedScalarFieldContainer[int]
@@ -224,7 +227,8 @@ class Begin(_message.Message):
     parameters_step: int
     settings: _containers.RepeatedCompositeFieldContainer[StepSettings]
     with_gradient_norm: bool
-    def __init__(self, request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., with_curvature: bool = ..., reply: _Optional[_Union[Reply, str]] = ..., shared_memory_nonce: _Optional[bytes] = ..., parameters_step: _Optional[int] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ...) -> None: ...
+    etag: str
+    def __init__(self, request_id: _Optional[str] = ..., expected_step: _Optional[int] = ..., tensors: _Optional[_Iterable[int]] = ..., with_curvature: bool = ..., reply: _Optional[_Union[Reply, str]] = ..., shared_memory_nonce: _Optional[bytes] = ..., parameters_step: _Optional[int] = ..., settings: _Optional[_Iterable[_Union[StepSettings, _Mapping]]] = ..., with_gradient_norm: bool = ..., etag: _Optional[str] = ...) -> None: ...
 
 class StepSettings(_message.Message):
     __slots__ = ("group", "algorithm", "weight_decay", "weight_decay_factor")
