@@ -21,7 +21,7 @@ CODE = [
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_keeps_the_rules_of_the_house(path):
     text = path.read_text()
-    if path.name != "config.py":
+    if path.name not in ("config.py", "config_sources.py"):
         assert not re.search(r"os\.environ|getenv", text), "the environment is read in config.py only"
     assert not re.search(r"^\s*assert ", text, re.MULTILINE), "an assert is no validation"
     assert not re.search(r"except:|pickle|time\.sleep", text)

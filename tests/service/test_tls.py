@@ -110,18 +110,20 @@ def test_a_client_with_a_certificate_makes_every_call(mutual, folder):
 
 def test_commands_and_health_checks_take_certificates_from_the_environment(mutual, folder):
     environment = {
-        "OPTSERVE_TLS_AUTHORITY": str(folder / "authority.pem"),
-        "OPTSERVE_TLS_CERTIFICATE": str(folder / "client.pem"),
-        "OPTSERVE_TLS_KEY": str(folder / "client-key.pem"),
+        "OPTSERVE_CLIENT_TLS_AUTHORITY": str(folder / "authority.pem"),
+        "OPTSERVE_CLIENT_TLS_CERTIFICATE": str(folder / "client.pem"),
+        "OPTSERVE_CLIENT_TLS_KEY": str(folder / "client-key.pem"),
     }
     for arguments in (["health"], ["info"], ["optimizers", "list"]):
         done = command(*arguments, "--target", mutual.target, **environment)
         assert done.returncode == 0, done.stderr
     without = command("health", "--target", mutual.target)
     assert without.returncode == 1
-    incomplete = command("info", "--target", mutual.target, OPTSERVE_TLS_KEY=environment["OPTSERVE_TLS_KEY"])
+    incomplete = command(
+        "info", "--target", mutual.target, OPTSERVE_CLIENT_TLS_KEY=environment["OPTSERVE_CLIENT_TLS_KEY"]
+    )
     assert incomplete.returncode == 1
-    assert "OPTSERVE_TLS_CERTIFICATE" in incomplete.stderr
+    assert "OPTSERVE_CLIENT_TLS_CERTIFICATE" in incomplete.stderr
 
 
 REFUSED = {

@@ -107,3 +107,11 @@ def no_proxy_hosts() -> list[str]:
     """Names, suffixes and networks that gRPC reaches without the proxy."""
     listed = next((listed for name in ("no_grpc_proxy", "no_proxy") if (listed := os.environ.get(name))), "")
     return [entry for item in listed.split(",") if (entry := item.strip())]
+
+
+def environment_without_settings() -> dict[str, str]:
+    """The environment without OPTSERVE_…, for a local server.
+
+    Variables that are meant for another server, of this machine or this container, would reach it.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("OPTSERVE_")}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from optserve.config import environment_without_settings
 from optserve.errors import UnavailableError
 
 START_TIMEOUT_S = 60.0
@@ -45,7 +46,7 @@ class LocalServer:
         Args:
             data_dir: Folder for the journal and checkpoints, which outlive the server; None to keep nothing.
             backend: `auto`, `cupy`, `numba` or `numpy`.
-            options: Further options of `optserve serve`.
+            options: Further options of `optserve serve`. Environment variables OPTSERVE_… do not reach the server.
 
         Raises:
             UnavailableError: The server did not start; the message has the end of its log.
@@ -58,7 +59,12 @@ class LocalServer:
         with tempfile.TemporaryFile() as log:
             # A new session, so that Ctrl-C reaches only this process, which then stops the server in order.
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env=environment_without_settings(),
             )
             try:
                 return cls(_target(process, log), process)

@@ -9,10 +9,10 @@ TARGET_FILE = "OPTSERVE_TARGET_FILE"
 """Environment variable with the path of a file into which a server writes its target. The container image sets it."""
 
 TLS_VARIABLES = {
-    "authority": "OPTSERVE_TLS_AUTHORITY",
-    "certificate": "OPTSERVE_TLS_CERTIFICATE",
-    "key": "OPTSERVE_TLS_KEY",
-    "server_name": "OPTSERVE_TLS_SERVER_NAME",
+    "authority": "OPTSERVE_CLIENT_TLS_AUTHORITY",
+    "certificate": "OPTSERVE_CLIENT_TLS_CERTIFICATE",
+    "key": "OPTSERVE_CLIENT_TLS_KEY",
+    "server_name": "OPTSERVE_CLIENT_TLS_SERVER_NAME",
 }
 """Environment variables for connections of the commands that are secured: the fields of `optserve.Tls`."""
 

@@ -13,7 +13,7 @@ import typer
 
 from optserve.cli.as_json import Json, print_json
 from optserve.cli.console import say, show_error, show_table
-from optserve_server.domain import config
+from optserve_server.domain import config, config_sources
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,9 +31,13 @@ def show(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List every setting of a server: the keys of the TOML file that `optserve serve --config` takes."""
+    """List every setting of a server: the keys of the TOML file that `optserve serve --config` takes.
+
+    The environment variable OPTSERVE_<NAME>, in capitals, sets it too. `optserve serve --print-config` shows all values
+    with where they come from.
+    """
     try:
-        given = config.read(file) if file else {}
+        given = config_sources.read(file) if file else {}
         in_effect = config.ServerConfig(**given) if file else None
     except config.ConfigError as error:
         show_error(str(error), "optserve config")
@@ -47,9 +51,9 @@ def show(
         [
             row["name"],
             row["type"],
-            _as_text(row["default"]),
+            as_text(row["default"]),
             row["unit"],
-            *([_as_text(row["value"]), "by the file" if row["set"] else ""] if file else []),
+            *([as_text(row["value"]), "by the file" if row["set"] else ""] if file else []),
             row["meaning"],
         ]
         for row in rows
@@ -87,7 +91,8 @@ def _row(
     }
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as it stands in a TOML file."""
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

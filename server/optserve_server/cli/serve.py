@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from optserve_server.cli import serve_options as options
-from optserve_server.domain import config as settings
+from optserve_server.domain import config_sources
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -33,8 +33,13 @@ def serve(  # noqa: PLR0913 - one for each option
     target_file: options.TargetFile = None,
     announce: options.Announce = False,
     exit_on_eof: options.ExitOnEof = False,
+    print_config: options.PrintConfig = False,
 ) -> None:
-    """Serve optimizers over gRPC until SIGTERM or Ctrl-C."""
+    """Serve optimizers over gRPC until SIGTERM or Ctrl-C.
+
+    Settings without an option are set by the environment, OPTSERVE_<NAME> in capitals, or by the file of --config;
+    `optserve config` lists them. An option counts more than the environment, and that more than the file.
+    """
     log_to_stderr(log_level)
     overrides = {
         "host": host,
@@ -48,19 +53,39 @@ def serve(  # noqa: PLR0913 - one for each option
         "backend": backend,
         "threads": threads,
     }
+    try:
+        loaded = config_sources.load(config, overrides)
+        if print_config:
+            _print(loaded)
+            return
+    except ValueError as error:
+        raise _refused(error) from error
     # Imported late, so that --help does not wait for gRPC and NumPy.
     from optserve_server.app import run
     from optserve_server.persistence.journal import JournalError
 
     try:
-        run(settings.load(config, overrides), announce=announce, exit_on_eof=exit_on_eof, target_file=target_file)
+        run(loaded.config, announce=announce, exit_on_eof=exit_on_eof, target_file=target_file)
     # ValueError, not only ConfigError: calls of the system and of libraries raise it for settings that they refuse.
     except (ValueError, JournalError, RuntimeError, OSError) as error:
-        from optserve.cli.console import show_error
-
         logging.getLogger("optserve_server").debug("the server could not start, or had to stop", exc_info=True)
-        show_error(str(error), "optserve serve")
-        raise typer.Exit(2) from error
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> typer.Exit:
+    """Show the error, and end the command with exit code 2."""
+    from optserve.cli.console import show_error
+
+    show_error(str(error), "optserve serve")
+    return typer.Exit(2)
+
+
+def _print(loaded: config_sources.Loaded) -> None:
+    from optserve.cli.console import show_table
+    from optserve_server.cli.config import as_text
+
+    rows = [[name, as_text(getattr(loaded.config, name)), source] for name, source in loaded.sources.items()]
+    show_table(("setting", "value", "from"), rows, folded="value")
 
 
 def _text(path: Path | None) -> str | None:

@@ -45,7 +45,12 @@ Threads = Annotated[
     typer.Option(help="Threads of a CPU kernel; 0 for one per core.", show_default=str(DEFAULTS.threads)),
 ]
 Config = Annotated[
-    Optional[Path], typer.Option(help="TOML file with any of the settings; options override it.", dir_okay=False)
+    Optional[Path],
+    typer.Option(
+        help="TOML file with any of the settings; options and the environment override it.",
+        envvar="OPTSERVE_CONFIG",
+        dir_okay=False,
+    ),
 ]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Lowest level of the log.")]
 TargetFile = Annotated[
@@ -58,3 +63,6 @@ TargetFile = Annotated[
 ]
 Announce = Annotated[bool, typer.Option("--announce", help="Print `ready TARGET` once the server answers.")]
 ExitOnEof = Annotated[bool, typer.Option("--exit-on-eof", help="Stop when standard input ends.")]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Show each setting with where it comes from, check them, and end.")
+]

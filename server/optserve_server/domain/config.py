@@ -1,12 +1,8 @@
-"""The server's settings: one frozen dataclass. A TOML file and the command line fill it; it is checked once."""
+"""The server's settings: one frozen dataclass, which is checked once. `config_sources.py` says what fills it."""
 
 from __future__ import annotations
 
-import dataclasses
-import tomllib
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
 
 from optserve._common import machine
 
@@ -231,31 +227,3 @@ class ServerConfig:
     def max_frame_bytes(self) -> int:
         """Limit of a message in gRPC itself. It is above the server's limits, whose errors explain more than gRPC's."""
         return 2 * max(self.max_chunk_bytes, self.max_message_bytes) + MIB
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by name; the values are not checked yet.
-
-    Raises:
-        ConfigError: The file cannot be read, or has an unknown key.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
-    known = {item.name for item in dataclasses.fields(ServerConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path} sets {name!r}, which is not a setting; `optserve config` lists all settings.")
-    return values
-
-
-def load(path: Path | None, overrides: dict[str, Any]) -> ServerConfig:
-    """Read a TOML file, if there is one. Entries of `overrides` that are not None replace its values.
-
-    Raises:
-        ConfigError: The file cannot be read, has an unknown key, or a value is impossible.
-    """
-    values = read(path) if path is not None else {}
-    values.update({name: value for name, value in overrides.items() if value is not None})
-    return ServerConfig(**values)

@@ -58,7 +58,7 @@ def command(
     show_table(("certificate", "for", "until", "file"), rows)
     say(f"A server:  optserve serve --tls-certificate {folder}/server.pem --tls-key {folder}/server-key.pem")
     say(f"           and, to let in its clients only: --tls-client-authority {folder}/authority.pem")
-    say(f"A command: OPTSERVE_TLS_AUTHORITY={folder}/authority.pem optserve info --target {_target(hosts[0])}")
+    say(f"A command: OPTSERVE_CLIENT_TLS_AUTHORITY={folder}/authority.pem optserve info --target {_target(hosts[0])}")
 
 
 def _target(host: str) -> str:
