@@ -136,6 +136,17 @@ def test_a_run_is_split_where_counters_or_groups_differ_and_only_there():
     assert list(state.parts_of(some)) == [(slice(300, 377), 0, 2), (slice(377, 390), 1, 2)]
 
 
+def test_counters_that_are_equal_again_are_one_number_again():
+    counted = parameter_steps.ParameterSteps([3, 3, 3])
+    counted.count(ALL)
+    assert (counted.shared, counted.written, counted.of(1)) == (4, 4, 4)
+    counted.count(Selection((0, 2)))
+    counted.count(ALL)
+    assert (counted.shared, counted.written, counted.of(1)) == (None, [6, 5, 6], 5)
+    counted.count(Selection((1,)))
+    assert (counted.shared, counted.each.tolist()) == (6, [6, 6, 6])
+
+
 def test_a_method_that_does_not_use_counters_has_none():
     state = State(LAYOUT, Settings(Adadelta()), backends.load("numpy"))
     state.count(ALL)

@@ -15,6 +15,7 @@ import numpy as np
 
 from optserve_server.numerics.backends.base import Decay, DecayPlace
 from optserve_server.numerics.layout import Layout, Run
+from optserve_server.numerics.parameter_steps import ParameterSteps
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.rules.base import NUMBERS, Scalars
 from optserve_server.numerics.settings import Settings
@@ -186,12 +187,12 @@ class Constants:
         """The rule of a parameter at a step, with the learning rate of that step."""
         return self.settings.at(self.rules[self._position_of.get(tensor, 0)], step, staleness)
 
-    def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:  # noqa: ARG002
+    def parts_of(self, run: Run, parameter_steps: ParameterSteps) -> Sequence[Part]:  # noqa: ARG002
         """The parts of a run that have one row of constants each.
 
         Args:
             run: A stretch of an arena.
-            parameter_steps: Steps that each parameter has taken part in before; empty if the rule does not use it.
+            parameter_steps: Steps that each parameter has taken part in before.
         """
         stretches = self._stretches[run.dtype]
         if len(stretches) == 1:
@@ -225,12 +226,15 @@ class CountedConstants(Constants):
         """See Constants. Each step has new constants, so none are kept."""
         return CountedRows([self.settings.at(rule, step, staleness) for rule in self.rules])
 
-    def parts_of(self, run: Run, parameter_steps: np.ndarray) -> Sequence[Part]:
+    def parts_of(self, run: Run, parameter_steps: ParameterSteps) -> Sequence[Part]:
         """See Constants."""
+        if parameter_steps.shared is not None:
+            counter = parameter_steps.shared + FIRST_STEP
+            return [(part, position, counter) for part, position, _ in super().parts_of(run, parameter_steps)]
         starts, stops = self._bounds[run.dtype]
         there = slice(int(np.searchsorted(stops, run.start, "right")), int(np.searchsorted(starts, run.stop, "left")))
         positions = self._positions[run.dtype][there]
-        counters = parameter_steps[self._tensors[run.dtype][there]]
+        counters = parameter_steps.each[self._tensors[run.dtype][there]]
         borders = np.flatnonzero((np.diff(counters) != 0) | (np.diff(positions) != 0)) + 1
         starts, stops = starts[there], stops[there]
         return [

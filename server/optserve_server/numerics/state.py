@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from optserve_server.numerics import parameter_steps
 from optserve_server.numerics.backends import Backend
 from optserve_server.numerics.backends.base import Decay, Stretch
 from optserve_server.numerics.clipping import Clip
@@ -18,6 +17,7 @@ from optserve_server.numerics.compiling import compile_ahead
 from optserve_server.numerics.constants import FIRST_STEP, Constants, Part, Rows, constants_of
 from optserve_server.numerics.headroom import Bounds, Headroom, ReplyWires
 from optserve_server.numerics.layout import Arenas, Largest, Layout, Operand, Operands, Payload, Run, Selection
+from optserve_server.numerics.parameter_steps import ParameterSteps, Written
 from optserve_server.numerics.preparation import COVERED, UNCOVERED, Prepared, measure
 from optserve_server.numerics.rules import Rule
 from optserve_server.numerics.settings import PARAMETER, Settings
@@ -43,7 +43,6 @@ class State:
         backend: Computes steps.
         slots: The arenas of each slot, by dtype.
         parameters: The arenas of x, in host memory; empty in delta mode.
-        parameter_steps: Steps that each parameter has taken part in; empty if the rule does not use it.
         limits: The largest magnitude that an operand may have when it arrives, in each dtype.
         last_learning_rates: Those of the last step that was applied; see `Constants.learning_rates`.
 
@@ -67,7 +66,7 @@ class State:
             dtype: [backend.zeros(layout.sizes[dtype], dtype) for _ in rule.slots] for dtype in self.layout.dtypes
         }
         self.parameters: Arenas = layout.arenas(backend.staging(layout.size_bytes)) if settings.hosted else {}
-        self.parameter_steps = np.zeros(len(layout.parameters) if rule.counts_steps else 0, np.int64)
+        self._parameter_steps = ParameterSteps([0] * len(layout.parameters) if rule.counts_steps else [])
 
     @property
     def rule(self) -> Rule:
@@ -147,9 +146,9 @@ class State:
                 self.backend.copy_slot(slot, target)
         for dtype, arena in self.parameters.items():
             self.backend.copy(arena, larger.parameters[dtype][: arena.size])
-        larger.parameter_steps[: self.parameter_steps.size] = self.parameter_steps
-        self.layout = larger.layout
-        self.slots, self.parameters, self.parameter_steps = larger.slots, larger.parameters, larger.parameter_steps
+        kept = self.parameter_steps
+        self._parameter_steps = ParameterSteps(np.concatenate((kept, larger.parameter_steps[kept.size :])))
+        self.layout, self.slots, self.parameters = larger.layout, larger.slots, larger.parameters
         self.set(larger.settings)
 
     def release(self) -> None:
@@ -230,19 +229,23 @@ class State:
             if clip is not None:
                 clip.apply(run_number, 0, operands[Operand.GRADIENT][dtype][run.start : run.stop])
             found = stretches.setdefault(dtype, [])
-            for part, position, counter in constants.parts_of(run, self.parameter_steps):
+            for part, position, counter in constants.parts_of(run, self._parameter_steps):
                 decay = constants.decay(dtype, position, step, staleness) if self.parameters else None
                 found.append(Stretch(part, rows.of(dtype, position, counter), decay))
         for dtype, found in stretches.items():
             given = [arenas[dtype] for arenas in operands.values()]
             self.backend.make_steps(type(self.rule), given, self.slots[dtype], self.parameters.get(dtype), found)
 
+    @property
+    def parameter_steps(self) -> np.ndarray:
+        """Steps that each parameter has taken part in; empty if the rule does not use it. Do not change it."""
+        return self._parameter_steps.each
+
     def count(self, selection: Selection) -> None:
         """Count one more step for the parameters that have taken part in it."""
-        if self.parameter_steps.size:
-            self.parameter_steps[slice(None) if selection.is_all else list(selection.listed)] += 1
+        self._parameter_steps.count(selection)
 
-    def set_parameter_steps(self, written: parameter_steps.Written | None, step: int) -> None:
+    def set_parameter_steps(self, written: Written | None, step: int) -> None:
         """Replace the step counters of the parameters, if the rule uses them.
 
         Args:
@@ -253,15 +256,12 @@ class State:
         Raises:
             ValueError: The counters do not fit the parameters.
         """
-        if self.parameter_steps.size:
-            self.parameter_steps[:] = parameter_steps.each(
-                step if written is None else written, self.parameter_steps.size
-            )
+        self._parameter_steps.replace(step if written is None else written)
 
     @property
-    def written_parameter_steps(self) -> parameter_steps.Written | None:
+    def written_parameter_steps(self) -> Written | None:
         """The step counters in the form on disk; None if the rule does not use them."""
-        return parameter_steps.written(self.parameter_steps) if self.parameter_steps.size else None
+        return self._parameter_steps.written
 
     def trial_step(
         self, operand_parts: Sequence[np.ndarray], dtype: np.dtype, part: Part, rows: Rows, decay: Decay
@@ -288,7 +288,7 @@ class State:
 
     def parts_of(self, run: Run) -> Sequence[Part]:
         """The parts of a run that have one row of constants each."""
-        return self._constants.parts_of(run, self.parameter_steps)
+        return self._constants.parts_of(run, self._parameter_steps)
 
     def copy_of_parameters(self) -> Arenas:
         """A copy of x as it is now."""
@@ -312,7 +312,7 @@ class State:
 
     def step_counter_of(self, tensor: int) -> int:
         """The step counter of a parameter in the last step that it took part in, or else in its first; see `Rule`."""
-        return max(int(self.parameter_steps[tensor]), FIRST_STEP) if self.parameter_steps.size else FIRST_STEP
+        return max(self._parameter_steps.of(tensor), FIRST_STEP)
 
     def forget_last_step(self) -> None:
         """Forget the last step, because the state was replaced by another one."""
