@@ -11,11 +11,16 @@ import pytest
 
 import optserve
 from golden.look import CONFIG, look, read, state, step, written
-from golden.write_folder import LARGE, METHODS, PARAMS
+from golden.write_folder import ADDED, LARGE, METHODS, PARAMS
+from optserve_server.engine.record_encoding import STEPPED
+from optserve_server.persistence import snapshot
+from optserve_server.persistence.journal import Reader
 
 HERE = Path(__file__).parent
 FOLDERS = [path.stem for path in sorted(HERE.glob("folder-*.json"))]
 TORN = "the torn record"
+ADDITION = 7
+"""The kind of the record."""
 
 DECAY = "what is taken from x is not rounded away, and is divided like the learning rate"
 MENDED = {
@@ -72,6 +77,21 @@ def test_an_old_folder_comes_back_bit_for_bit(tmp_path, name):
                 assert_close(now, seen)
             else:
                 assert now == seen, optimizer
+
+
+def test_the_fourth_folder_has_additions_and_steps_with_own_settings_behind_one_another(tmp_path):
+    folder, _ = golden("folder-4", tmp_path)
+    (path,) = snapshot.paths(folder)
+    behind, saved = snapshot.read(path)
+    of = {item.header["id"]: {parameter.name for parameter in item.layout.parameters} for item in saved}
+    assert ADDED.keys() <= of["added-settled"]
+    assert ADDED.keys().isdisjoint(of["added-behind"])
+    kinds = list[int]()
+    for record in Reader(folder, behind + 1):
+        own = record.kind == STEPPED and "with" in json.loads(record.meta)
+        kinds += [record.kind] if record.kind == ADDITION or own else []
+    assert kinds.count(ADDITION) == 5
+    assert len(set(kinds[kinds.index(ADDITION) :])) == 2
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -34,6 +34,8 @@ PARAMS = {
     "scalar": np.zeros((), np.float32),
     "empty": np.zeros((0, 4), np.float64),
 }
+ADDED = {"head": np.zeros((2, 3), np.float32), "none": np.zeros(0, np.float64), "bias": np.zeros(2, np.float64)}
+"""Parameters that come later. From the fourth folder on."""
 LARGE = {"x": np.zeros(90_000, np.float32), "y": np.zeros(3, np.float64)}
 METHODS = {
     "adadelta": optserve.Adadelta(rho=0.9, eps=1e-5, learning_rate=0.7),
@@ -112,6 +114,7 @@ class Story:
         for name, consistency in consistencies.items():
             create(name, METHODS["sgd"], starting_values(2), hosted=True, consistency=consistency, weight_decay=0.001)
         self.work(2)
+        self.additions()
         create("large", METHODS["momentum"], LARGE)
 
     def during(self) -> bool:
@@ -158,6 +161,53 @@ class Story:
         step(self.client.optimizer("large"), LARGE, 470)
         self.work(2)
         self.own_settings()
+        self.more_additions()
+
+    def additions(self) -> None:
+        """Parameters that come later, and weight decays of each kind: the snapshot has them. From the fourth folder on.
+
+        Steps with settings of their own, for groups by position, come before and after them.
+        """
+        for name, method in (("added", "nadam"), ("added-behind", "adam"), ("added-settled", "adamw")):
+            opt = self.client.create_optimizer(name, METHODS[method], PARAMS, groups=GROUPS)
+            self.steps(opt, 180, 1)
+            opt.step(gradients(PARAMS, 181), hyperparameters=[{"learning_rate": 0.25}, {"beta1": 0.5}])
+            if name != "added-behind":
+                self.add(opt, 182)
+        kinds: dict[str, float | optserve.WeightDecay] = {
+            "decay-fixed": 0.25, "decay-l2": optserve.L2(0.5), "decay-times": optserve.TimesLearningRate(0.125),
+        }  # fmt: skip
+        groups = [optserve.Group(("w",), {"learning_rate": 0.25}, weight_decay=0.5)]
+        for name, decay in kinds.items():
+            opt = self.client.create_optimizer(
+                name, METHODS["adamw"], starting_values(8), hosted=True, weight_decay=decay, groups=groups
+            )
+            opt.step(gradients(PARAMS, 190), hyperparameters=[None, {"weight_decay": 0.25}], reply="parameters")
+
+    def more_additions(self) -> None:
+        """Additions and steps with settings of their own behind the snapshot, in one history."""
+        added = self.client.optimizer("added")
+        added.step(gradients(PARAMS | ADDED, 500), hyperparameters=[None, {"beta2": 0.5}, {"learning_rate": 0.125}])
+        added.add_parameters({"last": np.zeros(3, np.float32)})
+        step(added, PARAMS | ADDED, 501, tuple(PARAMS | ADDED))
+        self.add(self.client.optimizer("added-behind"), 502)
+        for name in ("decay-fixed", "decay-l2", "decay-times"):
+            opt = self.client.optimizer(name)
+            opt.step(gradients(PARAMS, 510), hyperparameters={"weight_decay": 0.125}, reply="nothing")
+            self.add(opt, 511)
+            opt.update(learning_rate=0.5)
+            opt.step(gradients(PARAMS | ADDED, 515), hyperparameters=[None, None, {"weight_decay": 0.75}])
+
+    def add(self, opt: optserve.Optimizer, seed: int) -> None:
+        """Add parameters with a group of their own, then steps of all, of some, and with settings of their own."""
+        rng = np.random.default_rng(seed)
+        values = {name: rng.standard_normal(param.shape).astype(param.dtype) for name, param in ADDED.items()}
+        decay = 0.0 if opt.hosted else None
+        opt.add_parameters(values, groups=[optserve.Group(("bias",), {"learning_rate": 0.75}, weight_decay=decay)])
+        step(opt, PARAMS | ADDED, seed)
+        step(opt, PARAMS | ADDED, seed + 1, ("b", "head"))
+        own = [{"learning_rate": 0.5}, None, {"beta1": 0.25}]
+        opt.step(gradients(PARAMS | ADDED, seed + 2), hyperparameters=own)
 
     def own_settings(self) -> None:
         """Steps with settings of their own. From the third folder on."""
