@@ -1,5 +1,6 @@
 """The optimizer behind a RemoteOptimizer: its name, its end, its transport, parameters that are added."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 import optserve
 import optserve.torch
+from client.proxy import proxy
 from optserve.torch import RemoteOptimizer
 from present import present
 from pytorch.networks import backward, loop, network, same
@@ -69,6 +71,28 @@ def test_groups_that_another_client_has_changed_get_no_settings_of_others(client
     other.update(groups=own)
     optimizer.remote.refresh()
     loop(model, optimizer, range(3, 4))
+
+
+def test_recover_says_that_the_server_has_lost_the_state():
+    model = network()
+    with optserve.local_server() as server, proxy(server.target) as wire, optserve.connect(wire.target) as client:
+        port = server.target.rpartition(":")[2]
+        optimizer = RemoteOptimizer(model.named_parameters(), client, optserve.Adam(), name="lost", transport="grpc")
+        loop(model, optimizer, range(2))
+        wire.cut_after("up", 0)
+        wire.refuse = True
+        canceller = threading.Timer(0.5, optimizer.remote.cancel)
+        canceller.start()
+        with pytest.raises(optserve.StepCancelledError):
+            loop(model, optimizer, range(2, 3))
+        canceller.join()
+        kill(server)
+        with optserve.local_server(options=("--port", port)):
+            wire.refuse = False
+            with pytest.raises(optserve.StepsLostError, match="has lost its state") as caught:
+                optimizer.recover()
+            assert "from one checkpoint, into a new RemoteOptimizer" in caught.value.__notes__[0]
+            optimizer.close()
 
 
 def test_a_name_that_is_taken_is_an_error_or_goes_on_or_begins_anew(client, name):

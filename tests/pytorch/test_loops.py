@@ -204,3 +204,28 @@ def test_tied_parameters_count_once(client, name):
     loop(ours, RemoteOptimizer(ours.named_parameters(), client, optserve.Adam(0.01), name=name), range(10))
     loop(theirs, torch.optim.Adam(theirs.parameters(), lr=0.01), range(10))
     same(ours, theirs)
+
+
+def test_a_compiled_training_step_computes_the_same_and_only_the_model_is_compiled(client, name):
+    graphs = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        optimizer.zero_grad()
+        x = torch.full((4, 6), 0.1, dtype=torch.float64)
+        (model(x * step) - 1).square().mean().backward()
+        optimizer.step()
+
+    runs = pair(client, name, optserve.AdamW(0.01), torch.optim.AdamW)
+    compiled = torch.compile(train, backend=count, dynamic=True)
+    for step in range(1, 5):
+        compiled(*runs[0], step)
+        train(*runs[1], step)
+    same(runs[0][0], runs[1][0])
+    assert runs[0][1].remote.current_step == 4
+    code = "".join(str(node.stack_trace) for graph in graphs for node in graph.graph.nodes)
+    assert "def train" in code or "model(x" in code
+    assert "optserve" not in code

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +102,93 @@ def test_a_param_group_that_was_removed_is_an_error(client):
                 use()
         optimizer.param_groups.append(removed)
         optimizer.step()
+
+
+FOREIGN: list[tuple[optserve.Algorithm, dict[str, Any]]] = [
+    (optserve.AdamW(0.01), {"momentum": 0.9}),
+    (optserve.AdamW(0.01), {"rho": 0.9}),
+    (optserve.SgdMomentum(0.01), {"betas": (0.9, 0.99)}),
+    (optserve.Lion(0.01), {"amsgrad": False}),
+    (optserve.Adam(0.01), {"initial_accumulator_value": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("method", "foreign"), FOREIGN, ids=lambda item: getattr(item, "name", str(item)))
+def test_a_setting_of_another_method_is_refused_in_a_group_too(client, name, method, foreign):
+    """torch carries it along, without effect; the state_dict would be taken for one of the other method."""
+    (key,) = foreign
+    model = network()
+    with pytest.raises(optserve.InvalidArgumentError, match=f"has no setting '{key}'; it has lr"):
+        RemoteOptimizer([{"params": model.parameters(), **foreign}], client, method, name=name)
+    optimizer = RemoteOptimizer(model[0].parameters(), client, method, name=name)
+    with pytest.raises(optserve.InvalidArgumentError, match=f"has no setting '{key}'; it has lr"):
+        optimizer.add_param_group({"params": model[2].parameters(), **foreign})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_keys_of_users_and_schedulers_travel_with_the_groups(client, name):
+    model = network()
+    groups = [{"params": model.parameters(), "initial_lr": 0.01, "lr_scale": 0.5, "title": "all"}]
+    optimizer = RemoteOptimizer(groups, client, optserve.AdamW(0.01), name=name)
+    saved = optimizer.state_dict()
+    assert (saved["param_groups"][0]["lr_scale"], saved["param_groups"][0]["title"]) == (0.5, "all")
+    optimizer.load_state_dict(saved)
+
+
+def test_the_state_of_a_parameter_says_where_it_is(client, name):
+    model = network()
+    optimizer = RemoteOptimizer(model.parameters(), client, optserve.AdamW(0.01), name=name)
+    loop(model, optimizer, range(2))
+    with pytest.raises(KeyError, match=r"at the server.*optimizer\.state_dict\(\)"):
+        _ = optimizer.state[next(model.parameters())]["step"]
+    assert optimizer.state_dict()["state"][0]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.float(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: setattr(model[0].weight, "data", torch.zeros(2, 2)),
+    ],
+    ids=["float", "bfloat16", "shape"],
+)
+def test_a_model_that_is_converted_later_is_an_error(client, name, convert):
+    model = network()
+    optimizer = RemoteOptimizer(model.named_parameters(), client, optserve.AdamW(0.01), name=name)
+    loop(model, optimizer, range(2))
+    convert(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(optserve.InvalidArgumentError, match=r"'0.weight' is torch.*make the optimizer then"):
+        optimizer.step()
+    assert optimizer.remote.current_step == 2
+
+
+def test_a_state_goes_on_with_a_converted_model(client, name):
+    model = network()
+    optimizer = RemoteOptimizer(model.named_parameters(), client, optserve.AdamW(0.01), name=name)
+    loop(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    model.float()
+    converted = RemoteOptimizer(model.named_parameters(), client, optserve.AdamW(0.01), name=f"{name}-2")
+    converted.load_state_dict(saved)
+    loop(model, converted, range(2, 4))
+    assert converted.state_dict()["state"][0]["step"] == 4
+
+
+def test_an_error_says_where_a_parameter_without_a_name_is(client, name):
+    model = network()
+    optimizer = RemoteOptimizer(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters()}], client, optserve.Adam(), name=name
+    )
+    backward(model, 0)
+    present([*model.parameters()][2].grad)[0, 0] = float("nan")
+    with pytest.raises(optserve.InvalidArgumentError) as caught:
+        optimizer.step()
+    found = r"'2' is number 2 of all parameters of all groups, counted from 0; its shape is \[3, 5\]"
+    assert re.search(found, caught.value.__notes__[0])
+    mixed = [torch.zeros(3), torch.zeros(4, 2, dtype=torch.int64)]
+    with pytest.raises(optserve.InvalidArgumentError) as caught:
+        RemoteOptimizer(mixed, client, optserve.Adam())
+    assert "number 1 of all parameters of all groups, counted from 0; its shape is [4, 2]" in caught.value.__notes__[0]

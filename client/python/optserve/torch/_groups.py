@@ -12,6 +12,7 @@ import torch
 from optserve._values.step_settings import KnownSettings
 from optserve.algorithms import Algorithm
 from optserve.errors import EtagMismatchError, InvalidArgumentError
+from optserve.torch._advice import whereabouts
 from optserve.torch._layout import Layout, begins_at_zero, decays, plain
 from optserve.torch._parameters import Parameter
 from optserve.torch._states import differences
@@ -70,7 +71,12 @@ class Groups:
             name = str(first + position) if names is None else names[position]
             if name in own or name in self.names or id(tensor) in seen:
                 raise InvalidArgumentError(f"{name!r} is twice among the parameters.", metadata={"parameter": name})
-            own[name] = Parameter(name, tensor, has_name=names is not None)
+            try:
+                own[name] = Parameter(name, tensor, has_name=names is not None)
+            except InvalidArgumentError as error:
+                if names is None:
+                    error.add_note(whereabouts(name, tuple(tensor.shape)))
+                raise
             seen.add(id(tensor))
         return own
 
@@ -135,6 +141,7 @@ class Groups:
                     raise InvalidArgumentError(f"Parameter {parameter.name!r} is another tensor than before.")
                 if tensor.grad is None:
                     continue
+                parameter.check_unchanged()
                 if self.holds_x and parameter.has_changed:
                     raise InvalidArgumentError(
                         f"{parameter.name!r} was changed, but the server holds it: call upload_parameters() first."

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from optserve._values.torch_methods import NEUTRAL, kind_of
+from optserve._values.torch_methods import KNOWN, NEUTRAL, STEP, kind_of
 from optserve.algorithms import Adagrad, AdamW, Algorithm, Lion, WindowedRms
 from optserve.errors import InvalidArgumentError
 
@@ -21,6 +21,8 @@ _OURS = frozenset({"weight_decay", "maximize", DECOUPLED})
 """Settings that `RemoteOptimizer` carries out itself, on the gradient and on x."""
 _HARMLESS = frozenset({"foreach", "fused", "initial_accumulator_value"})
 """Settings of how torch computes, and of the state with which it begins."""
+_ANYWHERE = frozenset({"params", "param_names", STEP, DECOUPLED, "capturable", "foreach", "fused"})
+"""Keys that a group of each method may have."""
 _REASONS = {
     "capturable": "a step leaves the process, so a CUDA graph cannot capture it",
     "differentiable": "a step leaves the process, so autograd cannot follow it",
@@ -107,21 +109,30 @@ class Layout:
         return tuple(plain(group.get(key)) for key in self.defaults)
 
     def check_names(self, group: Mapping[str, Any]) -> None:
-        """Raise InvalidArgumentError for a setting with the service's name, which torch's schedulers do not know."""
-        for field in fields(self.kind):
-            if field.name in group and field.name not in self.defaults:
+        """Raise InvalidArgumentError for settings that the method does not have; keys of users and schedulers may be.
+
+        A setting with the service's name is one that torch's schedulers do not know. One of another method of torch
+        would make the state_dict one of that method.
+        """
+        for key in group:
+            if key in self.defaults or key in _ANYWHERE:
+                continue
+            if key in KNOWN:
+                raise self._unknown(key)
+            if key in {field.name for field in fields(self.kind)}:
                 raise InvalidArgumentError(
-                    f"Param groups have torch's names: {', '.join(self.hyperparameters)}, not {field.name}."
+                    f"Param groups have torch's names: {', '.join(self.hyperparameters)}, not {key}."
                 )
+
+    def _unknown(self, key: str) -> InvalidArgumentError:
+        return InvalidArgumentError(f"{self.kind.__name__} has no setting {key!r}; it has {', '.join(self.defaults)}.")
 
     def check_defaults(self, given: Mapping[str, Any]) -> None:
         """Raise InvalidArgumentError for a default that no group of the method has."""
         self.check_names(given)
         for key in given:
             if key not in {*self.defaults, DECOUPLED, "capturable", "fused"}:
-                raise InvalidArgumentError(
-                    f"{self.kind.__name__} has no setting {key!r}; it has {', '.join(self.defaults)}."
-                )
+                raise self._unknown(key)
 
     def _made(self, own: Mapping[str, Any]) -> Algorithm:
         if METHOD not in self.defaults:

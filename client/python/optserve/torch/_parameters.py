@@ -52,11 +52,24 @@ class Parameter:
                 "tensors. Use DistributedDataParallel, or an optimizer of torch.",
             )
         self.dtype = _STATE_DTYPES[tensor.dtype]
+        self._as_made = tensor.dtype, tensor.shape
         self.spec = TensorSpec(tuple(real(tensor).shape), str(self.dtype).rpartition(".")[2])
         # Counts changes of x, see `has_changed`.
         self._version = tensor._version
         # Where the gradient goes that cannot be sent as it is.
         self._staging: torch.Tensor | None = None
+
+    def check_unchanged(self) -> None:
+        """Raise InvalidArgumentError if x has another dtype or shape than when this was made."""
+        tensor = self.tensor
+        dtype, shape = self._as_made
+        if tensor.dtype is not dtype or tensor.shape != shape:
+            raise _refused(
+                self.name,
+                f"{self.name!r} is {tensor.dtype} {list(tensor.shape)}, and was {dtype} {list(shape)} when the "
+                "optimizer was made. Convert the model first, with .to(), .double() or .half(), and make the optimizer "
+                "then. A state_dict() of this one can be loaded into it.",
+            )
 
     def gradient(self, *, maximize: bool, decay: float) -> np.ndarray:
         """The gradient to be sent: g + decay x, or −g + decay x. It may share memory with the parameter's `grad`.

@@ -26,6 +26,17 @@ _SCALARS = frozenset({"step", "mu_product"})
 """What torch has once per parameter, on the host."""
 
 
+class Entry(dict[str, Any]):
+    """What `optimizer.state` has of a parameter: nothing, for the state is at the server."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"{key!r}: the state of a RemoteOptimizer is at the server. optimizer.state_dict()['state'] reads it in "
+            "torch's layout, optimizer.remote.export_state() under the service's names; optimizer.remote.current_step "
+            "is the number of steps."
+        )
+
+
 def server_groups(members: Members, algorithms: Sequence[Algorithm]) -> tuple[Algorithm, list[Group]]:
     """The method, and the groups of an optimizer at the server: all param groups but the first that has parameters."""
     filled = [(own, algorithm) for own, algorithm in zip(members, algorithms, strict=True) if own]

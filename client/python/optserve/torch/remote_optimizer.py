@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -20,16 +21,16 @@ from optserve.errors import (
     ClientUseError,
     FailedPreconditionError,
     InvalidArgumentError,
-    StepInDoubtError,
     StepsLostError,
 )
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
+from optserve.torch._advice import advice
 from optserve.torch._groups import Groups
 from optserve.torch._layout import Layout
 from optserve.torch._place import Choices, Place, existing_method
-from optserve.torch._states import check_origin, differences, server_groups, state_from, torch_entries
+from optserve.torch._states import Entry, check_origin, differences, server_groups, state_from, torch_entries
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -103,6 +104,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._loading: dict[str, Any] = {}
         self._outputs: dict[str, np.ndarray] = {}
         super().__init__(params, {**layout.defaults, **defaults})
+        _run_eagerly(type(self))
+        self.state = defaultdict(Entry)
         if not self._groups.names:
             raise InvalidArgumentError("The param groups have no parameter.")
         self._groups.read(self.param_groups)
@@ -155,24 +158,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = self._groups.gradients(self.param_groups)
-        if gradients:
+        with advice(self._groups.names):
+            gradients = self._groups.gradients(self.param_groups)
+            if not gradients:
+                return loss
             changes = self._groups.changes(self.param_groups, remote._known)
             whole = len(gradients) == len(remote._model)
-            try:
-                replies = remote.step(
-                    gradients, out=self._arrays(), reply=self._reply, partial=not whole, hyperparameters=changes
-                )
-            except StepInDoubtError as error:
-                error.add_note("RemoteOptimizer.recover() adds the updates of the interrupted step, if it was applied.")
-                raise
-            except StepsLostError as error:
-                error.add_note(
-                    "Load model and optimizer from one checkpoint, into a new RemoteOptimizer. A server keeps its "
-                    "states over a restart with `optserve serve --data-dir`."
-                )
-                raise
-            self._apply(replies)
+            replies = remote.step(
+                gradients, out=self._arrays(), reply=self._reply, partial=not whole, hyperparameters=changes
+            )
+        self._apply(replies)
         return loss
 
     def _arrays(self) -> dict[str, np.ndarray] | None:
@@ -205,15 +200,19 @@ class RemoteOptimizer(torch.optim.Optimizer):
             Whether the step was applied.
 
         Raises:
+            StepsLostError: The server was restarted and has lost its state. Load a checkpoint.
             OptserveError: As for `Optimizer.replay`. If the server no longer has the updates, load a checkpoint.
         """
         if not self.remote._outcomes.unsettled:
             return False
-        try:
-            replies = self.remote.replay(reply=self._reply)
-        except FailedPreconditionError:
-            self.remote.refresh()
-            return False
+        with advice(self._groups.names):
+            try:
+                replies = self.remote.replay(reply=self._reply)
+            except StepsLostError:
+                raise
+            except FailedPreconditionError:
+                self.remote.refresh()
+                return False
         self._apply(replies)
         return True
 
@@ -337,6 +336,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
             "A RemoteOptimizer cannot be copied or serialized, because its state is at the server: save state_dict() "
             "and load it into another one."
         )
+
+
+@cache
+def _run_eagerly(kind: type[RemoteOptimizer]) -> None:
+    """Keep torch.compile from tracing into the client. Not by decorators: torch loads its compiler for that, slowly."""
+    for name in ("step", "recover", "upload_parameters", "add_param_group", "state_dict", "load_state_dict", "close"):
+        setattr(kind, name, torch.compiler.disable(getattr(kind, name)))
 
 
 def _keep(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
