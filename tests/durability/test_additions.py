@@ -1,6 +1,7 @@
 """Parameters that a live optimizer has got outlive the process, with every bit of what came before and after."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,8 +18,9 @@ from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.layout import Layout, Operand, Parameter
 from optserve_server.numerics.rules import Adadelta, Adam
 from optserve_server.numerics.settings import Group, Settings
+from optserve_server.numerics.step_settings import Change, StepSettings
 from optserve_server.persistence import snapshot
-from optserve_server.persistence.disk import Disk
+from optserve_server.persistence.disk import Buffer, Disk
 from optserve_server.persistence.journal import Journal, JournalError, Reader
 
 ADDED = (Parameter("head", (90, 1000), F4), Parameter("none too", (0, 2), F4), Parameter("bias", (6,), F8))
@@ -51,6 +53,17 @@ def create(server: Server, settings: Settings, parameters=PARAMETERS):
         upload.commit()
         upload.close()
     return item
+
+
+def own(item, index: int) -> StepSettings | None:
+    """Settings of a step of its own, of every second one: for all parameters, or for the last group by its position."""
+    if index % 2 == 0:
+        return None
+    decay = 0.25 if item.settings.hosted else None
+    if index % 4 == 1:
+        return StepSettings((Change(None, {"learning_rate": 1.0 / index}, decay),))
+    last = len(item.settings.groups)
+    return StepSettings((Change(0, {"learning_rate": 0.5}), *([Change(last, {"eps": 0.125}, decay)] if last else [])))
 
 
 def all_of(item) -> dict:
@@ -101,11 +114,12 @@ def test_it_is_as_if_it_had_been_created_with_them_and_every_step_had_left_them_
     twin = create(other, whole, (*PARAMETERS, *ADDED))
     old = tuple(range(len(PARAMETERS)))
     for index in range(3):
-        assert step(item, index) == step(twin, index, old)
+        settings_of_step = StepSettings((Change(None, {"learning_rate": 0.5}),)) if index else None
+        assert step(item, index, (), settings_of_step) == step(twin, index, old, settings_of_step)
     add(server, item)
     assert replay(item) == replay(twin)
     for index, tensors in ((3, ()), (4, (3, 0)), (5, old), (6, (5,)), (7, ())):
-        assert step(item, index, tensors) == step(twin, index, tensors)
+        assert step(item, index, tensors, own(item, index)) == step(twin, index, tensors, own(twin, index))
     same = ("parameters", "settings", "step", "counters", "arrays")
     mine, theirs = all_of(item), all_of(twin)
     assert {key: mine[key] for key in same} == {key: theirs[key] for key in same}
@@ -126,8 +140,8 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, settings, backend, snaps
             for folder, one in ((server, item), (calm, twin)):
                 new = ADDED if index == 3 else (Parameter("last", (7,), F4),)
                 add(folder, one, new, (GROUP,) if index == 3 else (), f"added at {index}")
-        tensors = ((), (0,))[index % 2]
-        assert step(item, index, tensors) == step(twin, index, tensors)
+        tensors = ((), (0,))[index // 2 % 2]
+        assert step(item, index, tensors, own(item, index)) == step(twin, index, tensors, own(twin, index))
     if 9 in snapshots_at:
         server.folder.snapshot()
     before, reply = all_of(item), replay(item)
@@ -136,8 +150,8 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, settings, backend, snaps
     item = again.optimizers.get("a")
     assert all_of(item) == before
     assert replay(item) == reply
-    for index, tensors in ((20, ()), (21, (4, 1)), (22, ())):
-        assert step(item, index, tensors) == step(twin, index, tensors)
+    for index, tensors in ((20, ()), (21, (4, 1)), (23, ())):
+        assert step(item, index, tensors, own(item, index)) == step(twin, index, tensors, own(twin, index))
     again.die()
     calm.die()
 
@@ -154,10 +168,12 @@ def test_an_addition_at_any_moment_of_a_snapshot_is_there_again(tmp_path, settin
         turn = count(1)
 
         def act(number: int, server=server, item=item, turn=turn, moment=moment) -> None:
-            step(item, next(turn), (0,) if number % 2 else ())
+            index = next(turn)
+            step(item, index, (0,) if number % 2 else (), own(item, index))
             if number == moment:
                 add(server, item)
-                step(item, next(turn), (1, 3))
+                index = next(turn)
+                step(item, index, (1, 3), own(item, index))
 
         disk.act = act
         path = server.folder.snapshot()
@@ -271,32 +287,54 @@ def test_a_creation_that_is_tried_again_after_an_addition_finds_its_optimizer(tm
     server.die()
 
 
-class Failing(Disk):
-    """A disk that refuses to sync, while told to."""
+class FullDisk(Disk):
+    """A disk that is full at some point, until there is room again.
 
-    fails = False
+    Attributes:
+        full_at: What it refuses: to `allocate` a segment, to `write` more than the first 100,000 bytes, or to `sync`.
+    """
+
+    full_at = ""
+
+    def _refuse(self, call: str) -> None:
+        if self.full_at == call:
+            raise OSError(28, "No space left on device")
+
+    def allocate(self, descriptor: int, size_bytes: int) -> None:
+        self._refuse("allocate")
+        super().allocate(descriptor, size_bytes)
+
+    def write(self, descriptor: int, parts: Sequence[Buffer], position: int) -> int:
+        if self.full_at == "write":
+            whole = b"".join(parts)
+            if len(whole) > 100_000:
+                return super().write(descriptor, [whole[:100_000]], position)
+        self._refuse("write")
+        return super().write(descriptor, parts, position)
 
     def sync_data(self, descriptor: int) -> None:
-        if self.fails:
-            raise OSError(28, "No space left on device")
+        self._refuse("sync")
         super().sync_data(descriptor)
 
 
-def test_what_the_disk_refuses_is_not_added(tmp_path):
-    disk = Failing()
+@pytest.mark.parametrize("call", ["allocate", "write", "sync"])
+def test_a_disk_that_is_full_in_the_middle_of_it_changes_nothing_until_there_is_room(tmp_path, call):
+    disk = FullDisk()
     server = Server(tmp_path, disk=disk)
     item = create(server, METHODS["hosted"])
-    step(item, 0)
+    # The journal needs another segment for the next record.
+    for index in range(3):
+        step(item, index)
     before, memory = all_of(item), server.optimizers.memory_bytes
-    disk.fails = True
-    with pytest.raises(OptserveError) as error:
-        add(server, item)
-    assert error.value.reason is Reason.NOT_DURABLE
-    disk.fails = False
-    assert all_of(item) == before
-    assert server.optimizers.memory_bytes == memory
+    disk.full_at = call
+    for _ in range(2):
+        with pytest.raises(OptserveError) as error:
+            add(server, item)
+        assert error.value.reason is Reason.NOT_DURABLE
+        assert (all_of(item), server.optimizers.memory_bytes) == (before, memory)
+    disk.full_at = ""
     add(server, item)
-    step(item, 1)
+    step(item, 3)
     after = all_of(item)
     server.die()
     again = Server(tmp_path)

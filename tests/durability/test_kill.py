@@ -37,14 +37,14 @@ def gradient(step: int, added: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def step_options(turn: int, *, hosted: bool) -> dict[str, Any]:
-    """Some steps have hyper-parameters of their own, as those of a client that has a schedule."""
+def step_options(turn: int, *, hosted: bool, groups: int) -> dict[str, Any]:
+    """Some steps have hyper-parameters of their own, as those of a client that has a schedule; some for each group."""
     if turn % 3 == 0:
         return {}
     rate = {"learning_rate": 1.0 / turn}
     if turn % 3 == 1:
         return {"hyperparameters": rate | ({"weight_decay": 0.02} if hosted else {}), "with_gradient_norm": True}
-    return {"hyperparameters": [{"rho": 0.5, "eps": 1e-3} | rate]}
+    return {"hyperparameters": [{"rho": 0.5, "eps": 1e-3} | rate, *({"rho": 1 / (3 + i)} for i in range(groups))]}
 
 
 def new_parameter(step: int, number: int) -> np.ndarray:
@@ -121,12 +121,14 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
         if turn % 3 == 1 and added < MOST_ADDED:
             # Neither lost nor made twice, and in between come steps with them and restarts.
             for each in (undisturbed, opt):
-                each.add_parameters({f"p{added}": new_parameter(0, added)})
+                # Every second one has a group of its own.
+                groups = [optserve.Group([f"p{added}"], {"learning_rate": 0.5})] if added % 2 else []
+                each.add_parameters({f"p{added}": new_parameter(0, added)}, groups=groups)
                 if max_calls > 50:
                     # One from before could not be restored.
                     each.save_checkpoint("c", overwrite=True)
             added += 1
-        given, options = gradient(turn, added), step_options(turn, hosted=hosted)
+        given, options = gradient(turn, added), step_options(turn, hosted=hosted, groups=added // 2)
         expected, update = undisturbed.step(given, **options), opt.step(given, **options)
         assert all(update[key].tobytes() == expected[key].tobytes() for key in given), f"turn {turn}"
         turn += 1
