@@ -13,7 +13,11 @@ import pytest
 from clocks import StoppedClock
 from durability.folder import MIB, Server, fingerprint, step
 from optserve_server.domain.errors import OptserveError, Reason
+from optserve_server.engine.optimizer import OtherState
+from optserve_server.engine.records import ArenaValues
+from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.schedule import AtSteps
+from optserve_server.numerics.settings import Settings
 from optserve_server.persistence import journal, snapshot
 from optserve_server.persistence.upkeep import MAX_PAUSE_S, WARN_EVERY_S, Upkeep
 from present import present
@@ -49,6 +53,44 @@ def step_until_refused(item, index: int) -> int:
                 raise
             return index
         index += 1
+
+
+def full(*_arguments):
+    raise NO_ROOM
+
+
+def test_a_full_disk_refuses_the_step_and_nothing_else(tmp_path, monkeypatch):
+    server = Server(tmp_path)
+    item = server.create()
+    step(item, 0)
+    before = fingerprint(item)
+    zeros = [ArenaValues(dtype, slot, np.zeros(size, dtype)) for dtype, slot, size in item.layout.each_arena(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        for change in (
+            lambda: step(item, 1),
+            lambda: server.create("b"),
+            lambda: server.optimizers.update("a", lambda _before, _layout: Settings(Adadelta(rho=0.5))),
+            lambda: server.optimizers.replace(
+                item, OtherState(5, item.layout, zeros), lambda _before, _layout: Settings(Adadelta(rho=0.5))
+            ),
+            lambda: server.optimizers.delete("a"),
+        ):
+            with pytest.raises(OptserveError, match="No space left") as caught:
+                change()
+            assert caught.value.reason is Reason.NOT_DURABLE
+            assert caught.value.retry_after_s
+    # All but the last reply, which the refused gradients have overwritten.
+    assert fingerprint(item)[2:] == before[2:]
+    assert item.steps.step == 1
+    step(item, 1)
+    server.create("b")
+    before = fingerprint(item)
+    server.die()
+    again = Server(tmp_path)
+    assert fingerprint(again.optimizers.get("a")) == before
+    assert len(again.optimizers) == 2
+    again.die()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
