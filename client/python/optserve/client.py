@@ -38,7 +38,7 @@ def connect(target: str = "127.0.0.1:50051", config: ClientConfig | None = None)
     """Connect to a server.
 
     Args:
-        target: HOST:PORT, or `unix:PATH`.
+        target: HOST:PORT, [IPV6]:PORT or `unix:PATH`. Another text, such as a URL, is an InvalidArgumentError.
         config: Deadlines, retries and sizes.
 
     Returns:

@@ -19,6 +19,7 @@ from optserve._rpc.channel import begun, is_connected, open_channel
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
 from optserve._rpc.proxies import proxy_hint
 from optserve._rpc.retry import Backoff, is_retryable
+from optserve._rpc.target import check_target
 from optserve.config import ClientConfig
 from optserve.errors import (
     ClientUseError,
@@ -79,6 +80,9 @@ class Connection:
         clock: The time.
         channel: The channel for the calls; None to open one to the target.
 
+    Raises:
+        InvalidArgumentError: The target is not the address of a server.
+
     Attributes:
         clock: The time.
         same_host: Whether the server can share memory with this process.
@@ -88,6 +92,8 @@ class Connection:
     def __init__(
         self, target: str, config: ClientConfig, clock: Clock = SYSTEM, channel: grpc.Channel | None = None
     ) -> None:
+        if channel is None:
+            check_target(target)
         self.target = target
         self.clock = clock
         self.same_host = False
