@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,7 @@ class Section:
     timings: dict[str, Timing]
     bars: tuple[Bar, ...] = ()
     statistic: Literal["median", "p99"] = "median"
+    hidden: Mapping[str, float] = field(default_factory=dict)
 
     def time(self, name: str) -> float:
         """Seconds."""
@@ -71,6 +72,8 @@ class Section:
             spread = f"{100 * timing.spread:.0f} %"
             table.add_row(name, f"{1e3 * self.time(name):.3f}", spread, f"{ratio:.2f}", f"{1 / ratio:.2f}")
         console.print(table)
+        for name, part in self.hidden.items():
+            console.print(f"{name}: {100 * part:.0f} % of the remote step's time is hidden behind the backward pass")
 
     def results(self) -> Iterator[tuple[str, str, float, float | None]]:
         """(what, over what, at most, measured) of every bar."""
@@ -84,7 +87,7 @@ class Section:
             for name, timing in self.timings.items()
         }
         bars = [asdict(bar) | {"ratio": self.ratio(bar)} for bar in self.bars]
-        return {"title": self.title, "peer": self.peer, "rows": rows, "bars": bars}
+        return {"title": self.title, "peer": self.peer, "rows": rows, "bars": bars, "hidden": dict(self.hidden)}
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Plan:
     bars: tuple[Bar, ...] = ()
     statistic: Literal["median", "p99"] = "median"
     rounds: int = 0
+    hidden: Callable[[dict[str, Timing]], Mapping[str, float]] = lambda _timings: {}
 
 
 STEP_BARS = {
@@ -158,11 +162,12 @@ def plans() -> Iterator[Plan]:
         torch_step.local("AdamW"),
         MNIST,
         tuple(
-            Bar(row(method), torch_step.local(method), at_most)
+            Bar(torch_step.overlapping(row(method)), torch_step.local(method), at_most)
             for method in torch_step.METHODS
             for row, at_most in ((torch_step.shared, 1.0), (torch_step.tcp, 1.5))
         ),
         rounds=100,
+        hidden=torch_step.hidden,
     )
     yield Plan(
         f"A training step in PyTorch, a transformer, {torch_step.TRANSFORMER:,} float32 parameters",
@@ -170,9 +175,10 @@ def plans() -> Iterator[Plan]:
         torch_step.local("AdamW"),
         torch_step.TRANSFORMER,
         (
-            Bar(torch_step.shared("AdamW"), torch_step.local("AdamW"), 1.0),
-            Bar(torch_step.tcp("AdamW"), torch_step.local("AdamW"), 1.15),
+            Bar(torch_step.overlapping(torch_step.shared("AdamW")), torch_step.local("AdamW"), 1.0),
+            Bar(torch_step.overlapping(torch_step.tcp("AdamW")), torch_step.local("AdamW"), 1.15),
         ),
+        hidden=torch_step.hidden,
     )
     for size in (LARGE, MNIST):
         yield Plan(
@@ -280,7 +286,7 @@ def main(
     for plan in plans():
         with console.status(f"{plan.title} …"):
             timings = plan.measure(plan.size, plan.rounds or rounds)
-        section = Section(plan.title, plan.peer, timings, plan.bars, plan.statistic)
+        section = Section(plan.title, plan.peer, timings, plan.bars, plan.statistic, plan.hidden(timings))
         section.show(console)
         sections.append(section)
     sections.append(costs_per_parameter(sections))

@@ -13,7 +13,7 @@ import optserve
 from optserve.torch import RemoteOptimizer
 
 PAGE = (Path(__file__).parents[2] / "docs/pytorch.md").read_text()
-LOOP, MASTERS, PARALLEL = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LOOP, MASTERS, PARALLEL, OVERLAP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 DDP = """
 import sys, torch, optserve.torch
@@ -31,10 +31,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_the_loop_and_master_weights_run(capsys):
+def test_the_loop_with_overlap_and_master_weights_run(capsys):
     names: dict[str, object] = {}
     exec(LOOP, names)  # noqa: S102
     assert capsys.readouterr().out.startswith("100 ")
+    exec(OVERLAP, names)  # noqa: S102
     exec(MASTERS, names)  # noqa: S102
     optimizer = names["optimizer"]
     assert isinstance(optimizer, RemoteOptimizer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 
@@ -45,18 +46,17 @@ class IncrementalGradients(Gradients):
         self._added: set[int] = set()
         self._complete = self._aborted = False
 
-    def add(self, index: int, gradient: np.ndarray, curvature: np.ndarray | None) -> None:
-        """Add a gradient, and its curvature; the sending thread takes them."""
-        with self._changed:
-            self._added.add(index)
-            self._gradients.append(gradient)
-            self._arrived.append((index, gradient, curvature))
-            self._changed.notify_all()
+    def add(self, arrived: Sequence[tuple[int, np.ndarray, np.ndarray | None]], *, complete: bool = False) -> None:
+        """Add gradients, each with its index and its curvature; the sending thread takes them.
 
-    def complete(self) -> None:
-        """All gradients have been added: commit the step."""
+        With `complete` they are the last ones: the step is committed with them.
+        """
         with self._changed:
-            self._complete = True
+            for index, gradient, _ in arrived:
+                self._added.add(index)
+                self._gradients.append(gradient)
+            self._arrived.extend(arrived)
+            self._complete |= complete
             self._changed.notify_all()
 
     def abort(self) -> None:
@@ -147,7 +147,20 @@ class StepUnderWay:
             raise InvalidArgumentError(f"{name!r} takes no part in this step.", metadata={"parameter": name})
         if index in self._gradients:
             raise InvalidArgumentError(f"The gradient of {name!r} has been sent already.", metadata={"parameter": name})
-        self._gradients.add(index, array, diagonal)
+        self._gradients.add([(index, array, diagonal)])
+
+    def _send_all(self, gradients: Mapping[str, np.ndarray], *, last: bool = False) -> None:
+        """Send the gradients of several parameters, which take part and were not sent before, in as few messages.
+
+        The last ones share a message with the commit.
+        """
+        arrived = sorted((self._check(name, gradient, None) for name, gradient in gradients.items()), key=itemgetter(0))
+        self._gradients.add(arrived, complete=last)
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the step has failed, or was applied."""
+        return self._ended.done()
 
     def _finish(self) -> None:
         """Wait for the updates, or raise the step's failure."""
@@ -167,7 +180,7 @@ class StepUnderWay:
                 f"There is no gradient for {missing[0]!r}; name the parameters that take part when the step is begun.",
                 metadata={"parameter": missing[0]},
             )
-        self._gradients.complete()
+        self._gradients.add([], complete=True)
 
     def _raise_failure(self) -> None:
         """Raise the step's failure, if it has failed."""

@@ -14,8 +14,10 @@ from optserve.algorithms import Algorithm
 from optserve.errors import EtagMismatchError, InvalidArgumentError
 from optserve.torch._advice import whereabouts
 from optserve.torch._layout import Layout, begins_at_zero, decays, plain
+from optserve.torch._overlap import Overlap
 from optserve.torch._parameters import Parameter
 from optserve.torch._states import differences
+from optserve.torch._step_memory import Region
 
 ParamGroups = Sequence[Mapping[str, Any]]
 """torch's param groups."""
@@ -128,8 +130,17 @@ class Groups:
             )
         self._known = known
 
-    def gradients(self, groups: ParamGroups) -> dict[str, np.ndarray]:
-        """The gradients to be sent, with the weight decay that is added to them; raises InvalidArgumentError."""
+    def gradients(self, groups: ParamGroups, regions: Mapping[str, Region], overlap: Overlap) -> dict[str, np.ndarray]:
+        """The gradients to be sent, with the weight decay that is added to them.
+
+        Args:
+            groups: The param groups.
+            regions: Where the gradients go, by name; those of other parameters stay where they are, if they can.
+            overlap: Has those that were taken while backward ran.
+
+        Raises:
+            InvalidArgumentError: A gradient cannot be used, or the groups have other parameters than before.
+        """
         self._check_count(groups)
         gradients: dict[str, np.ndarray] = {}
         for group, own in zip(groups, self.members, strict=True):
@@ -146,7 +157,10 @@ class Groups:
                     raise InvalidArgumentError(
                         f"{parameter.name!r} was changed, but the server holds it: call upload_parameters() first."
                     )
-                gradients[parameter.name] = parameter.gradient(maximize=maximize, decay=decay)
+                array = overlap.gradient(parameter.name, tensor.grad, maximize=maximize, decay=decay)
+                if array is None:
+                    array = parameter.gradient(regions.get(parameter.name), maximize=maximize, decay=decay)
+                gradients[parameter.name] = array
         return gradients
 
     def apply(self, groups: ParamGroups, replies: Mapping[str, np.ndarray], rates: Sequence[float]) -> None:

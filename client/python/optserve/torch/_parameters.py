@@ -7,6 +7,7 @@ import torch
 
 from optserve.errors import InvalidArgumentError
 from optserve.state import TensorSpec
+from optserve.torch._step_memory import Region
 
 _STATE_DTYPES = {
     torch.float64: torch.float64,
@@ -71,8 +72,13 @@ class Parameter:
                 "then. A state_dict() of this one can be loaded into it.",
             )
 
-    def gradient(self, *, maximize: bool, decay: float) -> np.ndarray:
-        """The gradient to be sent: g + decay x, or −g + decay x. It may share memory with the parameter's `grad`.
+    def gradient(self, region: Region | None = None, *, maximize: bool, decay: float) -> np.ndarray:
+        """The gradient to be sent: g + decay x, or −g + decay x.
+
+        Args:
+            region: Where it goes; without a region it may share memory with the parameter's `grad`.
+            maximize: Whether the sign of g changes.
+            decay: By how much of x it grows.
 
         Raises:
             InvalidArgumentError: The gradient is sparse, or cannot be read from its device.
@@ -87,11 +93,14 @@ class Parameter:
                 "sparse=False, or set grad = grad.to_dense() before the step.",
             )
         grad = real(grad.detach())
-        if grad.is_cpu and grad.dtype is self.dtype and grad.is_contiguous() and not maximize and not decay:
+        if region is not None:
+            array, staging = region
+        elif grad.is_cpu and grad.dtype is self.dtype and grad.is_contiguous() and not maximize and not decay:
             return grad.numpy()
-        if self._staging is None:
-            self._staging = torch.empty(self.spec.shape, dtype=self.dtype)
-        staging = self._staging
+        else:
+            if self._staging is None:
+                self._staging = torch.empty(self.spec.shape, dtype=self.dtype)
+            array, staging = self._staging.numpy(), self._staging
         try:
             # On the host before anything is added, so that a device's gradient is rounded as the host's is.
             staging.copy_(grad)
@@ -103,7 +112,7 @@ class Parameter:
             raise _refused(
                 self.name, f"The gradient of {self.name!r} on {grad.device} cannot be read: {error}"
             ) from error
-        return staging.numpy()
+        return array
 
     def apply(self, update: torch.Tensor, keep: float) -> None:
         """Change x in place: x ← keep x + update."""

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-import numpy as np
 import torch
 
 from optserve._adapters.named import IfExists, Wanted
-from optserve._resources.choices import ReplyName, TransportName, WireDtype
+from optserve._resources.choices import TransportName, WireDtype
 from optserve._values.torch_methods import STEP
 from optserve.algorithms import Algorithm
 from optserve.client import Client
 from optserve.errors import (
-    ClientUseError,
-    FailedPreconditionError,
     InvalidArgumentError,
-    StepsLostError,
 )
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
-from optserve.torch._advice import advice
 from optserve.torch._groups import Groups
 from optserve.torch._layout import Layout
 from optserve.torch._place import Choices, Place, existing_method
 from optserve.torch._states import Entry, check_origin, differences, server_groups, state_from, torch_entries
+from optserve.torch._stepper import Stepper
 
 
-class RemoteOptimizer(torch.optim.Optimizer):
+class RemoteOptimizer(Stepper):
     """An optimizer of torch whose state lives at the service, which makes its steps.
 
     `step` sends the gradients, and adds the updates Δx to the parameters in place; a parameter without a gradient stays
@@ -63,6 +59,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         wire_dtype: See `Client.optimizer`. For a model in half floats, that dtype loses nothing of gradients and x.
         master_weights: Let the server hold the parameters x, in float32, and round them to the dtype of the model after
             each step. If the optimizer exists, the model gets the server's x.
+        overlap: Send each gradient as soon as backward() has computed it. For training loops that change no gradient
+            between the last backward() and step(): no clipping by torch, no GradScaler, no DistributedDataParallel.
         defaults: Further settings of all groups under torch's names, such as weight_decay, maximize, lr or betas.
 
     Attributes:
@@ -81,9 +79,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         >>> loss.backward(); optimizer.step(); scheduler.step(); optimizer.zero_grad()    # doctest: +SKIP
     """
 
-    # None until the server has the optimizer.
-    _place: Place | None = None
-
     def __init__(  # noqa: PLR0913 - settings, by their names
         self,
         params: Iterable[Any],
@@ -96,14 +91,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         transport: TransportName = "auto",
         wire_dtype: WireDtype = "native",
         master_weights: bool = False,
+        overlap: bool = False,
         **defaults: Any,
     ) -> None:
         layout = Layout.of(existing_method(server, algorithm, name))
         layout.check_defaults(defaults)
-        self._groups = Groups(layout, holds_x=master_weights)
         self._loading: dict[str, Any] = {}
-        self._outputs: dict[str, np.ndarray] = {}
-        super().__init__(params, {**layout.defaults, **defaults})
+        groups = Groups(layout, holds_x=master_weights)
+        super().__init__(params, {**layout.defaults, **defaults}, groups, overlap=overlap)
         _run_eagerly(type(self))
         self.state = defaultdict(Entry)
         if not self._groups.names:
@@ -112,6 +107,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._place = Place(server, Choices(name, if_exists, transport, wire_dtype), self._wanted(clipping))
         if master_weights and self._place.existed:
             self._pull()
+        for group, members in enumerate(self._groups.members):
+            self._overlap.watch(members, group)
 
     def _wanted(self, clipping: Clipping | None) -> Wanted:
         """The optimizer that is needed at the server."""
@@ -126,95 +123,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _state_from(self, saved: dict[str, Any], algorithms: list[Algorithm]) -> OptimizerState:
         groups = self._groups
         return state_from(saved, groups.layout, groups.members, algorithms, hosted=groups.holds_x)
-
-    @property
-    def remote(self) -> Optimizer:
-        """The optimizer at the server."""
-        if self._place is None:
-            raise ClientUseError("This RemoteOptimizer has no optimizer at the server.")
-        return self._place.remote
-
-    @property
-    def _reply(self) -> ReplyName:
-        return "parameters" if self._groups.holds_x else "updates"
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Send the gradients, and add the updates to the parameters.
-
-        Args:
-            closure: Computes the loss once more, with its gradients, before the step.
-
-        Returns:
-            The loss of the closure; None without one.
-
-        Raises:
-            InvalidArgumentError: A gradient is sparse, not finite or cannot be read, or a setting is out of range.
-                Nothing was changed. (GradScaler skips steps whose gradients are not finite.)
-            StepInDoubtError: An earlier, interrupted step was applied, or may have been. See `recover`.
-            OptserveError: As for `Optimizer.step`.
-        """
-        remote, loss = self.remote, None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with advice(self._groups.names):
-            gradients = self._groups.gradients(self.param_groups)
-            if not gradients:
-                return loss
-            changes = self._groups.changes(self.param_groups, remote._known)
-            whole = len(gradients) == len(remote._model)
-            replies = remote.step(
-                gradients, out=self._arrays(), reply=self._reply, partial=not whole, hyperparameters=changes
-            )
-        self._apply(replies)
-        return loss
-
-    def _arrays(self) -> dict[str, np.ndarray] | None:
-        """Arrays for the updates: the memory that is shared with the server, or arrays that serve for all steps."""
-        stream = self.remote._session.streams.current
-        if stream is None:
-            # The step opens one, and waits for a server that is being restarted.
-            return None
-        if stream.shared is not None:
-            return self.remote.buffers()
-        if not self._outputs:
-            self._outputs = {
-                name: np.empty(parameter.spec.shape, parameter.spec.dtype)
-                for name, parameter in self._groups.names.items()
-            }
-        return self._outputs
-
-    def _apply(self, replies: dict[str, np.ndarray]) -> None:
-        # Without rates if the server was restarted while the step was made.
-        result = self.remote.last_result
-        self._groups.apply(self.param_groups, replies, result.learning_rates if result is not None else ())
-
-    @torch.no_grad()
-    def recover(self) -> bool:
-        """Add the updates of an interrupted step if the server has applied it; `step` works again afterwards.
-
-        For a step that has raised StepCancelledError, DeadlineExceededError, KeyboardInterrupt or StepInDoubtError.
-
-        Returns:
-            Whether the step was applied.
-
-        Raises:
-            StepsLostError: The server was restarted and has lost its state. Load a checkpoint.
-            OptserveError: As for `Optimizer.replay`. If the server no longer has the updates, load a checkpoint.
-        """
-        if not self.remote._outcomes.unsettled:
-            return False
-        with advice(self._groups.names):
-            try:
-                replies = self.remote.replay(reply=self._reply)
-            except StepsLostError:
-                raise
-            except FailedPreconditionError:
-                self.remote.refresh()
-                return False
-        self._apply(replies)
-        return True
 
     def upload_parameters(self) -> None:
         """With `master_weights`: give the server the parameters of the model, after they were changed by hand.
@@ -266,7 +174,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         group = Group([parameter.name for parameter in own], differences(groups.at_server[-1], base))
         added = {parameter.name: parameter.value() if groups.holds_x else parameter.spec for parameter in own}
         self.remote.add_parameters(added, groups=[group])
-        self._outputs = {}
+        self._overlap.watch(own, len(groups.members) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, read from the server, in torch's layout; see torch.optim.Optimizer.state_dict."""
@@ -319,6 +227,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
         If no server answers within 2 seconds, there is a RuntimeWarning, and the optimizer may stay.
         """
+        self._overlap.close()
         if self._place is not None:
             self._place.close()
 
@@ -341,7 +250,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
 @cache
 def _run_eagerly(kind: type[RemoteOptimizer]) -> None:
     """Keep torch.compile from tracing into the client. Not by decorators: torch loads its compiler for that, slowly."""
-    for name in ("step", "recover", "upload_parameters", "add_param_group", "state_dict", "load_state_dict", "close"):
+    for name in (
+        "step",
+        "zero_grad",
+        "recover",
+        "upload_parameters",
+        "add_param_group",
+        "state_dict",
+        "load_state_dict",
+        "close",
+    ):
         setattr(kind, name, torch.compiler.disable(getattr(kind, name)))
 
 

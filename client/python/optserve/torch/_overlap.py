@@ -1,0 +1,269 @@
+"""Takes the gradients of a RemoteOptimizer while backward still runs, in hooks of the parameters.
+
+Through shared memory a hook copies its gradient into the segment, where the server finds it when the step is committed.
+Otherwise the hooks begin a step and send gradients as they come. `step` uses what was taken if nothing
+has changed since, and if not it sends the present gradients: a step that was begun is abandoned then.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from optserve._common.clock import SYSTEM
+from optserve._steps.incremental import StepUnderWay
+from optserve.errors import OptserveError, StepCancelledError
+from optserve.torch._layout import decays
+from optserve.torch._parameters import Parameter
+
+if TYPE_CHECKING:
+    from optserve.torch._stepper import Stepper
+
+SENT_FROM_BYTES = 1 << 19
+"""Gradients wait for others until they have so many bytes together. A message costs as much as some 100 KiB."""
+
+_SAMPLES = 64
+"""So many elements of a gradient are compared, because changes through `.data` or NumPy leave no other trace."""
+
+
+class Taken:
+    """A gradient that was taken early.
+
+    Args:
+        grad: The parameter's `grad`.
+        array: What is sent: the gradient itself, or a copy.
+        maximize: Whether the copy has the other sign.
+    """
+
+    def __init__(self, grad: torch.Tensor, array: np.ndarray, *, maximize: bool) -> None:
+        # Weak, because a gradient may be large, and zero_grad would not free it.
+        self._grad = weakref.ref(grad)
+        self._version = grad._version
+        self._sample = _sample(grad)
+        self._maximize = maximize
+        self.array = array
+
+    def is_of(self, grad: torch.Tensor | None) -> bool:
+        """Whether it was taken from this very tensor."""
+        return self._grad() is grad
+
+    def is_present(self, grad: torch.Tensor, *, maximize: bool, decay: float) -> bool:
+        """Whether the gradient is what it was then, as far as that can be seen."""
+        return (
+            self.is_of(grad)
+            and grad._version == self._version
+            and maximize == self._maximize
+            and not decay
+            and torch.equal(_sample(grad), self._sample)
+        )
+
+
+def _sample(grad: torch.Tensor) -> torch.Tensor:
+    """A few elements, evenly spread."""
+    flat = grad.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+
+
+class _EarlyStep:
+    """A step that the hooks have begun.
+
+    Args:
+        optimizer: Makes the step.
+        expected: The parameters that are expected to get gradients.
+    """
+
+    def __init__(self, optimizer: Stepper, expected: frozenset[str]) -> None:
+        self.expected = expected
+        remote = optimizer._at_server
+        self.settings = optimizer._groups.changes(optimizer.param_groups, remote._known)
+        self._context: AbstractContextManager[StepUnderWay] = remote.begin_step(
+            expected, out=optimizer._memory.outputs(remote), reply=optimizer._reply, hyperparameters=self.settings
+        )
+        self._step = self._context.__enter__()
+        self._waiting: dict[str, np.ndarray] = {}
+        self._sent: set[str] = set()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._step._has_ended
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Send a gradient, together with others; the last ones wait for `finish`, which sends them with the commit."""
+        self._waiting[name] = array
+        is_last = len(self._waiting) + len(self._sent) == len(self.expected)
+        if not is_last and sum(waiting.nbytes for waiting in self._waiting.values()) >= SENT_FROM_BYTES:
+            self._step._send_all(self._waiting)
+            self._sent.update(self._waiting)
+            self._waiting = {}
+
+    def finish(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Send the rest of the gradients, and wait for the updates."""
+        try:
+            self._step._send_all(
+                {name: array for name, array in gradients.items() if name not in self._sent}, last=True
+            )
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        self._context.__exit__(None, None, None)
+        return self._step.updates
+
+    def abandon(self, error: BaseException) -> None:
+        """Abandon the step; the server forgets it."""
+        self._context.__exit__(type(error), error, error.__traceback__)
+
+
+class Overlap:
+    """What the hooks of one RemoteOptimizer have taken since its last step.
+
+    Args:
+        optimizer: The optimizer.
+        enabled: Whether hooks take any.
+    """
+
+    def __init__(self, optimizer: Stepper, *, enabled: bool) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        # Reentrant: hooks run in the threads of a backward pass, and a garbage collection may end another optimizer.
+        self._lock = SYSTEM.rlock()
+        self._handles: list[Any] = []
+        self._taken: dict[str, Taken] = {}
+        self._step: _EarlyStep | None = None
+        # Which parameters the last step had; None before the first one.
+        self._last: frozenset[str] | None = None
+        self._paused = False
+        self._has_warned = False
+        self._enabled = enabled
+
+    def watch(self, parameters: Iterable[Parameter], group: int) -> None:
+        """Take the gradients of these parameters, which belong to the param group of that number."""
+        for parameter in parameters:
+            # torch allows no hook of a frozen parameter; if it is unfrozen later, `step` sends its gradient.
+            if self._enabled and parameter.tensor.requires_grad:
+                hook = _hook(weakref.ref(self), parameter, group)
+                self._handles.append(parameter.tensor.register_post_accumulate_grad_hook(hook))
+
+    def close(self) -> None:
+        """Remove the hooks, and abandon a step that they have begun."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.discard()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no gradients in a with-block."""
+        self._paused, before = True, self._paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def arrived(self, parameter: Parameter, group: int) -> None:
+        """A backward pass has accumulated the gradient of a parameter."""
+        optimizer, grad = self._optimizer(), parameter.tensor.grad
+        if optimizer is None or grad is None or self._paused:
+            return
+        settings = optimizer.param_groups[group]
+        decay, maximize = decays(settings)[0], bool(settings.get("maximize"))
+        # x may change until the step.
+        if decay:
+            return
+        with self._lock:
+            remote = optimizer._at_server
+            region = optimizer._memory.regions(remote).get(parameter.name)
+            # Another backward pass, after one that was not stepped.
+            before = self._taken.pop(parameter.name, None)
+            if region is None and before is not None and self._step is not None:
+                self._abandon("backward() has run more than once since the last step(); use accumulating()")
+                if before.is_of(grad):
+                    return
+                self._taken.clear()
+            try:
+                array = parameter.gradient(region, maximize=maximize, decay=0.0)
+                if region is None and not self._send(optimizer, parameter.name, array):
+                    return
+            except OptserveError:
+                # `step` finds the same, and raises it.
+                return
+            self._taken[parameter.name] = Taken(grad, array, maximize=maximize)
+
+    def _send(self, optimizer: Stepper, name: str, array: np.ndarray) -> bool:
+        """Send a gradient in messages; returns whether that could be done."""
+        remote = optimizer._at_server
+        if self._step is None:
+            # Otherwise `step` says what is wrong, or waits for the server.
+            is_ready = remote._session.streams.current is not None and not remote._outcomes.unsettled
+            if self._last is None or self._taken or not is_ready or remote._outcomes.overtaken:
+                return False
+            self._step = _EarlyStep(optimizer, self._last)
+        if name not in self._step.expected or self._step.has_failed:
+            return False
+        self._step.add(name, array)
+        return True
+
+    def gradient(self, name: str, grad: torch.Tensor, *, maximize: bool, decay: float) -> np.ndarray | None:
+        """The gradient that was taken, if it has not changed since."""
+        taken = self._taken.get(name)
+        if taken is None or taken.is_present(grad, maximize=maximize, decay=decay):
+            return None if taken is None else taken.array
+        del self._taken[name]
+        self._abandon(f"the gradient of {name!r} was changed after backward()")
+        return None
+
+    def finish(
+        self, gradients: Mapping[str, np.ndarray], settings: list[dict[str, Any]] | None
+    ) -> dict[str, np.ndarray] | None:
+        """Commit the step that the hooks have begun, and return its updates; None if there is none of use."""
+        with self._lock:
+            # The step overwrites the shared memory.
+            self._taken.clear()
+            self._last = frozenset(gradients)
+            step = self._step
+            if step is None:
+                return None
+            if step.has_failed:
+                self._abandon("the step could not be sent while backward ran")
+            elif step.expected != self._last:
+                self._abandon("other parameters had gradients than in the step before")
+            elif step.settings != settings:
+                self._abandon("a setting of the param groups was changed after backward()")
+            else:
+                self._step = None
+                return step.finish(gradients)
+        return None
+
+    def discard(self, reason: str = "") -> None:
+        """Forget what was taken; a step that was begun is abandoned. With a reason, say once why."""
+        with self._lock:
+            if self._taken or self._step:
+                self._taken.clear()
+                self._abandon(reason)
+
+    def _abandon(self, reason: str) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.abandon(StepCancelledError("The step was abandoned before step() was called."))
+        if reason and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"overlap=True gains nothing here, because {reason}: step() sends the gradients as they are then.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _hook(overlap: weakref.ref[Overlap], parameter: Parameter, group: int) -> Callable[[torch.Tensor], None]:
+    """The hook of one parameter, which does not keep the optimizer alive."""
+
+    def hook(_tensor: torch.Tensor) -> None:
+        known = overlap()
+        if known is not None:
+            known.arrived(parameter, group)
+
+    return hook
