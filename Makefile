@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-integrations torture simulate fuzz test-debian test-newest check format generate pins bench wheels clean
+.PHONY: help demo test test-fast test-integrations torture simulate fuzz test-debian test-newest check format generate pins bench gpu wheels clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ ifdef BASE
 else
 	$(BIN)/python -m benchmarks --json out/bench.json --plot out/bench.png
 endif
+
+gpu: .venv/.dev ## Run the tests and benchmarks that need a GPU; PYTHON of an environment with CuPy: scripts/gpu.sh
+	scripts/gpu.sh
 
 wheels: dist/wheels/.stamp ## Collect the image's wheels, for builds without a package index
 

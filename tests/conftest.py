@@ -7,13 +7,14 @@ import grpc
 import pytest
 
 import optserve
+from backend_under_test import BACKEND
 from optserve.v1 import service_pb2_grpc
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[optserve.LocalServer]:
     """A server of its own for each worker process of the test run."""
-    with optserve.local_server(backend="numba") as running:
+    with optserve.local_server(backend=BACKEND) as running:
         yield running
 
 

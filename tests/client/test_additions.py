@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKENDS
 from client.proxy import proxy
 from optserve import aio
 from optserve.v1 import service_pb2
@@ -41,7 +42,7 @@ def state_bits(opt: optserve.Optimizer) -> tuple:
     return state.step, state.parameter_steps, {name: bits(slots) for name, slots in state.slots.items()}
 
 
-@pytest.fixture(scope="module", params=["numpy", "numba"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def backend_client(request, tmp_path_factory):
     """A client of a server with a journal, on each backend."""
     with (

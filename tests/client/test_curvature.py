@@ -9,6 +9,7 @@ import pytest
 
 import optserve
 import oracle
+from backend_under_test import BACKEND
 from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
 from service.wire_client import Request, begin, chunk, commit, details, refused, stream
 
@@ -76,13 +77,13 @@ def test_some_parameters_may_be_left_out(client, name):
 def test_they_survive_a_crash_bit_for_bit(tmp_path, client, name):
     client.create_optimizer(name, VSGD, arrays(0))
     expected = steps(client.optimizer(name), 9)
-    with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as before:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server, optserve.connect(server.target) as before:
         for transport in ("shm", "grpc"):
             before.create_optimizer(transport, VSGD, arrays(0))
             assert steps(before.optimizer(transport, transport=transport), 6) == expected[:6]
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-    with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as after:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server, optserve.connect(server.target) as after:
         for transport in ("shm", "grpc"):
             opt = after.optimizer(transport, transport=transport)
             assert opt.current_step == 6

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import optserve
+from backend_under_test import BACKEND
 from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
 from present import present
 from service.wire_client import begin, chunk, commit, refused, stream
@@ -169,7 +170,7 @@ def test_they_are_part_of_what_survives_a_crash_and_of_a_checkpoint(tmp_path, cl
     }
     reference = client.create_optimizer(name, optserve.Adadelta(), gradients(0), **options)
     expected = [bits(reference.step(gradients(seed))) for seed in range(8)]
-    with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as before:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server, optserve.connect(server.target) as before:
         for transport in ("shm", "grpc"):
             before.create_optimizer(transport, optserve.Adadelta(), gradients(0), **options)
             opt = before.optimizer(transport, transport=transport)
@@ -177,7 +178,7 @@ def test_they_are_part_of_what_survives_a_crash_and_of_a_checkpoint(tmp_path, cl
             opt.save_checkpoint("five")
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-    with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as after:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server, optserve.connect(server.target) as after:
         for transport in ("shm", "grpc"):
             opt = after.optimizer(transport, transport=transport)
             assert bits(opt.replay()) == expected[4]

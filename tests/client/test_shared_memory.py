@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND, BACKENDS
 from optserve._common import sysv
 from optserve.v1 import steps_pb2
 from optserve_server.app import App
@@ -48,7 +49,7 @@ def reference(client, name):
 def machine(request, tmp_path):
     """A server whose staging buffer is the segment, and one that copies from it and to it."""
     data_dir = tmp_path / "data" if request.param == "journal" else None
-    with optserve.local_server(data_dir, backend="numba") as server:
+    with optserve.local_server(data_dir, backend=BACKEND) as server:
         yield server
 
 
@@ -251,7 +252,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(near, machine, reference)
 
 
 def test_a_server_that_is_killed_is_resumed_and_leaves_nothing_behind(tmp_path, reference):
-    with optserve.local_server(tmp_path, backend="numba") as server:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server:
         port = server.target.rpartition(":")[2]
         client = optserve.connect(server.target, PATIENT)
         opt = client.create_optimizer("a", optserve.Adadelta(), gradients(0))
@@ -265,7 +266,7 @@ def test_a_server_that_is_killed_is_resumed_and_leaves_nothing_behind(tmp_path, 
             arrays[name][...] = g
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
-    with optserve.local_server(tmp_path, backend="numba", options=["--port", port]):
+    with optserve.local_server(tmp_path, backend=BACKEND, options=["--port", port]):
         # The old arrays are ordinary ones now.
         assert bits(opt.step(arrays, out=arrays)) == bits(reference.step(gradients(2)))
         assert opt.transport[0] == "shm"
@@ -312,13 +313,13 @@ def test_a_client_that_scribbles_all_the_time_harms_nobody_else(near, machine, t
         os.kill(machine.process.pid, signal.SIGKILL)
         machine.process.wait()
         with (
-            optserve.local_server(tmp_path / "data", backend="numba") as again,
+            optserve.local_server(tmp_path / "data", backend=BACKEND) as again,
             optserve.connect(again.target) as later,
         ):
             assert bits(later.optimizer("good").replay()) == bits(expected)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_arrays_of_any_size_are_copied_out_of_the_segment(tmp_path, backend):
     """From two times 131,072 elements on, several threads share the work."""
     with optserve.local_server(tmp_path, backend=backend) as server, optserve.connect(server.target) as near:

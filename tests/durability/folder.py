@@ -9,13 +9,13 @@ import numpy as np
 from optserve_server.domain.config import ServerConfig
 from optserve_server.engine.registry import Optimizers
 from optserve_server.engine.transaction import StepRequest
-from optserve_server.numerics import backends
 from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Adadelta
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.step_settings import StepOptions, StepSettings
 from optserve_server.persistence.data_folder import DataFolder
 from optserve_server.persistence.disk import SYSTEM_DISK, Buffer, Disk
+from simulated_device import load
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 PARAMETERS = (Parameter("w", (700, 300), F4), Parameter("b", (11,), F8), Parameter("none", (0,), F4))
@@ -55,7 +55,7 @@ class Server:
         disk: Disk = SYSTEM_DISK,
     ) -> None:
         self.folder = DataFolder(path, snapshot_bytes, segment_bytes=MIB, interval_s=interval_s, disk=disk)
-        self.optimizers = Optimizers(backends.load(backend), self.folder, ServerConfig(data_dir=str(path)))
+        self.optimizers = Optimizers(load(backend), self.folder, ServerConfig(data_dir=str(path)))
         self._dead = False
         self.recovered = self.folder.recover(self.optimizers, lambda _done, _total: None)
 
@@ -84,7 +84,7 @@ def step(item, index: int, tensors: tuple[int, ...] = (), settings: StepSettings
 
 
 def fingerprint(item) -> tuple:
-    slots = [slot.tobytes() for arena in item.state.slots.values() for slot in arena]
+    slots = [item.state.backend.to_host(slot).tobytes() for arena in item.state.slots.values() for slot in arena]
     retained = replace(item.steps.main.retained) if item.steps.main.retained else None
     return (
         item.steps.step, retained, item.steps.lineage, item.etag, item.rule, item.create_time, item.update_time,

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import numpy as np
 import pytest
 
+from backend_under_test import IN_PROCESS
 from durability.folder import F4, F8, MIB, PARAMETERS, BusyDisk, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.addition import NewParameters, addition
@@ -102,7 +103,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", IN_PROCESS)
 @pytest.mark.parametrize("settings", METHODS.values(), ids=list(METHODS))
 def test_it_is_as_if_it_had_been_created_with_them_and_every_step_had_left_them_out(tmp_path, settings, backend):
     server, other = Server(tmp_path / "later", backend=backend), Server(tmp_path / "created", backend=backend)
@@ -127,7 +128,7 @@ def test_it_is_as_if_it_had_been_created_with_them_and_every_step_had_left_them_
     other.die()
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", IN_PROCESS)
 @pytest.mark.parametrize("settings", METHODS.values(), ids=list(METHODS))
 @pytest.mark.parametrize("snapshots_at", [(), (3,), (2, 6), (9,)], ids=["no snapshot", "at it", "around it", "after"])
 def test_a_killed_server_goes_on_where_it_was(tmp_path, settings, backend, snapshots_at):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND
 from service.attacks import wait_until
 
 
@@ -25,7 +26,7 @@ def durable(request, tmp_path):
     """A client of a server with each kind of durability."""
     options = ["--durability", request.param]
     data_dir = None if request.param == "memory" else tmp_path / "data"
-    with optserve.local_server(data_dir, backend="numba", options=options) as server:
+    with optserve.local_server(data_dir, backend=BACKEND, options=options) as server:
         assert server.process.poll() is None
         with optserve.connect(server.target) as client:
             assert client.server_info().durability == request.param
@@ -192,7 +193,7 @@ def test_a_checkpoint_is_of_one_step_while_others_step(durable):
 def test_restores_imports_and_checkpoints_are_there_after_the_end_of_the_server(tmp_path, client, name, ending):
     undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
     with (
-        optserve.local_server(tmp_path, backend="numba") as server,
+        optserve.local_server(tmp_path, backend=BACKEND) as server,
         optserve.connect(server.target) as before,
     ):
         opt = before.create_optimizer("a", optserve.Adadelta(), gradient(0))
@@ -208,7 +209,7 @@ def test_restores_imports_and_checkpoints_are_there_after_the_end_of_the_server(
         os.kill(server.process.pid, ending)
         server.process.wait(30)
     with (
-        optserve.local_server(tmp_path, backend="numba") as server,
+        optserve.local_server(tmp_path, backend=BACKEND) as server,
         optserve.connect(server.target) as after,
     ):
         opt = after.optimizer("a")

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import optserve
+from backend_under_test import BACKEND
 from optserve.v1 import service_pb2_grpc, steps_pb2
 from present import present
 from service.attacks import wait_until
@@ -30,7 +31,7 @@ def gradient(step: int) -> dict[str, np.ndarray]:
 @contextmanager
 def failing_server(folder: Path, flag: Path, call: str, error: str):
     """A target; the server is killed at the end."""
-    options = ["--port", "0", "--announce", "--data-dir", folder, "--backend", "numba"]
+    options = ["--port", "0", "--announce", "--data-dir", folder, "--backend", BACKEND]
     process = subprocess.Popen(
         [sys.executable, FAILING, flag, call, error, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -100,7 +101,7 @@ def test_steps_are_refused_while_the_disk_fails_and_nothing_is_lost(tmp_path, cl
         opt.step(gradient(4))
         expected = undisturbed.step(gradient(4))
     # And after kill -9 all of it is there.
-    with optserve.local_server(folder, backend="numba") as server, optserve.connect(server.target) as again:
+    with optserve.local_server(folder, backend=BACKEND) as server, optserve.connect(server.target) as again:
         opt = again.optimizer("a")
         assert opt.current_step == 5
         assert opt.replay()["w"].tobytes() == expected["w"].tobytes()

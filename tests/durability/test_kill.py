@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND
 
 DOOMED = Path(__file__).with_name("doomed_server.py")
 SIZE = 60_000  # 240 kB of gradients: a snapshot is due every few steps
@@ -146,7 +147,7 @@ def test_kills_within_any_call_to_the_disk_leave_no_trace(client, name, tmp_path
     assert supervisor.killed == kills
     assert "snapshot" in log or max_calls < 50
     # What the folder holds now, once more and from the beginning.
-    with optserve.local_server(tmp_path / "data", backend="numba") as again, optserve.connect(again.target) as second:
+    with optserve.local_server(tmp_path / "data", backend=BACKEND) as again, optserve.connect(again.target) as second:
         opt = second.optimizer("survivor")
         assert opt.current_step == undisturbed.current_step
         if turn % 11 or max_calls < 50:

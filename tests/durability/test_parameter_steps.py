@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
+from backend_under_test import IN_PROCESS
 from durability.folder import F4, F8, PARAMETERS, BusyDisk, Server, step
 from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.optimizer import OtherState
@@ -43,7 +44,7 @@ def steps_of(item) -> list[int]:
 
 
 def bits(item) -> list[bytes]:
-    return [slot.tobytes() for arenas in item.state.slots.values() for slot in arenas]
+    return [item.state.backend.to_host(slot).tobytes() for arenas in item.state.slots.values() for slot in arenas]
 
 
 def all_of(item) -> tuple:
@@ -56,7 +57,7 @@ def skipping(item, first: int) -> None:
         step(item, turn, tensors)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", IN_PROCESS)
 @pytest.mark.parametrize("kept", ["journal", "snapshot", "snapshot, then journal"])
 def test_a_killed_server_goes_on_where_it_was(tmp_path, kept, backend):
     server = Server(tmp_path / "killed", backend=backend)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND
 from durability.folder import Server, fingerprint, step
 from optserve_server.persistence import journal, snapshot
 
@@ -31,7 +32,7 @@ def test_a_killed_server_comes_back_at_a_step_that_it_was_at_with_all_its_bits(t
     undisturbed = client.create_optimizer(name, optserve.Adadelta(), gradient(0))
     replies = []
     with (
-        optserve.local_server(tmp_path / "data", backend="numba", options=options) as server,
+        optserve.local_server(tmp_path / "data", backend=BACKEND, options=options) as server,
         optserve.connect(server.target) as lossy,
     ):
         opt = lossy.create_optimizer("a", optserve.Adadelta(), gradient(0))
@@ -42,7 +43,7 @@ def test_a_killed_server_comes_back_at_a_step_that_it_was_at_with_all_its_bits(t
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait()
     with (
-        optserve.local_server(tmp_path / "data", backend="numba", options=options) as server,
+        optserve.local_server(tmp_path / "data", backend=BACKEND, options=options) as server,
         optserve.connect(server.target) as again,
     ):
         recovered = again.optimizer("a")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND
 from client.proxy import Proxy
 from durability.doomed_worker import CONFIG, total, work
 from durability.test_kill import free_port
@@ -97,7 +98,7 @@ def test_the_sum_is_exact_whatever_dies(tmp_path, consistency, workers, processe
                 killing.set()
                 server.kill()
                 server.wait()
-                server = subprocess.Popen([*command, "--backend", "numba"])
+                server = subprocess.Popen([*command, "--backend", BACKEND])
         if failures:
             raise failures[0]
         assert killed

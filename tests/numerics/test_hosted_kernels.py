@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from optserve_server.numerics import backends
 from optserve_server.numerics.backends.base import DecayPlace
 from optserve_server.numerics.rules import RULES, AdamW
+from simulated_device import load
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 FACTOR = 0.003
@@ -68,5 +68,5 @@ def test_the_split_over_threads_changes_no_bit(backend, place, size):
     given = x[:size], g[:size], h[:size]
     expected = bits(plain(AdamW(), given, place, 2))
     for threads in (1, 2, 3):
-        fresh = backends.load(backend.name, threads)
+        fresh = load(backend.name, threads)
         assert bits(by_kernel(fresh, AdamW(), given, place, 2)) == expected

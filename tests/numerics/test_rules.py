@@ -13,6 +13,7 @@ from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.staging import Staging
 from optserve_server.numerics.state import State
 from oracle import ROWS
+from simulated_device import load
 
 STEPS = 300
 SIZE = 1003  # neither a multiple of a vector register nor of anything else
@@ -144,7 +145,7 @@ def test_the_split_over_threads_changes_no_bit(backend, size):
     g = np.random.default_rng(1).standard_normal(size).astype(dtype)
     results = []
     for threads in (1, 2, 3):
-        fresh = backends.load(backend.name, threads)
+        fresh = load(backend.name, threads)
         staged, slots = g.copy(), [fresh.zeros(size, dtype) for _ in rule.slots]
         for _ in range(2):
             fresh.kernel(type(rule), dtype)(staged, slots, rule.constants(dtype, 1))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optserve
+from backend_under_test import BACKEND, BACKENDS
 from optserve._common import wire
 from optserve.v1 import optimizer_pb2, replicas_pb2, service_pb2, service_pb2_grpc, steps_pb2
 from service.wire_client import begin, chunk, commit, create, details, refused, stream
@@ -35,7 +36,7 @@ def params() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "journal"])
 def test_the_parameters_are_those_that_a_client_in_delta_mode_would_have(tmp_path, params, transport, durable):
     with (
-        optserve.local_server(tmp_path if durable else None, backend="numba") as server,
+        optserve.local_server(tmp_path if durable else None, backend=BACKEND) as server,
         optserve.connect(server.target) as client,
     ):
         delta = client.create_optimizer("delta", optserve.Adadelta(), params)
@@ -56,7 +57,7 @@ def test_the_parameters_are_those_that_a_client_in_delta_mode_would_have(tmp_pat
             assert bits(pulled.arrays) == bits(x)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_decay_is_decoupled_by_group_and_changeable(tmp_path, params, backend):
     with optserve.local_server(backend=backend) as server, optserve.connect(server.target) as client:
         groups = [optserve.Group(["b"], weight_decay=0.0), optserve.Group(["v"], {"rho": 0.5}, weight_decay=0.5)]
@@ -76,7 +77,7 @@ def test_weight_decay_is_decoupled_by_group_and_changeable(tmp_path, params, bac
 
 
 @pytest.mark.parametrize("decay", [1e-8, 1e-6, 1e-3])
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_weight_decay_is_as_large_in_float32_as_it_is_said_to_be(backend, decay):
     """On the mean of many elements, as each is rounded."""
     rng = np.random.default_rng(7)
@@ -398,7 +399,7 @@ def test_everything_is_there_after_the_server_has_ended(tmp_path, params, killed
         if killed:
             server.process.kill()
             server.process.wait()
-    with optserve.local_server(tmp_path, backend="numba") as server, optserve.connect(server.target) as client:
+    with optserve.local_server(tmp_path, backend=BACKEND) as server, optserve.connect(server.target) as client:
         again = client.optimizer("a")
         assert again.weight_decay == 0.5
         assert bits(again.pull_parameters().arrays) == bits(expected)

@@ -4,6 +4,7 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from backend_under_test import BACKEND
 from optserve.v1 import algorithms_pb2, optimizer_pb2, service_pb2
 from service.wire_client import begin, create, refused, stream
 
@@ -40,7 +41,7 @@ def test_what_was_created_reads_back_with_every_default(stub, name):
     ]
     assert (created.step, list(created.slots)) == (0, ["square_avg", "acc_delta"])
     assert created.memory_bytes == 3 * (6 * 4 + 8)
-    assert created.backend == "numba"
+    assert created.backend == BACKEND
     assert created.etag
     assert created.create_time.seconds > 1_700_000_000
     assert get(stub, name) == created

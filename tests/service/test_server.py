@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import optserve
+from backend_under_test import BACKEND, BACKENDS
 from clocks import StoppedClock
 from optserve.v1 import (
     algorithms_pb2,
@@ -46,7 +47,7 @@ def config_file(folder: Path, **settings) -> list[str]:
 
 def test_server_info_says_what_it_is_has_and_lacks(stub):
     info = stub.GetServerInfo(service_pb2.GetServerInfoRequest())
-    assert info.backend == "numba"
+    assert info.backend == BACKEND
     assert info.backend_reason == "asked for by name"
     assert info.durability == "memory"
     assert set(info.methods) == set(RULES)
@@ -310,7 +311,7 @@ def peak_rss_bytes(pid: int) -> int:
     raise AssertionError("no VmHWM")
 
 
-@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_stays_within_three_point_three_times_the_parameters(backend):
     size = 24_000_000
     constant = 40 * MIB

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import optserve
+from backend_under_test import BACKENDS, IN_PROCESS
 from durability.folder import F4, F8, PARAMETERS, Server, step
 from optserve.v1 import optimizer_pb2
 from optserve_server.domain.errors import OptserveError
@@ -58,7 +59,7 @@ def by_server(client: optserve.Client, name: str, algorithm, decay, **settings) 
     return opt.pull_parameters().arrays
 
 
-@pytest.fixture(scope="module", params=["numpy", "numba"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def server_client(request):
     with optserve.local_server(backend=request.param) as server, optserve.connect(server.target) as client:
         yield client
@@ -203,7 +204,7 @@ CLIPPED = Settings(
 )
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("backend", IN_PROCESS)
 @pytest.mark.parametrize("kind", DecayKind)
 @pytest.mark.parametrize("snapshot_after", [-1, 2])
 def test_recovery_makes_the_same_bits(tmp_path, kind, backend, snapshot_after):
@@ -221,7 +222,7 @@ def test_recovery_makes_the_same_bits(tmp_path, kind, backend, snapshot_after):
 
     def content(item) -> list[bytes]:
         state = item.state
-        slots = [slot for dtype in (F4, F8) for slot in state.slots[dtype]]
+        slots = [state.backend.to_host(slot) for dtype in (F4, F8) for slot in state.slots[dtype]]
         return [array.tobytes() for array in (*slots, state.parameters[F4], state.parameters[F8])]
 
     server, straight = Server(tmp_path / "a", backend=backend), Server(tmp_path / "b", backend="numpy")

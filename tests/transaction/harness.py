@@ -42,5 +42,5 @@ def write_shared(segment: Segment, gradient: np.ndarray) -> None:
 
 def fingerprint(steps: Steps) -> tuple:
     """Everything that a step can change."""
-    slots = [slot.tobytes() for arena in steps._state.slots.values() for slot in arena]
+    slots = [steps._state.backend.to_host(slot).tobytes() for arena in steps._state.slots.values() for slot in arena]
     return steps.step, steps.main.last_request_id, slots

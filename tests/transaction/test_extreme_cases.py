@@ -27,6 +27,7 @@ from optserve_server.numerics.state import State
 from optserve_server.numerics.step_settings import Change, StepOptions, StepSettings
 from optserve_server.numerics.weight_decay import DecayKind
 from optserve_server.persistence.state_import import StateImport
+from simulated_device import SimulatedBackend
 
 CASES = 20_000
 CHUNKS = 20
@@ -40,7 +41,7 @@ Operands = list[dict[np.dtype, np.ndarray]]
 def arrays_of(state: State) -> Arrays:
     """All arrays of a state, by name; copies."""
     found: Arrays = {
-        name: {dtype: slots[position].copy() for dtype, slots in state.slots.items()}
+        name: {dtype: state.backend.to_host(slots[position]).copy() for dtype, slots in state.slots.items()}
         for position, name in enumerate(state.rule.slots)
     }
     if state.settings.hosted:
@@ -310,6 +311,10 @@ def test_what_is_accepted_is_finite_and_what_is_refused_changes_nothing(chunk):
 
 def test_so_with_compiled_kernels():
     play_all(backends.load("numba", 1), range(4_000_000, 4_000_600))
+
+
+def test_so_on_a_device():
+    play_all(SimulatedBackend(), range(8_000_000, 8_000_600))
 
 
 @pytest.mark.parametrize("chunk", range(4))

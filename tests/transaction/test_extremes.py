@@ -1,6 +1,7 @@
 """Finite input never makes a state, a mean or a reply NaN or infinite: it is applied rightly, or refused whole."""
 
 import threading
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -11,7 +12,6 @@ from optserve_server.domain.errors import OptserveError, Reason
 from optserve_server.engine.durability import InMemory
 from optserve_server.engine.steps import Steps
 from optserve_server.engine.transaction import Reply, StepRequest
-from optserve_server.numerics import backends
 from optserve_server.numerics.clipping import Clipping
 from optserve_server.numerics.consistency import SyncConsistency
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter
@@ -20,18 +20,24 @@ from optserve_server.numerics.schedule import AtSteps
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.state import State
 from optserve_server.numerics.trial import check_reply
+from simulated_device import load
 from transaction.harness import F4, F8, fingerprint, run_step
 
 
-def optimizer(settings: Settings, *parameters: Parameter) -> Steps:
-    """An optimizer; where it is hosted, x is 0."""
-    state = State(Layout(parameters or (Parameter("w", (2,), F4),)), settings, backends.load("numpy", 1))
-    steps = Steps("test", state, InMemory())
-    if settings.hosted:
-        with closing(steps.begin_placement("upload")) as upload:
-            upload.stage(0, 0, bytes(upload.payload.size_bytes), Operand.PARAMETER)
-            upload.commit()
-    return steps
+@pytest.fixture(params=["numpy", "simulated"])
+def optimizer(request: pytest.FixtureRequest) -> Callable[..., Steps]:
+    """Makes an optimizer; where it is hosted, x is 0."""
+
+    def make(settings: Settings, *parameters: Parameter) -> Steps:
+        state = State(Layout(parameters or (Parameter("w", (2,), F4),)), settings, load(request.param, 1))
+        steps = Steps("test", state, InMemory())
+        if settings.hosted:
+            with closing(steps.begin_placement("upload")) as upload:
+                upload.stage(0, 0, bytes(upload.payload.size_bytes), Operand.PARAMETER)
+                upload.commit()
+        return steps
+
+    return make
 
 
 def together(steps: Steps, **gradients: np.ndarray) -> list[OptserveError]:
@@ -58,7 +64,7 @@ def together(steps: Steps, **gradients: np.ndarray) -> list[OptserveError]:
 
 
 @pytest.mark.parametrize("dtype", [F4, F8], ids=str)
-def test_the_mean_of_two_workers_largest_gradients_is_applied(dtype):
+def test_the_mean_of_two_workers_largest_gradients_is_applied(optimizer, dtype):
     sync = SyncConsistency(workers=2)
     steps = optimizer(Settings(Sgd(learning_rate=0.5), hosted=True, consistency=sync), Parameter("w", (3,), dtype))
     most = np.finfo(dtype).max
@@ -68,7 +74,7 @@ def test_the_mean_of_two_workers_largest_gradients_is_applied(dtype):
 
 
 @pytest.mark.parametrize("kind", ["value", "norm", "global_norm"])
-def test_a_gradient_that_clipping_brings_down_may_be_of_any_size(kind):
+def test_a_gradient_that_clipping_brings_down_may_be_of_any_size(optimizer, kind):
     steps = optimizer(Settings(Adadelta(), clipping=Clipping(kind, 1.0)))
     reply = np.frombuffer(run_step(steps, "a", [(0, 0, np.array([1e20, 0], F4).tobytes())]), F4)
     alone = optimizer(Settings(Adadelta()))
@@ -79,7 +85,7 @@ def test_a_gradient_that_clipping_brings_down_may_be_of_any_size(kind):
 @pytest.mark.parametrize(
     "rule", [Adagrad(learning_rate=2.1e38, eps=1e-45), DiagonalHessian(learning_rate=2.1e38, mu=1e-45)], ids=str
 )
-def test_a_bound_that_is_rounded_up_counts_as_it_is_met(kind, rule):
+def test_a_bound_that_is_rounded_up_counts_as_it_is_met(optimizer, kind, rule):
     # Among the smallest numbers of float32 1.6 is 2.
     smallest = float(np.finfo(F4).smallest_subnormal)
     steps = optimizer(Settings(rule, clipping=Clipping(kind, 1.6 * smallest)))
@@ -116,7 +122,7 @@ def in_one_tensor(*values: float, dtype: np.dtype = F4) -> list[tuple[int, int, 
     ],
     ids=str,
 )
-def test_a_step_that_would_poison_the_state_is_refused_and_changes_nothing(rule, gradient, applied, array):
+def test_a_step_that_would_poison_the_state_is_refused_and_changes_nothing(optimizer, rule, gradient, applied, array):
     steps = optimizer(Settings(rule))
     for number in range(applied):
         run_step(steps, f"good-{number}", in_one_tensor(1, gradient))
@@ -127,7 +133,7 @@ def test_a_step_that_would_poison_the_state_is_refused_and_changes_nothing(rule,
     run_step(steps, "next", in_one_tensor(1, 0), expected_step=applied)
 
 
-def test_hosted_parameters_stay_finite():
+def test_hosted_parameters_stay_finite(optimizer):
     steps = optimizer(Settings(Sgd(learning_rate=1.0), hosted=True, weight_decay=1e-3))
     run_step(steps, "a", in_one_tensor(0, 3e38))
     x = steps._state.parameters[F4].tobytes()
@@ -136,7 +142,7 @@ def test_hosted_parameters_stay_finite():
     assert (steps.step, steps._state.parameters[F4].tobytes()) == (1, x)
 
 
-def test_a_schedule_and_a_group_count():
+def test_a_schedule_and_a_group_count(optimizer):
     rule = Sgd(learning_rate=100.0)
     settings = Settings(rule, AtSteps(rate=0.01, milestones=(1,)), groups=(Group((1,), {"learning_rate": 1000.0}),))
     steps = optimizer(settings, Parameter("a", (2,), F4), Parameter("b", (3,), F4))
@@ -147,7 +153,7 @@ def test_a_schedule_and_a_group_count():
     run_step(steps, "z", chunks)
 
 
-def test_a_state_that_is_not_finite_already_is_named_as_such():
+def test_a_state_that_is_not_finite_already_is_named_as_such(optimizer):
     # As an older server may have left it behind.
     steps = optimizer(Settings(Momentum()))
     steps._state.write(F4, 0, 0, np.array([np.inf], F4))
@@ -155,7 +161,7 @@ def test_a_state_that_is_not_finite_already_is_named_as_such():
         run_step(steps, "a", in_one_tensor(1, 1))
 
 
-def test_what_is_put_into_a_state_counts_from_the_next_step_on():
+def test_what_is_put_into_a_state_counts_from_the_next_step_on(optimizer):
     steps = optimizer(Settings(Adagrad()))
     for number in range(3):
         run_step(steps, str(number), in_one_tensor(1, 1e18))
@@ -178,7 +184,7 @@ def test_what_is_put_into_a_state_counts_from_the_next_step_on():
     ids=str,
 )
 @pytest.mark.parametrize("reply", [Reply.UPDATES, Reply.PARAMETERS])
-def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_applied(wire, dtype, most, reply):
+def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_applied(optimizer, wire, dtype, most, reply):
     steps = optimizer(Settings(Sgd(learning_rate=1e30), hosted=True), Parameter("w", (2,), dtype))
 
     def step(request_id: str, size: float, on_wire: np.dtype | None = wire) -> bytes:
@@ -202,7 +208,7 @@ def test_a_reply_that_the_wire_does_not_hold_is_refused_before_the_step_is_appli
         check_reply(steps._state, steps.payload(ALL, wire), steps._state.parameters)
 
 
-def test_a_reply_of_nothing_is_not_refused_for_its_wire():
+def test_a_reply_of_nothing_is_not_refused_for_its_wire(optimizer):
     steps = optimizer(Settings(Sgd(learning_rate=4.0), hosted=True))
     sent = np.full(2, 30_000, np.float16).tobytes()
     with refused(Reason.REPLY_OVERFLOW, "w", 0):
@@ -211,7 +217,7 @@ def test_a_reply_of_nothing_is_not_refused_for_its_wire():
     assert steps._state.parameters[F4].tolist() == [-120_000, -120_000]
 
 
-def test_of_a_refused_mean_all_workers_are_told():
+def test_of_a_refused_mean_all_workers_are_told(optimizer):
     sync = SyncConsistency(workers=2)
     steps = optimizer(Settings(Momentum(learning_rate=4.0), hosted=True, consistency=sync))
     gradient = np.array([0, 3e38], F4)
@@ -222,7 +228,7 @@ def test_of_a_refused_mean_all_workers_are_told():
     assert steps.step == 1
 
 
-def test_steps_near_the_limit_go_on():
+def test_steps_near_the_limit_go_on(optimizer):
     # Bounds are of no use here: each step is tried out.
     steps = optimizer(Settings(Adagrad(learning_rate=1.0)))
     run_step(steps, "first", in_one_tensor(1, 1.8439e19))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -20,6 +20,11 @@ DIRTY_OFFSET, REPLIED_OFFSET = 64, 128
 class Segment:
     """A segment that this server has made. A client can write anything into it at any time.
 
+    Args:
+        layout: The model.
+        operands: Those of a step.
+        pin: Prepares the memory for kernels; see `Backend.pin`.
+
     Attributes:
         name: The name under which the client attaches it.
         size_bytes: Bytes of the segment.
@@ -31,9 +36,12 @@ class Segment:
         OSError: The system has no shared memory, or not enough.
     """
 
-    def __init__(self, layout: Layout, operands: Collection[Operand]) -> None:
+    def __init__(
+        self, layout: Layout, operands: Collection[Operand], pin: Callable[[np.ndarray], np.ndarray] = np.asarray
+    ) -> None:
         self.size_bytes = _CONTROL_BYTES + len(operands) * _aligned(layout.size_bytes)
         number, memory = sysv.create(self.size_bytes)
+        memory = pin(memory)
         self.name = f"sysv:{number}"
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         memory[NONCE_OFFSET : NONCE_OFFSET + NONCE_BYTES] = np.frombuffer(self.nonce, np.uint8)

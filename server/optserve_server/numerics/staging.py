@@ -166,7 +166,8 @@ class Staging:
         Raises:
             OSError: There is no memory for it, or the system has no shared memory.
         """
-        self.segment = Segment(self.layout, self.operands)
+        # Kernels work on the buffer alone.
+        self.segment = Segment(self.layout, self.operands, self._backend.pin if in_place else np.asarray)
         if in_place:
             self._move_to(self.segment.operands)
         return self.segment

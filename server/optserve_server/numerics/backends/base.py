@@ -119,6 +119,10 @@ class Backend(abc.ABC):
     def staging(self, size_bytes: int) -> np.ndarray:
         """A buffer of bytes in host memory, all 0, that kernels can work on."""
 
+    def pin(self, memory: np.ndarray) -> np.ndarray:
+        """The same host memory, prepared for kernels, as long as the array that is returned and its views exist."""
+        return memory
+
     @abc.abstractmethod
     def zeros(self, size: int, dtype: np.dtype) -> Any:
         """A slot of `size` elements, all 0, in the memory that the kernels use."""

@@ -1,126 +1,215 @@
-"""CuPy: state on the GPU, the rule's formula as one kernel.
-
-The staging buffer is pinned host memory; a step moves through the device in blocks, so the device holds the slots
-and two blocks, whatever the size of the model.
-"""
+"""CuPy: the CUDA device of the DeviceBackend."""
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from contextlib import suppress
 from typing import Any
 
 import cupy
 import numpy as np
+from cupy.cuda import nvrtc, runtime
 
-from optserve_server.numerics.backends import cuda_source
-from optserve_server.numerics.backends.base import Backend, Kernel
-from optserve_server.numerics.rules import Rule
+from optserve_server.numerics.backends import cuda_source, numpy
+from optserve_server.numerics.backends.base import Backend
+from optserve_server.numerics.backends.cuda_source import THREADS
+from optserve_server.numerics.backends.device_backend import DeviceBackend
 
-BLOCK = 1 << 22
-"""Elements per transfer; two are under way at a time."""
+logger = logging.getLogger(__name__)
+
+_MAPPED = 1 | 2
+"""cudaHostRegisterPortable and cudaHostRegisterMapped: for all contexts, and for kernels."""
 
 
-class CupyBackend(Backend):
-    """The GPU backend, on the current CUDA device."""
+class _Pinned:
+    """Host memory that was pinned, until no array of it exists any more."""
 
-    name = "cupy"
+    def __init__(self, memory: np.ndarray) -> None:
+        address = memory.ctypes.data
+        runtime.hostRegister(address, memory.nbytes, _MAPPED)
+        # Freed after it was unregistered.
+        self._memory = memory
+        self._address = address
+        self._unregister = runtime.hostUnregister
+        self.__array_interface__ = memory.__array_interface__
 
-    def __init__(self, threads: int = 0) -> None:  # noqa: ARG002 - for CPU kernels
-        super().__init__()
+    def __del__(self) -> None:
+        if hasattr(self, "_unregister"):
+            # At the end of the process, the driver may be gone already.
+            with suppress(runtime.CUDARuntimeError):
+                self._unregister(self._address)
+
+
+class CudaDevice:
+    """The current CUDA device; see `device.Device`.
+
+    Raises:
+        RuntimeError: The device cannot do what the backend needs.
+    """
+
+    def __init__(self) -> None:
         self._device = cupy.cuda.Device()
-        properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
-        self._description = f"GPU {self._device.id}, {properties['name'].decode()}"
-        self._probe()
+        properties = runtime.getDeviceProperties(self._device.id)
+        self.description = f"GPU {self._device.id}, {properties['name'].decode()}"
+        for name in ("CanMapHostMemory", "UnifiedAddressing"):
+            if not runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), self._device.id):
+                raise RuntimeError(f"{self.description} cannot read host memory (cudaDevAttr{name})")
+        self._bound = threading.local()
+        self._architecture = f"sm_{self._device.compute_capability}"
 
-    @property
-    def device(self) -> str:
-        """What it computes on, in words."""
-        return self._description
-
-    def _probe(self) -> None:
-        """Use the device once: a driver can list a device and still not run anything on it."""
-        if float(cupy.ones(8, np.float32).sum()) != 8.0:
-            raise RuntimeError(f"{self._description} gives wrong sums")
-
-    def staging(self, size_bytes: int) -> np.ndarray:
-        """A pinned buffer, from and to which the device copies by itself."""
-        if size_bytes == 0:
-            return np.empty(0, np.uint8)
-        buffer = np.frombuffer(cupy.cuda.alloc_pinned_memory(size_bytes), np.uint8, size_bytes)
+    def pinned(self, size_bytes: int) -> np.ndarray:
+        """Not from CuPy's pool, which rounds up to powers of two and keeps what was freed; see Device."""
+        with self._device:
+            try:
+                memory = cupy.cuda.PinnedMemory(size_bytes, runtime.hostAllocPortable | runtime.hostAllocMapped)
+            except runtime.CUDARuntimeError as error:
+                raise MemoryError(f"{size_bytes} bytes of pinned memory: {error}") from error
+        buffer = np.frombuffer(cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, size_bytes)
         buffer.fill(0)
         return buffer
 
+    def pin(self, memory: np.ndarray) -> np.ndarray:
+        """Steps on memory that cannot be pinned go through windows; see Device."""
+        with self._device:
+            try:
+                return np.asarray(_Pinned(memory))
+            except runtime.CUDARuntimeError as error:
+                logger.warning("%d bytes of a segment cannot be pinned, steps are slower: %s", memory.nbytes, error)
+                return memory
+
+    def host_address(self, array: np.ndarray) -> int | None:
+        """See Device."""
+        with self._device:
+            self._bind()
+            attributes = runtime.pointerGetAttributes(array.ctypes.data)
+        # 0 for memory that the device does not reach.
+        return attributes.devicePointer or None if attributes.type == runtime.memoryTypeHost else None
+
+    def _bind(self) -> None:
+        """Make the device's context that of this thread; before, host memory has no address on the device."""
+        if not hasattr(self._bound, "done"):
+            runtime.setDevice(self._device.id)
+            # Any call that needs the context.
+            runtime.memGetInfo()
+            self._bound.done = True
+
     def zeros(self, size: int, dtype: np.dtype) -> Any:
-        """A slot in device memory."""
+        """See Device."""
         with self._device:
-            slot = cupy.zeros(size, dtype)
+            array = cupy.zeros(size, dtype)
             # Kernels run on streams of their own, which do not wait for this one.
             cupy.cuda.Stream.null.synchronize()
-            return slot
+            return array
 
-    def to_host(self, slot: Any) -> np.ndarray:
-        """A copy of the slot; see Backend."""
-        with self._device:
-            return cupy.asnumpy(slot)
+    def address(self, array: Any) -> int:
+        """See Device."""
+        return array.data.ptr
 
-    def fill(self, slot: Any, values: np.ndarray) -> None:
-        """Copy to the device."""
+    def to_host(self, array: Any) -> np.ndarray:
+        """See Device."""
         with self._device:
-            slot.set(values)
-            # Kernels run on streams of their own, which do not wait for this one.
+            return cupy.asnumpy(array)
+
+    def fill(self, array: Any, values: np.ndarray) -> None:
+        """See Device."""
+        with self._device:
+            array.set(values)
             cupy.cuda.Stream.null.synchronize()
 
-    def clone(self, slot: Any) -> Any:
-        """On the device; see Backend."""
+    def copy(self, source: Any, target: Any) -> None:
+        """See Device."""
         with self._device:
-            copy = slot.copy()
-            # Kernels run on streams of their own, which do not wait for this one.
-            cupy.cuda.Stream.null.synchronize()
-            return copy
-
-    def copy_slot(self, slot: Any, target: Any) -> None:
-        """On the device; see Backend."""
-        with self._device:
-            super().copy_slot(slot, target)
-            # Kernels run on streams of their own, which do not wait for this one.
+            target[...] = source
             cupy.cuda.Stream.null.synchronize()
 
-    def extremes(self, slot: Any) -> tuple[float, float]:
-        """On the device; see Backend."""
+    def bit_extremes(self, array: Any) -> tuple[int, int, int, int]:
+        """See Device."""
         with self._device:
-            return super().extremes(slot)
+            signed, unsigned = (array.view(f"{kind}{array.dtype.itemsize}") for kind in "iu")
+            return int(signed.min()), int(signed.max()), int(unsigned.min()), int(unsigned.max())
 
-    def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
-        """One element-wise kernel; multiply-adds are not contracted, so that it agrees with the CPU's bits."""
-        arrays, constants = cuda_source.operands(rule)
-        element = {"float32": "float", "float64": "double"}[dtype.name]
-        fused = cupy.ElementwiseKernel(
-            ", ".join(f"T {name}" for name in constants),
-            ", ".join(f"T {name}" for name in arrays),
-            cuda_source.source(rule),
-            f"optserve_{rule.name}_{element}",
-            options=("--fmad=false",),
-        )
+    def load(self, source: str, name: str) -> Any:
+        """See Device."""
+        with self._device:
+            module = cupy.cuda.function.Module()
+            module.load(_compiled(cuda_source.CUDA + source, name, self._architecture))
+            return module.get_function(name)
 
-        def kernel(
-            staged: np.ndarray, slots: Sequence[Any], scalars: Sequence[np.generic], *inputs: np.ndarray
-        ) -> None:
-            operand_parts = (staged, *inputs)
-            with self._device:
-                streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-                buffers = [[cupy.empty(min(BLOCK, staged.size), dtype) for _ in operand_parts] for _ in streams]
-                for number, low in enumerate(range(0, staged.size, BLOCK)):
-                    part = slice(low, min(low + BLOCK, staged.size))
-                    stream = streams[number % 2]
-                    blocks = [buffer[: part.stop - low] for buffer in buffers[number % 2]]
-                    with stream:
-                        for block, host in zip(blocks, operand_parts, strict=True):
-                            block.set(host[part], stream=stream)
-                        fused(*scalars, *blocks, *(slot[part] for slot in slots))
-                        blocks[0].get(out=staged[part], stream=stream, blocking=False)
-                for stream in streams:
-                    stream.synchronize()
+    def new_stream(self) -> Any:
+        """See Device."""
+        with self._device:
+            return cupy.cuda.Stream(non_blocking=True)
 
-        return kernel
+    def copy_bytes(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
+        """See Device."""
+        with self._device:
+            runtime.memcpyAsync(target, source, size_bytes, runtime.memcpyDefault, stream.ptr)
+
+    def launch(self, function: Any, blocks: int, argument: np.ndarray, stream: Any) -> None:
+        """See Device."""
+        with self._device:
+            # CuPy asks for the array's interface, which takes long for a dtype with fields.
+            function((blocks,), (THREADS,), (argument.view(f"V{argument.nbytes}"),), stream=stream)
+
+    def wait(self, stream: Any) -> None:
+        """See Device."""
+        stream.synchronize()
+
+
+def _compiled(source: str, name: str, architecture: str) -> bytes:
+    """The machine code of a kernel.
+
+    CuPy's own compiler adds `-ftz=true` to all options, which makes 0 of the smallest numbers.
+
+    Raises:
+        RuntimeError: The source does not compile.
+    """
+    program = nvrtc.createProgram(source, f"{name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*cuda_source.OPTIONS, f"--gpu-architecture={architecture}"))
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{name} does not compile for {architecture}: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class CupyBackend(DeviceBackend):
+    """The GPU backend, on the current CUDA device.
+
+    Args:
+        threads: Threads of the passes over host memory; 0 for one per core.
+
+    Raises:
+        RuntimeError: The device does not work, or has no memory.
+    """
+
+    name = "cupy"
+
+    def __init__(self, threads: int = 0) -> None:
+        device = CudaDevice()
+        try:
+            super().__init__(device, _host_backend(threads))
+            self._probe()
+        except MemoryError as error:
+            raise RuntimeError(f"{device.description} has too little free memory") from error
+
+    def _probe(self) -> None:
+        """Use the device once: a driver can list a device and still not run anything on it."""
+        ones = self.zeros(8, np.dtype(np.float32))
+        self.fill(ones, np.ones(8, np.float32))
+        if self.to_host(ones).sum() != 8.0:
+            raise RuntimeError(f"{self.device} gives wrong sums")
+
+
+def _host_backend(threads: int) -> Backend:
+    """Numba's passes over host memory, if it is installed, else NumPy's."""
+    try:
+        from optserve_server.numerics.backends.numba import NumbaBackend
+    except ImportError:
+        logger.warning("Numba is not installed, so NumPy makes the passes over host memory, which is slower")
+        return numpy.NumpyBackend(threads)
+    return NumbaBackend(threads)
