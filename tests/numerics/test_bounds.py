@@ -8,7 +8,7 @@ import pytest
 from extremes import SIZES, any_rule, any_values, pick
 from optserve_server.numerics.headroom import SLACK
 from optserve_server.numerics.rules import RULES, DiagonalHessian
-from optserve_server.numerics.rules.base import NUMBERS
+from optserve_server.numerics.rules.base import NUMBERS, Given
 from optserve_server.numerics.schedule import SCHEDULES
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
@@ -39,13 +39,10 @@ def test_no_step_leaves_the_bounds(kind, dtype):
         limit = rule.gradient_limit(dtype)
         operands = [np.clip(any_values(rng, dtype, SIZE), -limit, limit) for _ in range(1 + kind.takes_curvature)]
         steps = int(pick(rng, (1, 1, 8, 64)))
-        update, intervals = kind.bounds(
-            numbers,
-            *[float(np.abs(operand).max()) for operand in [*operands, np.zeros(1)][:2]],
-            [(float(slot.min()), float(slot.max())) for slot in slots],
-            tuple(map(float, scalars)),
-            steps,
-        )
+        gradient, curvature = (float(np.abs(operand).max()) for operand in [*operands, np.zeros(1)][:2])
+        intervals = [(float(slot.min()), float(slot.max())) for slot in slots]
+        given = Given(numbers, gradient, curvature, intervals, steps)
+        update, intervals = kind.bounds(given, tuple(map(float, scalars)))
         if not all(abs(end) <= numbers.most for end in (update, *itertools.chain(*intervals))):
             continue
         useful += 1

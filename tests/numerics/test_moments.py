@@ -17,7 +17,7 @@ from optserve_server.numerics.rules import (
     SgdMomentum,
     Yogi,
 )
-from optserve_server.numerics.rules.base import NUMBERS
+from optserve_server.numerics.rules.base import NUMBERS, Given
 
 F4, F8 = np.dtype("f4"), np.dtype("f8")
 FAR = 1 << 62
@@ -107,7 +107,7 @@ def test_the_bounds_of_yogi_hold_for_the_smallest_squares(backend):
     """They said 3e291 for float64 where the kernel made an infinite update, with signs between 0 and 1."""
     rule, gradient = Yogi(learning_rate=1e290, eps=1e-110), np.array([1e-60, 8e-60])
     scalars = tuple(map(float, rule.constants(F8, 1)))
-    bound, _ = Yogi.bounds(NUMBERS[F8], 8e-60, 0.0, ((0.0, 0.0), (0.0, 0.0)), scalars, 1)
+    bound, _ = Yogi.bounds(Given(NUMBERS[F8], 8e-60, 0.0, ((0.0, 0.0), (0.0, 0.0)), 1), scalars)
     with np.errstate(all="ignore"):
         update, _ = step(backend, rule, gradient, np.zeros(2), np.zeros(2))
     assert np.abs(update).max() <= bound < np.inf

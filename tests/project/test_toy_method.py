@@ -59,9 +59,9 @@ class SignDescent(contract.SignDescent):
         return self.learning_rate / step**0.5, self.beta, 1.0 - self.beta, _TINY
 
     @classmethod
-    def bounds(cls, numbers, gradient, curvature, slots, scalars, steps):
+    def bounds(cls, given, scalars):
         """See Rule. The rate is largest in the first step."""
-        momentum = max(-slots[0][0], slots[0][1], gradient)
+        momentum = max(-given.slots[0][0], given.slots[0][1], given.gradient)
         return scalars[0], ((-momentum, momentum),)
 
     @staticmethod

@@ -17,7 +17,7 @@ import numpy as np
 from optserve._common import half_floats
 from optserve_server.numerics.layout import Largest, Operand
 from optserve_server.numerics.rules import Rule
-from optserve_server.numerics.rules.base import NUMBERS, Interval, Scalars
+from optserve_server.numerics.rules.base import NUMBERS, Given, Interval, Scalars
 
 LOOK_AHEAD = (64, 32, 8)
 """Numbers of steps to bound at once, in the order of the tries. If fewer are covered, the state is measured anew."""
@@ -222,8 +222,9 @@ class Headroom:
         slots, update = before.slots, 0.0
         if not operands[0] < math.inf:
             return None
+        given = Given(numbers, *operands, before.slots, steps)
         for scalars in self._scalars[dtype]:
-            found = self._rule.bounds(numbers, *operands, before.slots, scalars, steps)
+            found = self._rule.bounds(given, scalars)
             # `not <=` also catches NaN.
             if found is None or not found[0] * slack <= most:
                 return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import EllipsisType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from optserve.settings import (
     CONSISTENCIES,
@@ -17,6 +17,8 @@ from optserve.settings import (
     Schedule,
     WeightDecay,
 )
+
+_Kind = TypeVar("_Kind")
 
 
 class GivenSettings(TypedDict, total=False):
@@ -98,17 +100,16 @@ def settings_from_json(content: Mapping[str, Any], names: Sequence[str]) -> Give
 
 def _weight_decay(content: float | Mapping[str, Any]) -> float | WeightDecay:
     # Of the fixed kind, a server writes a plain number too.
-    if not isinstance(content, Mapping):
-        return float(content)
-    values = dict(content)
-    return WEIGHT_DECAYS[values.pop("kind")](**values)
+    return _of_kind(WEIGHT_DECAYS, content) if isinstance(content, Mapping) else float(content)
 
 
 def _schedule(content: Mapping[str, Any] | None) -> Schedule | None:
-    if content is None:
-        return None
+    return None if content is None else _of_kind(SCHEDULES, content)
+
+
+def _of_kind(kinds: Mapping[str, type[_Kind]], content: Mapping[str, Any]) -> _Kind:
     values = dict(content)
-    return SCHEDULES[values.pop("kind")](**values)
+    return kinds[values.pop("kind")](**values)
 
 
 def _clipping(content: Mapping[str, Any] | None) -> Clipping | None:

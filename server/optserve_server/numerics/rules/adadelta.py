@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class Adadelta(contract.Adadelta):
@@ -25,19 +25,12 @@ class Adadelta(contract.Adadelta):
         return self.rho, 1.0 - self.rho, self.eps, self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. E[g²] is at least (1−ρ) g², so |Δx| is at most RMS[Δx] / √(1−ρ), whatever g is.
 
         With q the largest |g| / RMS[g], E[Δx²] + ε becomes at most 1 + (1−ρ) q² times as large in a step.
         """
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         _, one_minus_rho, eps, learning_rate = scalars
         floor = math.sqrt(eps)
         square_avg = max(slots[0][1], gradient * gradient)

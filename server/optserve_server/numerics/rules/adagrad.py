@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class Adagrad(contract.Adagrad):
@@ -27,16 +27,9 @@ class Adagrad(contract.Adagrad):
         return -self.learning_rate, self.eps
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. Σ g² is at least g²."""
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         rate, eps = abs(scalars[0]), scalars[1]
         total = slots[0][1] + steps * (gradient * gradient)
         whole = rate * gradient <= numbers.most and total <= numbers.most

@@ -54,6 +54,24 @@ NUMBERS = {
 }
 
 
+class Given(NamedTuple):
+    """What the bounds of a rule are computed from, beside its constants.
+
+    Attributes:
+        numbers: The numbers of the dtype.
+        gradient: The largest magnitude of g.
+        curvature: The largest magnitude of h; 0 without curvature.
+        slots: The interval of each slot.
+        steps: The largest number of steps.
+    """
+
+    numbers: Numbers
+    gradient: float
+    curvature: float
+    slots: Sequence[Interval]
+    steps: int
+
+
 @dataclass(frozen=True)
 class Range:
     """An interval of float64 in the usual notation: `[0, 1)`, `(0, inf)`."""
@@ -151,22 +169,14 @@ class Rule:
     @classmethod
     def bounds(
         cls,
-        numbers: Numbers,  # noqa: ARG003
-        gradient: float,  # noqa: ARG003
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],  # noqa: ARG003
+        given: Given,  # noqa: ARG003
         scalars: Scalars,  # noqa: ARG003
-        steps: int,  # noqa: ARG003
     ) -> tuple[float, Sequence[Interval]] | None:
-        """Bounds of the results of at most `steps` steps, for all operands and slots within bounds, up to rounding.
+        """Bounds of the results of some steps, for all operands and slots within what is given, up to rounding.
 
         Args:
-            numbers: The numbers of the dtype.
-            gradient: The largest magnitude of g.
-            curvature: The largest magnitude of h; 0 without curvature.
-            slots: The interval of each slot.
+            given: What is known before the steps.
             scalars: See `constants`. For a rule with `counts_steps` those of the first step; the bounds hold for all.
-            steps: The largest number of steps.
 
         Returns:
             The largest magnitude of an update, and the interval of each slot. The magnitude is infinite if an update

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars, squares_overflow
+from optserve_server.numerics.rules.base import Given, Interval, Scalars, squares_overflow
 from optserve_server.numerics.rules.rmsprop import sum_of_quotients
 
 
@@ -31,16 +31,9 @@ class CenteredRmsprop(contract.CenteredRmsprop):
         return self.rho, 1.0 - self.rho, self.eps, self.momentum, -self.learning_rate, 0.5
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. The root may be 0 for any g."""
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         eps, momentum, rate = scalars[2:5]
         grad_avg = max(-slots[2][0], slots[2][1], gradient)
         square_avg = max(slots[0][1], gradient * gradient)

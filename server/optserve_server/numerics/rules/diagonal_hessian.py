@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class DiagonalHessian(contract.DiagonalHessian):
@@ -30,16 +30,9 @@ class DiagonalHessian(contract.DiagonalHessian):
         return -self.learning_rate * unit, self.mu * unit, unit
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,
-        slots: Sequence[Interval],  # noqa: ARG003
-        scalars: Scalars,
-        steps: int,  # noqa: ARG003
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. μ may be as small as what rounding adds to η g."""
+        numbers, gradient, curvature = given.numbers, given.gradient, given.curvature
         rate, mu, unit = scalars
         numerator = -rate * gradient + numbers.least
         whole = max(numerator, curvature * unit + mu) <= numbers.most

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class Lion(contract.Lion):
@@ -25,16 +25,9 @@ class Lion(contract.Lion):
         return self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, -self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,  # noqa: ARG003
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,  # noqa: ARG003
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule."""
+        gradient, slots = given.gradient, given.slots
         mean = max(-slots[0][0], slots[0][1], gradient)
         return -scalars[4], ((-mean, mean),)
 

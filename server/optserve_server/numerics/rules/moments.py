@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from optserve_server.numerics.rules.base import Interval, Numbers, Rule, Scalars, squares_overflow
+from optserve_server.numerics.rules.base import Given, Interval, Numbers, Rule, Scalars, squares_overflow
 
 
 class Weights(NamedTuple):
@@ -118,16 +118,9 @@ class Moments(Rule):
         return max(square_avg[1], gradient * gradient)
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. The correction of m is largest in the first step, that of √v is at least 1."""
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         correction, eps, rate = scalars[4], scalars[6], -scalars[7]
         weights = cls.weights(scalars)
         mean = max(-slots[0][0], slots[0][1], gradient)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class Momentum(contract.Momentum):
@@ -27,16 +27,9 @@ class Momentum(contract.Momentum):
         return self.rho, self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,  # noqa: ARG003
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule."""
+        gradient, slots, steps = given.gradient, given.slots, given.steps
         momentum = max(-slots[0][0], slots[0][1]) + steps * (scalars[1] * gradient)
         return momentum, ((-momentum, momentum),)
 

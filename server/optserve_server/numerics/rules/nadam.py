@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 from optserve_server.numerics.rules.moments import Moments, largest_quotient
 
 _BASE = 0.96
@@ -63,19 +63,12 @@ class Nadam(Moments, contract.Nadam):
         )
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. The share of g is at most 1, that of m at most twice what it is in the first step.
 
         For μ_t lies between β1 / 2 and β1, and the product falls.
         """
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         share, average_share, eps, rate = scalars[4], 2.0 * scalars[5], scalars[7], -scalars[8]
         weights = cls.weights(scalars)
         mean = max(-slots[0][0], slots[0][1], gradient)

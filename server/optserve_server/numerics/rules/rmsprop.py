@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 def sum_of_quotients(before: Interval, quotient: float, momentum: float, steps: int) -> float:
@@ -32,16 +32,9 @@ class Rmsprop(contract.Rmsprop):
         return self.rho, 1.0 - self.rho, self.eps, self.momentum, -self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. E[g²] is at least (1−ρ) g²."""
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         _, one_minus_rho, eps, momentum, rate = scalars
         square_avg = max(slots[0][1], gradient * gradient)
         quotient = min(gradient / eps, numbers.steepest(eps) / math.sqrt(one_minus_rho))

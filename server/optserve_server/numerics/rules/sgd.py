@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class Sgd(contract.Sgd):
@@ -22,17 +22,9 @@ class Sgd(contract.Sgd):
         return (-self.learning_rate,)
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,  # noqa: ARG003
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],  # noqa: ARG003
-        scalars: Scalars,
-        steps: int,  # noqa: ARG003
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule."""
-        return abs(scalars[0]) * gradient, ()
+        return abs(scalars[0]) * given.gradient, ()
 
     def effective_rate(self, slots: Mapping[str, np.ndarray], update: np.ndarray | None, step: int) -> Any:  # noqa: ARG002
         """η."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class SgdMomentum(contract.SgdMomentum):
@@ -41,16 +41,9 @@ class SgdMomentum(contract.SgdMomentum):
         return decay, weight, *shares, -self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. After the first step the decay is less than 1, and the weight of g at most that."""
+        numbers, gradient, slots, steps = given.numbers, given.gradient, given.slots, given.steps
         momentum_buffer = max(-slots[0][0], slots[0][1]) + steps * gradient
         change = scalars[2] * gradient + scalars[3] * momentum_buffer
         return -scalars[4] * change if change <= numbers.most else np.inf, ((-momentum_buffer, momentum_buffer),)

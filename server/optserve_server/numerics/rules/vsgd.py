@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 _TINY = 1e-30
 """Keeps 0 / 0 out where every gradient so far was 0; far below any square of a gradient that matters."""
@@ -45,16 +45,9 @@ class Vsgd(contract.Vsgd):
         return super().gradient_limit(dtype) / math.sqrt(self.initial_overestimate)
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. The averages are means of what came, enlarged once; the signal is at most 1."""
+        numbers, gradient, curvature, slots, steps = given
         eps, overestimate, initial_steps = scalars[0], scalars[1] + 1.0, scalars[2]
         grad_avg, square_avg, curvature_avg, tau = slots
         enlarged = overestimate if tau[0] <= 0 else 1.0

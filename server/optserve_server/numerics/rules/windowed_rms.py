@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optserve_server.numerics.rules import contract
-from optserve_server.numerics.rules.base import Interval, Numbers, Scalars
+from optserve_server.numerics.rules.base import Given, Interval, Scalars
 
 
 class WindowedRms(contract.WindowedRms):
@@ -36,16 +36,9 @@ class WindowedRms(contract.WindowedRms):
         return self.rho, 1.0 - self.rho, self.eps, self.outer_eps, -self.learning_rate
 
     @classmethod
-    def bounds(
-        cls,
-        numbers: Numbers,
-        gradient: float,
-        curvature: float,  # noqa: ARG003
-        slots: Sequence[Interval],
-        scalars: Scalars,
-        steps: int,  # noqa: ARG003
-    ) -> tuple[float, Sequence[Interval]]:
+    def bounds(cls, given: Given, scalars: Scalars) -> tuple[float, Sequence[Interval]]:
         """See Rule. E[g²] is at least (1−ρ) g²."""
+        numbers, gradient, slots = given.numbers, given.gradient, given.slots
         _, one_minus_rho, eps, outer_eps, rate = scalars
         square_avg = max(slots[0][1], gradient * gradient)
         floor = math.sqrt(eps) + outer_eps
