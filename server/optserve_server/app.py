@@ -73,7 +73,7 @@ class App:
     ) -> None:
         self._config = config
         # Before the recovery, which may take long: files that cannot be used are an error at once.
-        credentials = credentials or _credentials(config)
+        credentials = credentials or _credentials(config, clock)
         self._drain_gate = DrainGate()
         self._stopping = threading.Event()
         choice = backends.choose(config.backend, config.threads)
@@ -251,7 +251,7 @@ def _check_unused(path: str) -> None:
     raise ConfigError(f"Cannot listen on unix:{path}: another server listens there. Stop it, or choose another path.")
 
 
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+def _credentials(config: ServerConfig, clock: Clock) -> grpc.ServerCredentials | None:
     """The credentials that the settings name; None for a port without.
 
     Raises:
@@ -263,7 +263,7 @@ def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     from optserve_server.edge.certificates import Certificates
 
     authority = Path(config.tls_client_authority) if config.tls_client_authority else None
-    certificates = Certificates(Path(config.tls_certificate), Path(config.tls_key), authority)
+    certificates = Certificates(Path(config.tls_certificate), Path(config.tls_key), authority, clock)
     logger.info("connections are secured: certificate %s", certificates.summary)
     return certificates.credentials
 

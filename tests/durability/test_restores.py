@@ -1,5 +1,7 @@
 """A state that takes the place of another: among steps and snapshots, and over a crash."""
 
+import threading
+
 import pytest
 
 from durability.folder import BusyDisk, Server, fingerprint, step
@@ -50,6 +52,25 @@ def test_nobody_is_cut_off_in_the_middle_of_a_step(folder):
     assert caught.value.retry_after_s
     under_way.close()
     checkpoints.restore("a", "one")
+
+
+def test_a_restore_comes_between_two_steps_of_a_client_that_makes_no_pause(folder):
+    server, checkpoints = folder
+    item = server.create()
+    step(item, 0)
+    checkpoints.save("a", "one")
+    lineages = {item.steps.lineage}
+    for turn in range(10):
+        under_way = item.steps.begin(StepRequest(f"first-{turn}"))
+        restoring = threading.Thread(target=checkpoints.restore, args=("a", "one"))
+        restoring.start()
+        while restoring.is_alive():
+            under_way.close()
+            under_way = item.steps.begin(StepRequest(f"next-{turn}"))
+        under_way.close()
+        lineages.add(item.steps.lineage)
+        assert len(lineages) == turn + 2
+    step(item, 1)
 
 
 def test_a_restore_that_was_the_last_thing_leaves_no_reply_after_a_crash(tmp_path, folder):

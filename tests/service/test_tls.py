@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 import optserve
 from optserve.cli import authority
@@ -278,6 +282,31 @@ def test_files_that_do_not_belong_together_are_not_used_and_the_server_goes_on(t
     assert log.count("new certificate: for localhost") == 1
 
 
+def signed(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, *, until: timedelta = DAY) -> bytes:
+    """A certificate that its own key has signed."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - DAY)
+        .not_valid_after(now + until)
+        .sign(key, hashes.SHA256() if isinstance(key, ec.EllipticCurvePrivateKey) else None)
+    )
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def test_a_key_that_grpc_does_not_take_is_named_by_the_client(mutual, folder, tmp_path):
+    key = ed25519.Ed25519PrivateKey.generate()
+    (tmp_path / "client-key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "client.pem").write_bytes(signed(key))
+    with pytest.raises(optserve.UnreachableError, match="key is of another type than RSA, or elliptic curve P-256"):
+        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=1.0))
+
+
 def damaged(tmp_path: Path, folder: Path, other: Path, what: str) -> list[str]:
     """Options of a server that cannot be started."""
     certificate, key, clients = folder / "server.pem", folder / "server-key.pem", folder / "authority.pem"
@@ -297,6 +326,15 @@ def damaged(tmp_path: Path, folder: Path, other: Path, what: str) -> list[str]:
         issuer = authority.load_or_make(folder, DAY)
         authority.Authority(tmp_path, issuer.certificate, issuer.key).issue("old", -timedelta(seconds=1), HOSTS)
         certificate, key = tmp_path / "old.pem", tmp_path / "old-key.pem"
+    elif what == "an expired authority of clients":
+        key_of_authority = ec.generate_private_key(ec.SECP256R1())
+        made.write_bytes(signed(key_of_authority, until=-timedelta(seconds=1)))
+        clients = made
+    elif what == "a key of another type":
+        other_key = ed25519.Ed25519PrivateKey.generate()
+        made.write_bytes(signed(other_key))
+        certificate, key = made, tmp_path / "key.pem"
+        key.write_bytes(other_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     elif what == "an encrypted key":
         made.write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAA=\n-----END ENCRYPTED PRIVATE KEY-----\n")
         key = made
@@ -313,6 +351,8 @@ UNUSABLE = {
     "no key in it": "contains no private key",
     "another key": "does not belong to the certificate",
     "clients without a certificate": "contains no certificate",
+    "an expired authority of clients": "authority of the clients .*made.pem is valid from",
+    "a key of another type": "is of a type that gRPC does not take",
     "expired": "is valid from",
     "an encrypted key": "private key|encrypted",
     "no key": "tls_key must be set together with tls_certificate",

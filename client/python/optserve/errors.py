@@ -262,12 +262,17 @@ _TOO_MANY_CALLS = "Concurrent RPC limit exceeded"
 
 _BUSY_RETRY_S = 0.5
 
+_KEY_TYPES = "RSA, or elliptic curve P-256 or P-384"
+"""The types that gRPC's TLS takes."""
 
 _TLS_FAILURES = {
     "CERTIFICATE_VERIFY_FAILED": "the authority that this client trusts has not signed the server's certificate, or it "
-    "is not valid now",
+    "is not valid now; or the server does not send the certificates between the two",
     "Hostname Verification Check failed": "the server's certificate is for another name; `server_name` says which",
     "WRONG_VERSION_NUMBER": "that server does not speak TLS",
+    "NO_COMMON_SIGNATURE_ALGORITHMS": f"this client's key is of another type than {_KEY_TYPES}",
+    "Failed to create security handshaker": "gRPC does not take this client's certificate; its key must be of the type "
+    f"{_KEY_TYPES}",
 }
 """What gRPC says of a handshake that has failed, and what it means."""
 

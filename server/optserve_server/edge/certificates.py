@@ -3,90 +3,110 @@
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import grpc
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from optserve._common.clock import SYSTEM, Clock
+from optserve._common.replaceable import Replaceable
 from optserve_server.domain.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_Identity = tuple[tuple[int, int, int], ...]
+_CURVES = {"secp256r1": "P-256", "secp384r1": "P-384"}
+"""Elliptic curves for which gRPC's TLS accepts a server's key."""
+
+_DATE = "%Y-%m-%d %H:%M UTC"
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What gRPC gets, whom the certificate is for, and until when."""
+
+    configuration: grpc.ServerCertificateConfiguration
+    hosts: str
+    until: datetime
 
 
 class Certificates:
     """A server's key and certificate, and the authority of its clients.
 
     gRPC asks for them before each handshake. A change of the files counts from the next connection on; connections that
-    are open stay open.
+    are open stay open. If the files cannot be used, or their certificate expires, the log says so.
 
     Args:
         certificate: PEM file: the server's certificate, followed by those that lead to its authority.
         key: PEM file: its private key, not encrypted.
         client_authority: PEM file: the authority of the clients' certificates. None to ask clients for none.
-
-    Attributes:
-        summary: Whom the certificate is for and until when, in words.
+        clock: The time.
 
     Raises:
-        ConfigError: A file cannot be read, or they do not belong together, or the certificate is not valid now.
+        ConfigError: A file cannot be read, or they do not belong together, or a certificate is not valid now.
     """
 
-    def __init__(self, certificate: Path, key: Path, client_authority: Path | None) -> None:
+    def __init__(self, certificate: Path, key: Path, client_authority: Path | None, clock: Clock = SYSTEM) -> None:
         self._certificate = certificate
         self._key = key
         self._client_authority = client_authority
-        self._files = self._identity()
-        self._configuration = self._read()
+        self._clock = clock
+        files = [path for path in (certificate, key, client_authority) if path]
+        self._files = Replaceable(files, self._read, "certificate", logger, clock)
+        self._reported: _Content | None = None
+
+    @property
+    def summary(self) -> str:
+        """Whom the certificate is for and until when, in words."""
+        content = self._files.content
+        return f"for {content.hosts} until {content.until:{_DATE}}"
 
     @property
     def credentials(self) -> grpc.ServerCredentials:
         """For the port. With an authority of clients, a client without a certificate of it is refused."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration,
+            self._files.content.configuration,
             self._changed,  # pyright: ignore[reportArgumentType] - None stands for no change; the stubs lack it
             require_client_authentication=self._client_authority is not None,
         )
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """The new certificates if the files have changed and are valid; None to go on with the present ones."""
-        files = self._identity()
-        if files == self._files:
-            return None
-        # Also if they are not valid, so that the log has one entry for each change.
-        self._files = files
+        renewed = self._files.renew()
+        if renewed is not None:
+            logger.info("new certificate: %s", self.summary)
+        content = self._files.content
+        # Two threads may both report it.
+        if self._clock.now() > content.until and self._reported is not content:
+            self._reported = content
+            logger.error(
+                "the certificate %s has expired (%s); clients refuse it", self._certificate, f"{content.until:{_DATE}}"
+            )
+        return renewed.configuration if renewed else None
+
+    def _read(self) -> _Content:
+        pem, key = _bytes(self._certificate), _bytes(self._key)
+        now = self._clock.now()
+        certificate = _certificates(self._certificate, pem)[0]
         try:
-            self._configuration = self._read()
-        except ConfigError as error:
-            logger.warning("the new certificate is not used; the one before stays in use: %s", error)
-            return None
-        logger.info("new certificate: %s", self.summary)
-        return self._configuration
-
-    def _identity(self) -> _Identity:
-        """What differs after a file was written or replaced."""
-        return tuple(_identity(path) for path in (self._certificate, self._key, self._client_authority) if path)
-
-    def _read(self) -> grpc.ServerCertificateConfiguration:
-        certificate, key = _bytes(self._certificate), _bytes(self._key)
-        self.summary = _check_pair(self._certificate, certificate, self._key, key)
+            _check_key(self._key, key, certificate, self._certificate)
+            hosts = ", ".join(_names(certificate)) or "no host"
+        # For contents that are not what they say, the library raises one of these.
+        except (UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+            raise ConfigError(f"The certificate {self._certificate} cannot be used: {error}.") from error
+        _check_valid([certificate], f"The certificate {self._certificate}", now)
         authority = None
         if self._client_authority is not None:
             authority = _bytes(self._client_authority)
-            _certificates(self._client_authority, authority)
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
+            listed = _certificates(self._client_authority, authority)
+            _check_valid(listed, f"The authority of the clients {self._client_authority}", now)
+        configuration = grpc.ssl_server_certificate_configuration([(key, pem)], authority)
+        return _Content(configuration, hosts, certificate.not_valid_after_utc)
 
 
 def _bytes(path: Path) -> bytes:
@@ -104,29 +124,37 @@ def _certificates(path: Path, pem: bytes) -> list[x509.Certificate]:
         raise ConfigError(f"{path} contains no certificate in PEM form, or a damaged one.") from error
 
 
-def _check_pair(certificate_path: Path, certificate_pem: bytes, key_path: Path, key_pem: bytes) -> str:
-    """Check a certificate and its key, and describe them.
+def _check_key(path: Path, pem: bytes, certificate: x509.Certificate, certificate_path: Path) -> None:
+    """Check a private key, and that it belongs to its certificate.
 
     Raises:
-        ConfigError: They are damaged, do not belong together, or are not valid now.
+        ConfigError: The key is damaged or encrypted, is of a type that gRPC does not take, or belongs to another one.
     """
-    certificate = _certificates(certificate_path, certificate_pem)[0]
     try:
-        key = load_pem_private_key(key_pem, password=None)
+        key = load_pem_private_key(pem, password=None)
     except TypeError as error:
-        raise ConfigError(f"The key {key_path} is encrypted; a server needs one without a password.") from error
+        raise ConfigError(f"The key {path} is encrypted; a server needs one without a password.") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{key_path} contains no private key in PEM form, or a damaged one.") from error
+        raise ConfigError(f"{path} contains no private key in PEM form, or a damaged one.") from error
     if key.public_key() != certificate.public_key():
-        raise ConfigError(f"The key {key_path} does not belong to the certificate {certificate_path}.")
-    now = datetime.now(UTC)
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not begin <= now <= end:
+        raise ConfigError(f"The key {path} does not belong to the certificate {certificate_path}.")
+    # gRPC would start with some others, and then no client could connect.
+    on_curve = isinstance(key, EllipticCurvePrivateKey) and key.curve.name in _CURVES
+    if not on_curve and not isinstance(key, RSAPrivateKey):
         raise ConfigError(
-            f"The certificate {certificate_path} is valid from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC, not "
-            "now; `optserve certs` makes another one."
+            f"The key {path} is of a type that gRPC does not take: it takes RSA, and elliptic curves "
+            f"{' and '.join(_CURVES.values())}."
         )
-    return f"for {', '.join(_names(certificate)) or 'no host'} until {end:%Y-%m-%d %H:%M} UTC"
+
+
+def _check_valid(certificates: list[x509.Certificate], what: str, now: datetime) -> None:
+    """Raise ConfigError if none of the certificates is valid now."""
+    if any(item.not_valid_before_utc <= now <= item.not_valid_after_utc for item in certificates):
+        return
+    begin, end = certificates[-1].not_valid_before_utc, certificates[-1].not_valid_after_utc
+    raise ConfigError(
+        f"{what} is valid from {begin:{_DATE}} to {end:{_DATE}}, not now; `optserve certs` makes another one."
+    )
 
 
 def _names(certificate: x509.Certificate) -> list[str]:

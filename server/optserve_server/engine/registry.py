@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 CREATION_WAIT_S = 60.0
 """Seconds that a retried creation waits for the first call, which may still compile or allocate."""
 
+REPLACEMENT_WAIT_S = 2.0
+"""Seconds that a restore or an import waits for the end of a step under way."""
+
 
 def new_token() -> str:
     """A new etag or lineage."""
@@ -279,7 +282,7 @@ class Optimizers:
                 STEP_IN_PROGRESS, NOT_DURABLE, OPTIMIZER_NOT_FOUND, or what `change` raises.
         """
         self._compile_ahead(optimizer, change)
-        with optimizer.steps.locked_state():
+        with optimizer.steps.change_queue.between_steps(REPLACEMENT_WAIT_S), optimizer.steps.locked_state():
             if optimizer.was_replaced_by(request_id, state.target):
                 return
             optimizer.check_etag(etag)

@@ -6,19 +6,23 @@ changed. New calls use the new one; the old one is closed when its last call has
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 
 from optserve._common.clock import Clock
-from optserve.errors import InvalidArgumentError, OptserveError
+from optserve._common.replaceable import Replaceable
+from optserve.errors import InvalidArgumentError
 from optserve.tls import Tls
 
-_Identity = tuple[tuple[int, int, int], ...]
+logger = logging.getLogger(__name__)
+
+_READS = 5
+"""Most times that a key and a certificate are read when they are replaced meanwhile."""
 
 Open = Callable[[grpc.ChannelCredentials], grpc.Channel]
 
@@ -36,36 +40,34 @@ class TlsChannel(grpc.Channel):
     """
 
     def __init__(self, tls: Tls, open_channel: Open, clock: Clock) -> None:
-        self._tls = tls
-        self._open = open_channel
+        self._newest = Replaceable(
+            tls.files, lambda: _Generation(open_channel(read_credentials(tls))), "TLS certificate", logger, clock
+        )
         self._lock = clock.lock()
-        self._files = _identity(tls)
         self._closed = False
-        self._present = _Generation(open_channel(read_credentials(tls)))
+        self._present = self._newest.content
         self._retired: list[_Generation] = []
+        self._subscribed: dict[Any, list[_Generation]] = {}
 
     def use(self) -> _Generation:
         """The generation for a new call, which is counted until `end_call`."""
-        files = _identity(self._tls)
+        # Without the lock, which gRPC's thread takes at the end of each call: a file system may take its time.
+        if not self._closed:
+            self._newest.renew()
         with self._lock:
-            if files != self._files and not self._closed:
-                self._replace(files)
-            self._present.calls += 1
+            used = self._newest.content
+            if used is not self._present:
+                self._retired.append(self._present)
+                self._present = used
             unused = [generation for generation in self._retired if not generation.calls]
             self._retired = [generation for generation in self._retired if generation.calls]
-            used = self._present
+            if self._closed:
+                # It may have been opened after `close` had closed the others.
+                unused.append(used)
+            used.calls += 1
         for generation in unused:
             generation.channel.close()
         return used
-
-    def _replace(self, files: _Identity) -> None:
-        # Also if they cannot be used, so that they are read once for each change: a certificate may have been written,
-        # and its key not yet.
-        self._files = files
-        with suppress(OptserveError):
-            channel = self._open(read_credentials(self._tls))
-            self._retired.append(self._present)
-            self._present = _Generation(channel)
 
     def end_call(self, generation: _Generation) -> None:
         """A call of that generation has ended. The next call closes the channel: this may be a thread of its own."""
@@ -73,13 +75,22 @@ class TlsChannel(grpc.Channel):
             generation.calls -= 1
 
     def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
-        """See grpc.Channel; for the present generation."""
-        self._present.channel.subscribe(callback, try_to_connect)
+        """See grpc.Channel; for every generation with a call, because any of them may have the connection."""
+        with self._lock:
+            generations = [self._present, *(generation for generation in self._retired if generation.calls)]
+            for generation in generations:
+                # As a call, so that none is closed meanwhile.
+                generation.calls += 1
+                generation.channel.subscribe(callback, try_to_connect and generation is self._present)
+            self._subscribed.setdefault(callback, []).extend(generations)
 
     def unsubscribe(self, callback: Any) -> None:
         """See grpc.Channel."""
-        for generation in [self._present, *self._retired]:
+        with self._lock:
+            generations = self._subscribed.pop(callback, [])
+        for generation in generations:
             generation.channel.unsubscribe(callback)
+            self.end_call(generation)
 
     def unary_unary(self, method: str, *serializers: Any, **options: Any) -> grpc.UnaryUnaryMultiCallable:
         """See grpc.Channel."""
@@ -130,32 +141,32 @@ class _Method:
         self._arguments = serializers, options
 
     def __call__(self, request: Any, **options: Any) -> Any:
-        generation = self._channel.use()
         # The answers of these shapes are an iterator, which is also the call.
         if self._key[0].endswith("_stream"):
-            return self._begin(generation, self._method(generation), request, options)
-        try:
-            return self._method(generation)(request, **options)
-        finally:
-            self._channel.end_call(generation)
+            return self._begin(lambda method: method(request, **options))
+        return self._make(lambda method: method(request, **options))
 
     def with_call(self, request: Any, **options: Any) -> Any:
         """See grpc.UnaryUnaryMultiCallable."""
-        generation = self._channel.use()
-        try:
-            return self._method(generation).with_call(request, **options)
-        finally:
-            self._channel.end_call(generation)
+        return self._make(lambda method: method.with_call(request, **options))
 
     def future(self, request: Any, **options: Any) -> Any:
         """See grpc.UnaryUnaryMultiCallable."""
-        generation = self._channel.use()
-        return self._begin(generation, self._method(generation).future, request, options)
+        return self._begin(lambda method: method.future(request, **options))
 
-    def _begin(self, generation: _Generation, begin: Callable[..., Any], request: Any, options: Any) -> Any:
-        """Begin a call that goes on after this method has returned."""
+    def _make(self, make: Callable[[Any], Any]) -> Any:
+        """Make a call, to its end."""
+        generation = self._channel.use()
         try:
-            call = begin(request, **options)
+            return make(self._method(generation))
+        finally:
+            self._channel.end_call(generation)
+
+    def _begin(self, begin: Callable[[Any], Any]) -> Any:
+        """Begin a call that goes on after this method has returned."""
+        generation = self._channel.use()
+        try:
+            call = begin(self._method(generation))
         except BaseException:
             self._channel.end_call(generation)
             raise
@@ -180,23 +191,38 @@ def read_credentials(tls: Tls) -> grpc.ChannelCredentials:
     authority = _read(tls.authority, "authority") if tls.authority else None
     if authority is not None:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=authority.decode("ascii"))
-        except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
+            # Lines between the certificates may be in any encoding.
+            text = authority.decode("ascii", "replace").encode("ascii", "replace").decode("ascii")
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+        except (ssl.SSLError, ValueError) as error:
             raise InvalidArgumentError(
                 f"The TLS authority {tls.authority} contains no certificate in PEM form, or a damaged one."
             ) from error
     if not tls.certificate:
         return grpc.ssl_channel_credentials(authority)
-    certificate, key = _read(tls.certificate, "certificate"), _read(tls.key, "key")
-    try:
-        # Without a password, it would ask for one on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(tls.certificate, tls.key, password=lambda: "")
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError(
-            f"The TLS certificate {tls.certificate} and the key {tls.key} cannot be used: they are damaged, encrypted, "
-            f"or do not belong together ({getattr(error, 'reason', None) or error})."
-        ) from error
-    return grpc.ssl_channel_credentials(authority, key, certificate)
+    return grpc.ssl_channel_credentials(authority, *_read_pair(tls))
+
+
+def _read_pair(tls: Tls) -> tuple[bytes, bytes]:
+    """The client's key and certificate, checked.
+
+    Raises:
+        InvalidArgumentError: One cannot be read, or they do not belong together.
+    """
+    for _ in range(_READS):
+        key, certificate = _read(tls.key, "key"), _read(tls.certificate, "certificate")
+        try:
+            # Without a password, it would ask for one on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(tls.certificate, tls.key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"The TLS certificate {tls.certificate} and the key {tls.key} cannot be used: they are damaged, "
+                f"encrypted, or do not belong together ({getattr(error, 'reason', None) or error})."
+            ) from error
+        # The library checks files only; so these must still be the ones that were read.
+        if (key, certificate) == (_read(tls.key, "key"), _read(tls.certificate, "certificate")):
+            return key, certificate
+    raise InvalidArgumentError(f"The TLS certificate {tls.certificate} and the key {tls.key} change all the time.")
 
 
 def _read(path: str | Path, what: str) -> bytes:
@@ -204,16 +230,3 @@ def _read(path: str | Path, what: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise InvalidArgumentError(f"The TLS {what} {path} cannot be read: {error.strerror}.") from error
-
-
-def _identity(tls: Tls) -> _Identity:
-    """What differs after a file was written or replaced."""
-    return tuple(_identity_of(path) for path in tls.files)
-
-
-def _identity_of(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
