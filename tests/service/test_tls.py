@@ -10,17 +10,19 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
 import optserve
 from optserve.cli import authority
+from optserve_command import probe
 
 X = np.ones(1000, np.float32)
 DAY = timedelta(days=1)
@@ -71,6 +73,31 @@ def step(client: optserve.Client, name: str) -> None:
     assert np.array_equal(opt.pull_parameters().arrays["x"], 0.5 * X)
     opt.import_state(opt.export_state())
     client.delete_optimizer(name)
+
+
+def signed(
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey,
+    *,
+    of: Any = None,
+    subject: x509.Name | None = None,
+    authority: bool = False,
+    until: timedelta = DAY,
+) -> bytes:
+    """A certificate that this key has signed: of another one, or its own."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject or name)
+        .issuer_name(name)
+        .public_key(of or key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - DAY)
+        .not_valid_after(now + until)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .sign(key, hashes.SHA256() if isinstance(key, ec.EllipticCurvePrivateKey) else None)
+    )
+    return certificate.public_bytes(Encoding.PEM)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +155,67 @@ def test_commands_and_health_checks_take_certificates_from_the_environment(mutua
     )
     assert incomplete.returncode == 1
     assert "OPTSERVE_CLIENT_TLS_CERTIFICATE" in incomplete.stderr
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ipv4:127.0.0.1:{}", "dns:///localhost:{}", "dns:localhost:{}"])
+def test_a_health_check_over_tls_takes_every_form_of_a_target(mutual, folder, form):
+    tls = {name: str(folder / file) for name, file in FILES.items()}
+    assert probe.ask(form.format(mutual.target.rpartition(":")[2]), 10, tls) == "SERVING"
+
+
+@pytest.mark.parametrize("listening", [["--host", "::1"], ["--uds", "{}/socket"]])
+def test_a_health_check_over_tls_finds_the_server_wherever_it_listens(folder, tmp_path, listening):
+    given = [part.format(tmp_path) for part in listening]
+    with optserve.local_server(backend="numpy", options=[*options(folder), *given]) as server:
+        for target in (server.target, server.target.replace("[::1]", "ipv6:[::1]")):
+            assert probe.ask(target, 10, {"authority": str(folder / "authority.pem")}) == "SERVING"
+
+
+def test_a_health_check_trusts_an_authority_that_another_one_has_signed_as_grpc_does(folder, tmp_path):
+    """Python's own functions demand the root, or more than that, by their version."""
+    issuer = authority.load_or_make(folder, DAY)
+    root = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "authority.pem").write_bytes(
+        signed(root, of=issuer.key.public_key(), subject=issuer.certificate.subject, authority=True)
+    )
+    with optserve.local_server(backend="numpy", options=options(folder)) as server:
+        assert probe.ask(server.target, 10, {"authority": str(tmp_path / "authority.pem")}) == "SERVING"
+        optserve.connect(server.target, trusting(tmp_path)).close()
+
+
+FILES = {"authority": "authority.pem", "certificate": "client.pem", "key": "client-key.pem"}
+
+UNHEALTHY = {
+    "nothing": (dict.fromkeys(FILES, ""), "closes the connection; it may ask for TLS"),
+    "no pair": (
+        {"certificate": "", "key": ""},
+        "it may ask for a client's certificate|refuses the connection over TLS",
+    ),
+    "half a pair": ({"certificate": ""}, "a certificate and its key must be given together"),
+    "a missing authority": ({"authority": "missing.pem"}, r"missing.pem cannot be used \(No such file or directory\)"),
+    "a missing key": ({"key": "missing.pem"}, "client.pem or .*missing.pem cannot be used"),
+    "a damaged authority": ({"authority": "client-key.pem"}, "client-key.pem cannot be used"),
+    "another name": ({"server_name": "elsewhere.example"}, "not trusted: Hostname mismatch, .*'elsewhere.example'.$"),
+    "no name": ({"server_name": ".x"}, "'.x' is not the name of a host"),
+}
+
+
+@pytest.mark.parametrize("what", UNHEALTHY)
+def test_a_health_check_that_fails_over_tls_is_a_sentence_with_the_reason(mutual, folder, what):
+    changed, message = UNHEALTHY[what]
+    tls = {name: str(folder / file) for name, file in (FILES | changed).items() if file}
+    if "server_name" in changed:
+        tls["server_name"] = changed["server_name"]
+    with pytest.raises(probe.ProbeError, match=message) as failed:
+        probe.ask(mutual.target, 10, tls)
+    assert not str(failed.value).endswith("..")
+
+
+def test_a_health_check_waits_no_longer_for_a_handshake_than_it_may(folder):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(probe.ProbeError, match=r"does not answer within 0.5 s"):
+            probe.ask(target, 0.5, {"authority": str(folder / "authority.pem")})
 
 
 REFUSED = {
@@ -282,23 +370,6 @@ def test_files_that_do_not_belong_together_are_not_used_and_the_server_goes_on(t
     assert log.count("new certificate: for localhost") == 1
 
 
-def signed(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, *, until: timedelta = DAY) -> bytes:
-    """A certificate that its own key has signed."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - DAY)
-        .not_valid_after(now + until)
-        .sign(key, hashes.SHA256() if isinstance(key, ec.EllipticCurvePrivateKey) else None)
-    )
-    return certificate.public_bytes(Encoding.PEM)
-
-
 def test_a_key_that_grpc_does_not_take_is_named_by_the_client(mutual, folder, tmp_path):
     key = ed25519.Ed25519PrivateKey.generate()
     (tmp_path / "client-key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
@@ -415,6 +486,7 @@ def test_certs_makes_an_authority_and_signs_again(tmp_path):
     [
         (["--host", "https://trainer.example"], "neither a host's name nor an address"),
         (["--host", "trainer.example:50051"], "neither a host's name nor an address"),
+        (["--host", "*.*.example"], "neither a host's name nor an address"),
         (["--client", "../anna"], "cannot be the name of a client"),
         (["--client", "server"], "cannot be the name of a client"),
         (["--client", "a-key"], "cannot be the name of a client"),
@@ -424,6 +496,7 @@ def test_certs_refuses_what_it_cannot_sign(tmp_path, arguments, message):
     done = command("certs", str(tmp_path / "made"), *arguments)
     assert done.returncode == 1
     assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("what", ["damaged", "without its key"])
@@ -438,3 +511,63 @@ def test_certs_does_not_replace_an_authority_that_cannot_sign(tmp_path, what):
     assert done.returncode == 1
     assert "authority" in done.stderr
     assert (tmp_path / "server.pem").read_bytes() == kept
+
+
+def test_certs_replaces_a_key_and_its_certificate_or_neither(tmp_path):
+    """Here with a limit of 512 bytes for a file: a key is shorter, a certificate longer."""
+    issue(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before["server-key.pem"]) < 512 < len(before["server.pem"])
+    code = (
+        "import resource, sys; from optserve.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); sys.argv[1:] = ['certs', sys.argv[1]]; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_certs_works_in_a_folder_alone(tmp_path):
+    with authority.working_in(tmp_path):
+        done = command("certs", str(tmp_path))
+    assert done.returncode == 1
+    assert "Another `optserve certs` works in" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_certs_takes_no_authority_from_a_folder_into_which_everybody_may_write(tmp_path):
+    tmp_path.chmod(0o1777)
+    done = command("certs", str(tmp_path))
+    assert done.returncode == 1
+    assert "Everybody may write into" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_certs_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "theirs").write_text("kept")
+    (tmp_path / "made/server-key.pem").symlink_to(tmp_path / "theirs")
+    assert command("certs", str(tmp_path / "made")).returncode == 0
+    assert (tmp_path / "theirs").read_text() == "kept"
+    assert stat.S_IMODE((tmp_path / "made/server-key.pem").lstat().st_mode) == 0o600
+
+
+def test_certs_says_that_the_authority_ends_before_the_days_are_over(tmp_path):
+    made = tmp_path / "made"
+    authority.load_or_make(made, DAY)
+    # An address with its brackets is the address.
+    done = command("certs", str(made), "--host", "[::1]", "--days", "3650")
+    assert done.returncode == 0, done.stderr
+    assert "The authority ends" not in done.stdout
+    assert "--target [::1]:50051" in done.stdout
+    certificate = x509.load_pem_x509_certificate((made / "authority.pem").read_bytes())
+    key = serialization.load_pem_private_key((made / "authority-key.pem").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    short = signed(key, subject=certificate.subject, authority=True)
+    (made / "authority.pem").write_bytes(short)
+    done = command("certs", str(made), "--days", "30")
+    assert done.returncode == 0, done.stderr
+    assert "The authority ends before the 30 days are over" in done.stdout

@@ -91,16 +91,42 @@ def ask(target: str, timeout_s: float, tls: dict[str, str] | None = None) -> str
     try:
         connection.open(target)
         if tls:
-            connection.secure(target, tls)
+            connection.secure(tls)
         return connection.check()
     except TimeoutError:
         raise ProbeError(f"{target} does not answer within {timeout_s:g} s.") from None
+    except ConnectionResetError:
+        raise ProbeError(f"{target} {_closed(tls)}.") from None
     except (OSError, UnicodeError) as error:
-        raise ProbeError(f"{target} does not answer: {getattr(error, 'strerror', None) or error}.") from None
+        # Only errors of TLS have a reason: the server refuses this side's certificate after the handshake.
+        reason = getattr(error, "reason", None)
+        what = f"refuses the connection over TLS: {reason}" if reason else f"does not answer: {_words(error)}"
+        raise ProbeError(f"{target} {what}.") from None
+    except _ClosedError:
+        raise ProbeError(f"{target} {_closed(tls)}.") from None
     except ProbeError as error:
         raise ProbeError(f"{target} {error}.") from None
     finally:
         connection.close()
+
+
+class _ClosedError(ProbeError):
+    """The server has closed the connection."""
+
+
+def _closed(tls: dict[str, str] | None) -> str:
+    """What a connection that the server closes at once may mean."""
+    wanted = "a client's certificate" if tls else "TLS"
+    return f"closes the connection; it may ask for {wanted}"
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _unusable(error: Exception, *files: str) -> ProbeError:
+    reason = getattr(error, "reason", None) or _words(error)
+    return ProbeError(f"cannot be asked over TLS: {' or '.join(files)} cannot be used ({reason})")
 
 
 class _Connection:
@@ -109,6 +135,8 @@ class _Connection:
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._socket: socket.socket | None = None
+        self._host = "localhost"
+        self._scheme = b"\x86"  # :scheme http, which HPACK knows by number
 
     def open(self, target: str) -> None:
         if target.startswith("unix:"):
@@ -122,24 +150,46 @@ class _Connection:
         host, _, port = target.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ProbeError("is neither HOST:PORT nor unix:PATH")
-        self._socket = socket.create_connection((host.strip("[]"), int(port)), self._left_s())
+        self._host = host.strip("[]")
+        self._socket = socket.create_connection((self._host, int(port)), self._left_s())
 
-    def secure(self, target: str, tls: dict[str, str]) -> None:
+    def secure(self, tls: dict[str, str]) -> None:
         # Most health checks do without it.
         import ssl
 
+        if ("certificate" in tls) != ("key" in tls):
+            raise ProbeError("cannot be asked over TLS: a certificate and its key must be given together")
+        # Without an authority, it trusts those of the system.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        # What gRPC demands of a certificate: OpenSSL alone would demand more or less, by its version.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        if "authority" in tls:
+            try:
+                context.load_verify_locations(tls["authority"])
+            except OSError as error:
+                raise _unusable(error, tls["authority"]) from None
+        else:
+            context.load_default_certs()
+        if "certificate" in tls:
+            try:
+                context.load_cert_chain(tls["certificate"], tls["key"], password=lambda: "")
+            except (OSError, ValueError) as error:
+                raise _unusable(error, tls["certificate"], tls["key"]) from None
+        context.set_alpn_protocols(["h2"])
+        name = tls.get("server_name") or self._host
         try:
-            context = ssl.create_default_context(cafile=tls.get("authority"))
-            if "certificate" in tls:
-                context.load_cert_chain(tls["certificate"], tls.get("key"), password=lambda: "")
-            context.set_alpn_protocols(["h2"])
-            host = target.removeprefix("dns:").removeprefix("///").rpartition(":")[0].strip("[]")
-            name = tls.get("server_name") or ("localhost" if target.startswith("unix:") else host)
+            # As the library does, which would leave the socket open.
+            name.encode("idna")
+        except UnicodeError:
+            raise ProbeError(f"cannot be asked over TLS: {name!r} is not the name of a host") from None
+        try:
             self._socket = context.wrap_socket(self._ready(), server_hostname=name)
         except ssl.SSLCertVerificationError as error:
-            raise ProbeError(f"has a certificate that is not trusted: {error.verify_message}") from None
+            raise ProbeError(f"has a certificate that is not trusted: {error.verify_message.rstrip('.')}") from None
         except ssl.SSLError as error:
             raise ProbeError(f"cannot be reached over TLS: {error.reason or error}") from None
+        self._scheme = b"\x87"  # https
 
     def close(self) -> None:
         if self._socket is not None:
@@ -147,7 +197,7 @@ class _Connection:
 
     def check(self) -> str:
         fields = (
-            b"\x83\x86"  # :method POST, :scheme http, which HPACK knows by number
+            b"\x83" + self._scheme  # :method POST
             + b"\x04" + _text(b"/grpc.health.v1.Health/Check")  # :path
             + b"\x01" + _text(b"localhost")  # :authority
             + b"\x0f\x10" + _text(b"application/grpc")  # content-type
@@ -189,7 +239,7 @@ class _Connection:
         while len(received) < size:
             part = self._ready().recv(size - len(received))
             if not part:
-                raise ProbeError("closes the connection")
+                raise _ClosedError
             received += part
         return received
 

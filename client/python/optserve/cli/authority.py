@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +33,8 @@ _EARLIER = timedelta(minutes=5)
 """Certificates are valid from so long ago on, for machines whose clocks are slow."""
 
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*")
+
+_MAX_HOST_LENGTH = 253
 
 
 class AuthorityError(ValueError):
@@ -79,12 +85,10 @@ class Authority:
         )
         if hosts:
             builder = builder.add_extension(
-                x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False
+                x509.SubjectAlternativeName([_general_name(host_of(host)) for host in hosts]), critical=False
             )
         certificate = builder.sign(self.key, hashes.SHA256())
-        # The key first: whoever reads the new certificate finds the key that belongs to it.
-        _write(self.folder / f"{name}-key.pem", _private(key), secret=True)
-        _write(self.folder / f"{name}.pem", certificate.public_bytes(Encoding.PEM), secret=False)
+        _write_pair(self.folder, name, key, certificate)
         return [name, ", ".join(hosts) or f"the client {name}", f"{until:%Y-%m-%d}", f"{name}.pem"]
 
 
@@ -93,17 +97,20 @@ def load_or_make(folder: Path, life: timedelta) -> Authority:
 
     Args:
         folder: Made if it does not exist.
-        life: How long certificates are to be valid.
+        life: How long certificates are to be valid; an authority that is there may end before.
 
     Raises:
-        AuthorityError: The authority is damaged, incomplete or no longer valid for that long.
+        AuthorityError: The authority is damaged, incomplete or has expired.
         OSError: The folder cannot be used.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     certificate_path, key_path = folder / AUTHORITY, folder / AUTHORITY_KEY
     if certificate_path.exists() != key_path.exists():
         missing = key_path if certificate_path.exists() else certificate_path
-        raise AuthorityError(f"{missing} is missing; without it, the authority in {folder} cannot sign.")
+        raise AuthorityError(
+            f"{missing} is missing; without it, the authority in {folder} cannot sign. Bring it back, or make another "
+            "authority in a new folder."
+        )
     if not certificate_path.exists():
         return _make(folder, max(AUTHORITY_LIFE, life))
     try:
@@ -127,8 +134,7 @@ def _make(folder: Path, life: timedelta) -> Authority:
         .add_extension(_KEY_USAGE_OF_AUTHORITY, critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(folder / AUTHORITY_KEY, _private(key), secret=True)
-    _write(folder / AUTHORITY, certificate.public_bytes(Encoding.PEM), secret=False)
+    _write_pair(folder, "authority", key, certificate)
     return Authority(folder, certificate, key)
 
 
@@ -161,31 +167,66 @@ def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _host(host: str) -> x509.GeneralName:
+def host_of(text: str) -> str:
+    """A host's name or address, without the brackets of an address; raises AuthorityError for anything else."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError:
-        if not _HOST.fullmatch(host) or len(host) > 253:
-            raise AuthorityError(
-                f"{host!r} is neither a host's name nor an address; leave out the port and the scheme."
-            ) from None
+        if _HOST.fullmatch(text) and len(text) <= _MAX_HOST_LENGTH:
+            return text
+        raise AuthorityError(
+            f"{text!r} is neither a host's name nor an address; leave out the port and the scheme."
+        ) from None
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
         return x509.DNSName(host)
 
 
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _write_pair(folder: Path, name: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    """Replace NAME-key.pem and NAME.pem. Both are on disk before the first is replaced, so a full disk changes none."""
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with ExitStack() as remains:
+        written = []
+        for file, content, mode in (
+            (f"{name}-key.pem", private, 0o600),
+            (f"{name}.pem", certificate.public_bytes(Encoding.PEM), 0o644),
+        ):
+            # A name of its own: one that a killed call has left is in nobody's way.
+            whole = folder / f".{file}.{secrets.token_hex(8)}"
+            remains.callback(whole.unlink, missing_ok=True)
+            with os.fdopen(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as output:
+                output.write(content)
+                output.flush()
+                os.fsync(output.fileno())
+            written.append((whole, folder / file))
+        # The key first: whoever reads the new certificate finds the key that belongs to it. A link is replaced itself.
+        for whole, path in written:
+            whole.replace(path)
 
 
-def _write(path: Path, content: bytes, *, secret: bool) -> None:
-    """Replace a file as a whole, so that nobody reads a part of it."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Make the folder if it does not exist, and work in it alone for the length of a with-block.
+
+    Raises:
+        AuthorityError: Another call works in it, or everybody may write into it.
+        OSError: It cannot be used.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_mode & stat.S_IWOTH:
+        raise AuthorityError(
+            f"Everybody may write into {folder}, so the authority in it could be anybody's; choose another folder."
+        )
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(path)
-    except BaseException:
-        whole.unlink(missing_ok=True)
-        raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AuthorityError(f"Another `optserve certs` works in {folder}; try again when it has ended.") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -46,16 +46,23 @@ def command(
                 f"{name!r} cannot be the name of a client: 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a "
                 "letter or digit, neither 'authority' nor 'server', and not ending in '-key'."
             )
+    life = timedelta(days=days)
     try:
-        issuer = authority.load_or_make(folder, timedelta(days=days))
-        rows = [["authority", "-", f"{issuer.certificate.not_valid_after_utc:%Y-%m-%d}", "authority.pem"]]
-        rows += [issuer.issue("server", timedelta(days=days), hosts)]
-        rows += [issuer.issue(name, timedelta(days=days)) for name in clients]
+        # First, so that nothing is made if one of them is none.
+        hosts = [authority.host_of(name) for name in hosts]
+        with authority.working_in(folder):
+            issuer = authority.load_or_make(folder, life)
+            end = issuer.certificate.not_valid_after_utc
+            rows = [["authority", "-", f"{end:%Y-%m-%d}", "authority.pem"]]
+            rows += [issuer.issue("server", life, hosts)]
+            rows += [issuer.issue(name, life) for name in clients]
     except authority.AuthorityError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or folder}: {error.strerror}.")
     show_table(("certificate", "for", "until", "file"), rows)
+    if end < datetime.now(UTC) + life - timedelta(days=1):
+        say(f"The authority ends before the {days} days are over, and its certificates with it.")
     say(f"A server:  optserve serve --tls-certificate {folder}/server.pem --tls-key {folder}/server-key.pem")
     say(f"           and, to let in its clients only: --tls-client-authority {folder}/authority.pem")
     say(f"A command: OPTSERVE_CLIENT_TLS_AUTHORITY={folder}/authority.pem optserve info --target {_target(hosts[0])}")
