@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from dataclasses import fields
 
 import pytest
 
 import optserve
 from optserve_server.domain import config_sources
-from optserve_server.domain.config import ConfigError
+from optserve_server.domain.config import ConfigError, ServerConfig
 
 
 def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,8 +66,8 @@ def test_every_setting_is_printed_with_its_value_and_source(tmp_path):
         ("OPTSERVE_PORT", "fifty", "OPTSERVE_PORT must be of type int, not 'fifty'"),
         ("OPTSERVE_PORT", "tcp://10.0.0.1:50051", "enableServiceLinks: false"),
         ("OPTSERVE_DRAIN_S", "soon", "OPTSERVE_DRAIN_S must be of type float"),
-        ("OPTSERVE_PORT", "70000", "port must be 0 to 65535"),
-        ("OPTSERVE_CONFIG", "missing.toml", "Cannot read the configuration missing.toml"),
+        ("OPTSERVE_PORT", "70000", "port must be 0 to 65535; it is 70000. It comes from OPTSERVE_PORT."),
+        ("OPTSERVE_CONFIG", "missing.toml", "Cannot read the configuration missing.toml: No such file or directory."),
     ],
 )
 def test_an_impossible_variable_is_one_sentence_before_the_start(variable, value, message):
@@ -92,3 +94,66 @@ def test_variables_for_a_server_do_not_reach_a_local_one(monkeypatch, tmp_path):
     with optserve.local_server(backend="numpy") as server, optserve.connect(server.target) as client:
         assert client.server_info().durability == "memory"
     assert not list(tmp_path.iterdir())
+
+
+def test_every_setting_can_be_set_by_the_environment():
+    default = config_sources.load(None, {}, {}).config
+    texts = {config_sources.variable_of(item.name): str(getattr(default, item.name)) for item in fields(ServerConfig)}
+    assert config_sources.load(None, {}, texts).config == default
+
+
+IMPOSSIBLE = {
+    "drain_s = true": "drain_s must be of type float, not True",
+    "drain_s = inf": "drain_s must be at most 1209600; it is inf",
+    "drain_s = nan": "drain_s must be at most 1209600; it is nan",
+    f"drain_s = 1{400 * '0'}": "drain_s must be at most 1209600",
+    "snapshot_interval_s = inf": "snapshot_interval_s must be at most 1209600",
+    "keepalive_s = 1000000000000": "keepalive_s must be at most 1209600",
+    "connection_idle_s = 1000000000000": "connection_idle_s must be at most 1209600",
+    "max_connection_streams = 3000000000": "max_connection_streams must be at most 2147483647",
+    f"max_state_bytes = 1{30 * '0'}": "max_state_bytes must be at most 9223372036854775807",
+    "port = true": "port must be of type int, not True",
+    "port = '1'": "port must be of type int, not '1'",
+    "max_streams = {a = 1}": "max_streams must be of type int",
+    "host = ''": "host must not be empty",
+    "host = ' '": "host must not be empty",
+}
+
+
+@pytest.mark.parametrize("line", IMPOSSIBLE, ids=lambda line: line[:30])
+def test_an_impossible_value_is_refused_with_where_it_comes_from(tmp_path, line):
+    file = tmp_path / "server.toml"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ConfigError) as refused:
+        config_sources.load(file, {}, {})
+    assert IMPOSSIBLE[line] in str(refused.value)
+    assert str(refused.value).endswith(f"It comes from {file}.")
+
+
+@pytest.mark.parametrize("content", [b"port", b"port = \xff", b"port = 1\nport = 2", b"port = " + 5000 * b"["])
+def test_a_file_that_is_not_toml_is_a_sentence(tmp_path, content):
+    file = tmp_path / "server.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="Cannot read the configuration"):
+        config_sources.load(file, {}, {})
+
+
+@pytest.mark.parametrize("option", ["--data-dir", "--host", "--uds", "--backend", "--durability", "--tls-certificate"])
+def test_an_option_that_is_empty_is_refused(option):
+    """A shell makes it of a variable that is not set; then the working folder would be the data folder."""
+    done = serve("--print-config", f"{option}=")
+    assert done.returncode == 2
+    assert option in done.stderr
+
+
+def test_settings_that_cannot_be_used_are_not_printed():
+    done = serve("--print-config", "--backend", "tpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "There is no backend 'tpu'" in done.stderr
+
+
+def test_texts_are_printed_as_they_stand_in_a_file(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text("uds = 'a\"b\\c'\n")
+    done = serve("--print-config", "--config", str(file))
+    assert tomllib.loads(f"uds = {printed(done.stdout)['uds'][0]}") == {"uds": 'a"b\\c'}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json as json_module
 import textwrap
 from dataclasses import Field, fields
 from pathlib import Path
@@ -93,7 +94,8 @@ def _row(
 
 def as_text(value: Any) -> str:
     """A value as it stands in a TOML file."""
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    # A text of JSON is one of TOML.
+    return json_module.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
 if __name__ == "__main__":

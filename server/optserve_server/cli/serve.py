@@ -48,7 +48,7 @@ def serve(  # noqa: PLR0913 - one for each option
         "tls_certificate": _text(tls_certificate),
         "tls_key": _text(tls_key),
         "tls_client_authority": _text(tls_client_authority),
-        "data_dir": _text(data_dir),
+        "data_dir": data_dir,
         "durability": durability,
         "backend": backend,
         "threads": threads,
@@ -58,7 +58,7 @@ def serve(  # noqa: PLR0913 - one for each option
         if print_config:
             _print(loaded)
             return
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise _refused(error) from error
     # Imported late, so that --help does not wait for gRPC and NumPy.
     from optserve_server.app import run
@@ -81,9 +81,12 @@ def _refused(error: Exception) -> typer.Exit:
 
 
 def _print(loaded: config_sources.Loaded) -> None:
+    """Show the settings; raises RuntimeError if there is no such backend, which is not known before."""
     from optserve.cli.console import show_table
     from optserve_server.cli.config import as_text
+    from optserve_server.numerics import backends
 
+    backends.check_name(loaded.config.backend)
     rows = [[name, as_text(getattr(loaded.config, name)), source] for name, source in loaded.sources.items()]
     show_table(("setting", "value", "from"), rows, folded="value")
 

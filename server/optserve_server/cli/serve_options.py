@@ -27,7 +27,11 @@ TlsClientAuthority = Annotated[
         dir_okay=False,
     ),
 ]
-DataDir = Annotated[Optional[Path], typer.Option(help="Folder for state that outlives the process.", file_okay=False)]
+DataDir = Annotated[
+    Optional[str],
+    # A text and not a path: the path of an empty text is the working folder.
+    typer.Option(help="Folder for state that outlives the process.", metavar="DIRECTORY"),
+]
 Durability = Annotated[
     Optional[str],
     typer.Option(

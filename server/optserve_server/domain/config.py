@@ -17,8 +17,20 @@ UNASKED_CHUNK_BYTES = 4 * MIB - 4096
 with the header."""
 
 
+MAX_S = 14 * 86_400
+"""Most seconds that a setting may have: gRPC counts milliseconds, in 31 bits."""
+
+
 class ConfigError(ValueError):
-    """A setting has an impossible value. The message says which setting, and why."""
+    """A setting has an impossible value. The message says which setting, and why.
+
+    Attributes:
+        setting: Its name; empty if the error is not about one setting.
+    """
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 @dataclass(frozen=True)
@@ -121,13 +133,7 @@ class ServerConfig:
             ConfigError: A value is impossible; the first such value.
         """
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type == "float" and isinstance(value, int):
-                object.__setattr__(self, item.name, float(value))
-            elif type(value).__name__ != item.type:
-                raise ConfigError(f"{item.name} must be of type {item.type}, not {value!r}.")
-            elif isinstance(value, str):
-                self._require(item.name, "\0" not in value, "must not contain a null character")
+            self._check_type(item.name, str(item.type))
         for name in (
             "max_streams",
             "unary_threads",
@@ -172,7 +178,20 @@ class ServerConfig:
         for name in ("snapshot_bytes", "segment_bytes"):
             self._require(name, getattr(self, name) >= MIB, "must be at least 1 MiB")
 
+    def _check_type(self, name: str, kind: str) -> None:
+        value = getattr(self, name)
+        if type(value).__name__ not in ((kind, "int") if kind == "float" else (kind,)):
+            raise ConfigError(f"{name} must be of type {kind}, not {value!r}.", name)
+        if kind == "str":
+            self._require(name, "\0" not in value, "must not contain a null character")
+            return
+        most = MAX_S if name.endswith("_s") else (1 << 63) - 1 if name.endswith("_bytes") else (1 << 31) - 1
+        self._require(name, value <= most, f"must be at most {most}")
+        if kind == "float":
+            object.__setattr__(self, name, float(value))
+
     def _check_port(self) -> None:
+        self._require("host", bool(self.host.strip()) or bool(self.uds), "must not be empty")
         self._require("port", 0 <= self.port <= 65535, "must be 0 to 65535")
         self._require(
             "tls_key", bool(self.tls_key) == bool(self.tls_certificate), "must be set together with tls_certificate"
@@ -216,7 +235,7 @@ class ServerConfig:
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise ConfigError(f"{name} {what}; it is {getattr(self, name)!r}.")
+            raise ConfigError(f"{name} {what}; it is {getattr(self, name)!r}.", name)
 
     @property
     def sent_chunk_bytes(self) -> int:

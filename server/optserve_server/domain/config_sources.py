@@ -48,7 +48,8 @@ def load(path: Path | None, options: Mapping[str, Any], environment: Mapping[str
         environment: The environment variables; those of this process by default.
 
     Raises:
-        ConfigError: The file cannot be read or has an unknown key, or a value is impossible.
+        ConfigError: The file cannot be read or has an unknown key, an option is empty, or a value is impossible; then
+            the message says where the value comes from.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -58,9 +59,18 @@ def load(path: Path | None, options: Mapping[str, Any], environment: Mapping[str
     for name, value in read_environment(os.environ if environment is None else environment).items():
         values[name], sources[name] = value, variable_of(name)
     for name, value in options.items():
-        if value is not None:
-            values[name], sources[name] = value, f"--{name.replace('_', '-')}"
-    config = ServerConfig(**values)
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        # What a shell makes of a variable that is not set. It is no wish for no data folder, or for no TLS.
+        if value == "":
+            raise ConfigError(f"{option} is empty; leave the option out if it is not meant.", name)
+        values[name], sources[name] = value, option
+    try:
+        config = ServerConfig(**values)
+    except ConfigError as error:
+        source = sources.get(error.setting)
+        raise ConfigError(f"{error} It comes from {source}." if source else str(error), error.setting) from error
     for name, default in _DEFAULTS.items():
         if name not in sources:
             sources[name] = DEFAULT if getattr(config, name) == default else DERIVED
@@ -75,8 +85,11 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"Cannot read the configuration {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    # The last one for brackets within brackets, without end.
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error}.") from error
     for name in values:
         if name not in _DEFAULTS:
             nearest = difflib.get_close_matches(name, _DEFAULTS, 1)

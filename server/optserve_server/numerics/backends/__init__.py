@@ -28,6 +28,12 @@ def load(name: str, threads: int = 0) -> Backend:
     return getattr(module, BACKENDS[name])(threads)
 
 
+def check_name(name: str) -> None:
+    """Raise RuntimeError if there is no such backend, and it is not `auto`."""
+    if name != "auto" and name not in BACKENDS:
+        raise RuntimeError(f"There is no backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
+
+
 def choose(name: str, threads: int = 0) -> Choice:
     """Make the backend `name`; `auto` takes the first that works of CuPy, Numba and NumPy.
 
@@ -38,9 +44,8 @@ def choose(name: str, threads: int = 0) -> Choice:
     Raises:
         RuntimeError: No such backend, or it does not work here.
     """
+    check_name(name)
     if name != "auto":
-        if name not in BACKENDS:
-            raise RuntimeError(f"There is no backend {name!r}; choose one of auto, {', '.join(BACKENDS)}.")
         try:
             backend = load(name, threads)
         except Exception as error:
@@ -67,4 +72,4 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Kernel", "choose", "load"]
+__all__ = ["BACKENDS", "Backend", "Choice", "Kernel", "check_name", "choose", "load"]
