@@ -526,15 +526,29 @@ def test_the_server_compares_an_etag_at_begin_and_at_commit_and_not_in_a_replay(
     with stream(stub, name) as opened:
         opened.send(begin("one", settings=settings, etag=known), chunk(0, 0, ONE["x"].tobytes()), commit())
         opened.reply()
-        opened.send(begin("two", settings=settings, etag=known), chunk(0, 0, ONE["x"].tobytes()))
         opt.update(learning_rate=0.25)
+        opened.send(begin("two", settings=settings, etag=known))
+        reason, metadata, field, _ = details(opened.error())
+        assert (reason, metadata["etag"], field) == ("ETAG_MISMATCH", etag(), "begin.etag")
+        opened.send(commit(), begin("one", settings=settings, etag=known), commit())
+        assert opened.reply()[1].replayed
+        opened.send(begin("two", settings=settings, etag=etag()), chunk(0, 0, ONE["x"].tobytes()))
+        other = steps_pb2.ApplyGradientsRequest(
+            name=name,
+            request_id="other",
+            gradients=[steps_pb2.Tensor(name="x", data=ONE["x"].tobytes())],
+            etag="of no state",
+        )
+        refusal = ""
+        # Until the step is under way, which is said before the etag.
+        while "in the middle of a step" not in refusal:
+            with pytest.raises(grpc.RpcError, match=r"in the middle of a step|has changed since etag") as refused_call:
+                stub.ApplyGradients(other)
+            refusal = str(refused_call.value)
+        opt.update(learning_rate=0.125)
         opened.send(commit())
         reason, metadata, field, _ = details(opened.error())
         assert (reason, metadata["etag"], field) == ("ETAG_MISMATCH", etag(), "begin.etag")
-        opened.send(begin("two", settings=settings, etag=known))
-        assert details(opened.error())[0] == "ETAG_MISMATCH"
-        opened.send(commit(), begin("one", settings=settings, etag=known), commit())
-        assert opened.reply()[1].replayed
     request = steps_pb2.ApplyGradientsRequest(
         name=name, request_id="two", gradients=[steps_pb2.Tensor(name="x", data=ONE["x"].tobytes())], etag=known
     )

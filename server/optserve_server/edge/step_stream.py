@@ -332,7 +332,7 @@ class StepStream:
         # First, as the disk may take its time.
         self._end(_FAILED)
         if isinstance(error, OptserveError):
-            if error.field.startswith("settings"):
+            if error.field == "etag" or error.field.startswith("settings"):
                 error.field = f"begin.{error.field}"
             error = self._optimizers.certain(error)
         failure = steps_pb2.StepError(request_id=request_id, status=self._to_status(error))
