@@ -19,12 +19,15 @@ class ChangeQueue:
     Args:
         lock: The optimizer's.
         step_slot: That of its client.
+
+    Attributes:
+        waiting: An object for each of these changes.
     """
 
     def __init__(self, lock: Condition, step_slot: ClientSlot) -> None:
         self._lock = lock
         self._step_slot = step_slot
-        self._waiting: deque[object] = deque()
+        self.waiting: deque[object] = deque()
 
     @contextmanager
     def between_steps(self, wait_s: float = WAIT_S) -> Iterator[None]:
@@ -40,26 +43,26 @@ class ChangeQueue:
         """
         place = object()
         with self._lock:
-            self._waiting.append(place)
+            self.waiting.append(place)
             self._step_slot.on_free = self._wake
         try:
             with self._lock:
-                if not self._lock.wait_for(lambda: self._waiting[0] is place and self._is_free(), wait_s):
+                if not self._lock.wait_for(lambda: self.waiting[0] is place and self._is_free(), wait_s):
                     raise self._step_slot.in_progress()
             yield
         finally:
             with self._lock:
-                self._waiting.remove(place)
-                if not self._waiting:
+                self.waiting.remove(place)
+                if not self.waiting:
                     self._step_slot.on_free = None
                 self._lock.notify_all()
 
     def wait_to_begin(self) -> None:
         """Wait, with the lock held once, for the changes that came before this step; raises STEP_IN_PROGRESS."""
         # While a step is under way, they wait for it, and so it must be able to go on on another connection.
-        if self._waiting and self._step_slot.holder is None:
-            last = self._waiting[-1]
-            if not self._lock.wait_for(lambda: last not in self._waiting, WAIT_S):
+        if self.waiting and self._step_slot.holder is None:
+            last = self.waiting[-1]
+            if not self._lock.wait_for(lambda: last not in self.waiting, WAIT_S):
                 raise self._step_slot.in_progress()
 
     def _is_free(self) -> bool:

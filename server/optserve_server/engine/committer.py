@@ -117,7 +117,8 @@ class Committer:
             OptserveError: ETAG_MISMATCH, GRADIENT_OVERFLOW, REPLY_OVERFLOW or NOT_DURABLE; or see
                 `StepSettings.checked_rules`.
         """
-        refusals.check_etag_of_step(self._name, options.etag, self._steps.etag)
+        if options.etag:
+            refusals.check_etag_of_step(self._name, options.etag, self._steps.etag)
         staging, step, settings = gradient.staging, self._steps.step, options.settings
         prepared = self._state.prepare(payload, staging.updates, gradient.largest, reply_wires, options)
         if not prepared.covered:

@@ -26,14 +26,7 @@ from optserve_server.engine.committer import Committer
 from optserve_server.engine.durability import Durability
 from optserve_server.engine.records import DeletionRecord, UpdateRecord
 from optserve_server.engine.step_slot import ClientSlot, StepSlot
-from optserve_server.engine.transaction import (
-    NOTHING,
-    UPDATES,
-    LastStep,
-    Step,
-    StepRequest,
-    check_request_id,
-)
+from optserve_server.engine.transaction import NOTHING, UPDATES, LastStep, Step, StepRequest, check_request_id
 from optserve_server.engine.transition import Replacement
 from optserve_server.engine.workers.buffer_budget import BufferBudget
 from optserve_server.engine.workers.coordinator import Workers
@@ -154,7 +147,8 @@ class Steps:
                 known, request.stream, request.life, lambda step_slot: self._make(step_slot, request)
             )
         with self._lock:
-            self.change_queue.wait_to_begin()
+            if self.change_queue.waiting:
+                self.change_queue.wait_to_begin()
             if self._state.settings.consistency is not None:
                 self._check_worker(worker)
             step = self.main.holder = self._make(self.main, request)
@@ -178,7 +172,8 @@ class Steps:
                 raise refusals.wrong_step(self._name, self.step, request.expected_step)
             if request.last_request_id is not None and request.last_request_id != step_slot.last_request_id:
                 raise refusals.wrong_last_request(self._name, self.step, step_slot.last_request_id)
-            refusals.check_etag_of_step(self._name, request.options.etag, self.etag)
+            if request.options.etag:
+                refusals.check_etag_of_step(self._name, request.options.etag, self.etag)
             if request.options.settings is not None:
                 # Checked now, before gradients arrive, and once more at the commit: an update may come between.
                 self._state.constants_for(request.options.settings)

@@ -42,10 +42,12 @@ class Rows:
 
     Args:
         rows: The rows of each dtype, by position among the rules.
+        learning_rates: The learning rate of each rule, in float64; empty if the method has none.
     """
 
-    def __init__(self, rows: Mapping[np.dtype, Sequence[Row]]) -> None:
+    def __init__(self, rows: Mapping[np.dtype, Sequence[Row]], learning_rates: tuple[float, ...]) -> None:
         self._rows = rows
+        self.learning_rates = learning_rates
 
     def of(self, dtype: np.dtype, position: int, counter: int) -> Row:  # noqa: ARG002
         """The row of a part."""
@@ -57,9 +59,11 @@ class CountedRows(Rows):
 
     Args:
         rules: The rules of the step.
+        learning_rates: See Rows.
     """
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
+    def __init__(self, rules: Sequence[Rule], learning_rates: tuple[float, ...]) -> None:
+        super().__init__({}, learning_rates)
         self._rules = rules
         self._made: dict[tuple[np.dtype, int, int], Row] = {}
 
@@ -104,8 +108,8 @@ class Constants:
         self.rules, self._decays = rules, decays
         self.first = self._rows(rules)
         # Without a schedule the constants never change.
-        self._always = None if self.settings.schedule else Rows(self.first)
         self._rates = None if self.settings.schedule else self.settings.learning_rates(rules, 0, 0)
+        self._always = None if self._rates is None else Rows(self.first, self._rates)
 
     @property
     def first_scalars(self) -> dict[np.dtype, list[Scalars]]:
@@ -133,8 +137,7 @@ class Constants:
         """Whether bounds for `others`, of the same optimizer, hold for these constants too."""
         return self.added_decay <= others.added_decay and all(map(Rule.is_bounded_by, self.rules, others.rules))
 
-    def learning_rates(self, step: int, staleness: int) -> tuple[float, ...]:
-        """The learning rate of each rule at a step, in float64; empty if the method has none."""
+    def _learning_rates(self, step: int, staleness: int) -> tuple[float, ...]:
         if self._rates is not None and not staleness:
             return self._rates
         return self.settings.learning_rates(self.rules, step, staleness)
@@ -158,7 +161,8 @@ class Constants:
         """The constants at a step, for gradients that are `staleness` steps old."""
         if self._always is not None and not staleness:
             return self._always
-        return Rows(self._rows([self.settings.at(rule, step, staleness) for rule in self.rules]))
+        rules = [self.settings.at(rule, step, staleness) for rule in self.rules]
+        return Rows(self._rows(rules), self._learning_rates(step, staleness))
 
     def decay(self, dtype: np.dtype, position: int, step: int, staleness: int) -> Decay:
         """The weight decay of a step. What is taken off x is divided by staleness as the learning rate is.
@@ -224,7 +228,8 @@ class CountedConstants(Constants):
 
     def at(self, step: int, staleness: int) -> Rows:
         """See Constants. Each step has new constants, so none are kept."""
-        return CountedRows([self.settings.at(rule, step, staleness) for rule in self.rules])
+        rules = [self.settings.at(rule, step, staleness) for rule in self.rules]
+        return CountedRows(rules, self._learning_rates(step, staleness))
 
     def parts_of(self, run: Run, parameter_steps: ParameterSteps) -> Sequence[Part]:
         """See Constants."""

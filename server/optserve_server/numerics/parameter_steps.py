@@ -56,7 +56,7 @@ class ParameterSteps:
 
     def count(self, selection: Selection) -> None:
         """Count one more step for the parameters that have taken part in it."""
-        if selection.is_all and self.shared is not None:
+        if self.shared is not None and selection.is_all:
             self.shared += 1
         elif self._counters.size:
             counters = self.each.copy()

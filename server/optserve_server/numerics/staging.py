@@ -56,6 +56,7 @@ class Staging:
         updates: The arenas of the gradients, which the updates overwrite when the step is applied.
         layout: The parameters that it has room for.
         segment: The segment that the server shares with a client now; None if it shares none.
+        in_place: Whether the buffer is the segment.
     """
 
     def __init__(self, state: Model) -> None:
@@ -65,9 +66,10 @@ class Staging:
         self._use(self._new_operands())
         self.segment: Segment | None = None
 
-    def _use(self, operands: Operands) -> None:
+    def _use(self, operands: Operands, *, in_place: bool = False) -> None:
         self.operands = operands
         self.updates = operands[_GRADIENT]
+        self.in_place = in_place
 
     def _new_operands(self) -> Operands:
         layout = self.layout
@@ -169,7 +171,7 @@ class Staging:
         # Kernels work on the buffer alone.
         self.segment = Segment(self.layout, self.operands, self._backend.pin if in_place else np.asarray)
         if in_place:
-            self._move_to(self.segment.operands)
+            self._move_to(self.segment.operands, in_place=True)
         return self.segment
 
     def unshare(self) -> None:
@@ -180,19 +182,14 @@ class Staging:
     def leave_segment(self) -> None:
         """Move the buffer out of the segment, so that its client cannot write into the steps of others."""
         if self.in_place:
-            self._move_to(self._new_operands())
+            self._move_to(self._new_operands(), in_place=False)
 
-    def _move_to(self, operands: Operands) -> None:
+    def _move_to(self, operands: Operands, *, in_place: bool) -> None:
         before = self.operands
-        self._use(operands)
+        self._use(operands, in_place=in_place)
         for operand, arenas in operands.items():
             for dtype, arena in arenas.items():
                 arena[...] = before[operand][dtype]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the buffer is the segment."""
-        return self.segment is not None and self.operands is self.segment.operands
 
     @property
     def shared_bytes(self) -> int:

@@ -44,7 +44,7 @@ class State:
         slots: The arenas of each slot, by dtype.
         parameters: The arenas of x, in host memory; empty in delta mode.
         limits: The largest magnitude that an operand may have when it arrives, in each dtype.
-        last_learning_rates: Those of the last step that was applied; see `Constants.learning_rates`.
+        last_learning_rates: Those of the last step that was applied; see `Rows`.
 
     Raises:
         OptserveError: HYPERPARAMETER_OUT_OF_RANGE.
@@ -219,8 +219,8 @@ class State:
         """
         constants = self._constants if settings is None else self.constants_for(settings)
         self._last = constants, step, staleness
-        self.last_learning_rates = constants.learning_rates(step, staleness)
         rows, clip = constants.at(step, staleness), prepared.clip if prepared else None
+        self.last_learning_rates = rows.learning_rates
         if not (prepared and prepared.covered):
             self._bounds.reset()
         stretches: dict[np.dtype, list[Stretch]] = {}
@@ -234,7 +234,9 @@ class State:
                 found.append(Stretch(part, rows.of(dtype, position, counter), decay))
         for dtype, found in stretches.items():
             given = [arenas[dtype] for arenas in operands.values()]
-            self.backend.make_steps(type(self.rule), given, self.slots[dtype], self.parameters.get(dtype), found)
+            self.backend.make_steps(
+                type(self.settings.rule), given, self.slots[dtype], self.parameters.get(dtype), found
+            )
 
     @property
     def parameter_steps(self) -> np.ndarray:

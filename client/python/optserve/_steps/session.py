@@ -255,7 +255,8 @@ class StepSession:
                 # An earlier try was applied: ask for its reply, without sending the gradients.
                 applied = stream.opened.last_request_id == request_id
                 if gradients is not None and not applied:
-                    stream.check_options(gradients)
+                    if gradients.options is not None:
+                        stream.check_step_settings()
                     self._check_intact(gradients, updates, shared)
                 if shared is not None and shared is not stream.shared:
                     # The segment belongs to a closed stream. Errors keep their frames, and so this object, for long.

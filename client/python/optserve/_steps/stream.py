@@ -128,7 +128,8 @@ class StepStream:
                 begin.with_gradient_norm = gradients.options.with_gradient_norm
                 begin.etag = gradients.options.etag
         begin.with_curvature, begin.reply = self._takes_curvature, updates.reply
-        begin.shared_memory_nonce, self._nonce = self._nonce, b""
+        if self._nonce:
+            begin.shared_memory_nonce, self._nonce = self._nonce, b""
         if self.shared is not None and gradients is not None:
             self.shared.put(gradients.arrivals())
         with patience.watching(self._interrupt):
@@ -203,9 +204,9 @@ class StepStream:
         self._outgoing.put(iter([message]))
         return self._next_message
 
-    def check_options(self, gradients: Gradients) -> None:
-        """Raise FeatureUnavailableError if the step asks for what this server would ignore."""
-        if gradients.options is not None and not self.opened.step_settings:
+    def check_step_settings(self) -> None:
+        """Raise FeatureUnavailableError if this server would ignore what a step asks for beside its reply."""
+        if not self.opened.step_settings:
             raise FeatureUnavailableError(
                 f"{self._connection.target} is an older server: it has no hyper-parameters of single steps and no "
                 "gradient norm on demand (FEATURE_STEP_SETTINGS). Nothing was sent. Change the optimizer's own with "
