@@ -26,7 +26,7 @@ import optserve
 from optserve_server.numerics.backends import load
 from optserve_server.numerics.backends.base import Stretch
 from optserve_server.numerics.backends.cupy import CupyBackend
-from optserve_server.numerics.backends.device_steps import Arenas, table_of
+from optserve_server.numerics.backends.device_steps import Arenas
 from optserve_server.numerics.layout import ALL, Layout, Operand, Parameter, Payload
 from optserve_server.numerics.rules import Adadelta, AdamW, Rule
 from optserve_server.numerics.settings import Group, Settings
@@ -75,11 +75,11 @@ def bare_kernel(backend: CupyBackend, rule: Rule, gradient: Any) -> float:
     program = backend.program(type(rule), F4, hosted=False)
     slots = [backend.zeros(gradient.size, F4) for _ in rule.slots]
     arenas = Arenas([gradient.data.ptr], [slot.data.ptr for slot in slots], [])
-    table = table_of(program.source, [Stretch(slice(0, gradient.size), rule.constants(F4, 1), None)])
+    whole = [Stretch(slice(0, gradient.size), rule.constants(F4, 1), None)]
     stream = cupy.cuda.Stream(non_blocking=True)
 
     def step() -> None:
-        backend.steps.launch(program, arenas, table, stream)
+        backend.steps.launch(program, arenas, whole, stream)
         stream.synchronize()
 
     return seconds(step)

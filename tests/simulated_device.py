@@ -145,9 +145,9 @@ class SimulatedDevice:
     def copy_bytes(self, target: int, source: int, size_bytes: int, stream: None) -> None:
         ctypes.memmove(target, source, size_bytes)
 
-    def launch(self, function: ctypes.CDLL, blocks: int, argument: np.ndarray, stream: None) -> None:
-        assert function.argument_bytes() == argument.nbytes
-        function.run(blocks, ctypes.c_void_p(argument.ctypes.data))
+    def launch(self, function: ctypes.CDLL, blocks: int, argument: bytes, stream: None) -> None:
+        assert function.argument_bytes() == len(argument)
+        function.run(blocks, argument)
         self.launches += 1
 
     def wait(self, stream: None) -> None:

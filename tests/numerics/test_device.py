@@ -1,6 +1,5 @@
 """A step on a device, all of it but CUDA: how its launches cover the stretches of arenas, and where these may be."""
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ from optserve_server.engine.durability import InMemory
 from optserve_server.engine.registry import Optimizers
 from optserve_server.numerics import backends
 from optserve_server.numerics.backends.base import Decay, DecayPlace, Stretch
-from optserve_server.numerics.backends.cuda_source import THREADS, KernelSource
+from optserve_server.numerics.backends.cuda_source import PLACE, THREADS, KernelSource
 from optserve_server.numerics.backends.device_steps import WINDOW_BYTES, WINDOWS
 from optserve_server.numerics.layout import Layout, Parameter
 from optserve_server.numerics.rules import RULES, Adadelta, AdamW, DiagonalHessian, Sgd
@@ -147,14 +146,11 @@ def test_elements_beyond_two_to_the_31st(dtype):
     arrays[0][:] = RNG.standard_normal(size)
     expected = [array.copy() for array in arrays]
     REFERENCE.make_step(Adadelta, expected[:1], expected[1:], rule.constants(dtype, 1), None, None)
-    argument = np.zeros((), source.argument)
-    for name, array in zip(source.arrays, arrays, strict=True):
-        argument[name] = (array.ctypes.data - first * dtype.itemsize) % (1 << 64)
-    argument["stretches"], argument["is_aligned"] = 1, True
-    stretch = argument["stretch"][0]
-    stretch["start"], stretch["stop"], stretch["scalars"] = first, first + size, rule.constants(dtype, 1)
+    addresses = [(array.ctypes.data - first * dtype.itemsize) % (1 << 64) for array in arrays]
+    argument = source.header.pack(*addresses, 1, True) + PLACE.pack(first, first + size, 0, 0)
+    argument += source.constants.pack(0, *rule.constants(dtype, 1))
     blocks = size // source.width // THREADS + 1
-    compiled(source.text, source.name).run(blocks, ctypes.c_void_p(argument.ctypes.data))
+    compiled(source.text, source.name).run(blocks, argument.ljust(source.argument_bytes, b"\0"))
     assert [array.tobytes() for array in arrays] == [array.tobytes() for array in expected]
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from google.rpc import code_pb2
 
 from optserve.v1 import algorithms_pb2, errors_pb2, service_pb2, steps_pb2
 from optserve_server.domain.errors import CODES, RETRY_AFTER_S, OptserveError, Reason
@@ -108,6 +109,14 @@ def test_a_status_stays_below_the_limit_of_trailers():
 
 def test_an_unknown_error_shows_an_incident_and_not_itself(caplog):
     status = to_status(ZeroDivisionError("a secret"))
+    assert "secret" not in str(status)
+    assert "a secret" in caplog.text
+
+
+def test_a_call_that_finds_no_memory_says_so(caplog):
+    status = to_status(MemoryError("a secret"))
+    assert status.code == code_pb2.RESOURCE_EXHAUSTED
+    assert "no memory" in status.message
     assert "secret" not in str(status)
     assert "a secret" in caplog.text
 

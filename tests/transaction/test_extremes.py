@@ -20,7 +20,7 @@ from optserve_server.numerics.schedule import AtSteps
 from optserve_server.numerics.settings import Group, Settings
 from optserve_server.numerics.state import State
 from optserve_server.numerics.trial import check_reply
-from simulated_device import load
+from simulated_device import SimulatedBackend, load
 from transaction.harness import F4, F8, fingerprint, run_step
 
 
@@ -131,6 +131,22 @@ def test_a_step_that_would_poison_the_state_is_refused_and_changes_nothing(optim
         run_step(steps, "bad", in_one_tensor(1, gradient))
     assert fingerprint(steps) == before
     run_step(steps, "next", in_one_tensor(1, 0), expected_step=applied)
+
+
+def test_a_step_that_needs_memory_of_a_full_device_changes_nothing():
+    """Its trial copies the slots there; a step that bounds cover needs no memory."""
+    backend = SimulatedBackend()
+    state = State(Layout((Parameter("w", (2,), F4),)), Settings(Momentum(learning_rate=10.0)), backend)
+    steps = Steps("test", state, InMemory())
+    run_step(steps, "covered", in_one_tensor(1, 1))
+    before, free = fingerprint(steps), backend.simulated.free_bytes
+    backend.simulated.free_bytes = 0
+    with pytest.raises(MemoryError):
+        run_step(steps, "large", in_one_tensor(1, 3e38))
+    assert fingerprint(steps) == before
+    backend.simulated.free_bytes = free
+    with refused(Reason.GRADIENT_OVERFLOW, "w", 1, "momentum"):
+        run_step(steps, "large", in_one_tensor(1, 3e38))
 
 
 def test_hosted_parameters_stay_finite(optimizer):

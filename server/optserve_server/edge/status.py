@@ -23,9 +23,10 @@ _MAX_METADATA_BYTES = 300
 def to_status(error: Exception) -> status_pb2.Status:
     """The status of an error, with ErrorInfo and, where they apply, BadRequest and RetryInfo.
 
-    An unknown exception becomes INTERNAL; its details go to the log, not to the client.
+    A MemoryError, of the host or of a device, becomes SERVER_FULL, and an unknown exception INTERNAL; the details go to
+    the log, not to the client.
     """
-    known = error if isinstance(error, OptserveError) else _internal(error)
+    known = error if isinstance(error, OptserveError) else _unknown(error)
     message = _shortened(known.message, _MAX_MESSAGE_BYTES)
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
@@ -53,8 +54,15 @@ def _shortened(text: str, max_bytes: int) -> str:
     return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
-def _internal(error: Exception) -> OptserveError:
+def _unknown(error: Exception) -> OptserveError:
     incident = uuid.uuid4().hex[:12]
+    if isinstance(error, MemoryError):
+        logger.warning("incident %s: no memory", incident, exc_info=error)
+        return OptserveError(
+            Reason.SERVER_FULL,
+            f"There is no memory for the call; the server's log has the details under incident {incident}.",
+            limit="memory",
+        )
     logger.error("incident %s", incident, exc_info=error)
     return OptserveError(
         Reason.INTERNAL, f"The server failed; its log has the details under incident {incident}.", incident=incident

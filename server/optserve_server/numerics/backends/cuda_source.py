@@ -10,6 +10,7 @@ belong to two stretches. Then each of them processes its own elements one by one
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ ARGUMENT_BYTES = 4096
 OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 """The compiler's options under which the arithmetic gives the bits of a CPU: no operation is contracted with another,
 numbers with few digits stay, quotients and roots are rounded correctly."""
+
+PLACE = struct.Struct("=qqii")
+"""What a kernel knows of a stretch beside its constants: its first element, its end, its first block of threads, and
+where weight decay is taken off."""
 
 CUDA = """
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
@@ -132,7 +137,10 @@ class KernelSource:
         arrays: Names of the arenas: `staged`, `curvature` if the rule takes it, the slots, `parameters` if hosted.
         width: Elements of a vector.
         capacity: The largest number of stretches of one launch.
-        argument: The dtype of the argument.
+        header: The addresses of the arenas, the number of stretches, whether all addresses are multiples of 16.
+        constants: The factor of the weight decay, and the rule's constants.
+        stretch_bytes: Bytes of a stretch: `PLACE`, then `constants`.
+        argument_bytes: Bytes of the argument: `header`, then as many stretches as fit.
         text: The source, without `CUDA`.
     """
 
@@ -144,20 +152,12 @@ class KernelSource:
         self.width = 16 // dtype.itemsize
         self._element, self._root = {4: ("float", "sqrtf"), 8: ("double", "sqrt")}[dtype.itemsize]
         self._scalars = len(rule().constants(dtype, 1))
-        stretch = np.dtype(
-            [
-                ("start", "i8"),
-                ("stop", "i8"),
-                ("first_block", "i4"),
-                ("place", "i4"),
-                ("factor", dtype),
-                ("scalars", dtype, (self._scalars,)),
-            ],
-            align=True,
-        )
-        header = [*((array, "u8") for array in self.arrays), ("stretches", "i4"), ("is_aligned", "i4")]
-        self.capacity = (ARGUMENT_BYTES - np.dtype(header, align=True).itemsize) // stretch.itemsize
-        self.argument = np.dtype([*header, ("stretch", stretch, (self.capacity,))], align=True)
+        self.header = struct.Struct(f"={len(self.arrays)}Qii")
+        self.constants = struct.Struct(f"={1 + self._scalars}{dtype.char}")
+        # As C does, up to the next multiple of 8 bytes.
+        self.stretch_bytes = -(-(PLACE.size + self.constants.size) // 8) * 8
+        self.capacity = (ARGUMENT_BYTES - self.header.size) // self.stretch_bytes
+        self.argument_bytes = self.header.size + self.capacity * self.stretch_bytes
         self.text = self._write(rule, slots, hosted=hosted)
 
     def _write(self, rule: type[Rule], slots: list[str], *, hosted: bool) -> str:

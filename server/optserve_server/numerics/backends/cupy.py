@@ -148,11 +148,12 @@ class CudaDevice:
         with self._device:
             runtime.memcpyAsync(target, source, size_bytes, runtime.memcpyDefault, stream.ptr)
 
-    def launch(self, function: Any, blocks: int, argument: np.ndarray, stream: Any) -> None:
+    def launch(self, function: Any, blocks: int, argument: bytes, stream: Any) -> None:
         """See Device."""
         with self._device:
-            # CuPy asks for the array's interface, which takes long for a dtype with fields.
-            function((blocks,), (THREADS,), (argument.view(f"V{argument.nbytes}"),), stream=stream)
+            # CuPy passes arrays of one element by value.
+            value = np.frombuffer(argument, f"V{len(argument)}")
+            function((blocks,), (THREADS,), (value,), stream=stream)
 
     def wait(self, stream: Any) -> None:
         """See Device."""

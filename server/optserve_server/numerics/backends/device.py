@@ -63,8 +63,8 @@ class Device(Protocol):
         """Copy between host memory and the memory of the device, later, on the stream."""
         ...
 
-    def launch(self, function: Any, blocks: int, argument: np.ndarray, stream: Any) -> None:
-        """Run a kernel, later, on the stream."""
+    def launch(self, function: Any, blocks: int, argument: bytes, stream: Any) -> None:
+        """Run a kernel, later, on the stream. The argument is copied at once."""
         ...
 
     def wait(self, stream: Any) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optserve_server.numerics.backends.base import Stretch
-from optserve_server.numerics.backends.cuda_source import THREADS, KernelSource
+from optserve_server.numerics.backends.base import Decay, Stretch
+from optserve_server.numerics.backends.cuda_source import PLACE, THREADS, KernelSource
 from optserve_server.numerics.backends.device import Device
 
 WINDOW_BYTES = 8 << 20
@@ -77,50 +76,33 @@ class DeviceSteps:
             parameters: The arena of x, if the kernel changes it.
             stretches: Do not overlap.
         """
-        table = table_of(program.source, stretches)
-        if not table.size:
-            return
         in_host_memory = [*operands, *([] if parameters is None else [parameters])]
         slot_addresses = [self._device.address(slot) for slot in slots]
         addresses = [self._device.host_address(array) for array in in_host_memory]
         reached = [address for address in addresses if address is not None]
-        if len(reached) == len(addresses):
-            arenas = Arenas(reached[: len(operands)], slot_addresses, reached[len(operands) :])
-            with self._stream() as stream:
-                self.launch(program, arenas, table, stream)
-        else:
+        if len(reached) < len(addresses):
             with self._windows_lock:
-                self._run_in_windows(program, in_host_memory, len(operands), slot_addresses, table)
-
-    @contextmanager
-    def _stream(self) -> Iterator[Any]:
-        """A stream that no other thread uses now, and which is done afterwards."""
+                self._run_in_windows(program, in_host_memory, len(operands), slot_addresses, stretches)
+            return
+        stream = self._take_stream()
         try:
-            stream = self._streams.get_nowait()
-        except Empty:
-            stream = self._device.new_stream()
-        try:
-            yield stream
+            arenas = Arenas(reached[: len(operands)], slot_addresses, reached[len(operands) :])
+            self.launch(program, arenas, stretches, stream)
             self._device.wait(stream)
         finally:
             self._streams.put(stream)
 
-    def launch(self, program: Program, arenas: Arenas, table: np.ndarray, stream: Any) -> None:
-        """Launch the kernel for all rows of a table; several times if they do not fit into one argument."""
-        source, addresses = program.source, arenas.in_order
-        is_aligned = not any(address % 16 for address in addresses)
-        for begin in range(0, table.size, source.capacity):
-            rows = table[begin : begin + source.capacity]
-            vectors = -(-rows["stop"] // source.width) - rows["start"] // source.width
-            ends = np.cumsum(-(-vectors // THREADS))
-            argument = np.zeros((), source.argument)
-            for name, address in zip(source.arrays, addresses, strict=True):
-                argument[name] = address
-            argument["stretches"], argument["is_aligned"] = rows.size, is_aligned
-            stretch = argument["stretch"][: rows.size]
-            stretch[...] = rows
-            stretch["first_block"][1:] = ends[:-1]
-            self._device.launch(program.function, int(ends[-1]), argument, stream)
+    def _take_stream(self) -> Any:
+        """A stream that no other thread uses now."""
+        try:
+            return self._streams.get_nowait()
+        except Empty:
+            return self._device.new_stream()
+
+    def launch(self, program: Program, arenas: Arenas, stretches: Sequence[Stretch], stream: Any) -> None:
+        """Launch the kernel for all stretches; several times if they do not fit into one argument."""
+        for blocks, argument in _arguments(program.source, arenas.in_order, stretches):
+            self._device.launch(program.function, blocks, argument, stream)
 
     def _run_in_windows(
         self,
@@ -128,7 +110,7 @@ class DeviceSteps:
         in_host_memory: Sequence[np.ndarray],
         operands: int,
         slots: Sequence[int],
-        table: np.ndarray,
+        stretches: Sequence[Stretch],
     ) -> None:
         """Copy what is in host memory to the device and back, window by window, on streams that overlap."""
         size = in_host_memory[0].itemsize
@@ -136,21 +118,22 @@ class DeviceSteps:
         hosts = [array.ctypes.data for array in in_host_memory]
         # The curvature does not change.
         changing = [0, *range(operands, len(hosts))]
-        first, last = int(table["start"].min()) // length * length, int(table["stop"].max())
+        first = min((stretch.where.start for stretch in stretches), default=0) // length * length
+        last = max((stretch.where.stop for stretch in stretches), default=0)
         try:
             for number, low in enumerate(range(first, last, length)):
-                rows = _clipped(table, low, low + length)
-                if not rows.size:
+                parts = _clipped(stretches, low, low + length)
+                if not parts:
                     continue
                 stream, buffers = self._windows[number % WINDOWS]
                 given = [self._device.address(buffer) for buffer in buffers[: len(hosts)]]
-                ranges = _joined(rows)
+                ranges = _joined(parts)
                 for start, stop in ranges:
                     for host, buffer in zip(hosts, given, strict=True):
                         source = host + (low + start) * size
                         self._device.copy_bytes(buffer + start * size, source, (stop - start) * size, stream)
                 slots_here = [slot + low * size for slot in slots]
-                self.launch(program, Arenas(given[:operands], slots_here, given[operands:]), rows, stream)
+                self.launch(program, Arenas(given[:operands], slots_here, given[operands:]), parts, stream)
                 for start, stop in ranges:
                     for index in changing:
                         target = hosts[index] + (low + start) * size
@@ -173,31 +156,42 @@ class Arenas(NamedTuple):
         return [*self.operands, *self.slots, *self.parameters]
 
 
-def table_of(source: KernelSource, stretches: Sequence[Stretch]) -> np.ndarray:
-    """The stretches that are not empty, as a kernel takes them."""
+def _arguments(
+    source: KernelSource, addresses: Sequence[int], stretches: Sequence[Stretch]
+) -> Iterator[tuple[int, bytes]]:
+    """(blocks of threads, argument) of each launch that the stretches need."""
+    is_aligned = not any(address % 16 for address in addresses)
+    constants: dict[tuple[int, Decay | None], bytes] = {}
     filled = [stretch for stretch in stretches if stretch.where.stop > stretch.where.start]
-    table = np.zeros(len(filled), source.argument["stretch"].base)
-    if filled:
-        table["start"] = [stretch.where.start for stretch in filled]
-        table["stop"] = [stretch.where.stop for stretch in filled]
-        table["scalars"] = [stretch.scalars for stretch in filled]
-        table["place"] = [stretch.decay.place.value if stretch.decay else 0 for stretch in filled]
-        table["factor"] = [stretch.decay.factor if stretch.decay else 0 for stretch in filled]
-    return table
+    for begin in range(0, len(filled), source.capacity):
+        rows, blocks = filled[begin : begin + source.capacity], 0
+        parts = [source.header.pack(*addresses, len(rows), is_aligned)]
+        for where, scalars, decay in rows:
+            # Many stretches have the same constants.
+            key = (id(scalars), decay)
+            packed = constants.get(key)
+            if packed is None:
+                factor = decay.factor if decay else 0
+                packed = source.constants.pack(factor, *scalars).ljust(source.stretch_bytes - PLACE.size, b"\0")
+                constants[key] = packed
+            start, stop = where.start, where.stop
+            parts += PLACE.pack(start, stop, blocks, decay.place.value if decay else 0), packed
+            vectors = -(-stop // source.width) - start // source.width
+            blocks += -(-vectors // THREADS)
+        yield blocks, b"".join(parts).ljust(source.argument_bytes, b"\0")
 
 
-def _clipped(table: np.ndarray, low: int, high: int) -> np.ndarray:
+def _clipped(stretches: Sequence[Stretch], low: int, high: int) -> list[Stretch]:
     """The parts of stretches between two elements, counted from the first of these."""
-    rows = table[(table["start"] < high) & (table["stop"] > low)]
-    rows["start"] = np.maximum(rows["start"], low) - low
-    rows["stop"] = np.minimum(rows["stop"], high) - low
-    return rows
+    parts = [(max(item.where.start, low), min(item.where.stop, high), item) for item in stretches]
+    return [item._replace(where=slice(start - low, stop - low)) for start, stop, item in parts if start < stop]
 
 
-def _joined(rows: np.ndarray) -> list[tuple[int, int]]:
+def _joined(stretches: Sequence[Stretch]) -> list[tuple[int, int]]:
     """The ranges of elements that stretches cover, neighbours joined."""
     ranges: list[tuple[int, int]] = []
-    for start, stop in zip(rows["start"].tolist(), rows["stop"].tolist(), strict=True):
+    for stretch in stretches:
+        start = stretch.where.start
         first = ranges.pop()[0] if ranges and ranges[-1][1] == start else start
-        ranges.append((first, stop))
+        ranges.append((first, stretch.where.stop))
     return ranges
