@@ -325,7 +325,6 @@ def test_a_forked_process_is_told_that_its_client_is_not_its_own(server, client,
     """As the synchronous client does."""
     program = """
 import os
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 import asyncio, sys, warnings
 import numpy as np, optserve, optserve.aio
 warnings.simplefilter("ignore")

@@ -3,6 +3,8 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,3 +216,35 @@ def test_an_interrupted_step_is_recovered_once(server, client, name, applied):
         assert optimizer.remote.current_step == 6
     for one, other_one in zip(whole.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other_one)
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_workers_of_a_data_loader_are_forked_beside_open_streams(server, name, transport):
+    """gRPC's own fork handlers abort or hang some of them, and print."""
+    program = """
+import sys
+import torch
+import optserve, optserve.torch
+from torch.utils.data import DataLoader, TensorDataset
+
+target, name, transport = sys.argv[1:]
+torch.set_num_threads(1)
+models = [torch.nn.Linear(4, 2) for _ in range(2)]
+optimizers = [
+    optserve.torch.RemoteOptimizer(model.named_parameters(), target, optserve.Adam(), transport=transport)
+    for model in models
+]
+data = TensorDataset(torch.randn(16, 4))
+for epoch in range(25):
+    for (x,) in DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context="fork"):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+print([optimizer.remote.current_step for optimizer in optimizers])
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, server.target, name, transport],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("[100, 100]\n", ""), done.stderr

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
         | grpc.StreamStreamClientInterceptor
     )
 
+_FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
+# gRPC's own fork handlers abort or hang a forked process at random while threads are in calls, also one that uses no
+# gRPC, such as a worker of torch's DataLoader. gRPC reads this when it is first used.
+os.environ.setdefault(_FORK_SUPPORT, "0")
+
 _METADATA_KEY = re.compile(r"(?!grpc-)[0-9a-z_.-]+")
 _METADATA_TEXT = re.compile(r"[ -~]*")
 
@@ -107,6 +112,11 @@ def no_proxy_hosts() -> list[str]:
     """Names, suffixes and networks that gRPC reaches without the proxy."""
     listed = next((listed for name in ("no_grpc_proxy", "no_proxy") if (listed := os.environ.get(name))), "")
     return [entry for item in listed.split(",") if (entry := item.strip())]
+
+
+def has_fork_handlers() -> bool:
+    """Whether the user has switched gRPC's fork handlers on."""
+    return os.environ.get(_FORK_SUPPORT, "").lower() in ("1", "true", "yes", "y", "t")
 
 
 def environment_without_settings() -> dict[str, str]:

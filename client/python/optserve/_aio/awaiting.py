@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from optserve._rpc.connection import INHERITED
+from optserve._rpc.channel import INHERITED
 from optserve._rpc.deadline import Cancellation, Patience
 from optserve.errors import ClientUseError
 from optserve.optimizer import Optimizer

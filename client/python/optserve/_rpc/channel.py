@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from optserve._common import wire
 from optserve._common.clock import Clock
 from optserve._rpc.proxies import channel_options
 from optserve._rpc.tls_channel import TlsChannel
-from optserve.config import ClientConfig
+from optserve.config import ClientConfig, has_fork_handlers
+from optserve.errors import ClientUseError
 
 RECONNECT_PAUSE_S = 0.1
 """Longest pause between tries while no server answers, for the channel and for a call. So a client goes on within 0.3 s
@@ -22,6 +24,15 @@ CONNECT_ATTEMPT_S = 5.0
 """Seconds without an answer, as from a host that is down, after which the channel begins a new connection. The kernel
 by itself would try again after longer and longer pauses."""
 
+
+INHERITED = (
+    "This process was forked from one with a client, and gRPC does not survive that. Start it with the 'spawn' method, "
+    "as by multiprocessing.get_context('spawn'), and connect there."
+)
+"""The error of a client, or of a new connection, in a process that has inherited gRPC by a fork."""
+
+_processes: set[int] = set()
+"""The processes that have opened channels: this one, and one from which it was forked."""
 
 STATE_KNOWN_S = 0.05
 """Seconds in which a channel says that it is connected."""
@@ -87,7 +98,9 @@ def open_channel(target: str, config: ClientConfig, clock: Clock) -> grpc.Channe
 
     Raises:
         InvalidArgumentError: See `TlsChannel`.
+        ClientUseError: This process was forked from one that had channels; gRPC would wait there for ever.
     """
+    _check_not_forked()
     options = _options(target, config)
     if config.tls is not None:
         channel = TlsChannel(config.tls, lambda credentials: grpc.secure_channel(target, credentials, options), clock)
@@ -97,6 +110,12 @@ def open_channel(target: str, config: ClientConfig, clock: Clock) -> grpc.Channe
         channel = grpc.insecure_channel(target, options)
     interceptors = [*([_Metadata(config.metadata)] if config.metadata else []), *config.interceptors]
     return grpc.intercept_channel(channel, *interceptors) if interceptors else channel
+
+
+def _check_not_forked() -> None:
+    _processes.add(os.getpid())
+    if len(_processes) > 1 and not has_fork_handlers():
+        raise ClientUseError(INHERITED)
 
 
 def is_connected(channel: grpc.Channel) -> bool:

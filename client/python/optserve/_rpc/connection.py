@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from optserve._common import malloc, wire
 from optserve._common.clock import SYSTEM, Clock
-from optserve._rpc.channel import begun, is_connected, open_channel
+from optserve._rpc.channel import INHERITED, begun, is_connected, open_channel
 from optserve._rpc.deadline import Patience, Watchdog, cancellation
 from optserve._rpc.proxies import proxy_hint
 from optserve._rpc.retry import Backoff, is_retryable
@@ -44,12 +44,6 @@ class _HasNextPage(Protocol):
 
 
 logger = logging.getLogger(__name__)
-
-INHERITED = (
-    "This client was made before the process forked, and gRPC connections do not survive that. "
-    "Connect again in the new process, or start it with the 'spawn' method."
-)
-"""The error of a client in a process that has inherited it."""
 
 CLOSE_S = 3.0
 """Seconds that `close` waits for the connection to end. That takes milliseconds, unless a call never ends."""
