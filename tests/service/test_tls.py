@@ -195,7 +195,10 @@ UNHEALTHY = {
     "a missing authority": ({"authority": "missing.pem"}, r"missing.pem cannot be used \(No such file or directory\)"),
     "a missing key": ({"key": "missing.pem"}, "client.pem or .*missing.pem cannot be used"),
     "a damaged authority": ({"authority": "client-key.pem"}, "client-key.pem cannot be used"),
-    "another name": ({"server_name": "elsewhere.example"}, "not trusted: Hostname mismatch, .*'elsewhere.example'.$"),
+    "another name": (
+        {"server_name": "elsewhere.example"},
+        "not trusted: Hostname mismatch, .*'elsewhere.example'; OPTSERVE_CLIENT_TLS_SERVER_NAME names another.$",
+    ),
     "no name": ({"server_name": ".x"}, "'.x' is not the name of a host"),
 }
 
@@ -216,6 +219,15 @@ def test_a_health_check_waits_no_longer_for_a_handshake_than_it_may(folder):
         target = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(probe.ProbeError, match=r"does not answer within 0.5 s"):
             probe.ask(target, 0.5, {"authority": str(folder / "authority.pem")})
+
+
+def test_a_command_that_is_not_let_in_says_it_in_one_line(mutual, other):
+    environment = {"OPTSERVE_CLIENT_TLS_AUTHORITY": str(other / "authority.pem")}
+    done = command("info", "--target", mutual.target, **environment)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("still trying")]
+    assert len(lines) == 1, done.stderr
+    assert "has not signed the server's certificate" in lines[0]
 
 
 REFUSED = {
@@ -468,6 +480,7 @@ def test_certs_makes_an_authority_and_signs_again(tmp_path):
     )
     for path in made.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path.name.endswith("-key.pem") else 0o644)
+    assert f"OPTSERVE_CLIENT_TLS_KEY={made}/anna-key.pem" in first.stdout
     certificate = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["trainer.example"]

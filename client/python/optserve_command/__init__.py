@@ -6,6 +6,7 @@ seconds, and a server would ignore a signal to stop meanwhile. So nothing here i
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -21,6 +22,9 @@ def main() -> None:
     else:
         # The first process of a container ignores a signal without a handler.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Or gRPC would write a line for each handshake that fails, beside the error that says why. A server's own lines
+        # are the only ones that do.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         question = probe.parse(arguments[1:]) if arguments[:1] == ["health"] else None
         if question:

@@ -11,7 +11,7 @@ import struct
 import sys
 import time
 
-from optserve_command.config import default_target, tls_fields
+from optserve_command.config import TLS_VARIABLES, default_target, tls_fields
 
 STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 """Names of grpc.health.v1.HealthCheckResponse.ServingStatus."""
@@ -21,6 +21,8 @@ DEFAULT_TIMEOUT_S = 5.0
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY = 0, 1, 3, 4, 6, 7
 _END_STREAM = _ACK = 1
 _END_HEADERS = 4
+_OTHER_NAME = (62, 64)
+"""OpenSSL's codes of a certificate for another host, and for another address."""
 _MAX_FRAME_BYTES = 16_384
 """Largest frame that a server may send to a client that has not allowed larger ones."""
 
@@ -186,7 +188,9 @@ class _Connection:
         try:
             self._socket = context.wrap_socket(self._ready(), server_hostname=name)
         except ssl.SSLCertVerificationError as error:
-            raise ProbeError(f"has a certificate that is not trusted: {error.verify_message.rstrip('.')}") from None
+            hint = f"; {TLS_VARIABLES['server_name']} names another" if error.verify_code in _OTHER_NAME else ""
+            message = error.verify_message.rstrip(".")
+            raise ProbeError(f"has a certificate that is not trusted: {message}{hint}") from None
         except ssl.SSLError as error:
             raise ProbeError(f"cannot be reached over TLS: {error.reason or error}") from None
         self._scheme = b"\x87"  # https

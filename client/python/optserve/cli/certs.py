@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Optional
@@ -10,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from optserve.cli.console import fail, say, show_table
+from optserve_command.config import TLS_VARIABLES
 
 _CLIENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -63,9 +65,12 @@ def command(
     show_table(("certificate", "for", "until", "file"), rows)
     if end < datetime.now(UTC) + life - timedelta(days=1):
         say(f"The authority ends before the {days} days are over, and its certificates with it.")
-    say(f"A server:  optserve serve --tls-certificate {folder}/server.pem --tls-key {folder}/server-key.pem")
-    say(f"           and, to let in its clients only: --tls-client-authority {folder}/authority.pem")
-    say(f"A command: OPTSERVE_CLIENT_TLS_AUTHORITY={folder}/authority.pem optserve info --target {_target(hosts[0])}")
+    files = {name: shlex.quote(str(folder / name)) for name in ("authority.pem", "server.pem", "server-key.pem")}
+    pair = [shlex.quote(str(folder / f"{clients[0]}{ending}.pem")) for ending in ("", "-key")]
+    say(f"A server:  optserve serve --tls-certificate {files['server.pem']} --tls-key {files['server-key.pem']}")
+    say(f"           and, to let in its clients only: --tls-client-authority {files['authority.pem']}")
+    say(f"A command: {TLS_VARIABLES['authority']}={files['authority.pem']} optserve info --target {_target(hosts[0])}")
+    say(f"           and, for such a server: {TLS_VARIABLES['certificate']}={pair[0]} {TLS_VARIABLES['key']}={pair[1]}")
 
 
 def _target(host: str) -> str:
