@@ -46,11 +46,11 @@ class Parameter:
             raise _refused(name, f"{name!r} is sparse ({tensor.layout}); the service takes dense parameters.")
         if tensor.is_meta:
             raise _refused(name, f"{name!r} is on the meta device and has no values; materialize the model first.")
-        if hasattr(tensor, "to_local"):
+        if hasattr(tensor, "to_local") or getattr(tensor, "_fsdp_flattened", False):
             raise _refused(
                 name,
-                f"{name!r} is a DTensor, a shard of a larger tensor, as FSDP makes them; the service takes whole "
-                "tensors. Use DistributedDataParallel, or an optimizer of torch.",
+                f"{name!r} is a shard of a larger tensor, as FullyShardedDataParallel and fully_shard make them; the "
+                "service takes whole tensors. Use DistributedDataParallel, or an optimizer of torch.",
             )
         self.dtype = _STATE_DTYPES[tensor.dtype]
         self._as_made = tensor.dtype, tensor.shape
