@@ -1,6 +1,7 @@
 """Certificates that are replaced while a server and its clients run, in every way in which people replace them."""
 
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -21,6 +22,7 @@ from optserve._rpc.channel import is_connected, open_channel
 from optserve.cli import authority
 from optserve_server.app import App
 from optserve_server.domain.config import ServerConfig
+from optserve_server.edge.certificates import READ_S
 
 X = np.ones(1000, np.float32)
 DAY = timedelta(days=1)
@@ -112,6 +114,53 @@ def test_files_that_could_not_be_used_are_read_again_though_they_have_not_change
     assert (files.renew(), files.content) == (None, "other")
     (record,) = caplog.records
     assert record.getMessage() == "the new file is not used; the one before stays in use: not yours"
+
+
+def test_while_a_thread_reads_the_files_others_go_on_with_the_present_ones(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("a")
+    reading, go_on = threading.Event(), threading.Event()
+    go_on.set()
+
+    def read() -> str:
+        reading.set()
+        assert go_on.wait(20)
+        return file.read_text()
+
+    files = Replaceable([file], read, "file", logging.getLogger("test"), SYSTEM)
+    go_on.clear()
+    reading.clear()
+    file.write_text("other")
+    thread = threading.Thread(target=files.renew)
+    thread.start()
+    assert reading.wait(20)
+    assert (files.renew(), files.content) == (None, "a")
+    go_on.set()
+    thread.join()
+    assert files.content == "other"
+
+
+def test_a_file_system_that_hangs_delays_neither_streams_nor_new_connections(tmp_path, caplog):
+    """Here a pipe into which nobody writes."""
+    issue(tmp_path)
+    with serving(tmp_path) as target, optserve.connect(target, settings(tmp_path)) as client:
+        client.create_optimizer("a", optserve.Sgd(learning_rate=1.0), {"x": X})
+        stream = client.optimizer("a", transport="grpc")
+        stream.step({"x": X})
+        used = serial(tmp_path / "server.pem")
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "pipe").rename(tmp_path / "server.pem")
+        began = SYSTEM.monotonic()
+        for _ in range(20):
+            assert seen(target, tmp_path) == used
+            stream.step({"x": X})
+        # One of them waited.
+        assert SYSTEM.monotonic() - began < 20 * READ_S
+        assert caplog.text.count("are not read after") == 1
+        # Ends the wait of the thread that reads.
+        (tmp_path / "server.pem").write_bytes(b"")
+        issue(tmp_path)
+        assert seen(target, tmp_path) == serial(tmp_path / "server.pem")
 
 
 def test_a_folder_that_is_replaced_as_a_whole_through_a_link(tmp_path):

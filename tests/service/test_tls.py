@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
@@ -76,7 +76,7 @@ def step(client: optserve.Client, name: str) -> None:
 
 
 def signed(
-    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey,
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey,
     *,
     of: Any = None,
     subject: x509.Name | None = None,
@@ -95,7 +95,7 @@ def signed(
         .not_valid_before(now - DAY)
         .not_valid_after(now + until)
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        .sign(key, hashes.SHA256() if isinstance(key, ec.EllipticCurvePrivateKey) else None)
+        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
     )
     return certificate.public_bytes(Encoding.PEM)
 
@@ -181,6 +181,22 @@ def test_a_health_check_trusts_an_authority_that_another_one_has_signed_as_grpc_
     with optserve.local_server(backend="numpy", options=options(folder)) as server:
         assert probe.ask(server.target, 10, {"authority": str(tmp_path / "authority.pem")}) == "SERVING"
         optserve.connect(server.target, trusting(tmp_path)).close()
+
+
+def test_an_authority_between_the_two_goes_with_the_certificate(tmp_path):
+    """The root, with an RSA key, has signed an authority, which has signed the certificates of server and client."""
+    root = rsa.generate_private_key(65537, 2048)
+    issuer = authority.load_or_make(tmp_path, DAY)
+    issue(tmp_path)
+    between = signed(root, of=issuer.key.public_key(), subject=issuer.certificate.subject, authority=True)
+    for name in ("server.pem", "client.pem"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + between)
+    (tmp_path / "authority.pem").write_bytes(signed(root, authority=True))
+    with (
+        optserve.local_server(backend="numpy", options=options(tmp_path, clients=True)) as server,
+        optserve.connect(server.target, trusting(tmp_path, pair=tmp_path)) as client,
+    ):
+        step(client, "a")
 
 
 FILES = {"authority": "authority.pem", "certificate": "client.pem", "key": "client-key.pem"}

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from optserve._common.clock import SYSTEM, Clock
+from optserve._common.clock import SYSTEM, Clock, Thread
 from optserve._common.replaceable import Replaceable
 from optserve_server.domain.config import ConfigError
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _CURVES = {"secp256r1": "P-256", "secp384r1": "P-384"}
 """Elliptic curves for which gRPC's TLS accepts a server's key."""
+
+READ_S = 0.5
+"""Seconds that a handshake waits for the files. A file system may hang; the next handshakes do not wait at all then."""
 
 _DATE = "%Y-%m-%d %H:%M UTC"
 
@@ -58,7 +61,9 @@ class Certificates:
         self._clock = clock
         files = [path for path in (certificate, key, client_authority) if path]
         self._files = Replaceable(files, self._read, "certificate", logger, clock)
+        self._given = self._files.content
         self._reported: _Content | None = None
+        self._looking: Thread | None = None
 
     @property
     def summary(self) -> str:
@@ -77,17 +82,31 @@ class Certificates:
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """The new certificates if the files have changed and are valid; None to go on with the present ones."""
-        renewed = self._files.renew()
-        if renewed is not None:
-            logger.info("new certificate: %s", self.summary)
+        self._look()
         content = self._files.content
-        # Two threads may both report it.
         if self._clock.now() > content.until and self._reported is not content:
             self._reported = content
             logger.error(
                 "the certificate %s has expired (%s); clients refuse it", self._certificate, f"{content.until:{_DATE}}"
             )
-        return renewed.configuration if renewed else None
+        if content is self._given:
+            return None
+        self._given = content
+        logger.info("new certificate: %s", self.summary)
+        return content.configuration
+
+    def _look(self) -> None:
+        """Read the files if they have changed, but for no longer than READ_S.
+
+        In a thread of its own: gRPC makes one handshake wait for the other here, in threads that also serve streams.
+        """
+        if self._looking is not None and self._looking.is_alive():
+            return
+        self._looking = self._clock.thread(self._files.renew, "certificates")
+        self._looking.start()
+        self._looking.join(READ_S)
+        if self._looking.is_alive():
+            logger.warning("the files of the certificate are not read after %s s; the one before stays in use", READ_S)
 
     def _read(self) -> _Content:
         pem, key = _bytes(self._certificate), _bytes(self._key)

@@ -19,7 +19,7 @@ has changed since."""
 class Replaceable(Generic[_T]):
     """What is in some files, which belong together.
 
-    Safe from any thread. Nothing else waits while the files are read.
+    Safe from any thread. While one thread reads the files, others go on with the present content.
 
     Args:
         files: Their paths. A link counts as the file that it leads to.
@@ -55,23 +55,31 @@ class Replaceable(Generic[_T]):
 
         Files that cannot be used are a warning, once for each change.
         """
-        with self._lock:
-            present = self._identity()
-            now = self._clock.monotonic()
-            if present == self._used or (present == self._tried and now - self._tried_at < RETRY_S):
-                return None
-            self._tried, self._tried_at = present, now
-            try:
-                self.content = self._read()
-            except ValueError as error:
-                # As text: who keeps an entry of the log would keep the frames of the call that is about to begin.
-                message = str(error)
-                if self._logged != (present, message):
-                    self._logged = present, message
-                    self._logger.warning("the new %s is not used; the one before stays in use: %s", self._what, message)
-                return None
-            self._used = present
-            return self.content
+        if not self._lock.acquire(blocking=False):
+            # Another thread reads them, and a file system may take its time.
+            return None
+        try:
+            return self._renew()
+        finally:
+            self._lock.release()
+
+    def _renew(self) -> _T | None:
+        present = self._identity()
+        now = self._clock.monotonic()
+        if present == self._used or (present == self._tried and now - self._tried_at < RETRY_S):
+            return None
+        self._tried, self._tried_at = present, now
+        try:
+            self.content = self._read()
+        except ValueError as error:
+            # As text: who keeps an entry of the log would keep the frames of the call that is about to begin.
+            message = str(error)
+            if self._logged != (present, message):
+                self._logged = present, message
+                self._logger.warning("the new %s is not used; the one before stays in use: %s", self._what, message)
+            return None
+        self._used = present
+        return self.content
 
     def _identity(self) -> tuple[tuple[int, int, int], ...]:
         """What differs after a file was written or replaced."""
