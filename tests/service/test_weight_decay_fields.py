@@ -8,7 +8,7 @@ import pytest
 
 import optserve
 from optserve.settings import WEIGHT_DECAYS
-from optserve.v1 import additions_pb2, algorithms_pb2, optimizer_pb2, service_pb2, steps_pb2
+from optserve.v1 import additions_pb2, algorithms_pb2, checkpoints_pb2, optimizer_pb2, service_pb2, steps_pb2
 from service.wire_client import create, gradients, refused
 
 SHAPES = {"w": (2,), "b": (2,)}
@@ -48,7 +48,8 @@ def test_a_client_that_knows_only_the_fixed_kind_sees_none(stub, opt):
     (listed,) = [
         item for item in stub.ListOptimizers(service_pb2.ListOptimizersRequest()).optimizers if item.name == name
     ]
-    for message in (stub.GetOptimizer(request).optimizer, listed):
+    exported = next(iter(stub.ExportState(checkpoints_pb2.ExportStateRequest(name=name)))).optimizer
+    for message in (stub.GetOptimizer(request).optimizer, listed, exported):
         assert (message.weight_decay, message.weight_decay_factor) == (0.0, 0.5)
         assert not message.groups[0].HasField("weight_decay")
         assert message.groups[0].weight_decay_factor == 0.25
