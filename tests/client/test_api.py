@@ -28,7 +28,7 @@ PUBLIC = [
     "InternalError", "InvalidArgumentError", "InverseTime", "L2", "LocalServer", "NotFoundError", "Optimizer",
     "OptimizerInfo", "OptimizerState", "OptserveError", "ResourceExhaustedError", "Schedule", "StateLostError",
     "StateReplacedError", "Statistics", "StepCancelledError", "StepInDoubtError", "StepInProgressError", "StepResult",
-    "StepUnderWay", "StepsLostError", "Sync", "TensorSpec", "TensorStatistics", "TimesLearningRate",
+    "StepUnderWay", "StepsLostError", "Sync", "TensorSpec", "TensorStatistics", "TimesLearningRate", "Tls",
     "TooFewWorkersError", "UnavailableError", "UnreachableError", "WeightDecay", "Worker", "WorkerReplacedError",
     "WrongStepError", "connect",
     "local_server", "with_weight_decay",

@@ -167,11 +167,18 @@ class Client(Actor):
             timeout_s = self.step_timeout_s()
             attempt.added = tuple(name for name in opt._model.names if name in self.run.added)
             gradient, own = self.run.model.gradient(attempt), self.run.model.hyperparameters(attempt)
+            given = [own] * (len(opt._known.groups) + 1) if own and self.world.chance(0.5) else own
             try:
-                options = {"reply": self.reply, "partial": True, "hyperparameters": own, "timeout_s": timeout_s}
+                options = {"reply": self.reply, "partial": True, "hyperparameters": given, "timeout_s": timeout_s}
                 step = partial(opt.step, gradient, **options)
                 x = self.timed("a step", timeout_s, step)
             except optserve.StepInDoubtError as error:
+                self.settle(attempt, Fate.IN_DOUBT, error)
+                self.persist("refresh", opt.refresh)
+            except optserve.EtagMismatchError as error:
+                if self.lives == 1 and not self.run.is_in_doubt:
+                    raise
+                # What was in doubt, or what another life has sent, was added since, with a group of its own.
                 self.settle(attempt, Fate.IN_DOUBT, error)
                 self.persist("refresh", opt.refresh)
             except optserve.WrongStepError as error:
@@ -197,10 +204,11 @@ class Client(Actor):
             self.think()
 
     def _add(self, opt: optserve.Optimizer) -> None:
-        """Add a parameter."""
+        """Add a parameter, perhaps with a group of its own."""
         added = self.run.add()
+        groups = [optserve.Group([added.name])] if self.world.chance(0.5) else []
         timeout_s = self.step_timeout_s()
-        add = partial(opt.add_parameters, {added.name: added.value}, timeout_s=timeout_s)
+        add = partial(opt.add_parameters, {added.name: added.value}, groups=groups, timeout_s=timeout_s)
         try:
             self.timed("an addition", timeout_s, add)
         except (optserve.StateReplacedError, optserve.StepsLostError):

@@ -20,6 +20,7 @@ from optserve_server.numerics.layout import Layout, Parameter, Selection
 from optserve_server.numerics.rules import Adadelta, Rule
 from optserve_server.numerics.settings import Settings
 from optserve_server.numerics.state import State
+from optserve_server.numerics.step_settings import StepOptions
 from transaction.harness import F4, F8, fingerprint, make_steps, run_step, write_shared
 
 G = np.arange(1, 8, dtype=np.float32)
@@ -67,6 +68,19 @@ def test_nothing_changes_before_the_commit(steps):
     assert fingerprint(steps) == before
     step.close()
     assert fingerprint(steps) == before
+
+
+def test_the_settings_that_a_step_knows_are_compared_at_its_begin_and_at_its_commit(steps):
+    steps.etag = "first"
+    request = StepRequest("a", options=StepOptions(etag="first"))
+    with closing(steps.begin(request)) as step:
+        step.stage(0, 0, G.tobytes())
+        before, steps.etag = fingerprint(steps), "second"
+        with refuse(Reason.ETAG_MISMATCH):
+            step.commit()
+    assert fingerprint(steps) == before
+    with refuse(Reason.ETAG_MISMATCH):
+        steps.begin(request)
 
 
 def test_the_same_request_id_gets_the_same_bytes_and_changes_nothing(steps):
