@@ -11,7 +11,7 @@ export OPTSERVE_TEST_BACKEND=cupy PYTHONUTF8=1
 pytest() { # name, arguments: writes $OUT/name.txt, prints the failures
     local name=$1 status
     shift
-    timeout -s INT -k 5 "${TEST_S:-90}" "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings= -o timeout=60 -n "${JOBS:-12}" "$@" >"$OUT/$name.txt" 2>&1
+    timeout -s INT -k 5 "${TEST_S:-75}" "$PYTHON" -m pytest -q -p no:cacheprovider -o filterwarnings= -o timeout=60 -n "${JOBS:-12}" "$@" >"$OUT/$name.txt" 2>&1
     status=$?
     echo "$name: $(tail -n 1 "$OUT/$name.txt")"
     grep -E '^(FAILED|ERROR)' "$OUT/$name.txt" | cut -c1-200 | head -n 20

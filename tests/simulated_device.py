@@ -188,6 +188,7 @@ GPU = pytest.param("cupy", marks=pytest.mark.skipif(_cuda_device_count() == 0, r
 """The CuPy backend, for tests that are left out only where there is no device."""
 
 
+@cache
 def load(name: str, threads: int = 0) -> backends.Backend:
-    """The backend of that name, which may be `simulated`."""
+    """The backend of that name, which may be `simulated`; one for all tests, because each compiles its kernels anew."""
     return SimulatedBackend() if name == "simulated" else backends.load(name, threads)

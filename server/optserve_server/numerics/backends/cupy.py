@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
-from contextlib import suppress
 from typing import Any
 
 import cupy
@@ -38,9 +38,12 @@ class _Pinned:
 
     def __del__(self) -> None:
         if hasattr(self, "_unregister"):
-            # At the end of the process, the driver may be gone already.
-            with suppress(runtime.CUDARuntimeError):
+            try:
                 self._unregister(self._address)
+            except runtime.CUDARuntimeError:
+                # At the end of the process, the driver may be gone already.
+                if not sys.is_finalizing():
+                    logger.exception("memory at %#x stays pinned", self._address)
 
 
 class CudaDevice:
