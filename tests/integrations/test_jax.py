@@ -255,11 +255,15 @@ def test_the_eager_helper_steps_any_optimizer(client, name):
 
 def test_the_documentation_is_right(client, name):
     text = (Path(__file__).parents[2] / "docs" / "jax.md").read_text()
-    shown, accumulating = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    shown, accumulating, donating = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(shown, scope)  # noqa: S102
     assert int(scope["state"].count) == 100
     assert scope["value"] < 0.26
+    scope.update(client=client, params=jax.tree.map(jnp.copy, scope["params"]))
+    exec(donating, scope)  # noqa: S102
+    assert int(scope["state"].count) == 1
+    client.delete_optimizer("donating")
     scope["tx"] = optserve.jax.remote(client, optserve.Adam(), name=name)
     exec(accumulating, scope)  # noqa: S102
     params, update = tree(), jax.jit(scope["accumulating"].update)

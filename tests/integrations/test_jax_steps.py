@@ -173,3 +173,66 @@ def test_a_value_that_the_server_refuses_changes_nothing(client, name):
     assert isinstance(transformation.last_error, InvalidArgumentError)
     _, state = update(params, state)
     assert int(state.count) == 1
+
+
+def donating(transformation: Any) -> Any:
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, gradient):
+        updates, state = transformation.update({"w": gradient}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_error_leaves_the_arrays_of_a_program_that_donates_them(client, name, decay):
+    made: Any = optserve.jax.remote(client, optserve.Adam(learning_rate=0.1), name=name, weight_decay=decay)
+    transformation = made.keeping_errors()
+    params, step = {"w": jnp.ones(3)}, donating(transformation)
+    state = transformation.init(params)
+    params, state = step(params, state, jnp.ones(3))
+    transformation.check()
+    before = np.array(params["w"])
+    params, state = step(params, state, jnp.full(3, jnp.nan))
+    np.testing.assert_array_equal(params["w"], before)
+    assert int(state.count) == 1
+    with pytest.raises(InvalidArgumentError, match="is nan at flat index 0"):
+        transformation.check()
+    transformation.check()
+    params, state = step(params, state, jnp.ones(3))
+    transformation.check()
+    assert int(state.count) == 2 == client.optimizer(name).current_step
+    assert (np.array(params["w"]) < before).all()
+
+
+def test_an_error_that_is_kept_is_not_passed_over(client, name):
+    made: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    transformation = made.keeping_errors()
+    params, step = {"w": jnp.ones(3)}, donating(transformation)
+    params, state = step(params, transformation.init(params), jnp.full(3, jnp.nan))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"check\(\) was not called.*is nan"):
+        jax.block_until_ready(step(params, state, jnp.ones(3)))
+    assert client.optimizer(name).current_step == 0
+    # Outside of jit an error is its own.
+    params = {"w": jnp.ones(3)}
+    with pytest.raises(InvalidArgumentError, match="is nan"):
+        transformation.update({"w": jnp.full(3, jnp.nan)}, optserve.jax.RemoteState(jnp.int32(0)), params)
+
+
+def test_an_interrupted_step_of_a_donating_program_is_made_once(proxied, client, name):
+    between, shaky = proxied
+    made: Any = optserve.jax.remote(shaky, optserve.Adam(), name=name)
+    transformation = made.keeping_errors()
+    params, step = {"w": jnp.ones(3)}, donating(transformation)
+    params, state = step(params, transformation.init(params), jnp.ones(3))
+    transformation.check()
+    between.refuse = True
+    between.cut_after("down", 1)
+    params, state = step(params, state, jnp.ones(3))
+    with pytest.raises(optserve.UnreachableError):
+        transformation.check()
+    between.refuse = False
+    assert client.optimizer(name).current_step == 2
+    params, state = step(params, state, jnp.ones(3))
+    transformation.check()
+    assert int(state.count) == 2 == client.optimizer(name).current_step

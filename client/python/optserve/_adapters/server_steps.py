@@ -12,7 +12,7 @@ import numpy as np
 
 from optserve._values.arrays import check_kind
 from optserve.client import Client, connect
-from optserve.errors import OptserveError, StepInDoubtError, WrongStepError
+from optserve.errors import FailedPreconditionError, OptserveError, StepInDoubtError, WrongStepError
 from optserve.optimizer import Optimizer
 
 _AMBIGUOUS = b"ambiguous"
@@ -38,6 +38,7 @@ class ServerSteps:
         self.error: OptserveError | None = None
         # The digest of the step whose call was interrupted.
         self._interrupted = b""
+        self._kept: OptserveError | None = None
 
     def begin(self, find: Callable[[], Optimizer]) -> np.int32:
         """Create or find the optimizer. Returns the steps that it has made."""
@@ -74,6 +75,31 @@ class ServerSteps:
                 self.optimizer = find()
             updates = self._step(self.optimizer, at_step, grads, values)
         return np.int32(at_step + 1), [updates[name] for name in names]
+
+    def step_or_keep_error(
+        self, find: Callable[[], Optimizer], names: Sequence[str], count: Any, rates: Mapping[str, Any], leaves: Any
+    ) -> tuple[np.int32, list[np.ndarray]]:
+        """As `step`, but an error is kept for `check`: the count stays, and the updates are 0.
+
+        Raises:
+            FailedPreconditionError: The error of an earlier step was not checked. No step is made.
+        """
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            raise FailedPreconditionError(
+                f"An earlier step has failed, and check() was not called after its program: {kept}"
+            ) from kept
+        try:
+            return self.step(find, names, count, rates, leaves)
+        except OptserveError as error:
+            self._kept = error
+            return np.int32(count), [np.zeros_like(leaf) for leaf in leaves]
+
+    def check(self) -> None:
+        """Raise the error that is kept, if there is one, and forget it."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            raise kept
 
     @contextmanager
     def _noting_error(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ _guard = Primitive("optserve_step")
 _guard.multiple_results = True
 
 
-def on_host(call: Callable[..., Any], shapes: Any, *operands: Any) -> Any:
+def on_host(call: Callable[..., Any], shapes: Any, *operands: Any, in_program: Callable[..., Any] | None = None) -> Any:
     """The result of a function of the host, as arrays of JAX.
 
     Inside jit the call becomes part of the program, in order with all others. Outside it is made at once, so that its
@@ -29,6 +29,7 @@ def on_host(call: Callable[..., Any], shapes: Any, *operands: Any) -> Any:
         call: Takes the operands as arrays, and returns arrays of the given shapes.
         shapes: A pytree of jax.ShapeDtypeStruct.
         operands: Pytrees of arrays.
+        in_program: What is called inside jit; `call` by default.
 
     Raises:
         InvalidArgumentError: vmap or grad transforms the operands, or the program is one for several devices.
@@ -38,7 +39,7 @@ def on_host(call: Callable[..., Any], shapes: Any, *operands: Any) -> Any:
         operands = jax.tree_util.tree_unflatten(structure, _guard.bind(*leaves))
     # In a trace every operation is traced, also that of a constant.
     if isinstance(jnp.zeros(()), jax.core.Tracer):
-        return io_callback(call, shapes, *operands, ordered=True)
+        return io_callback(in_program or call, shapes, *operands, ordered=True)
     return jax.tree_util.tree_map(jnp.asarray, call(*operands))
 
 

@@ -43,7 +43,17 @@ class RemoteState(NamedTuple):
 class RemoteTransformation(optax.GradientTransformationExtraArgs):
     """What `remote` returns: an optax transformation, a pair of `init` and `update`, that knows its optimizer."""
 
-    _steps: ServerSteps
+    _traced: _Traced
+
+    @classmethod
+    def _of(cls, traced: _Traced) -> RemoteTransformation:
+        made = cls(traced.init, traced.update)
+        made._traced = traced
+        return made
+
+    @property
+    def _steps(self) -> ServerSteps:
+        return self._traced.steps
 
     @property
     def optimizer(self) -> Optimizer:
@@ -60,6 +70,31 @@ class RemoteTransformation(optax.GradientTransformationExtraArgs):
     def last_error(self) -> OptserveError | None:
         """The error of the last call; None if it succeeded. Inside jit JAX raises an error of its own in its place."""
         return self._steps.error
+
+    def keeping_errors(self) -> RemoteTransformation:
+        """The same transformation for programs that donate their arguments, which an error inside jit would lose.
+
+        A step that fails inside jit then ends without an error: its updates are 0, and the state stays, so that the
+        results of the program are the old parameters and state. `check` raises the error; call it after each program.
+        A step before that raises the error itself.
+
+        Example:
+            >>> tx = optserve.jax.remote(client, optserve.Adam(), name="mlp").keeping_errors()   # doctest: +SKIP
+            >>> params, state = train_step(params, state, batch)                                 # doctest: +SKIP
+            >>> tx.check()                                                                       # doctest: +SKIP
+        """
+        return RemoteTransformation._of(replace(self._traced, keeps_errors=True))
+
+    def check(self) -> None:
+        """With `keeping_errors`: wait for the programs under way, and raise the error of a step, if one has failed.
+
+        Nothing was changed by that step, or it is in doubt; run with the same gradients once more, it is made once.
+
+        Raises:
+            OptserveError: As for `Optimizer.step`.
+        """
+        jax.effects_barrier()
+        self._steps.check()
 
 
 def remote(  # noqa: PLR0913 - settings, by their names
@@ -119,9 +154,7 @@ def remote(  # noqa: PLR0913 - settings, by their names
     create = partial(create_or_adopt, client, name, if_exists)
     find = partial(client.optimizer, name, transport=transport, wire_dtype=wire_dtype)
     traced = _Traced(steps_of(client, name), create, find, algorithm, clipping, rates, weight_decay, mask)
-    made = RemoteTransformation(traced.init, traced.update)
-    made._steps = traced.steps
-    return made
+    return RemoteTransformation._of(traced)
 
 
 @dataclass(frozen=True)
@@ -136,6 +169,7 @@ class _Traced:
     rates: Mapping[str, Rate]
     weight_decay: Rate
     mask: Any
+    keeps_errors: bool = False
 
     def init(self, params: Any) -> RemoteState:
         leaves = leaves_of(params, "parameter")
@@ -152,11 +186,14 @@ class _Traced:
         step = partial(self.steps.step, self.find, leaves.names)
         wide = leaves.widened()
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in wide]
-        count, deltas = on_host(step, (_COUNT, shapes), state.count, values, wide)
+        kept = partial(self.steps.step_or_keep_error, self.find, leaves.names) if self.keeps_errors else None
+        count, deltas = on_host(step, (_COUNT, shapes), state.count, values, wide, in_program=kept)
         # Whether an array is 0 is not known inside jit.
         if not (isinstance(self.weight_decay, int | float) and self.weight_decay == 0):
             rate = values.get("learning_rate", getattr(self.algorithm, "learning_rate", 1.0))
-            deltas = self._decayed(deltas, leaves, params, rate * _value(self.weight_decay, state.count))
+            # A step whose error is kept has not counted, and decays nothing.
+            made = count - state.count if self.keeps_errors else 1
+            deltas = self._decayed(deltas, leaves, params, made * rate * _value(self.weight_decay, state.count))
         return leaves.rebuilt(deltas), RemoteState(count)
 
     def _decayed(self, deltas: Sequence[Any], leaves: Leaves, params: Any, factor: Any) -> list[Any]:
