@@ -11,6 +11,7 @@ from optserve._common import half_floats
 from optserve_server.numerics.backends import numba_loops
 from optserve_server.numerics.backends.base import DecayPlace, HostedKernel, Kernel
 from optserve_server.numerics.backends.numpy import NumpyBackend
+from optserve_server.numerics.backends.slices import KERNEL
 from optserve_server.numerics.rules import Rule
 
 # A loop over a tuple of slots is about 40 % slower than one that names them, so the loop is written out for the
@@ -65,14 +66,14 @@ class NumbaBackend(NumpyBackend):
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
             arrays = (staged, *inputs, *slots)
-            if self._slices.fits_one_thread(staged.size):
+            if self._slices.fits_one_thread(staged.size, KERNEL):
                 loop(*arrays, *scalars)
                 return
 
             def work(start: int, stop: int) -> None:
                 loop(*(array[start:stop] for array in arrays), *scalars)
 
-            self._slices.run(staged.size, work)
+            self._slices.run(staged.size, work, KERNEL)
 
         return kernel
 
@@ -89,14 +90,14 @@ class NumbaBackend(NumpyBackend):
             *inputs: np.ndarray,
         ) -> None:
             arrays = (staged, *inputs, *slots)
-            if self._slices.fits_one_thread(staged.size):
+            if self._slices.fits_one_thread(staged.size, KERNEL):
                 loop(*arrays, *scalars, parameters, factor)
                 return
 
             def work(start: int, stop: int) -> None:
                 loop(*(array[start:stop] for array in arrays), *scalars, parameters[start:stop], factor)
 
-            self._slices.run(staged.size, work)
+            self._slices.run(staged.size, work, KERNEL)
 
         return hosted
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from optserve._common import half_floats
 from optserve_server.numerics.backends.base import Backend, DecayPlace, HostedKernel, Kernel
-from optserve_server.numerics.backends.slices import Slices
+from optserve_server.numerics.backends.slices import FORMULA, PASS, Slices
 from optserve_server.numerics.rules import Rule
 
 BLOCK = 1 << 17
@@ -52,7 +52,7 @@ class NumpyBackend(Backend):
         """Slice by slice; see Backend."""
         found: list[tuple[float, float]] = []
         extremes = super().extremes
-        self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])))
+        self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])), PASS)
         return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))
 
     def receive(self, staged: np.ndarray, elements: np.ndarray) -> float:
@@ -62,27 +62,27 @@ class NumpyBackend(Backend):
 
     def receive_large(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.fits_one_thread(staged.size):
+        if self._slices.fits_one_thread(staged.size, PASS):
             return self.receive(staged, elements)
         found: list[float] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self.receive(staged[a:b], elements[a:b])))
+        self._slices.run(staged.size, lambda a, b: found.append(self.receive(staged[a:b], elements[a:b])), PASS)
         return _max_or_nan(found)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Slice by slice; see Backend."""
-        self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]))
+        self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]), PASS)
 
     def advance(self, parameters: np.ndarray, updates: np.ndarray, decay: np.floating) -> None:
         """Slice by slice; see Backend."""
         advance = super().advance
-        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], decay))
+        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], decay), PASS)
 
     def largest(self, staged: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.fits_one_thread(staged.size):
+        if self._slices.fits_one_thread(staged.size, PASS):
             return self._largest(staged)
         found: list[float] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])))
+        self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])), PASS)
         return _max_or_nan(found)
 
     def _largest(self, staged: np.ndarray) -> float:
@@ -98,7 +98,7 @@ class NumpyBackend(Backend):
                 for block in _blocks(start, stop):
                     _step(rule, block, staged, slots, scalars, inputs)
 
-            self._slices.run(staged.size, work)
+            self._slices.run(staged.size, work, FORMULA)
 
         return kernel
 
@@ -123,7 +123,7 @@ class NumpyBackend(Backend):
                     _step(rule, block, staged, slots, scalars, inputs)
                     advance(parameters[block], staged[block], decay)
 
-            self._slices.run(staged.size, work)
+            self._slices.run(staged.size, work, FORMULA)
 
         return hosted
 

@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from optserve._common.machine import usable_cores
 
-PARALLEL_FROM = 1 << 17
-"""Elements from which a second thread pays for its wake-up."""
+FORMULA, KERNEL, PASS = 1 << 16, 3 << 17, 1 << 20
+"""Elements that one thread works off while others wake up, about 0.2 ms in a virtual machine: those of a rule's formula
+in NumPy, of a compiled kernel, and of a pass that only copies or looks."""
 
 
 class Slices:
@@ -22,13 +23,13 @@ class Slices:
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
-    def fits_one_thread(self, size: int) -> bool:
-        """Whether [0, size) is not worth a second thread."""
-        return size < PARALLEL_FROM or self.threads == 1
+    def fits_one_thread(self, size: int, while_waking: int) -> bool:
+        """Whether one thread is as fast as all; `while_waking` as above."""
+        return size * (self.threads - 1) <= while_waking * self.threads
 
-    def run(self, size: int, work: Callable[[int, int], None]) -> None:
+    def run(self, size: int, work: Callable[[int, int], None], while_waking: int) -> None:
         """Call work(start, stop) until [0, size) is covered, and return when all calls have returned."""
-        if self.fits_one_thread(size):
+        if self.fits_one_thread(size, while_waking):
             work(0, size)
             return
         # Multiples of 16 elements keep neighbouring threads off each other's cache lines.
