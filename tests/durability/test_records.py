@@ -11,6 +11,7 @@ from golden.test_folder import FOLDERS, golden
 from optserve_server.engine import records, transition
 from optserve_server.engine.addition import NewParameters, addition
 from optserve_server.engine.optimizer import OtherState
+from optserve_server.engine.record_encoding import optimizer_of
 from optserve_server.engine.records import (
     AdditionRecord,
     ArenaValues,
@@ -171,10 +172,12 @@ def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path,
     seen = set()
     for entry in Reader(folder, lsn):
         message = json.loads(entry.meta)
-        optimizer = message["optimizer"]
+        optimizer = optimizer_of(message)
         record = records.decode(entry.kind, message, entry.payload, payloads.get(optimizer, Payloads(Layout(()))))
         if isinstance(record, CreationRecord):
             payloads[optimizer] = Payloads(record.layout)
+        elif isinstance(record, AdditionRecord):
+            payloads[optimizer] = Payloads(payloads[optimizer].layout.with_added(record.added))
         kind, again, arrays = present(record).encode()
         if "target" not in message:
             # Written down since.
@@ -184,8 +187,8 @@ def test_the_records_of_an_old_journal_are_written_again_byte_for_byte(tmp_path,
         seen.add(kind)
         # Views of the journal.
         del record, arrays
-    # The folders are older than the additions of parameters.
-    assert seen == {1, 2, 3, 4, 5, 6}
+    # The first folders are older than the additions of parameters.
+    assert seen == {1, 2, 3, 4, 5, 6} | ({7} if name > "folder-3" else set())
 
 
 HALVES = [name for name in dir(transition) if name.startswith(("apply_", "note_"))]

@@ -280,10 +280,10 @@ def test_it_comes_between_two_steps_of_a_client_that_makes_no_pause(stub, name):
     def add_to_it(turn: int, sent: threading.Event) -> None:
         answers.append(stub.AddParameters(messages(turn, sent), timeout=30))
 
-    for turn in range(20):
-        sent = threading.Event()
-        thread = threading.Thread(target=add_to_it, args=(turn, sent))
-        with stream(stub, full_name, parameter_count=1) as opened:
+    with stream(stub, full_name, parameter_count=1) as opened:
+        for turn in range(20):
+            sent = threading.Event()
+            thread = threading.Thread(target=add_to_it, args=(turn, sent))
             opened.send(begin(), chunk(0, 0, C.tobytes()))
             thread.start()
             sent.wait(30)
@@ -293,7 +293,7 @@ def test_it_comes_between_two_steps_of_a_client_that_makes_no_pause(stub, name):
                 opened.reply()
             opened.send(commit())
             opened.reply()
-        assert len(answers) == turn + 1
+            assert len(answers) == turn + 1
     assert len(get(stub, full_name).parameters) == 21
 
 
