@@ -47,7 +47,24 @@ def test_a_step_of_a_server_that_has_lost_the_state_says_what_to_do():
             with pytest.raises(optserve.StepsLostError) as caught:
                 loop(model, optimizer, range(2, 3))
             assert "--data-dir" in caught.value.__notes__[0]
+            saved = torch.optim.Adam(model.named_parameters()).state_dict()
+            for use in (optimizer.state_dict, lambda: optimizer.load_state_dict(saved)):
+                with pytest.raises(optserve.StepsLostError) as caught:
+                    use()
+                assert "--data-dir" in caught.value.__notes__[0]
             optimizer.close()
+
+
+def test_two_optimizers_of_one_name_are_told_of_each_other(client, name):
+    model = network()
+    first, second = (
+        RemoteOptimizer(model.named_parameters(), client, optserve.Adam(), name=name, if_exists="resume")
+        for _ in range(2)
+    )
+    loop(model, first, range(1))
+    with pytest.raises(optserve.WrongStepError) as caught:
+        loop(model, second, range(1))
+    assert "under a name of its own" in caught.value.__notes__[0]
 
 
 def test_groups_that_another_client_has_changed_get_no_settings_of_others(client, name):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
-from optserve.errors import NotFoundError, OptserveError, StepInDoubtError, StepsLostError
+from optserve.errors import NotFoundError, OptserveError, StepInDoubtError, StepsLostError, WrongStepError
 from optserve.state import TensorSpec
 
 _LOST = (
@@ -37,6 +37,12 @@ def advice(parameters: Mapping[str, Named]) -> Iterator[None]:
         yield
     except StepInDoubtError as error:
         error.add_note("RemoteOptimizer.recover() adds the updates of the interrupted step, if it was applied.")
+        raise
+    except WrongStepError as error:
+        error.add_note(
+            "Another RemoteOptimizer or client has made a step of this optimizer: each model needs one of its own, "
+            "under a name of its own."
+        )
         raise
     except StepsLostError as error:
         error.add_note(_LOST)

@@ -22,6 +22,7 @@ from optserve.errors import (
 from optserve.optimizer import Optimizer
 from optserve.settings import Clipping, Group
 from optserve.state import PARAMETER, OptimizerState
+from optserve.torch._advice import advice
 from optserve.torch._groups import Groups
 from optserve.torch._layout import Layout
 from optserve.torch._place import Choices, Place, existing_method
@@ -173,14 +174,17 @@ class RemoteOptimizer(Stepper):
         base = next(algorithm for algorithm, others in zip(groups.at_server, groups.members, strict=True) if others)
         group = Group([parameter.name for parameter in own], differences(groups.at_server[-1], base))
         added = {parameter.name: parameter.value() if groups.holds_x else parameter.spec for parameter in own}
-        self.remote.add_parameters(added, groups=[group])
+        with advice(groups.names):
+            self.remote.add_parameters(added, groups=[group])
         self._overlap.watch(own, len(groups.members) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, read from the server, in torch's layout; see torch.optim.Optimizer.state_dict."""
         groups = self._groups
         algorithms = groups.read(self.param_groups)
-        entries, exact = torch_entries(self.remote.export_state(), groups.layout, groups.members, algorithms)
+        with advice(groups.names):
+            state = self.remote.export_state()
+        entries, exact = torch_entries(state, groups.layout, groups.members, algorithms)
         self.state.update(entries)
         for group, steps in zip(self.param_groups, exact, strict=True):
             group.update({} if steps is None else {STEP: steps})
@@ -214,7 +218,8 @@ class RemoteOptimizer(Stepper):
                 if key not in layout.hyperparameters:
                     group.setdefault(key, value)
         algorithms = [layout.algorithm(group) for group in groups]
-        self.remote.import_state(self._state_from(saved, algorithms))
+        with advice(self._groups.names):
+            self.remote.import_state(self._state_from(saved, algorithms))
         for group in groups:
             group.pop(STEP, None)
         self._groups.at_server = algorithms
