@@ -119,6 +119,29 @@ def test_windows_without_a_stretch_are_left_out(device):
     check(device, Adadelta(), F4, 3 * per_window, [(2 * per_window + 8, 3 * per_window)])
 
 
+@pytest.mark.parametrize("dtype", [F4, F8], ids=str)
+def test_slots_that_begin_between_vectors(device, dtype):
+    rule, size = Adadelta(), 1003
+    gradient = RNG.standard_normal(size).astype(dtype)
+    expected, slots = gradient.copy(), [np.zeros(size, dtype) for _ in rule.slots]
+    REFERENCE.make_step(Adadelta, [expected], slots, rule.constants(dtype, 1), None, None)
+    staged = device.staging(gradient.nbytes).view(dtype)
+    staged[...] = gradient
+    given = [device.zeros(size + 1, dtype)[1:] for _ in rule.slots]
+    device.make_step(Adadelta, [staged], given, rule.constants(dtype, 1), None, None)
+    found = [staged, *map(device.to_host, given)]
+    assert [array.tobytes() for array in found] == [array.tobytes() for array in (expected, *slots)]
+
+
+def test_only_arenas_that_begin_at_vectors_are_read_where_they_are(simulated):
+    sgd, size = Sgd(learning_rate=1.0), 3 * (WINDOW_BYTES // 4)
+    for offset, launches in ((0, 1), (16, 1), (8, 3)):
+        staged = simulated.staging(4 * size + 16)[offset : offset + 4 * size].view(F4)
+        before = simulated.simulated.launches
+        simulated.kernel(Sgd, F4)(staged, [], sgd.constants(F4, 1))
+        assert simulated.simulated.launches - before == launches
+
+
 def test_a_step_is_one_launch(simulated):
     rule, size = AdamW(), 100_000
     capacity = KernelSource(AdamW, F4, hosted=True).capacity

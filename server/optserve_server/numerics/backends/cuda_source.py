@@ -21,6 +21,9 @@ from optserve_server.numerics.rules import Rule
 THREADS = 256
 """Threads of a block."""
 
+VECTOR_BYTES = 16
+"""Bytes of each arena that a thread reads and writes at once."""
+
 ARGUMENT_BYTES = 4096
 """The largest argument of a kernel."""
 
@@ -149,7 +152,7 @@ class KernelSource:
         inputs = ["curvature"] if rule.takes_curvature else []
         slots = [f"slot{i}" for i in range(len(rule.slots))]
         self.arrays = ["staged", *inputs, *slots, *(["parameters"] if hosted else [])]
-        self.width = 16 // dtype.itemsize
+        self.width = VECTOR_BYTES // dtype.itemsize
         self._element, self._root = {4: ("float", "sqrtf"), 8: ("double", "sqrt")}[dtype.itemsize]
         self._scalars = len(rule().constants(dtype, 1))
         self.header = struct.Struct(f"={len(self.arrays)}Qii")
