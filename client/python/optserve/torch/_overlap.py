@@ -1,8 +1,8 @@
-"""Takes the gradients of a RemoteOptimizer while backward still runs, in hooks of the parameters.
+"""Sends the gradients of a RemoteOptimizer while backward still runs, from hooks of the parameters.
 
-Through shared memory a hook copies its gradient into the segment, where the server finds it when the step is committed.
-Otherwise the hooks begin a step and send gradients as they come. `step` uses what was taken if nothing
-has changed since, and if not it sends the present gradients: a step that was begun is abandoned then.
+The hooks begin a step, and send gradients as they come. `RemoteOptimizer.step` commits it if nothing has changed since.
+If something has, the step is abandoned, and another one sends the present gradients. Where memory is shared with the
+server the hooks do nothing: a copy into it takes as long in a hook as in `step`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from optserve._steps.incremental import StepUnderWay
 from optserve.errors import OptserveError, StepCancelledError
 from optserve.torch._layout import decays
 from optserve.torch._parameters import Parameter
+from optserve.torch._step_memory import shared_with
 
 if TYPE_CHECKING:
     from optserve.torch._stepper import Stepper
 
-SENT_FROM_BYTES = 1 << 19
-"""Gradients wait for others until they have so many bytes together. A message costs as much as some 100 KiB."""
+SENT_FROM_BYTES = 2 << 20
+"""Gradients wait for others until they have so many bytes together, and are sent early if as many are still to come. On
+a machine whose cores are all busy with the backward pass, messages of 600 KB cost it more time than they save."""
 
 _SAMPLES = 64
 """So many elements of a gradient are compared, because changes through `.data` or NumPy leave no other trace."""
 
 
 class Taken:
-    """A gradient that was taken early.
+    """A gradient that was sent early, or waits for others to be sent.
 
     Args:
         grad: The parameter's `grad`.
@@ -64,6 +66,10 @@ class Taken:
         )
 
 
+def _bytes(gradients: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in gradients.values())
+
+
 def _sample(grad: torch.Tensor) -> torch.Tensor:
     """A few elements, evenly spread."""
     flat = grad.detach().reshape(-1)
@@ -86,28 +92,24 @@ class _EarlyStep:
             expected, out=optimizer._memory.outputs(remote), reply=optimizer._reply, hyperparameters=self.settings
         )
         self._step = self._context.__enter__()
-        self._waiting: dict[str, np.ndarray] = {}
-        self._sent: set[str] = set()
+        self.sent: set[str] = set()
+        self.sent_bytes = 0
 
     @property
     def has_failed(self) -> bool:
+        """Whether the step cannot be finished any more."""
         return self._step._has_ended
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Send a gradient, together with others; the last ones wait for `finish`, which sends them with the commit."""
-        self._waiting[name] = array
-        is_last = len(self._waiting) + len(self._sent) == len(self.expected)
-        if not is_last and sum(waiting.nbytes for waiting in self._waiting.values()) >= SENT_FROM_BYTES:
-            self._step._send_all(self._waiting)
-            self._sent.update(self._waiting)
-            self._waiting = {}
+    def send(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Send some gradients."""
+        self._step._send_all(gradients)
+        self.sent.update(gradients)
+        self.sent_bytes += _bytes(gradients)
 
     def finish(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Send the rest of the gradients, and wait for the updates."""
         try:
-            self._step._send_all(
-                {name: array for name, array in gradients.items() if name not in self._sent}, last=True
-            )
+            self._step._send_all({name: array for name, array in gradients.items() if name not in self.sent}, last=True)
         except BaseException as error:
             self.abandon(error)
             raise
@@ -133,9 +135,13 @@ class Overlap:
         self._lock = SYSTEM.rlock()
         self._handles: list[Any] = []
         self._taken: dict[str, Taken] = {}
+        self._waiting: dict[str, np.ndarray] = {}
         self._step: _EarlyStep | None = None
-        # Which parameters the last step had; None before the first one.
+        # Whether everything is left to the next step.
+        self._is_blocked = False
+        # Which parameters the last step had, and how many bytes; None before the first one.
         self._last: frozenset[str] | None = None
+        self._last_bytes = 0
         self._paused = False
         self._has_warned = False
         self._enabled = enabled
@@ -167,7 +173,7 @@ class Overlap:
     def arrived(self, parameter: Parameter, group: int) -> None:
         """A backward pass has accumulated the gradient of a parameter."""
         optimizer, grad = self._optimizer(), parameter.tensor.grad
-        if optimizer is None or grad is None or self._paused:
+        if optimizer is None or grad is None or self._paused or shared_with(optimizer._at_server) is not None:
             return
         settings = optimizer.param_groups[group]
         decay, maximize = decays(settings)[0], bool(settings.get("maximize"))
@@ -175,36 +181,45 @@ class Overlap:
         if decay:
             return
         with self._lock:
-            remote = optimizer._at_server
-            region = optimizer._memory.regions(remote).get(parameter.name)
-            # Another backward pass, after one that was not stepped.
-            before = self._taken.pop(parameter.name, None)
-            if region is None and before is not None and self._step is not None:
-                self._abandon("backward() has run more than once since the last step(); use accumulating()")
-                if before.is_of(grad):
-                    return
-                self._taken.clear()
+            if self._is_repeated(parameter.name, grad):
+                return
             try:
-                array = parameter.gradient(region, maximize=maximize, decay=0.0)
-                if region is None and not self._send(optimizer, parameter.name, array):
-                    return
+                array = parameter.gradient(maximize=maximize, decay=0.0)
+                if self._send(optimizer, parameter.name, array):
+                    self._taken[parameter.name] = Taken(grad, array, maximize=maximize)
             except OptserveError:
                 # `step` finds the same, and raises it.
                 return
-            self._taken[parameter.name] = Taken(grad, array, maximize=maximize)
+
+    def _is_repeated(self, name: str, grad: torch.Tensor) -> bool:
+        """Whether a backward pass accumulates a gradient that was taken before, so that it cannot be sent early."""
+        before = self._taken.pop(name, None)
+        if before is not None and not before.is_of(grad):
+            # The pass before has failed, or its gradients were dropped.
+            self.discard()
+        elif before is not None and self._step is not None:
+            self._abandon("backward() has run more than once since the last step(); use accumulating()")
+            self._is_blocked = True
+        return self._is_blocked
 
     def _send(self, optimizer: Stepper, name: str, array: np.ndarray) -> bool:
-        """Send a gradient in messages; returns whether that could be done."""
-        remote = optimizer._at_server
+        """Send a gradient in messages, now or with others; returns whether it was taken."""
+        remote, last = optimizer._at_server, self._last
+        if last is None or name not in last or (self._step is not None and self._step.has_failed):
+            return False
+        self._waiting[name] = array
+        waiting_bytes, sent_bytes = _bytes(self._waiting), 0 if self._step is None else self._step.sent_bytes
+        # The last ones are sent with the commit.
+        if min(waiting_bytes, self._last_bytes - sent_bytes - waiting_bytes) < SENT_FROM_BYTES:
+            return True
         if self._step is None:
             # Otherwise `step` says what is wrong, or waits for the server.
-            is_ready = remote._session.streams.current is not None and not remote._outcomes.unsettled
-            if self._last is None or self._taken or not is_ready or remote._outcomes.overtaken:
+            if remote._session.streams.current is None or remote._outcomes.unsettled or remote._outcomes.overtaken:
+                self._is_blocked = True
                 return False
-            self._step = _EarlyStep(optimizer, self._last)
-        if name not in self._step.expected or self._step.has_failed:
-            return False
-        self._step.add(name, array)
+            self._step = _EarlyStep(optimizer, last)
+        self._step.send(self._waiting)
+        self._waiting = {}
         return True
 
     def gradient(self, name: str, grad: torch.Tensor, *, maximize: bool, decay: float) -> np.ndarray | None:
@@ -221,9 +236,10 @@ class Overlap:
     ) -> dict[str, np.ndarray] | None:
         """Commit the step that the hooks have begun, and return its updates; None if there is none of use."""
         with self._lock:
-            # The step overwrites the shared memory.
             self._taken.clear()
-            self._last = frozenset(gradients)
+            self._waiting.clear()
+            self._is_blocked = False
+            self._last, self._last_bytes = frozenset(gradients), _bytes(gradients)
             step = self._step
             if step is None:
                 return None
@@ -244,9 +260,11 @@ class Overlap:
             if self._taken or self._step:
                 self._taken.clear()
                 self._abandon(reason)
+            self._is_blocked = False
 
     def _abandon(self, reason: str) -> None:
         step, self._step = self._step, None
+        self._waiting.clear()
         if step is not None:
             step.abandon(StepCancelledError("The step was abandoned before step() was called."))
         if reason and not self._has_warned:

@@ -34,7 +34,7 @@ class StepMemory:
 
         There is none if no memory is shared, or if it may hold the reply of an interrupted step, which `recover` needs.
         """
-        shared = _shared_with(remote)
+        shared = shared_with(remote)
         if shared is None or remote._outcomes.unsettled or remote._outcomes.overtaken:
             return {}
         with self._lock:
@@ -48,14 +48,14 @@ class StepMemory:
         if remote._session.streams.current is None:
             # The step opens a stream, and waits for a server that is being restarted.
             return None
-        if _shared_with(remote) is not None:
+        if shared_with(remote) is not None:
             return {name: region.array for name, region in self.regions(remote).items()} or None
         if len(self._outputs) != len(remote._model):
             self._outputs = {item.name: np.empty(item.shape, item.dtype) for item in remote._model.parameters}
         return self._outputs
 
 
-def _shared_with(remote: Optimizer) -> SharedStaging | None:
+def shared_with(remote: Optimizer) -> SharedStaging | None:
     """The memory that the present stream shares with the server."""
     stream = remote._session.streams.current
     return None if stream is None else stream.shared

@@ -60,8 +60,9 @@ class RemoteOptimizer(Stepper):
         wire_dtype: See `Client.optimizer`. For a model in half floats, that dtype loses nothing of gradients and x.
         master_weights: Let the server hold the parameters x, in float32, and round them to the dtype of the model after
             each step. If the optimizer exists, the model gets the server's x.
-        overlap: Send each gradient as soon as backward() has computed it. For training loops that change no gradient
-            between the last backward() and step(): no clipping by torch, no GradScaler, no DistributedDataParallel.
+        overlap: Send gradients over gRPC as soon as backward() has computed them. For training loops that change no
+            gradient between the last backward() and step(): no clipping by torch, no GradScaler, no
+            DistributedDataParallel. It gains time if client and server have cores to spare.
         defaults: Further settings of all groups under torch's names, such as weight_decay, maximize, lr or betas.
 
     Attributes:
