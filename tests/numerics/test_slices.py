@@ -20,10 +20,12 @@ def test_every_element_is_worked_off_once(threads, size):
 def test_a_second_thread_is_used_where_it_saves_more_than_its_wake_up():
     parts = []
     for size in (999, 1000, 1001):
-        Slices(2).run(size, lambda start, stop: parts.append((start, stop)), 500)
+        slices = Slices(2)
+        slices.run(size, lambda start, stop: parts.append((start, stop)), slices.alone_to(500))
     assert parts[:2] == [(0, 999), (0, 1000)]
     assert sorted(parts[2:]) == [(0, 512), (512, 1001)]
-    assert [Slices(threads).fits_one_thread(600, 500) for threads in (1, 2, 6, 7)] == [True, True, True, False]
+    assert [Slices(threads).alone_to(500) for threads in (2, 6, 101)] == [1000, 600, 505]
+    assert Slices(1).alone_to(500) > 1 << 60
 
 
 def test_passes_over_large_arrays_find_the_same_on_all_threads():

@@ -60,26 +60,26 @@ class NumbaBackend(NumpyBackend):
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:
         """Compile the fused loop, in about half a second."""
-        loop = _compiled(_LOOP, rule, dtype)
+        loop, alone_to = _compiled(_LOOP, rule, dtype), self._slices.alone_to(KERNEL)
 
         def kernel(
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
         ) -> None:
             arrays = (staged, *inputs, *slots)
-            if self._slices.fits_one_thread(staged.size, KERNEL):
+            if staged.size <= alone_to:
                 loop(*arrays, *scalars)
                 return
 
             def work(start: int, stop: int) -> None:
                 loop(*(array[start:stop] for array in arrays), *scalars)
 
-            self._slices.run(staged.size, work, KERNEL)
+            self._slices.run(staged.size, work, alone_to)
 
         return kernel
 
     def compile_hosted(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
         """Compile the fused loop, in about half a second."""
-        loop = _compiled(_HOSTED_LOOP, rule, dtype, place)
+        loop, alone_to = _compiled(_HOSTED_LOOP, rule, dtype, place), self._slices.alone_to(KERNEL)
 
         def hosted(
             staged: np.ndarray,
@@ -90,14 +90,14 @@ class NumbaBackend(NumpyBackend):
             *inputs: np.ndarray,
         ) -> None:
             arrays = (staged, *inputs, *slots)
-            if self._slices.fits_one_thread(staged.size, KERNEL):
+            if staged.size <= alone_to:
                 loop(*arrays, *scalars, parameters, factor)
                 return
 
             def work(start: int, stop: int) -> None:
                 loop(*(array[start:stop] for array in arrays), *scalars, parameters[start:stop], factor)
 
-            self._slices.run(staged.size, work, KERNEL)
+            self._slices.run(staged.size, work, alone_to)
 
         return hosted
 

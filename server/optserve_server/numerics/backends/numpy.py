@@ -25,6 +25,8 @@ class NumpyBackend(Backend):
     def __init__(self, threads: int = 0) -> None:
         super().__init__()
         self._slices = Slices(threads)
+        # Of a pass that copies or looks.
+        self._alone_to = self._slices.alone_to(PASS)
 
     @property
     def device(self) -> str:
@@ -52,7 +54,7 @@ class NumpyBackend(Backend):
         """Slice by slice; see Backend."""
         found: list[tuple[float, float]] = []
         extremes = super().extremes
-        self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])), PASS)
+        self._slices.run(slot.size, lambda a, b: found.append(extremes(slot[a:b])), self._alone_to)
         return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))
 
     def receive(self, staged: np.ndarray, elements: np.ndarray) -> float:
@@ -62,27 +64,29 @@ class NumpyBackend(Backend):
 
     def receive_large(self, staged: np.ndarray, elements: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.fits_one_thread(staged.size, PASS):
+        if staged.size <= self._alone_to:
             return self.receive(staged, elements)
         found: list[float] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self.receive(staged[a:b], elements[a:b])), PASS)
+        self._slices.run(
+            staged.size, lambda a, b: found.append(self.receive(staged[a:b], elements[a:b])), self._alone_to
+        )
         return _max_or_nan(found)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Slice by slice; see Backend."""
-        self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]), PASS)
+        self._slices.run(source.size, lambda a, b: np.copyto(target[a:b], source[a:b]), self._alone_to)
 
     def advance(self, parameters: np.ndarray, updates: np.ndarray, decay: np.floating) -> None:
         """Slice by slice; see Backend."""
         advance = super().advance
-        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], decay), PASS)
+        self._slices.run(parameters.size, lambda a, b: advance(parameters[a:b], updates[a:b], decay), self._alone_to)
 
     def largest(self, staged: np.ndarray) -> float:
         """Slice by slice; see Backend."""
-        if self._slices.fits_one_thread(staged.size, PASS):
+        if staged.size <= self._alone_to:
             return self._largest(staged)
         found: list[float] = []
-        self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])), PASS)
+        self._slices.run(staged.size, lambda a, b: found.append(self._largest(staged[a:b])), self._alone_to)
         return _max_or_nan(found)
 
     def _largest(self, staged: np.ndarray) -> float:
@@ -90,6 +94,7 @@ class NumpyBackend(Backend):
 
     def compile(self, rule: type[Rule], dtype: np.dtype) -> Kernel:  # noqa: ARG002 - the dtype is that of the operands
         """The formula, block by block."""
+        alone_to = self._slices.alone_to(FORMULA)
 
         def kernel(
             staged: np.ndarray, slots: Sequence[np.ndarray], scalars: Sequence[np.generic], *inputs: np.ndarray
@@ -98,13 +103,14 @@ class NumpyBackend(Backend):
                 for block in _blocks(start, stop):
                     _step(rule, block, staged, slots, scalars, inputs)
 
-            self._slices.run(staged.size, work, FORMULA)
+            self._slices.run(staged.size, work, alone_to)
 
         return kernel
 
     def compile_hosted(self, rule: type[Rule], dtype: np.dtype, place: DecayPlace) -> HostedKernel:
         """The formula, and what it does to x, block by block."""
         add_decay, advance, none = super().add_decay, super().advance, dtype.type(0)
+        alone_to = self._slices.alone_to(FORMULA)
 
         def hosted(
             staged: np.ndarray,
@@ -123,7 +129,7 @@ class NumpyBackend(Backend):
                     _step(rule, block, staged, slots, scalars, inputs)
                     advance(parameters[block], staged[block], decay)
 
-            self._slices.run(staged.size, work, FORMULA)
+            self._slices.run(staged.size, work, alone_to)
 
         return hosted
 

@@ -6,6 +6,7 @@ process when two threads enter it, and NumPy has none. Rules are per dimension, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,13 +24,13 @@ class Slices:
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="kernel")
 
-    def fits_one_thread(self, size: int, while_waking: int) -> bool:
-        """Whether one thread is as fast as all; `while_waking` as above."""
-        return size * (self.threads - 1) <= while_waking * self.threads
+    def alone_to(self, while_waking: int) -> int:
+        """The most elements that one thread works off as fast as all; `while_waking` is one of the numbers above."""
+        return while_waking * self.threads // (self.threads - 1) if self.threads > 1 else sys.maxsize
 
-    def run(self, size: int, work: Callable[[int, int], None], while_waking: int) -> None:
+    def run(self, size: int, work: Callable[[int, int], None], alone_to: int) -> None:
         """Call work(start, stop) until [0, size) is covered, and return when all calls have returned."""
-        if self.fits_one_thread(size, while_waking):
+        if size <= alone_to:
             work(0, size)
             return
         # Multiples of 16 elements keep neighbouring threads off each other's cache lines.
