@@ -141,3 +141,9 @@ def test_settings_are_checked(client, name):
         optserve.jax.remote(client, optserve.Adam(), name=name).init({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
     with pytest.raises(optserve.FailedPreconditionError, match="call init first"):
         _ = optserve.jax.remote(client, optserve.Adam(), name=name).optimizer
+
+
+def test_an_update_before_init_says_so(client, name):
+    transformation: Any = optserve.jax.remote(client, optserve.Adam(), name=name)
+    with pytest.raises(optserve.NotFoundError, match="init creates it, before the first update"):
+        transformation.update({"w": jnp.ones(3)}, optserve.jax.RemoteState(jnp.int32(0)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from optserve._values.arrays import check_kind
 from optserve.client import Client, connect
-from optserve.errors import FailedPreconditionError, OptserveError, StepInDoubtError, WrongStepError
+from optserve.errors import FailedPreconditionError, NotFoundError, OptserveError, StepInDoubtError, WrongStepError
 from optserve.optimizer import Optimizer
 
 _AMBIGUOUS = b"ambiguous"
@@ -72,7 +72,7 @@ class ServerSteps:
         with self._noting_error():
             if self.optimizer is None:
                 # The state comes from another process, for example from a file.
-                self.optimizer = find()
+                self.optimizer = self._found(find)
             updates = self._step(self.optimizer, at_step, grads, values)
         return np.int32(at_step + 1), [updates[name] for name in names]
 
@@ -100,6 +100,17 @@ class ServerSteps:
         kept, self._kept = self._kept, None
         if kept is not None:
             raise kept
+
+    def _found(self, find: Callable[[], Optimizer]) -> Optimizer:
+        try:
+            return find()
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"The server has no optimizer {self.name!r}: init creates it, before the first update. If it was there "
+                "before, the server was restarted and has lost its state, or somebody has deleted it.",
+                reason=error.reason,
+                metadata=error.metadata,
+            ) from error
 
     @contextmanager
     def _noting_error(self) -> Iterator[None]:
