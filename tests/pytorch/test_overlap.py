@@ -267,6 +267,22 @@ def test_close_removes_the_hooks_and_abandons_a_step(client, name):
     client.optimizer(name).step({key: present(p.grad).numpy() for key, p in model.named_parameters()}, timeout_s=5)
 
 
+@TRANSPORTS
+def test_a_hook_raises_nothing_into_backward(server, name, transport):
+    model = network()
+    client = optserve.connect(server.target)
+    optimizer = RemoteOptimizer(
+        model.named_parameters(), client, optserve.AdamW(1e-2), name=name, overlap=True, transport=transport
+    )
+    plain(model, optimizer)
+    client.close()
+    optimizer.zero_grad()
+    backward(model, 9)
+    with pytest.raises(optserve.ClientUseError, match="closed"):
+        optimizer.step()
+    optimizer.close()
+
+
 def test_an_optimizer_that_was_forgotten_takes_nothing(client, name):
     model = network()
     optimizer = RemoteOptimizer(

@@ -7,10 +7,11 @@ server the hooks do nothing: a copy into it takes as long in a hook as in `step`
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from optserve.torch._step_memory import shared_with
 
 if TYPE_CHECKING:
     from optserve.torch._stepper import Stepper
+
+logger = logging.getLogger(__name__)
 
 SENT_FROM_BYTES = 2 << 20
 """Gradients wait for others until they have so many bytes together, and are sent early if as many are still to come. On
@@ -173,23 +176,20 @@ class Overlap:
     def arrived(self, parameter: Parameter, group: int) -> None:
         """A backward pass has accumulated the gradient of a parameter."""
         optimizer, grad = self._optimizer(), parameter.tensor.grad
-        if optimizer is None or grad is None or self._paused or shared_with(optimizer._at_server) is not None:
+        if optimizer is None or grad is None or self._paused:
             return
         settings = optimizer.param_groups[group]
         decay, maximize = decays(settings)[0], bool(settings.get("maximize"))
         # x may change until the step.
         if decay:
             return
-        with self._lock:
-            if self._is_repeated(parameter.name, grad):
+        with self._lock, suppress(OptserveError):
+            # An error would end the backward pass; `step` finds the same, and raises it.
+            if shared_with(optimizer._at_server) is not None or self._is_repeated(parameter.name, grad):
                 return
-            try:
-                array = parameter.gradient(maximize=maximize, decay=0.0)
-                if self._send(optimizer, parameter.name, array):
-                    self._taken[parameter.name] = Taken(grad, array, maximize=maximize)
-            except OptserveError:
-                # `step` finds the same, and raises it.
-                return
+            array = parameter.gradient(maximize=maximize, decay=0.0)
+            if self._send(optimizer, parameter.name, array):
+                self._taken[parameter.name] = Taken(grad, array, maximize=maximize)
 
     def _is_repeated(self, name: str, grad: torch.Tensor) -> bool:
         """Whether a backward pass accumulates a gradient that was taken before, so that it cannot be sent early."""
@@ -244,7 +244,9 @@ class Overlap:
             if step is None:
                 return None
             if step.has_failed:
-                self._abandon("the step could not be sent while backward ran")
+                # If what is wrong lasts, the step that follows raises it.
+                logger.warning("a step that was begun while backward ran has failed; its gradients are sent once more")
+                self._abandon("")
             elif step.expected != self._last:
                 self._abandon("other parameters had gradients than in the step before")
             elif step.settings != settings:
