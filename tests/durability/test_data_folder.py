@@ -106,7 +106,7 @@ def test_a_second_server_on_the_same_folder_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_used_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(optserve.UnavailableError, match="Invalid value for '--data-dir'"),
+        pytest.raises(optserve.UnavailableError, match="cannot be used: it is not a folder"),
         optserve.local_server(tmp_path / "file", backend="numpy"),
     ):
         pass

@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
         pass
     folder.write_text("")
     with (
-        pytest.raises(optserve.UnavailableError, match="Invalid value for '--data-dir'"),
+        pytest.raises(optserve.UnavailableError, match="cannot be used: it is not a folder"),
         optserve.local_server(folder, backend="numpy"),
     ):
         pass

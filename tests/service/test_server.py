@@ -52,7 +52,9 @@ def test_server_info_says_what_it_is_has_and_lacks(stub):
     assert info.durability == "memory"
     assert set(info.methods) == set(RULES)
     features = {service_pb2.Feature.Name(status.feature): status.available for status in info.features}
-    assert set(features) == set(service_pb2.Feature.keys()) - {"FEATURE_UNSPECIFIED"}
+    # The second was never released.
+    unknown = {"FEATURE_UNSPECIFIED", "FEATURE_WEIGHT_DECAY_KINDS"}
+    assert set(features) == set(service_pb2.Feature.keys()) - unknown
     assert features["FEATURE_STREAMED_STEPS"]
     assert features["FEATURE_SHARED_MEMORY"]
     assert features["FEATURE_WORKERS"]

@@ -27,6 +27,8 @@ from optserve_command import probe
 X = np.ones(1000, np.float32)
 DAY = timedelta(days=1)
 HOSTS = ["localhost", "127.0.0.1", "::1"]
+BRIEF_S = 3.0
+"""Seconds for a client that is not let in: enough for one handshake on a busy machine, which says why."""
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -247,18 +249,18 @@ def test_a_command_that_is_not_let_in_says_it_in_one_line(mutual, other):
 
 
 REFUSED = {
-    "a plain connection": (lambda folder, _other: optserve.ClientConfig(connect_timeout_s=1.0), "may ask for TLS"),
+    "a plain connection": (lambda folder, _other: optserve.ClientConfig(connect_timeout_s=BRIEF_S), "may ask for TLS"),
     "another authority": (
-        lambda folder, other: trusting(other, pair=folder, patience_s=1.0),
+        lambda folder, other: trusting(other, pair=folder, patience_s=BRIEF_S),
         "has not signed the server's certificate",
     ),
-    "no certificate": (lambda folder, _other: trusting(folder, patience_s=1.0), "or for a client's certificate"),
+    "no certificate": (lambda folder, _other: trusting(folder, patience_s=BRIEF_S), "or for a client's certificate"),
     "a certificate of another authority": (
-        lambda folder, other: trusting(folder, pair=other, patience_s=1.0),
+        lambda folder, other: trusting(folder, pair=other, patience_s=BRIEF_S),
         "or for a client's certificate",
     ),
     "another server's name": (
-        lambda folder, _other: trusting(folder, pair=folder, server_name="elsewhere.example", patience_s=1.0),
+        lambda folder, _other: trusting(folder, pair=folder, server_name="elsewhere.example", patience_s=BRIEF_S),
         "certificate is for another name",
     ),
 }
@@ -276,12 +278,12 @@ def test_a_client_whose_certificate_has_expired_is_not_let_in(mutual, folder, tm
     expired = authority.Authority(tmp_path, issuer.certificate, issuer.key)
     expired.issue("client", -timedelta(seconds=1))
     with pytest.raises(optserve.UnreachableError, match="or for a client's certificate"):
-        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=1.0))
+        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=BRIEF_S))
 
 
 def test_a_secured_client_does_not_speak_to_a_plain_server(server, folder):
     with pytest.raises(optserve.UnreachableError, match="does not speak TLS"):
-        optserve.connect(server.target, trusting(folder, patience_s=1.0))
+        optserve.connect(server.target, trusting(folder, patience_s=BRIEF_S))
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
@@ -403,7 +405,7 @@ def test_a_key_that_grpc_does_not_take_is_named_by_the_client(mutual, folder, tm
     (tmp_path / "client-key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "client.pem").write_bytes(signed(key))
     with pytest.raises(optserve.UnreachableError, match="key is of another type than RSA, or elliptic curve P-256"):
-        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=1.0))
+        optserve.connect(mutual.target, trusting(folder, pair=tmp_path, patience_s=BRIEF_S))
 
 
 def damaged(tmp_path: Path, folder: Path, other: Path, what: str) -> list[str]:

@@ -42,12 +42,10 @@ def opt(client, name, kind):
     )
 
 
-def test_a_client_that_knows_only_the_fixed_kind_sees_none(stub, opt):
+def test_a_client_that_knows_only_the_fixed_kind_sees_none(stub, client, opt):
     name = f"optimizers/{opt.name}"
     request = service_pb2.GetOptimizerRequest(name=name)
-    (listed,) = [
-        item for item in stub.ListOptimizers(service_pb2.ListOptimizersRequest()).optimizers if item.name == name
-    ]
+    (listed,) = [item.message for item in client.list_optimizers() if item.name == opt.name]
     exported = next(iter(stub.ExportState(checkpoints_pb2.ExportStateRequest(name=name)))).optimizer
     for message in (stub.GetOptimizer(request).optimizer, listed, exported):
         assert (message.weight_decay, message.weight_decay_factor) == (0.0, 0.5)

@@ -35,6 +35,9 @@ _ANYWHERE = frozenset(
 )
 """Features that work on every host."""
 
+_NEVER_RELEASED = frozenset({pb.FEATURE_WEIGHT_DECAY_KINDS})
+"""Features that no server has. Their numbers stay taken."""
+
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM)
 """Errors that do not count: the host has shared memory, but all of it is in use now."""
 
@@ -85,9 +88,9 @@ def check(feature: pb.Feature, field: str) -> None:
 
 
 def statuses() -> list[pb.FeatureStatus]:
-    """Every feature of the contract, available or not."""
+    """Every feature of the contract that a server may have, available or not."""
     return [
         pb.FeatureStatus(feature=pb.Feature.Name(feature), available=feature in available())
         for feature in pb.Feature.values()
-        if feature != pb.FEATURE_UNSPECIFIED
+        if feature != pb.FEATURE_UNSPECIFIED and feature not in _NEVER_RELEASED
     ]

@@ -36,6 +36,8 @@ class FolderLock:
         self._disk = disk
         # A text, because a call with a text takes half the time of one with a Path, and there is one call per change.
         self._file = str(path / LOCK)
+        if path.exists() and not path.is_dir():
+            raise JournalError(f"The data folder {path} cannot be used: it is not a folder.")
         try:
             _create_durably(path, disk)
             self._descriptor = disk.open(path / LOCK, os.O_RDWR | os.O_CREAT)
