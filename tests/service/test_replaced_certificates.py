@@ -2,8 +2,6 @@
 
 import logging
 import os
-import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from cryptography import x509
 
 import optserve
 from optserve._common.clock import SYSTEM, Clock
@@ -23,10 +20,9 @@ from optserve.cli import authority
 from optserve_server.app import App
 from optserve_server.domain.config import ServerConfig
 from optserve_server.edge.certificates import READ_S
+from service.certificate_files import DAY, issue, seen, serial
 
 X = np.ones(1000, np.float32)
-DAY = timedelta(days=1)
-HOSTS = ["localhost", "127.0.0.1"]
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 
 
@@ -40,13 +36,6 @@ class LaterClock(Clock):
 
     def now(self) -> datetime:
         return datetime.now(UTC) + self.later
-
-
-def issue(folder: Path, *, life: timedelta = DAY) -> None:
-    """Make an authority if there is none, and new certificates for a server and a client."""
-    issuer = authority.load_or_make(folder, life)
-    issuer.issue("server", life, HOSTS)
-    issuer.issue("client", life)
 
 
 @contextmanager
@@ -70,25 +59,6 @@ def serving(folder: Path, clock: Clock = SYSTEM) -> Iterator[str]:
 def settings(folder: Path) -> optserve.ClientConfig:
     tls = optserve.Tls(folder / "authority.pem", folder / "client.pem", folder / "client-key.pem")
     return optserve.ClientConfig(tls=tls, connect_timeout_s=10)
-
-
-def seen(target: str, folder: Path) -> int:
-    """The serial number of the certificate that the server shows now."""
-    context = ssl.create_default_context(cafile=str(folder / "authority.pem"))
-    context.load_cert_chain(folder / "client.pem", folder / "client-key.pem")
-    context.set_alpn_protocols(["h2"])
-    host, _, port = target.rpartition(":")
-    with (
-        socket.create_connection((host, int(port)), 10) as plain,
-        context.wrap_socket(plain, server_hostname=host) as secured,
-    ):
-        der = secured.getpeercert(binary_form=True)
-    assert der is not None
-    return x509.load_der_x509_certificate(der).serial_number
-
-
-def serial(path: Path) -> int:
-    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
 
 
 def test_files_that_could_not_be_used_are_read_again_though_they_have_not_changed(tmp_path, caplog):

@@ -1,54 +1,28 @@
 """Connections secured by TLS: who is let in, and certificates that are replaced while server and clients run."""
 
-import os
 import re
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 import optserve
 from optserve.cli import authority
 from optserve_command import probe
+from service.certificate_files import DAY, HOSTS, command, issue, seen, serial, signed
 
 X = np.ones(1000, np.float32)
-DAY = timedelta(days=1)
-HOSTS = ["localhost", "127.0.0.1", "::1"]
 BRIEF_S = 3.0
 """Seconds for a client that is not let in: enough for one handshake on a busy machine, which says why."""
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `optserve`; with TLS variables if they are given."""
-    code = "from optserve_command import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
-def issue(folder: Path, *, life: timedelta = DAY) -> None:
-    """Make an authority if there is none, and new certificates for a server and two clients."""
-    issuer = authority.load_or_make(folder, DAY)
-    issuer.issue("server", life, HOSTS)
-    issuer.issue("client", life)
 
 
 def options(folder: Path, *, clients: bool = False) -> list[str]:
@@ -75,31 +49,6 @@ def step(client: optserve.Client, name: str) -> None:
     assert np.array_equal(opt.pull_parameters().arrays["x"], 0.5 * X)
     opt.import_state(opt.export_state())
     client.delete_optimizer(name)
-
-
-def signed(
-    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey,
-    *,
-    of: Any = None,
-    subject: x509.Name | None = None,
-    authority: bool = False,
-    until: timedelta = DAY,
-) -> bytes:
-    """A certificate that this key has signed: of another one, or its own."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject or name)
-        .issuer_name(name)
-        .public_key(of or key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - DAY)
-        .not_valid_after(now + until)
-        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
-    )
-    return certificate.public_bytes(Encoding.PEM)
 
 
 @pytest.fixture(scope="module")
@@ -308,10 +257,6 @@ def handshake(target: str, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2) -> 
     return x509.load_der_x509_certificate(der).serial_number
 
 
-def serial(path: Path) -> int:
-    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
-
-
 def test_new_certificates_are_used_by_new_connections_and_end_no_stream(tmp_path):
     """Several times, while 20 streams step: none is lost, none doubled."""
     issue(tmp_path)
@@ -328,26 +273,12 @@ def test_new_certificates_are_used_by_new_connections_and_end_no_stream(tmp_path
                 assert np.array_equal(opt.step({"x": X})["x"], -X)
             issue(tmp_path)
             # The server's side of a handshake that ends early counts too.
-            assert handshake_of_a_client(server.target, tmp_path) == serial(tmp_path / "server.pem")
+            assert seen(server.target, tmp_path) == serial(tmp_path / "server.pem")
             with optserve.connect(server.target, trusting(tmp_path, pair=tmp_path)) as later:
                 assert [later.optimizer(name).current_step for name in names] == [turn] * len(names)
         for opt in open_ones:
             opt.step({"x": X})
             opt.close()
-
-
-def handshake_of_a_client(target: str, folder: Path) -> int:
-    context = ssl.create_default_context(cafile=str(folder / "authority.pem"))
-    context.load_cert_chain(folder / "client.pem", folder / "client-key.pem")
-    context.set_alpn_protocols(["h2"])
-    host, _, port = target.rpartition(":")
-    with (
-        socket.create_connection((host, int(port)), 10) as plain,
-        context.wrap_socket(plain, server_hostname=host) as secured,
-    ):
-        der = secured.getpeercert(binary_form=True)
-    assert der is not None
-    return x509.load_der_x509_certificate(der).serial_number
 
 
 def test_a_client_takes_over_a_new_authority_while_its_stream_goes_on(tmp_path):
@@ -487,118 +418,3 @@ def test_a_client_says_which_of_its_files_cannot_be_used(folder, tmp_path, what)
 def test_half_a_pair_is_refused():
     with pytest.raises(ValueError, match="together"):
         optserve.Tls(certificate="client.pem")
-
-
-def test_certs_makes_an_authority_and_signs_again(tmp_path):
-    made = tmp_path / "made"
-    first = command("certs", str(made), "--host", "trainer.example", "--host", "10.0.0.7", "--client", "anna")
-    assert first.returncode == 0, first.stderr
-    assert sorted(path.name for path in made.iterdir()) == sorted(
-        f"{name}{ending}" for name in ("authority", "server", "anna") for ending in (".pem", "-key.pem")
-    )
-    for path in made.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if path.name.endswith("-key.pem") else 0o644)
-    assert f"OPTSERVE_CLIENT_TLS_KEY={made}/anna-key.pem" in first.stdout
-    certificate = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["trainer.example"]
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
-    assert certificate.not_valid_after_utc - datetime.now(UTC) > 364 * DAY
-    kept = (made / "authority.pem").read_bytes()
-    assert command("certs", str(made), "--days", "2").returncode == 0
-    assert (made / "authority.pem").read_bytes() == kept
-    renewed = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
-    assert renewed.serial_number != certificate.serial_number
-    assert renewed.not_valid_after_utc - datetime.now(UTC) < 2 * DAY
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--host", "https://trainer.example"], "neither a host's name nor an address"),
-        (["--host", "trainer.example:50051"], "neither a host's name nor an address"),
-        (["--host", "*.*.example"], "neither a host's name nor an address"),
-        (["--client", "../anna"], "cannot be the name of a client"),
-        (["--client", "server"], "cannot be the name of a client"),
-        (["--client", "a-key"], "cannot be the name of a client"),
-    ],
-)
-def test_certs_refuses_what_it_cannot_sign(tmp_path, arguments, message):
-    done = command("certs", str(tmp_path / "made"), *arguments)
-    assert done.returncode == 1
-    assert message in " ".join(done.stderr.split())
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("what", ["damaged", "without its key"])
-def test_certs_does_not_replace_an_authority_that_cannot_sign(tmp_path, what):
-    issue(tmp_path)
-    kept = (tmp_path / "server.pem").read_bytes()
-    if what == "damaged":
-        (tmp_path / "authority.pem").write_text("nothing")
-    else:
-        (tmp_path / "authority-key.pem").unlink()
-    done = command("certs", str(tmp_path))
-    assert done.returncode == 1
-    assert "authority" in done.stderr
-    assert (tmp_path / "server.pem").read_bytes() == kept
-
-
-def test_certs_replaces_a_key_and_its_certificate_or_neither(tmp_path):
-    """Here with a limit of 512 bytes for a file: a key is shorter, a certificate longer."""
-    issue(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(before["server-key.pem"]) < 512 < len(before["server.pem"])
-    code = (
-        "import resource, sys; from optserve.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); sys.argv[1:] = ['certs', sys.argv[1]]; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 1
-    assert "File too large" in done.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_certs_works_in_a_folder_alone(tmp_path):
-    with authority.working_in(tmp_path):
-        done = command("certs", str(tmp_path))
-    assert done.returncode == 1
-    assert "Another `optserve certs` works in" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_certs_takes_no_authority_from_a_folder_into_which_everybody_may_write(tmp_path):
-    tmp_path.chmod(0o1777)
-    done = command("certs", str(tmp_path))
-    assert done.returncode == 1
-    assert "Everybody may write into" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_certs_replaces_a_link_and_not_what_it_leads_to(tmp_path):
-    (tmp_path / "made").mkdir()
-    (tmp_path / "theirs").write_text("kept")
-    (tmp_path / "made/server-key.pem").symlink_to(tmp_path / "theirs")
-    assert command("certs", str(tmp_path / "made")).returncode == 0
-    assert (tmp_path / "theirs").read_text() == "kept"
-    assert stat.S_IMODE((tmp_path / "made/server-key.pem").lstat().st_mode) == 0o600
-
-
-def test_certs_says_that_the_authority_ends_before_the_days_are_over(tmp_path):
-    made = tmp_path / "made"
-    authority.load_or_make(made, DAY)
-    # An address with its brackets is the address.
-    done = command("certs", str(made), "--host", "[::1]", "--days", "3650")
-    assert done.returncode == 0, done.stderr
-    assert "The authority ends" not in done.stdout
-    assert "--target [::1]:50051" in done.stdout
-    certificate = x509.load_pem_x509_certificate((made / "authority.pem").read_bytes())
-    key = serialization.load_pem_private_key((made / "authority-key.pem").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    short = signed(key, subject=certificate.subject, authority=True)
-    (made / "authority.pem").write_bytes(short)
-    done = command("certs", str(made), "--days", "30")
-    assert done.returncode == 0, done.stderr
-    assert "The authority ends before the 30 days are over" in done.stdout
