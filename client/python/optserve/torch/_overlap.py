@@ -79,6 +79,20 @@ def _sample(grad: torch.Tensor) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
 
 
+class _Waiting:
+    """Gradients that wait for others, with their bytes, which are counted as they come: there may be thousands."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self.bytes = 0
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Add a gradient, in place of an earlier one of that parameter."""
+        before = self.arrays.get(name)
+        self.bytes += array.nbytes - (0 if before is None else before.nbytes)
+        self.arrays[name] = array
+
+
 class _EarlyStep:
     """A step that the hooks have begun.
 
@@ -138,7 +152,7 @@ class Overlap:
         self._lock = SYSTEM.rlock()
         self._handles: list[Any] = []
         self._taken: dict[str, Taken] = {}
-        self._waiting: dict[str, np.ndarray] = {}
+        self._waiting = _Waiting()
         self._step: _EarlyStep | None = None
         # Whether everything is left to the next step.
         self._is_blocked = False
@@ -207,8 +221,8 @@ class Overlap:
         remote, last = optimizer._at_server, self._last
         if last is None or name not in last or (self._step is not None and self._step.has_failed):
             return False
-        self._waiting[name] = array
-        waiting_bytes, sent_bytes = _bytes(self._waiting), 0 if self._step is None else self._step.sent_bytes
+        self._waiting.add(name, array)
+        waiting_bytes, sent_bytes = self._waiting.bytes, 0 if self._step is None else self._step.sent_bytes
         # The last ones are sent with the commit.
         if min(waiting_bytes, self._last_bytes - sent_bytes - waiting_bytes) < SENT_FROM_BYTES:
             return True
@@ -218,8 +232,8 @@ class Overlap:
                 self._is_blocked = True
                 return False
             self._step = _EarlyStep(optimizer, last)
-        self._step.send(self._waiting)
-        self._waiting = {}
+        self._step.send(self._waiting.arrays)
+        self._waiting = _Waiting()
         return True
 
     def gradient(self, name: str, grad: torch.Tensor, *, maximize: bool, decay: float) -> np.ndarray | None:
@@ -237,7 +251,7 @@ class Overlap:
         """Commit the step that the hooks have begun, and return its updates; None if there is none of use."""
         with self._lock:
             self._taken.clear()
-            self._waiting.clear()
+            self._waiting = _Waiting()
             self._is_blocked = False
             self._last, self._last_bytes = frozenset(gradients), _bytes(gradients)
             step = self._step
@@ -266,7 +280,7 @@ class Overlap:
 
     def _abandon(self, reason: str) -> None:
         step, self._step = self._step, None
-        self._waiting.clear()
+        self._waiting = _Waiting()
         if step is not None:
             step.abandon(StepCancelledError("The step was abandoned before step() was called."))
         if reason and not self._has_warned:
